@@ -1,0 +1,92 @@
+"""The types that travel through mmjax, every field documented once, here.
+
+Axis letters, everywhere the same: ``b`` batch, ``t`` query length, ``s`` key length, ``n`` heads,
+``k`` kv heads, ``h`` head dim, ``d`` model, ``f`` mlp, ``v`` vocab, ``p`` patches, ``m`` images,
+``l`` layers. This module imports only the standard library and numpy: data workers load it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+ImageSource = Any
+"""An image before processing: a path, encoded ``bytes``, a ``PIL.Image.Image``, or an array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. ``text`` may hold ``<image>`` marks, one for each image."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One raw sample as a source yields it: nothing decoded, nothing tokenised.
+
+    messages: the turns, oldest first.
+    images: encoded images in the order of the ``<image>`` marks; an image without a mark stands
+        before the first turn.
+    meta: where it came from (``id``, ``source``, ``line``) and whatever a task needs to score it
+        (``answers``, ``choices``, ``group``).
+    """
+
+    messages: tuple[Message, ...]
+    images: tuple[ImageSource, ...] = ()
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A span of a prompt that knows whether it is supervised.
+
+    kind: ``text`` (``value`` is the string), ``image`` (``value`` is an index into the images) or
+        ``special`` (``value`` names a token: ``bos``, ``answer``, ``eos``).
+    loss: True where the model is trained to produce this span.
+    """
+
+    kind: Literal["text", "image", "special"]
+    value: str | int
+    loss: bool = False
+
+
+Example = dict[str, np.ndarray]
+"""What a family's processor makes of one prompt; numpy arrays under these names.
+
+tokens int32[t]; positions int32[t], counted from 0 over text and image tokens alike;
+loss_mask bool[t], True where token t is a training target;
+visual_index int32[t], the row of the visual stream that stands at t, -1 for text;
+patches uint8[p, pixels], pixels = rows, columns, channels of one patch, channel fastest, grey
+levels before normalisation (float arrays are taken as already normalised).
+"""
+
+Batch = dict[str, Any]
+"""What goes to the device: numpy or global ``jax.Array`` values under these names.
+
+tokens, positions, visual_index int32[b, t]; segment_ids int32[b, t], 1, 2, ... for the samples
+packed in a row, 0 for padding; patches uint8[b, p, pixels];
+target_index int32[b, targets], positions of the target tokens in their row, -1 for padding.
+"""
+
+
+class MMJaxError(Exception):
+    """An error whose message names the thing, the value and the fix; shown without a traceback."""
+
+
+class BadSample(MMJaxError):
+    """One sample cannot be used (corrupt image, empty answer, too long); training skips it.
+
+    reason: a short stable word for counting, such as ``corrupt_image``.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):  # two arguments, so that it survives the way back from a data worker
+        return (type(self), (self.reason, str(self)))
