@@ -1,0 +1,152 @@
+"""The one causal decoder of mmjax. A Config tells which language model it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mmjax.nn import rope
+from mmjax.nn.attention import Context, SelfAttention, rope_dims
+from mmjax.nn.cache import Cache
+from mmjax.nn.embed import Embed
+from mmjax.nn.linear import DTypes, Linear, LoRA
+from mmjax.nn.mlp import MLP
+from mmjax.nn.norm import LayerNorm
+from mmjax.nn.stack import scan, stack
+from mmjax.parallel.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder; the defaults are Persimmon-8B as Fuyu-8B uses it.
+
+    rope_fraction: the leading part of each head that is rotated. qk_norm: LayerNorm of queries and
+    keys over the head's dimensions. activation: a name in ``mmjax.nn.mlp.ACTIVATIONS``.
+    """
+
+    vocab_size: int = 262_144
+    d_model: int = 4096
+    num_layers: int = 36
+    num_heads: int = 64
+    num_kv_heads: int = 64
+    head_dim: int = 64
+    d_mlp: int = 16_384
+    activation: str = "relu2"
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    rope_theta: float = 25_000.0
+    rope_fraction: float = 0.5
+    max_positions: int = 16_384
+    init_std: float = 0.02
+
+    def flops_per_token(self, length: int, *, head_share: float = 1.0) -> float:
+        """Return the FLOPs of a forward pass per token in a causal row of ``length`` tokens.
+
+        head_share: the share of positions whose logits are computed. Norms, rotations and
+        activations are not counted: they are below one percent.
+        """
+        attn = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        matmuls = self.num_layers * (attn + 2 * self.d_model * self.d_mlp)
+        head = head_share * self.d_model * self.vocab_size
+        seen = (length + 1) / 2  # keys a query sees, on average
+        scores = self.num_layers * 2 * self.num_heads * self.head_dim * seen
+        return 2.0 * (matmuls + head + scores)
+
+
+class Layer(nnx.Module):
+    """One pre-norm block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, c: DecoderConfig, *, dtypes: DTypes, lora: LoRA | None, rngs: nnx.Rngs):
+        shared = dict(dtypes=dtypes, init_std=c.init_std, lora=lora, rngs=rngs)
+        heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+        self.attn_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
+        self.attn = SelfAttention(c.d_model, *heads, qk_norm=c.qk_norm, eps=c.norm_eps, **shared)
+        self.mlp_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
+        self.mlp = MLP(c.d_model, c.d_mlp, activation=c.activation, **shared)
+
+    def __call__(self, x: Array, context: Context, layer: Array, cached=None):
+        """Map [b, t, d] to [b, t, d]; with ``cached`` also returns the updated (k, v)."""
+        out = self.attn(self.attn_norm(x), context, layer, cached)
+        if cached is not None:
+            out, cached = out
+        x = constrain(x + out, "batch", "length", "embed")
+        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
+        return x if cached is None else (x, cached)
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked layers, final norm and head."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtypes: DTypes,
+        rngs: nnx.Rngs,
+        lora: LoRA | None = None,
+        remat: str = "none",
+    ):
+        c = self.config = config
+        self.remat, self.dtypes = remat, dtypes
+        shared = dict(dtypes=dtypes, init_std=c.init_std, rngs=rngs)
+        self.embed = Embed(c.vocab_size, c.d_model, **shared)
+        make = partial(_make_layer, c, dtypes, lora)
+        self.layers = stack(make, c.num_layers, rngs)
+        self.final_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
+        vocab = (c.d_model,), (c.vocab_size,), ("embed", "vocab")
+        self.head = Linear(*vocab, name="head", bias=False, lora=lora, **shared)
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        *,
+        k_start: Array | None = None,
+        k_end: Array | None = None,
+        cache: Cache | None = None,
+        decode: bool = False,
+    ) -> tuple[Array, Cache | None]:
+        """Run the layers and the final norm on embedded tokens.
+
+        x: [b, t, d]; positions: int32[b, t]; k_start, k_end: int32[b, t], see
+            ``mmjax.ops.attention``.
+        cache: when given, keys and values are written into it: all t at 0 (a prefill; the caller
+            sets ``length``), or with ``decode`` the one token of each row at its ``length``.
+        Returns the normed hidden states [b, t, d] and the updated cache.
+        """
+        c = self.config
+        dims = rope_dims(c.head_dim, c.rope_fraction)
+        cos, sin = rope.angles(positions, dims, c.rope_theta)
+        context = Context(cos, sin, k_start, k_end, cache.length if decode else None)
+        x = constrain(x, "batch", "length", "embed")
+        if cache is None:
+            x = scan(
+                self.layers, c.num_layers, lambda m, x, i: m(x, context, i), x, remat=self.remat
+            )
+            return self.final_norm(x), None
+
+        def step(layer, carry, i):
+            return layer(carry[0], context, i, carry[1])
+
+        x, (k, v) = scan(self.layers, c.num_layers, step, (x, (cache.k, cache.v)))
+        length = cache.length + 1 if decode else cache.length
+        return self.final_norm(x), Cache(k, v, length)
+
+    def logits(self, hidden: Array) -> Array:
+        """Return float32 logits [..., v] of hidden states [..., d]."""
+        return self.head(hidden).astype(jnp.float32)
+
+    def init_cache(self, b: int, s: int, dtype=None) -> Cache:
+        """Return an empty cache for b rows of s tokens in the compute dtype, or in ``dtype``."""
+        c = self.config
+        dtype = dtype or self.dtypes.compute
+        return Cache.empty(c.num_layers, b, s, c.num_kv_heads, c.head_dim, jax.numpy.dtype(dtype))
+
+
+def _make_layer(c: DecoderConfig, dtypes: DTypes, lora: LoRA | None, rngs: nnx.Rngs) -> Layer:
+    return Layer(c, dtypes=dtypes, lora=lora, rngs=rngs)

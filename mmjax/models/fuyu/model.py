@@ -1,0 +1,213 @@
+"""Fuyu: image patches projected straight into a causal decoder (Adept 2023), and OtterHD."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mmjax.models.decoder import Decoder, DecoderConfig
+from mmjax.nn.cache import Cache
+from mmjax.nn.linear import DTypes, Linear, LoRA
+from mmjax.ops import ranges
+from mmjax.types import Batch, MMJaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class FuyuConfig:
+    """A Fuyu model; the defaults are Fuyu-8B.
+
+    patch_size in pixels. image_mean, image_std act on grey levels divided by 255.
+    """
+
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    patch_size: int = 30
+    num_channels: int = 3
+    image_token_id: int = 71_011
+    bos_token_id: int = 1
+    eos_token_id: int = 71_013
+    pad_token_id: int = 0
+    image_mean: float = 0.5
+    image_std: float = 0.5
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: rows x columns x channels."""
+        return self.patch_size**2 * self.num_channels
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> FuyuConfig:
+        """Read any published variant of Fuyu's config.json.
+
+        Hub files are flat, some with a stub ``text_config``; transformers 5 nests the decoder's
+        sizes there. A stub makes transformers fall back to a rotary theta of 10000, which is wrong
+        for every Fuyu checkpoint: here theta is 25000 unless the file states another.
+        """
+        if hf.get("model_type") not in (None, "fuyu"):
+            raise MMJaxError(
+                f"config.json says model_type {hf['model_type']!r}; a Fuyu model says 'fuyu'"
+            )
+        nested = hf.get("text_config") or {}
+        base = DecoderConfig()
+
+        def pick(key, default):
+            return nested.get(key, hf.get(key, default))
+
+        rope = pick("rope_parameters", None) or pick("rope_scaling", None) or {}
+        heads = pick("num_attention_heads", base.num_heads)
+        d_model = pick("hidden_size", base.d_model)
+        decoder = DecoderConfig(
+            vocab_size=pick("vocab_size", base.vocab_size),
+            d_model=d_model,
+            num_layers=pick("num_hidden_layers", base.num_layers),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=d_model // heads,
+            d_mlp=pick("intermediate_size", base.d_mlp),
+            activation=pick("hidden_act", base.activation),
+            norm_eps=pick("layer_norm_eps", base.norm_eps),
+            qk_norm=pick("qk_layernorm", base.qk_norm),
+            rope_theta=float(_theta(hf, nested, rope, base.rope_theta)),
+            rope_fraction=rope.get(
+                "partial_rotary_factor", pick("partial_rotary_factor", base.rope_fraction)
+            ),
+            max_positions=pick("max_position_embeddings", base.max_positions),
+            init_std=pick("initializer_range", base.init_std),
+        )
+        plain = ("patch_size", "num_channels", "image_token_id")
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        known = {key: hf[key] for key in plain if hf.get(key) is not None}
+        known |= {key: pick(key, None) for key in ids if pick(key, None) is not None}
+        return cls(decoder=decoder, **known)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return a config.json that the hub's flat readers and transformers 5 both read right."""
+        c = self.decoder
+        sizes = {
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.d_model,
+            "intermediate_size": c.d_mlp,
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "max_position_embeddings": c.max_positions,
+            "hidden_act": c.activation,
+            "layer_norm_eps": c.norm_eps,
+            "qk_layernorm": c.qk_norm,
+            "initializer_range": c.init_std,
+            "rope_theta": c.rope_theta,
+            "partial_rotary_factor": c.rope_fraction,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": c.rope_theta,
+                "partial_rotary_factor": c.rope_fraction,
+            },
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": False,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        return {
+            "architectures": ["FuyuForCausalLM"],
+            "model_type": "fuyu",
+            "image_token_id": self.image_token_id,
+            "patch_size": self.patch_size,
+            "num_channels": self.num_channels,
+            **sizes,
+            "text_config": {"model_type": "persimmon", **sizes},
+        }
+
+    def flops_per_token(self, length: int, *, head_share: float = 1.0) -> float:
+        """Return the FLOPs of a forward pass per token; patches count like any other token."""
+        patch = 2.0 * self.patch_dim * self.decoder.d_model
+        return self.decoder.flops_per_token(length, head_share=head_share) + patch
+
+
+def _theta(hf: dict, nested: dict, rope: dict, default: float) -> float:
+    for place in (rope, nested, hf):
+        if place.get("rope_theta") is not None:
+            return place["rope_theta"]
+    return default
+
+
+class Fuyu(nnx.Module):
+    """A patch projection and a decoder: no vision encoder, no image positions, any image size."""
+
+    def __init__(
+        self,
+        config: FuyuConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtypes: DTypes = DTypes(),  # noqa: B008
+        lora: LoRA | None = None,
+        remat: str = "none",
+    ):
+        self.config = config
+        self.decoder = Decoder(config.decoder, dtypes=dtypes, rngs=rngs, lora=lora, remat=remat)
+        self.patch_embed = Linear(
+            (config.patch_dim,),
+            (config.decoder.d_model,),
+            ("patch", "embed"),
+            name="patch_embed",
+            bias=True,
+            dtypes=dtypes,
+            init_std=config.decoder.init_std,
+            lora=lora,
+            rngs=rngs,
+        )
+
+    def embed(self, batch: Batch) -> Array:
+        """Return the embedded stream [b, t, d]: a patch where ``visual_index`` points at one.
+
+        tokens, visual_index: int32[b, t]; patches: [b, p, pixels], uint8 grey levels or floats
+        that are already normalised. Without ``patches`` the stream is text.
+        """
+        x = self.decoder.embed(batch["tokens"])
+        patches = batch.get("patches")
+        if patches is None or patches.shape[1] == 0:
+            return x
+        visual = self.patch_embed(self.normalize(patches))
+        index = batch["visual_index"][..., None]
+        # A gather, so that padding is simply never pointed at.
+        picked = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1)
+        return jnp.where(index >= 0, picked, x)
+
+    def normalize(self, patches: Array) -> Array:
+        """Turn uint8 grey levels into (x / 255 - mean) / std; leave floats as they are."""
+        if patches.dtype != jnp.uint8:
+            return patches
+        mean, std = self.config.image_mean * 255.0, self.config.image_std * 255.0
+        return (patches.astype(jnp.float32) - mean) / std
+
+    def __call__(self, batch: Batch) -> Array:
+        """Return hidden states [b, t, d] of a batch; see ``mmjax.types.Batch``."""
+        k_start, k_end = ranges.from_segments(batch["segment_ids"])
+        x = self.embed(batch)
+        return self.decoder(x, batch["positions"], k_start=k_start, k_end=k_end)[0]
+
+    def logits(self, hidden: Array) -> Array:
+        """Return float32 logits [..., v]."""
+        return self.decoder.logits(hidden)
+
+    def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Run right-padded prompts and fill the cache.
+
+        lengths: int32[b]. Returns hidden states [b, t, d] and the cache with its lengths set.
+        Causality alone hides the padding, which stands at the end.
+        """
+        hidden, cache = self.decoder(self.embed(batch), batch["positions"], cache=cache)
+        return hidden, Cache(cache.k, cache.v, lengths.astype(jnp.int32))
+
+    def decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Run one text token per row, int32[b], at the end of the cache; returns [b, d]."""
+        x = self.decoder.embed(tokens[:, None])
+        hidden, cache = self.decoder(x, cache.length[:, None], cache=cache, decode=True)
+        return hidden[:, 0], cache
+
+    def init_cache(self, b: int, s: int, dtype=None) -> Cache:
+        """Return an empty cache for b rows of s tokens."""
+        return self.decoder.init_cache(b, s, dtype)

@@ -1,0 +1,89 @@
+"""Self-attention with rotary positions and an optional normalisation of queries and keys."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from mmjax.nn import cache as kv_cache
+from mmjax.nn import rope
+from mmjax.nn.linear import DTypes, Linear, LoRA
+from mmjax.nn.norm import LayerNorm
+from mmjax.ops.attention import attention
+from mmjax.parallel.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares.
+
+    cos, sin: rotary angles, [b, t, dims / 2]. k_start, k_end: key ranges int32[b, t] or None.
+    length: int32[b], the filled part of the cache when decoding one token, else None.
+    """
+
+    cos: Array
+    sin: Array
+    k_start: Array | None = None
+    k_end: Array | None = None
+    length: Array | None = None
+
+
+class SelfAttention(nnx.Module):
+    """Causal multi-head attention; keys and values may have fewer heads than queries."""
+
+    def __init__(
+        self,
+        d: int,
+        n: int,
+        kv: int,
+        h: int,
+        *,
+        qk_norm: bool,
+        eps: float,
+        dtypes: DTypes,
+        init_std: float,
+        lora: LoRA | None,
+        rngs: nnx.Rngs,
+    ):
+        shared = dict(bias=True, dtypes=dtypes, init_std=init_std, lora=lora, rngs=rngs)
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        self.q = Linear((d,), (n, h), ("embed", "heads", "head_dim"), name="attn.q", **shared)
+        self.k = Linear((d,), (kv, h), kv_axes, name="attn.k", **shared)
+        self.v = Linear((d,), (kv, h), kv_axes, name="attn.v", **shared)
+        self.o = Linear((n, h), (d,), ("heads", "head_dim", "embed"), name="attn.o", **shared)
+        # One norm for all heads, over the head's dimensions, before the rotation (Persimmon).
+        self.q_norm = LayerNorm(h, eps=eps, dtypes=dtypes) if qk_norm else None
+        self.k_norm = LayerNorm(h, eps=eps, dtypes=dtypes) if qk_norm else None
+
+    def __call__(self, x: Array, context: Context, layer: Array, cached=None):
+        """Map [b, t, d] to [b, t, d].
+
+        cached: (k, v), each [l, b, s, k, h], or None; with it also returns the updated pair.
+        """
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = constrain(rope.rotate(q, context.cos, context.sin), "batch", "length", "heads", None)
+        k = rope.rotate(k, context.cos, context.sin)
+        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+        if cached is not None:
+            cached = tuple(
+                kv_cache.write(buffer, layer, context.length, new)
+                for buffer, new in zip(cached, (k, v), strict=True)
+            )
+        if context.length is None:
+            out = attention(q, k, v, k_start=context.k_start, k_end=context.k_end, causal=True)
+        else:  # one new token against the cache; its own key is in there by now
+            k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in cached)
+            end = context.length[:, None] + 1
+            out = attention(q, k.astype(q.dtype), v.astype(q.dtype), k_end=end, causal=False)
+        out = self.o(constrain(out, "batch", "length", "heads", None))
+        return out if cached is None else (out, cached)
+
+
+def rope_dims(head_dim: int, fraction: float) -> int:
+    """Return how many dimensions of a head are rotated, an even number."""
+    return int(head_dim * fraction) // 2 * 2

@@ -1,0 +1,22 @@
+"""Token embedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mmjax.nn.linear import DTypes
+
+
+class Embed(nnx.Module):
+    """Look tokens up in a table [v, d]."""
+
+    def __init__(self, v: int, d: int, *, dtypes: DTypes, init_std: float, rngs: nnx.Rngs):
+        normal = jax.nn.initializers.normal(init_std)
+        table = normal(rngs.params(), (v, d), jnp.dtype(dtypes.param))
+        self.dtype = dtypes.compute
+        self.embedding = nnx.Param(table, out_sharding=("vocab", "embed"))
+
+    def __call__(self, tokens: Array) -> Array:
+        """Return [b, t, d] for int32[b, t]."""
+        return self.embedding[...][tokens].astype(self.dtype)

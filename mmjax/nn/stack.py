@@ -1,0 +1,40 @@
+"""Stack equal layers into one module and scan over it, with rematerialisation by name."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import checkpoint_policies as policies
+
+# What the backward pass finds saved; everything else is computed again.
+REMAT = {
+    "none": None,  # save all: fastest, most memory
+    "names": policies.save_only_these_names("qkv", "attn_out", "attn_lse", "mlp_up"),
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "full": policies.nothing_saveable,
+}
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Build ``layers`` copies of a module as one, each parameter with a leading layers axis."""
+    make = nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers")
+    return nnx.split_rngs(splits=layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def scan(layers: nnx.Module, count: int, step: Callable, carry, *, remat: str = "none"):
+    """Run ``carry = step(layer, carry, index)`` over stacked layers.
+
+    The carry may hold the stacked cache: as scan inputs and outputs it would be copied each step.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat policy {remat!r} is unknown; one of {', '.join(REMAT)}")
+    graphdef, state = nnx.split(layers)
+
+    def body(carry, xs):
+        index, leaves = xs
+        return step(nnx.merge(graphdef, leaves), carry, index), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, (jnp.arange(count), state))[0]
