@@ -32,9 +32,13 @@ def write(buffer: Array, layer: Array, at: Array | None, new: Array) -> Array:
     at: int32[b], the first place of each row; None writes every row at 0 (a prefill).
     """
     if at is None:
-        return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), (layer,) + (0,) * 4)
+        return jax.lax.dynamic_update_slice(
+            buffer, new[None].astype(buffer.dtype), (layer,) + (0,) * 4
+        )
     if new.shape[1] != 1:
-        raise ValueError(f"a cache is filled at per-row places one token at a time, got {new.shape[1]}")
+        raise ValueError(
+            f"a cache is filled at per-row places one token at a time, got {new.shape[1]}"
+        )
     for row in range(new.shape[0]):  # updates in place, where a scatter would be serialised anyway
         piece = new[row][None, None].astype(buffer.dtype)
         buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, row, at[row], 0, 0))

@@ -6,6 +6,7 @@ from flax import nnx
 from jax import Array
 
 from mmjax.nn.linear import DTypes
+from mmjax.parallel.sharding import constrain
 
 
 class Embed(nnx.Module):
@@ -19,4 +20,6 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Return [b, t, d] for int32[b, t]."""
-        return self.embedding[...][tokens].astype(self.dtype)
+        # Gather fsdp's share of the table first: looking up in a table cut on d would reshard twice.
+        table = constrain(self.embedding[...], "vocab", "embed")
+        return constrain(table[tokens].astype(self.dtype), "batch", "length", "embed")

@@ -13,6 +13,7 @@ from mmjax.models.decoder import Decoder, DecoderConfig
 from mmjax.nn.cache import Cache
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.ops import ranges
+from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, MMJaxError
 
 
@@ -170,7 +171,7 @@ class Fuyu(nnx.Module):
         patches = batch.get("patches")
         if patches is None or patches.shape[1] == 0:
             return x
-        visual = self.patch_embed(self.normalize(patches))
+        visual = constrain(self.patch_embed(self.normalize(patches)), "batch", None, "embed")
         index = batch["visual_index"][..., None]
         # A gather, so that padding is simply never pointed at.
         picked = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1)

@@ -1,0 +1,112 @@
+"""The state of a training run: born sharded, split into what is trained and what is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mmjax.nn import paths
+from mmjax.types import MMJaxError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What one step changes. step: int32, steps done. params: the trained parameters alone."""
+
+    step: jax.Array
+    params: nnx.State
+    opt: Any
+
+
+def trainable_names(names: Sequence[str], freeze: Sequence[str], lora: bool) -> set[str]:
+    """Return the names that are trained.
+
+    freeze: glob patterns on dotted names, such as ``decoder.embed.*``. lora: train the adapters
+    alone. Raises MMJaxError for a pattern that matches nothing, or when nothing is left.
+    """
+    for pattern in freeze:
+        if not fnmatch.filter(names, pattern):
+            raise MMJaxError(
+                f"freeze pattern {pattern!r} matches no parameter; names look like "
+                f"{', '.join(list(names)[:4])}"
+            )
+    chosen = {
+        name
+        for name in names
+        if (not lora or name.rsplit(".", 1)[-1] in ("lora_a", "lora_b"))
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in freeze)
+    }
+    if not chosen:
+        raise MMJaxError("nothing is left to train: the freeze patterns match every parameter")
+    return chosen
+
+
+def split(model: nnx.Module, chosen: set[str]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Split a model into its graph, its trained parameters and its frozen ones."""
+
+    def trained(path, _):
+        return ".".join(str(key) for key in path) in chosen
+
+    return nnx.split(model, trained, ...)
+
+
+def abstract_state(
+    make_model: Callable[[], nnx.Module], chosen: set[str], tx, mesh
+) -> tuple[nnx.GraphDef, TrainState, nnx.State]:
+    """Return the graph and the abstract state (shapes, dtypes, shardings), nothing allocated."""
+    graphdef, params, frozen = split(nnx.eval_shape(make_model), chosen)
+    opt = jax.eval_shape(tx.init, params)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+
+    def with_sharding(tree):
+        shardings = nnx.get_named_sharding(tree, mesh)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=s if isinstance(s, jax.sharding.Sharding) else replicated
+            ),
+            tree,
+            shardings,
+        )
+
+    return (
+        graphdef,
+        TrainState(step, with_sharding(params), with_sharding(opt)),
+        with_sharding(frozen),
+    )
+
+
+def shardings(tree):
+    """Return the sharding of every leaf of an abstract tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def init(
+    make_model: Callable[[], nnx.Module], chosen: set[str], tx: optax.GradientTransformation, mesh
+) -> tuple[nnx.GraphDef, TrainState, nnx.State]:
+    """Build a randomly initialised state; every array is made where it belongs."""
+    graphdef, abstract, frozen = abstract_state(make_model, chosen, tx, mesh)
+
+    def build():
+        _, params, rest = split(make_model(), chosen)
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), rest
+
+    out = (shardings(abstract), shardings(frozen))
+    return graphdef, *jax.jit(build, out_shardings=out)()
+
+
+def with_params(state: TrainState, frozen: nnx.State, values: dict[str, jax.Array]):
+    """Return (state, frozen) with the named parameters replaced, the rest kept as initialised."""
+
+    def pick(tree):
+        return paths.map_named(lambda name, leaf: values.get(name, leaf), tree)
+
+    return dataclasses.replace(state, params=pick(state.params)), pick(frozen)
