@@ -12,6 +12,7 @@ from mmjax.nn import rope
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import LayerNorm
 from mmjax.ops.attention import attention
+from mmjax.ops.decode import decode_attention
 from mmjax.parallel.sharding import constrain
 
 
@@ -61,7 +62,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Array, context: Context, layer: Array, cached=None):
         """Map [b, t, d] to [b, t, d].
 
-        cached: (k, v), each [l, b, s, k, h], or None; with it also returns the updated pair.
+        cached: (k, v), each [l, b, k, s, h], or None; with it also returns the updated pair.
         """
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
@@ -78,8 +79,8 @@ class SelfAttention(nnx.Module):
             out = attention(q, k, v, k_start=context.k_start, k_end=context.k_end, causal=True)
         else:  # one new token against the cache; its own key is in there by now
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in cached)
-            end = context.length[:, None] + 1
-            out = attention(q, k.astype(q.dtype), v.astype(q.dtype), k_end=end, causal=False)
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            out = decode_attention(q[:, 0], k, v, context.length + 1)[:, None]
         out = self.o(constrain(out, "batch", "length", "heads", None))
         return out if cached is None else (out, cached)
 

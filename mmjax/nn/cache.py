@@ -12,8 +12,9 @@ from jax import Array
 class Cache:
     """Keys and values of every layer.
 
-    k, v: [l, b, s, k, h]. length: int32[b], how many keys of a row are filled. Rows are filled
-    from 0; what lies beyond ``length`` is never attended to.
+    k, v: [l, b, k, s, h], heads before length, as ``mmjax.ops.decode`` reads them.
+    length: int32[b], how many keys of a row are filled. Rows are filled from 0; what lies beyond
+    ``length`` is never attended to.
     """
 
     k: Array
@@ -22,24 +23,23 @@ class Cache:
 
     @classmethod
     def empty(cls, layers: int, b: int, s: int, heads: int, h: int, dtype) -> "Cache":
-        buffer = jnp.zeros((layers, b, s, heads, h), dtype)
-        return cls(buffer, buffer, jnp.zeros((b,), jnp.int32))
+        """Return a cache for b rows of s keys with nothing in it."""
+        shape = (layers, b, heads, s, h)
+        zeros = jnp.zeros((b,), jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros)
 
 
 def write(buffer: Array, layer: Array, at: Array | None, new: Array) -> Array:
-    """Write new keys or values [b, t, k, h] of one layer into the stacked buffer.
+    """Write new keys or values of one layer, [b, t, k, h], into the stacked buffer.
 
-    at: int32[b], the first place of each row; None writes every row at 0 (a prefill).
+    at: int32[b], the place in each row of its one new key; None writes t keys from 0 (a prefill).
     """
+    new = new.swapaxes(1, 2).astype(buffer.dtype)
     if at is None:
-        return jax.lax.dynamic_update_slice(
-            buffer, new[None].astype(buffer.dtype), (layer,) + (0,) * 4
-        )
-    if new.shape[1] != 1:
-        raise ValueError(
-            f"a cache is filled at per-row places one token at a time, got {new.shape[1]}"
-        )
-    for row in range(new.shape[0]):  # updates in place, where a scatter would be serialised anyway
-        piece = new[row][None, None].astype(buffer.dtype)
-        buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, row, at[row], 0, 0))
+        return jax.lax.dynamic_update_slice(buffer, new[None], (layer, 0, 0, 0, 0))
+    if new.shape[2] != 1:
+        raise ValueError(f"decoding writes one key a row, got {new.shape[2]}")
+    for row in range(new.shape[0]):  # in place; a scatter would be serialised row by row anyway
+        piece = new[row][None, None]
+        buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, row, 0, at[row], 0))
     return buffer

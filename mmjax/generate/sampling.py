@@ -1,0 +1,47 @@
+"""How the next token is chosen from logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mmjax.types import MMJaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Greedy at temperature 0, else a draw from the softmax.
+
+    top_k: keep the k likeliest tokens, 0 for all. top_p: keep the smallest set of tokens whose
+    probability reaches p (Holtzman et al. 2020), 1 for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise MMJaxError(
+                f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
+            )
+
+    def __call__(self, logits: Array, keys: Array) -> Array:
+        """Choose int32[b] from float32 logits [b, v]; keys: one PRNG key a row."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_k:
+            kth = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
+            logits = jnp.where(logits < kth, -jnp.inf, logits)
+        if self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+            last = jnp.sum(before < self.top_p, axis=-1, keepdims=True) - 1
+            threshold = jnp.take_along_axis(ordered, last, axis=-1)
+            logits = jnp.where(logits < threshold, -jnp.inf, logits)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

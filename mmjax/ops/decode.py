@@ -1,0 +1,25 @@
+"""Attention of one new token to a cache."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def decode_attention(
+    q: Array, k: Array, v: Array, length: Array, *, scale: float | None = None
+) -> Array:
+    """Attend from one query a row to the first ``length`` keys of its cache.
+
+    q: [b, n, h]; k, v: [b, k, s, h], heads before length so that nothing is transposed for each
+        token; length: int32[b]. Returns [b, n, h]. Scores are float32 [b, n, s].
+    """
+    b, n, h = q.shape
+    kv, s = k.shape[1:3]
+    scale = h**-0.5 if scale is None else scale
+    grouped = (q * scale).reshape(b, kv, n // kv, h)
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
+    seen = jnp.arange(s)[None] < length[:, None]
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(b, n, h).astype(q.dtype)
