@@ -1,0 +1,200 @@
+"""Images from any source to RGB, to a size that fits, and to patches; numpy and Pillow only.
+
+Everything here is a pure function of its arguments: no randomness, no global state.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmjax.types import BadSample, ImageSource
+
+MAX_PIXELS = 89_478_485
+"""Pixels above which an image is refused unread: Pillow's own threshold for a bomb warning."""
+
+_SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
+
+
+def source_name(source: ImageSource) -> str:
+    """Name an image source for a message: its path, or what kind of object it is and how large."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or f"PIL image {source.mode} {source.size}"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"<{len(source)} bytes>"
+    return f"<array {getattr(source, 'dtype', type(source).__name__)}{np.shape(source)}>"
+
+
+def open_image(
+    source: ImageSource, *, max_pixels: int | None = MAX_PIXELS, transpose: bool = False
+) -> Image.Image:
+    """Open an image by its header alone; the pixels are decoded by ``to_rgb``.
+
+    source: a path, encoded bytes, a PIL image, or uint8[h,w], [h,w,1|3|4] or [1|3|4,h,w].
+    max_pixels: refuse more than this many, None for no limit but Pillow's own.
+    transpose: apply the EXIF orientation. The peers do not, so neither does the default.
+    Raises BadSample: missing_image, corrupt_image, image_too_large, bad_image_type.
+    """
+    name = source_name(source)
+    if isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+        image = _open_encoded(source, name)
+    else:
+        image = _from_array(source, name)
+    pixels = image.width * image.height
+    if pixels == 0:
+        raise BadSample("corrupt_image", f"{name}: the image is empty ({image.size})")
+    if max_pixels is not None and pixels > max_pixels:
+        raise BadSample(
+            "image_too_large",
+            f"{name}: {image.width}x{image.height} is {pixels} pixels, above the limit of "
+            f"{max_pixels}; shrink the file or raise max_pixels",
+        )
+    return _decoding(name, ImageOps.exif_transpose, image) if transpose else image
+
+
+def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
+    """Decode an opened image into RGB: alpha is dropped, the first frame taken, 16 bits cut to 8.
+
+    Raises BadSample("corrupt_image") naming the source when the data is truncated or broken.
+    """
+    return _decoding(name or source_name(image), _convert, image)
+
+
+def load_rgb(source: ImageSource, **options: Any) -> np.ndarray:
+    """Read any source into uint8[h,w,3]; options and errors are those of ``open_image``."""
+    return np.asarray(to_rgb(open_image(source, **options), source_name(source)))
+
+
+def fit_size(
+    width: int, height: int, max_width: int | None, max_height: int | None
+) -> tuple[int, int]:
+    """Fit (width, height) into a box, keeping the aspect: never enlarged, sizes truncated.
+
+    None lifts that limit. The products are taken in the peers' order, because truncation after a
+    float product decides whether 1440 becomes 1080 or 1079.
+    """
+    scale_h = math.inf if max_height is None else max_height / height
+    scale_w = math.inf if max_width is None else max_width / width
+    scale = min(scale_h, scale_w)
+    if scale >= 1:
+        return width, height
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def resize(image: Image.Image, width: int, height: int, resample: int = 2) -> Image.Image:
+    """Resize with Pillow's antialiased filter (2 is bilinear); the same object if nothing changes.
+
+    Within one grey level of torchvision's antialiased uint8 resize, which the peers may use.
+    """
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), resample=Image.Resampling(resample))
+
+
+def pad_to_multiple(pixels: np.ndarray, multiple: int, value: float) -> np.ndarray:
+    """Pad [h,w,c] at the bottom and the right until both sides divide by ``multiple``."""
+    height, width, channels = pixels.shape
+    rows, cols = -(-height // multiple), -(-width // multiple)
+    if (rows * multiple, cols * multiple) == (height, width):
+        return pixels
+    padded = np.full((rows * multiple, cols * multiple, channels), value, pixels.dtype)
+    padded[:height, :width] = pixels
+    return padded
+
+
+def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """Cut [h,w,c] into patches [p, patch*patch*c]: row-major, and inside rows, columns, channels.
+
+    Raises ValueError when a side does not divide by the patch.
+    """
+    height, width, channels = pixels.shape
+    if height % patch or width % patch:
+        raise ValueError(f"{height}x{width} (height x width) does not divide by patch {patch}")
+    grid = pixels.reshape(height // patch, patch, width // patch, patch, channels)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(patches: np.ndarray, rows: int, cols: int, patch: int) -> np.ndarray:
+    """Put patches [p, pixels] of a rows x cols grid back together into [h,w,c]."""
+    channels = patches.shape[-1] // (patch * patch)
+    grid = patches.reshape(rows, cols, patch, patch, channels)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * patch, cols * patch, channels)
+
+
+def _open_encoded(source: Any, name: str) -> Image.Image:
+    """Read the header of a file or of bytes, turning Pillow's many errors into BadSample."""
+    if isinstance(source, str | os.PathLike):
+        if not os.path.isfile(source):
+            raise BadSample("missing_image", f"{name}: no such image file; check the image folder")
+        stream: Any = os.fspath(source)
+    else:
+        stream = io.BytesIO(source)
+    return _decoding(name, Image.open, stream)
+
+
+def _from_array(source: Any, name: str) -> Image.Image:
+    """Wrap uint8 pixels in a PIL image, whichever side the channels stand on."""
+    array = np.asarray(source)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise BadSample(
+            "bad_image_type",
+            f"{name}: an image is a path, bytes, a PIL image, or uint8 pixels [h,w] or [h,w,3]",
+        )
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim == 3 and array.shape[2] not in (3, 4):
+        raise BadSample("bad_image_type", f"{name}: expected 1, 3 or 4 channels, first or last")
+    if array.size == 0:
+        raise BadSample("corrupt_image", f"{name}: the image is empty")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB in one documented way; Pillow would clip 16-bit grey to white."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode in _SIXTEEN_BIT:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I":  # 16-bit grey in a 32-bit container
+        grey = np.clip(np.asarray(image), 0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.clip(np.nan_to_num(np.asarray(image)), 0, 255)
+        return Image.fromarray(np.round(grey).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")  # without the detour Pillow warns
+    return image.convert("RGB")
+
+
+def _decoding(name: str, function: Any, image: Any) -> Any:
+    """Call a Pillow function on untrusted data; every failure becomes a BadSample."""
+    try:
+        with warnings.catch_warnings():
+            # The size is checked against max_pixels by the caller, with a message of its own.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return function(image)
+    except Image.DecompressionBombError as error:
+        raise BadSample("image_too_large", f"{name}: {error}") from error
+    except MemoryError:
+        raise
+    # Broken files make Pillow's parsers raise nearly anything: OSError, SyntaxError, struct.error,
+    # ValueError, IndexError, zlib.error. All of them mean the same here.
+    except Exception as error:
+        raise BadSample(
+            "corrupt_image",
+            f"{name}: cannot be read as an image ({type(error).__name__}: {error}); replace the "
+            "file or drop the record",
+        ) from error

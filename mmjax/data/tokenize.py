@@ -1,0 +1,73 @@
+"""Tokenizers without torch, and which tokens of a text are supervised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.types import MMJaxError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Any | None:
+    """Load the tokenizer of a checkpoint folder; None when the folder holds no tokenizer file.
+
+    Raises MMJaxError naming the file when it is there but cannot be read.
+    """
+    present = [f for f in TOKENIZER_FILES if os.path.isfile(os.path.join(folder, f))]
+    if not present:
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # tokenizer.json is read as it stands: a tokenizer class named beside it (LlamaTokenizer for
+    # Fuyu) may rebuild the normaliser and with it other ids.
+    loader = PreTrainedTokenizerFast if present[0] == "tokenizer.json" else AutoTokenizer
+    try:
+        return loader.from_pretrained(os.fspath(folder), local_files_only=True)
+    except Exception as error:  # transformers, tokenizers and sentencepiece share no error type
+        raise MMJaxError(
+            f"{os.path.join(folder, present[0])}: cannot be read as a tokenizer ({error}); copy it "
+            "anew from the original checkpoint"
+        ) from error
+
+
+def token_id(tokenizer: Any, token: str) -> int | None:
+    """Look up one token; None when the vocabulary lacks it (transformers would answer <unk>)."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or tokenizer.convert_ids_to_tokens(found) != token:
+        return None
+    return int(found)
+
+
+def encode_text(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise without special tokens: ids int32[t] and character spans int32[t,2]."""
+    if not text:
+        return np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids = np.asarray(encoded["input_ids"], np.int32)
+    return ids, np.asarray(encoded["offset_mapping"], np.int32).reshape(-1, 2)
+
+
+def supervised_tokens(spans: np.ndarray, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
+    """Mark the tokens whose whole span lies in supervised text: bool[t].
+
+    spans: [t,2] into the joined pieces. pieces: (text, supervised), in order. A token that reaches
+    over a border into unsupervised text is not a target.
+    """
+    wanted = np.concatenate([np.full(len(text), loss, bool) for text, loss in pieces] or [[]])
+    missed = np.concatenate([[0], np.cumsum(~wanted.astype(bool))])  # unsupervised before i
+    starts, ends = spans[:, 0], spans[:, 1]
+    # A token without characters (a lone prefix mark) counts as the character it stands before.
+    ends = np.minimum(np.maximum(ends, starts + 1), len(wanted))
+    return (missed[ends] == missed[starts]) & (ends > starts)

@@ -1,0 +1,514 @@
+"""Fuyu's processor: text and images of any size into one token stream, and tokens into text.
+
+An image becomes rows of patch tokens, each row closed by a newline token; the patches themselves
+travel beside the tokens as grey levels. Tokens and patches equal those of Hugging Face's
+FuyuProcessor (transformers 5.23) for one image in front of a prompt; several images at any
+position, text-only prompts, any image size and 4.35's coordinates go beyond it. numpy and Pillow
+only: data workers load this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.images import (
+    fit_size,
+    open_image,
+    pad_to_multiple,
+    patchify,
+    resize,
+    source_name,
+    to_rgb,
+)
+from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens, token_id
+from mmjax.models.fuyu.coordinates import CoordinateTokens, split_coordinates
+from mmjax.models.fuyu.processor_config import ProcessorConfig
+from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
+
+__all__ = ["FuyuProcessor", "ProcessorConfig", "check_vocabulary"]
+
+IMAGE_MARK = "<image>"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One image before its pixels are read: its size in the stream, and where they come from.
+
+    size: (width, height) of the source; fitted: after shrinking; rows, cols: the patch grid, cols 0
+    for patches that came without a grid. pixels: the opened image, or float [h,w,3] or [p,pixels].
+    """
+
+    name: str
+    size: tuple[int, int]
+    fitted: tuple[int, int]
+    rows: int
+    cols: int
+    pixels: Any
+
+    @property
+    def num_patches(self) -> int:
+        return self.rows * self.cols if self.cols else self.rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * (self.cols + 1)
+
+    @property
+    def scale(self) -> float:
+        """Resized over original height, the one factor the peers use for both axes."""
+        return self.fitted[1] / self.size[1] if self.size[1] else 1.0
+
+
+@dataclasses.dataclass
+class _Stream:
+    """The growing token stream: pieces of equal-length ids, targets and visual rows."""
+
+    ids: list[np.ndarray] = dataclasses.field(default_factory=list)
+    loss: list[np.ndarray] = dataclasses.field(default_factory=list)
+    visual: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def add(self, ids: Any, loss: Any = False, visual: Any = -1) -> None:
+        ids = np.asarray(ids, np.int32).reshape(-1)
+        self.ids.append(ids)
+        self.loss.append(np.broadcast_to(np.asarray(loss, bool), ids.shape))
+        self.visual.append(np.broadcast_to(np.asarray(visual, np.int32), ids.shape))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ids))
+
+    def example(self, patches: np.ndarray) -> Example:
+        empty = [np.zeros(0, np.int32)]
+        tokens = np.concatenate(self.ids or empty)
+        return {
+            "tokens": tokens,
+            "positions": np.arange(len(tokens), dtype=np.int32),
+            "loss_mask": np.concatenate(self.loss or empty).astype(bool),
+            "visual_index": np.concatenate(self.visual or empty),
+            "patches": patches,
+        }
+
+
+class FuyuProcessor:
+    """Encode prompts and images into Examples and decode answers, with one tokenizer or none."""
+
+    def __init__(self, config: ProcessorConfig | None = None, tokenizer: Any | None = None):
+        """Take the ids of the special tokens from the tokenizer, or without one from the config.
+
+        Raises MMJaxError when the tokenizer lacks a token that Fuyu's stream is made of.
+        """
+        config = config or ProcessorConfig()
+        self.tokenizer = tokenizer
+        self.folder: str | None = None
+        self.coordinates = None
+        if tokenizer is not None:
+            config = dataclasses.replace(config, **_ids_of(tokenizer))
+            self.coordinates = CoordinateTokens(tokenizer)
+        self.config = config
+        self.specials = {
+            "bos": config.bos_token_id,
+            "answer": config.answer_token_id,
+            "eos": config.eos_token_id,
+        }
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id that ends an answer."""
+        return self.config.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills a row behind its samples."""
+        return self.config.pad_token_id
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands where a patch is put."""
+        return self.config.image_token_id
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> FuyuProcessor:
+        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded."""
+        processor = cls(ProcessorConfig.from_folder(folder), load_tokenizer(folder))
+        processor.folder = os.fspath(folder)
+        return processor
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the processor and tokenizer files that transformers' FuyuProcessor loads."""
+        self.config.save(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(os.fspath(folder))
+
+    def with_options(self, **changes: Any) -> FuyuProcessor:
+        """Return a processor with other settings, such as ``max_height=448, max_width=448``."""
+        other = FuyuProcessor(dataclasses.replace(self.config, **changes), self.tokenizer)
+        other.folder = self.folder
+        return other
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """Count the stream tokens of an image: its patches and one newline for each row."""
+        rows, cols = self.grid(*self.fitted_size(width, height))
+        return rows * (cols + 1)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Count (rows, columns) of patches that cover a size as it stands."""
+        patch = self.config.patch_size
+        return -(-height // patch), -(-width // patch)
+
+    def fitted_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) an image is shrunk to: the box, then max_image_tokens."""
+        config = self.config
+        fitted = fit_size(width, height, config.max_width, config.max_height)
+        if config.max_image_tokens is None:
+            return fitted
+        within = self._largest_within(*fitted, config.max_image_tokens)
+        if within is None:
+            raise MMJaxError(
+                f"max_image_tokens = {config.max_image_tokens}: one patch and its row end need 2"
+            )
+        return within
+
+    def image_scale(self, image: ImageSource) -> float:
+        """Return resized / original height, the factor ``decode`` needs for coordinates."""
+        return self._plan(image).scale
+
+    def encode(
+        self,
+        segments: Sequence[Segment],
+        images: Sequence[ImageSource],
+        *,
+        max_tokens: int | None = None,
+    ) -> Example:
+        """Encode segments into an Example; neighbouring text segments are tokenised as one text.
+
+        Raises BadSample: empty_answer, too_long (before any pixel is read), image_mismatch,
+        bad_coordinates, and those of ``open_image``.
+        """
+        _check_answers(segments)
+        plans = [self._plan(image) for image in images]
+        for plan in plans:
+            if not plan.cols:
+                raise BadSample(
+                    "image_mismatch",
+                    f"{plan.name}: patches without a grid cannot stand in a text prompt; give the "
+                    "pixels [3,h,w], or a prompt of token ids",
+                )
+        stream = self._stream(segments, plans)
+        if max_tokens is not None and len(stream) > max_tokens:
+            raise BadSample("too_long", self._too_long(plans, len(stream), max_tokens))
+        example = stream.example(self._patches(plans))
+        if any(s.loss for s in segments) and not example["loss_mask"].any():
+            raise BadSample("empty_answer", "no token lies inside the supervised text")
+        return example
+
+    def encode_prompt(
+        self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()
+    ) -> Example:
+        """Encode a question for generation; nothing is supervised.
+
+        A string becomes [images] <s> text <0x04>; ``<image>`` marks in it place the images, without
+        marks they stand in front. Token ids are used as they are: the patches fill the occurrences
+        of ``image_token_id`` in order; without images those ids are plain tokens.
+
+        One difference from transformers 5.23: an empty string gives <s> <0x04> as 4.35 did, without
+        the stray underscore token that 5.23 puts between.
+        """
+        if not isinstance(prompt, str):
+            return self._encode_ids(prompt, images)
+        return self.encode(prompt_segments(prompt, len(images)), images)
+
+    def decode(self, tokens: Sequence[int], scale: float = 1.0) -> str:
+        """Turn generated ids into the answer's text; special tokens are dropped.
+
+        What stands before the last <0x04> is the prompt, what follows <eos> is padding. Coordinates
+        are written as tags in pixels of the original image: scale is ``image_scale`` of it.
+        """
+        self._require_tokenizer()
+        ids = [int(token) for token in np.asarray(tokens).reshape(-1)]
+        config = self.config
+        if config.answer_token_id in ids:
+            ids = ids[len(ids) - ids[::-1].index(config.answer_token_id) :]
+        if config.eos_token_id in ids:
+            ids = ids[: ids.index(config.eos_token_id)]
+        dropped = {
+            config.bos_token_id,
+            config.pad_token_id,
+            config.image_token_id,
+            config.newline_token_id,
+        }
+        ids = [i for i in ids if i >= 0 and i not in dropped]
+        text = ""
+        for plain, tag in self.coordinates.split_ids(ids, scale):
+            text += (self.tokenizer.decode(plain, skip_special_tokens=True) if plain else "") + tag
+        return text
+
+    def _encode_ids(self, prompt: Sequence[int], images: Sequence[ImageSource]) -> Example:
+        """Lay the patches on the image ids of a ready token sequence."""
+        tokens = np.asarray(prompt).reshape(-1)
+        if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
+            raise MMJaxError(f"a prompt is a string or integer token ids, not {tokens.dtype}")
+        plans = [self._plan(image) for image in images]
+        places = np.flatnonzero(tokens == self.config.image_token_id) if plans else []
+        total = sum(plan.num_patches for plan in plans)
+        if len(places) != total:
+            raise BadSample(
+                "image_mismatch",
+                f"the prompt holds {len(places)} image tokens (id {self.config.image_token_id}) "
+                f"but the images make {total} patches; each patch needs one token",
+            )
+        visual = np.full(len(tokens), -1, np.int32)
+        visual[places] = np.arange(total, dtype=np.int32)
+        stream = _Stream()
+        stream.add(tokens, visual=visual)
+        return stream.example(self._patches(plans))
+
+    def _stream(self, segments: Sequence[Segment], plans: Sequence[_Plan]) -> _Stream:
+        """Turn segments into ids, targets and visual rows."""
+        firsts = np.cumsum([0] + [plan.num_patches for plan in plans])
+        stream = _Stream()
+        run: list[tuple[str, bool]] = []
+        scale = plans[0].scale if plans else 1.0
+        used = set()
+        for segment in segments:
+            if segment.kind == "text":
+                run.append((str(segment.value), segment.loss))
+                continue
+            self._add_text(stream, run, scale)
+            run = []
+            if segment.kind == "special":
+                stream.add(self.specials[segment.value], segment.loss)
+                continue
+            index = int(segment.value)
+            if not 0 <= index < len(plans):
+                raise BadSample(
+                    "image_mismatch", f"the prompt asks for image {index} of {len(plans)}"
+                )
+            used.add(index)
+            scale = plans[index].scale  # coordinates mean the image that stands before them
+            self._add_image(stream, plans[index], int(firsts[index]))
+        self._add_text(stream, run, scale)
+        if len(used) != len(plans):
+            missing = sorted(set(range(len(plans))) - used)
+            raise BadSample("image_mismatch", f"images {missing} have no place in the prompt")
+        return stream
+
+    def _add_image(self, stream: _Stream, plan: _Plan, first: int) -> None:
+        """Add the rows of one image: cols patch tokens and a newline each."""
+        ids = np.full((plan.rows, plan.cols + 1), self.config.image_token_id, np.int32)
+        ids[:, -1] = self.config.newline_token_id
+        visual = np.full(ids.shape, -1, np.int32)
+        visual[:, :-1] = first + np.arange(plan.num_patches).reshape(plan.rows, plan.cols)
+        stream.add(ids, visual=visual.reshape(-1))
+
+    def _add_text(self, stream: _Stream, run: list[tuple[str, bool]], scale: float) -> None:
+        """Add one run of text; coordinate tags cut it, and each part is tokenised by itself."""
+        text = "".join(part for part, _ in run)
+        if not text:
+            return
+        self._require_tokenizer()
+        for span in split_coordinates(text):
+            part = text[span.start : span.end]
+            if span.kind is None:
+                ids, spans = encode_text(self.tokenizer, part)
+            else:
+                ids = self.coordinates.encode(span, scale)
+                spans = np.tile(np.int32([0, len(part)]), (len(ids), 1))
+            stream.add(ids, supervised_tokens(spans + span.start, run))
+
+    def _plan(self, source: ImageSource) -> _Plan:
+        """Look at one image without decoding it."""
+        floats = _float_array(source)
+        if floats is not None:
+            return self._plan_floats(floats, source_name(source))
+        config = self.config
+        image = open_image(source, max_pixels=config.max_pixels, transpose=config.transpose)
+        fitted = self.fitted_size(*image.size)
+        return _Plan(source_name(source), image.size, fitted, *self.grid(*fitted), image)
+
+    def _plan_floats(self, array: np.ndarray, name: str) -> _Plan:
+        """Recognise ready patches [p,pixels] or normalised pixels [3,h,w], [h,w,3]."""
+        channels, shape = self.config.num_channels, array.shape
+        ready = array.ndim == 3 and shape[2] == self.config.patch_dim
+        if (ready or array.ndim == 4) and shape[0] == 1:
+            array = array[0]
+        if array.ndim == 2 and array.shape[1] == self.config.patch_dim:
+            return _Plan(name, (0, 0), (0, 0), len(array), 0, array)
+        if array.ndim == 3 and array.shape[2] != channels and array.shape[0] == channels:
+            array = array.transpose(1, 2, 0)
+        if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
+            raise BadSample(
+                "bad_image_type",
+                f"{name}: float images are patches [p,{self.config.patch_dim}] or normalised "
+                f"pixels [{channels},h,w], each with or without a leading 1; got {list(shape)}",
+            )
+        size = (array.shape[1], array.shape[0])
+        return _Plan(name, size, size, *self.grid(*size), array)
+
+    def _patches(self, plans: Sequence[_Plan]) -> np.ndarray:
+        """Read, shrink, pad and cut the images: [p, pixels] in the order of the images."""
+        config = self.config
+        patches = [self._cut(plan) for plan in plans]
+        if any(p.dtype != np.uint8 for p in patches):
+            split = (-1, config.num_channels)
+            patches = [
+                config.normalise(p.reshape(split)).reshape(p.shape) if p.dtype == np.uint8 else p
+                for p in patches
+            ]
+        if not patches:
+            return np.zeros((0, config.patch_dim), np.uint8)
+        return patches[0] if len(patches) == 1 else np.concatenate(patches)
+
+    def _cut(self, plan: _Plan) -> np.ndarray:
+        """Make the patches of one image: uint8, or float32 where it came normalised."""
+        config = self.config
+        if not plan.cols:
+            return plan.pixels
+        if isinstance(plan.pixels, Image.Image):
+            image = resize(to_rgb(plan.pixels, plan.name), *plan.fitted, config.resample)
+            pixels, fill = np.asarray(image), config.padding_value
+        else:
+            pixels = plan.pixels
+            fill = config.normalise(np.asarray(config.padding_value))
+        return patchify(pad_to_multiple(pixels, config.patch_size, fill), config.patch_size)
+
+    def _largest_within(self, width: int, height: int, tokens: int) -> tuple[int, int] | None:
+        """Find the largest size of this aspect whose image makes at most so many tokens."""
+
+        def at(scale: float) -> tuple[int, int]:
+            return max(1, int(width * scale)), max(1, int(height * scale))
+
+        def fits(size: tuple[int, int]) -> bool:
+            rows, cols = self.grid(*size)
+            return rows * (cols + 1) <= tokens
+
+        if fits((width, height)):
+            return width, height
+        low, high = 0.0, 1.0
+        if not fits(at(low)):
+            return None
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(at(middle)) else (low, middle)
+        return at(low)
+
+    def _too_long(self, plans: Sequence[_Plan], total: int, limit: int) -> str:
+        """Say what is too long and what would fit."""
+        message = f"the sample makes {total} tokens, above max_tokens = {limit}"
+        if not plans:
+            return f"{message}; shorten the text or raise max_tokens"
+        plan = max(plans, key=lambda p: p.num_tokens)
+        rest = total - plan.num_tokens
+        width, height = plan.size
+        message += f": {plan.name} of {width}x{height} makes {plan.num_tokens} of them"
+        if plan.fitted != plan.size:
+            message += f" (already shrunk to {plan.fitted[0]}x{plan.fitted[1]})"
+        best = self._largest_within(*plan.fitted, limit - rest)
+        if best is None:
+            return f"{message}, and the other {rest} leave it no room; raise max_tokens"
+        return (
+            f"{message}; the largest size of it that fits is {best[0]}x{best[1]}: lower max_height "
+            "and max_width, or raise max_tokens"
+        )
+
+    def _require_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise MMJaxError(
+                f"{self.folder or 'this processor'} has no tokenizer.json or tokenizer.model, so "
+                "text cannot be encoded or decoded; put the checkpoint's tokenizer files beside "
+                "its config.json, or give the prompt as token ids"
+            )
+
+
+def prompt_segments(prompt: str, num_images: int) -> list[Segment]:
+    """Split a string prompt into segments: images, ``bos`` before the first text, ``answer`` last.
+
+    Raises MMJaxError when there are marks, but not one for each image.
+    """
+    parts = prompt.split(IMAGE_MARK)
+    marks = len(parts) - 1
+    if marks and marks != num_images:
+        raise MMJaxError(
+            f"the prompt holds {marks} {IMAGE_MARK} marks for {num_images} images; give one mark "
+            "for each image, or none to put them all in front"
+        )
+    segments = [] if marks else [Segment("image", i) for i in range(num_images)]
+    started = False
+    for index, part in enumerate(parts):
+        if index:
+            segments.append(Segment("image", index - 1))
+        if part and not started:
+            segments.append(Segment("special", "bos"))
+            started = True
+        if part:
+            segments.append(Segment("text", part))
+    if not started:
+        segments.append(Segment("special", "bos"))
+    return [*segments, Segment("special", "answer")]
+
+
+def check_vocabulary(processor: FuyuProcessor, vocab_size: int, image_token_id: int) -> None:
+    """Raise MMJaxError when the tokenizer cannot belong to a model of these numbers.
+
+    A vocabulary smaller than the table is fine: tables are padded. No tokenizer passes too.
+    """
+    if processor.tokenizer is None:
+        return
+    size = len(processor.tokenizer)
+    if size > vocab_size:
+        raise MMJaxError(
+            f"the tokenizer has {size} tokens but the model's vocab_size is {vocab_size}: they are "
+            "of different checkpoints; use the tokenizer the model was trained with"
+        )
+    if processor.image_token_id != image_token_id:
+        raise MMJaxError(
+            f"the tokenizer puts |SPEAKER| at {processor.image_token_id} but the model's "
+            f"image_token_id is {image_token_id}: they are of different checkpoints; use the "
+            "tokenizer the model was trained with, or correct image_token_id in config.json"
+        )
+
+
+def _check_answers(segments: Sequence[Segment]) -> None:
+    """Refuse supervised stretches that hold no text: they would train the end mark alone."""
+    stretch: list[Segment] = []
+    for segment in [*segments, None]:
+        if segment is not None and segment.loss:
+            stretch.append(segment)
+            continue
+        if stretch and not "".join(str(s.value) for s in stretch if s.kind == "text").strip():
+            raise BadSample("empty_answer", "an answer is empty; drop the record or fill it in")
+        stretch = []
+
+
+def _ids_of(tokenizer: Any) -> dict[str, int]:
+    """Look up Fuyu's special tokens, all missing ones in one error."""
+    names = {
+        "image_token_id": "|SPEAKER|",
+        "newline_token_id": "|NEWLINE|",
+        "answer_token_id": "<0x04>",
+        "bos_token_id": "<s>",
+        "eos_token_id": "|ENDOFTEXT|",
+    }
+    ids = {key: token_id(tokenizer, name) for key, name in names.items()}
+    for key, fallback in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
+        if ids[key] is None:
+            ids[key] = getattr(tokenizer, fallback)
+    missing = [names[key] for key, value in ids.items() if value is None]
+    if missing:
+        raise MMJaxError(
+            f"the tokenizer lacks {', '.join(missing)}: it is not Fuyu's; use the tokenizer files "
+            "of the checkpoint, or build one with mmjax.data.tokenizers_small"
+        )
+    return ids
+
+
+def _float_array(source: ImageSource) -> np.ndarray | None:
+    """Return float pixels or patches as float32; None for every other kind of image."""
+    if isinstance(source, Image.Image) or not hasattr(source, "__array__"):
+        return None
+    array = np.asarray(source)
+    return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else None

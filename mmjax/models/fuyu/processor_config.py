@@ -1,0 +1,184 @@
+"""The settings of Fuyu's processor, read from and written as Hugging Face's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.data.images import MAX_PIXELS
+from mmjax.types import MMJaxError
+
+_FILES = ("processor_config.json", "preprocessor_config.json")
+_OPEN_KEY = "mmjax_max_size"  # beside HF's ``size``, which cannot say "no limit"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorConfig:
+    """How Fuyu sees an image, and its token ids where no tokenizer says them.
+
+    max_height, max_width: the box an image is shrunk into, None for no limit. Never enlarged.
+    max_image_tokens: shrink an image further until its patches and row ends are at most so many.
+    padding_value: grey level (0-255) that fills the last row and column of patches. The peers pad
+        with 1.0 before the division by 255, so the padding is near black, not white.
+    max_pixels: refuse larger files unread. transpose: apply EXIF orientation (the peers do not).
+    """
+
+    patch_size: int = 30
+    num_channels: int = 3
+    max_height: int | None = 1080
+    max_width: int | None = 1920
+    max_image_tokens: int | None = None
+    resample: int = 2
+    padding_value: float = 1.0
+    image_mean: float | tuple[float, ...] = 0.5
+    image_std: float | tuple[float, ...] = 0.5
+    max_pixels: int | None = MAX_PIXELS
+    transpose: bool = False
+    image_token_id: int = 71011
+    newline_token_id: int = 71019
+    answer_token_id: int = 71122
+    bos_token_id: int = 1
+    eos_token_id: int = 71013
+    pad_token_id: int = 0
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one patch."""
+        return self.patch_size * self.patch_size * self.num_channels
+
+    def normalise(self, levels: np.ndarray) -> np.ndarray:
+        """Turn grey levels [..., c] into float32 [..., c] as the model sees them."""
+        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        return (levels.astype(np.float32) / np.float32(255) - mean) / std
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> ProcessorConfig:
+        """Read a preprocessor_config.json (transformers 4) or processor_config.json (5).
+
+        ``size`` and ``patch_size`` may be numbers or dicts; the first release's ``target_height``
+        and ``target_width`` are understood. Raises MMJaxError on settings mmjax cannot follow.
+        """
+        data = {**data, **data.get("image_processor", {})}
+        for key in ("do_rescale", "do_normalize"):
+            if data.get(key) is False:
+                raise MMJaxError(f"{key} = false: Fuyu expects normalised pixels; remove it")
+        factor = data.get("rescale_factor", 1 / 255)
+        if abs(factor * 255 - 1) > 1e-6:
+            raise MMJaxError(f"rescale_factor = {factor}: only 1/255 is supported")
+        if data.get("padding_mode", "constant") != "constant":
+            raise MMJaxError(
+                f"padding_mode = {data['padding_mode']!r}: only 'constant' is supported"
+            )
+        height, width = _height_width(data.get("size") or {}, "size")
+        height = height or data.get("target_height", cls.max_height)
+        width = width or data.get("target_width", cls.max_width)
+        if data.get("do_resize") is False:
+            height = width = None
+        if _OPEN_KEY in data:
+            height, width = data[_OPEN_KEY]
+        sides = _height_width(data.get("patch_size") or cls.patch_size, "patch_size")
+        if sides[0] != sides[1]:
+            raise MMJaxError(f"patch_size = {sides}: Fuyu's patches are square")
+        return cls(
+            patch_size=sides[0],
+            max_height=height,
+            max_width=width,
+            resample=int(data.get("resample", cls.resample)),
+            padding_value=data.get("padding_value", cls.padding_value),
+            image_mean=_number_or_tuple(data.get("image_mean", cls.image_mean)),
+            image_std=_number_or_tuple(data.get("image_std", cls.image_std)),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Write the preprocessor_config.json that transformers 4 and 5 both load.
+
+        A box without limits has no word there: transformers then gets Fuyu's own 1080x1920, and
+        mmjax reads its own key back.
+        """
+        height = ProcessorConfig.max_height if self.max_height is None else self.max_height
+        width = ProcessorConfig.max_width if self.max_width is None else self.max_width
+        data: dict[str, Any] = {
+            "image_processor_type": "FuyuImageProcessor",
+            "processor_class": "FuyuProcessor",
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "resample": self.resample,
+            "do_pad": True,
+            "padding_value": self.padding_value,
+            "padding_mode": "constant",
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+            "patch_size": {"height": self.patch_size, "width": self.patch_size},
+        }
+        if None in (self.max_height, self.max_width):
+            data[_OPEN_KEY] = [self.max_height, self.max_width]
+        return data
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> ProcessorConfig:
+        """Read a checkpoint folder: the processor's file and, for ids and patch, ``config.json``.
+
+        Missing files leave Fuyu-8B's values. Raises MMJaxError naming a file that is not JSON.
+        """
+        found = [data for file in _FILES if (data := _read_json(folder, file)) is not None]
+        # transformers 4 may leave a processor_config.json that says nothing about images.
+        telling = [d for d in found if {"image_processor", "patch_size", "size"} & set(d)]
+        model = _read_json(folder, "config.json") or {}
+        config = cls.from_hf(telling[0] if telling else {})
+        changes: dict[str, Any] = {}
+        if not telling and isinstance(model.get("patch_size"), int):
+            changes["patch_size"] = model["patch_size"]
+        if isinstance(model.get("num_channels"), int):
+            changes["num_channels"] = model["num_channels"]
+        text = model.get("text_config") or {}
+        for key in ("image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+            value = model.get(key, text.get(key))
+            if isinstance(value, int):
+                changes[key] = value
+        return dataclasses.replace(config, **changes)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write preprocessor_config.json into a folder."""
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, _FILES[1]), "w", encoding="utf-8") as file:
+            json.dump(self.to_hf(), file, indent=2)
+            file.write("\n")
+
+
+def _height_width(value: Any, name: str) -> tuple[int | None, int | None]:
+    """Read a side given as a number, a pair or a dict."""
+    if isinstance(value, Mapping):
+        return value.get("height"), value.get("width")
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value[0], value[1]
+    raise MMJaxError(f"{name} = {value!r}: expected a number or {{height, width}}")
+
+
+def _number_or_tuple(value: Any) -> float | tuple[float, ...]:
+    """Make a JSON list hashable."""
+    return tuple(value) if isinstance(value, list | tuple) else float(value)
+
+
+def _read_json(folder: str | os.PathLike, file: str) -> dict[str, Any] | None:
+    """Read one JSON object; None when the file is not there."""
+    path = os.path.join(folder, file)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as stream:
+            data = json.load(stream)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MMJaxError(f"{path}: not valid JSON ({error}); copy it anew") from error
+    if not isinstance(data, dict):
+        raise MMJaxError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
