@@ -1,0 +1,185 @@
+"""Random access to the records of a JSON array or a JSONL file through a byte-offset index.
+
+Only the index (three integers a record) is held in memory; a record is read when it is asked for.
+The index is cached beside the file, or in ``index_dir``, and made anew when the file's size or
+modification time changes. A JSONL file is scanned in chunks; a ``.json`` array is read whole once,
+when its index is built, and never again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.types import BadSample, MMJaxError
+
+_CHUNK = 1 << 24
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BOM = "\xef\xbb\xbf"  # a UTF-8 byte order mark, read as latin-1
+
+
+class IndexedJson:
+    """The objects of one file: ``len(f)``, ``f[i] -> (line, dict)``; picklable, thread-safe.
+
+    path: ``.jsonl`` / ``.ndjson`` (one object a line) or ``.json`` (one array of objects).
+    Raises MMJaxError for a missing file, and, naming line and column, for a malformed ``.json``;
+    a malformed line of a JSONL file is a BadSample when that line is read.
+    """
+
+    def __init__(self, path: str | os.PathLike, index_dir: str | os.PathLike | None = None):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise MMJaxError(f"{self.path}: no such file; check the path of this data source")
+        self._index = load_index(self.path, index_dir)
+        self._fd: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int) -> tuple[int, dict[str, Any]]:
+        start, end, line = (int(x) for x in self._index[i])
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        where = f"{self.path}:{line}"
+        raw = os.pread(self._fd, end - start, start)
+        try:
+            value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_reject_duplicates)
+        except UnicodeDecodeError as e:
+            raise BadSample(
+                "bad_json", f"{where}: not UTF-8 at byte {e.start} of the record"
+            ) from e
+        except json.JSONDecodeError as e:
+            raise BadSample(
+                "bad_json", f"{where}: not JSON at column {e.colno} of the record ({e.msg})"
+            ) from e
+        except KeyError as e:
+            raise BadSample("bad_json", f"{where}: field {e.args[0]!r} is given twice") from e
+        if not isinstance(value, dict):
+            raise BadSample(
+                "bad_json", f"{where}: expected one JSON object, got {type(value).__name__}"
+            )
+        return line, value
+
+    def __getstate__(self):
+        return {**self.__dict__, "_fd": None}
+
+    def __del__(self):
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)
+
+
+def load_index(path: Path, index_dir: str | os.PathLike | None = None) -> np.ndarray:
+    """Return int64[n,3] (first byte, end byte, line) of each record, from the cache if it holds."""
+    stat = path.stat()
+    stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
+    caches = _cache_paths(path, index_dir)
+    for cache in caches:
+        try:
+            with np.load(cache) as saved:
+                if np.array_equal(saved["stamp"], stamp):
+                    return saved["index"]
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            continue  # absent or damaged: build it again
+    index = index_array(path) if path.suffix == ".json" else index_lines(path)
+    for cache in caches:
+        if _write_cache(cache, stamp, index):
+            break
+    return index
+
+
+def index_lines(path: Path) -> np.ndarray:
+    """Find the lines of a JSONL file in chunks; blank lines hold no record."""
+    ends: list[np.ndarray] = []
+    size = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + size)
+            size += len(chunk)
+        end = np.concatenate([*ends, [size]]).astype(np.int64)
+        start = np.concatenate([[0], end[:-1] + 1])
+        line = np.arange(1, len(end) + 1)
+        # Only the short lines can be blank; looking at them costs nothing.
+        blank = end <= start
+        for i in np.flatnonzero((end - start <= 8) & ~blank):
+            file.seek(start[i])
+            blank[i] = not file.read(end[i] - start[i]).strip()
+    return np.stack([start, end, line], 1)[~blank]
+
+
+def index_array(path: Path) -> np.ndarray:
+    """Find the objects of a JSON array; raises MMJaxError with line and column if it is broken."""
+    # latin-1 maps bytes to characters one to one, so that character offsets are byte offsets;
+    # JSON's structure is ASCII, and every record is decoded as UTF-8 when it is read.
+    text = path.read_bytes().decode("latin-1")
+    position = _skip_space(text, len(_BOM) if text.startswith(_BOM) else 0)
+    if text[position : position + 1] != "[":
+        seen = text[position : position + 20]
+        raise MMJaxError(
+            f"{path}:1: expected a JSON array of records, found {seen!r}; for one object a line, "
+            "name the file .jsonl"
+        )
+    decoder = json.JSONDecoder()
+    rows: list[tuple[int, int, int]] = []
+    line, counted = 1, 0
+    position = _skip_space(text, position + 1)
+    while text[position : position + 1] != "]":
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as e:
+            raise MMJaxError(f"{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}") from e
+        line, counted = line + text.count("\n", counted, position), position
+        rows.append((position, end, line))
+        position = _skip_space(text, end)
+        if text[position : position + 1] == ",":
+            position = _skip_space(text, position + 1)
+        elif text[position : position + 1] != "]":
+            line += text.count("\n", counted, position)
+            raise MMJaxError(
+                f"{path}:{line}: expected ',' or ']' after record {len(rows)}, found "
+                f"{text[position : position + 20]!r} (is the file cut off?)"
+            )
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def _skip_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()
+
+
+def _cache_paths(path: Path, index_dir: str | os.PathLike | None) -> list[Path]:
+    """Return where the index may lie: in ``index_dir``, or beside the file, else in the cache."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    name = f"{path.name}.{digest}.index.npz"
+    if index_dir is not None:
+        return [Path(index_dir) / name]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [path.with_name(f".{path.name}.index.npz"), home / "mmjax" / "index" / name]
+
+
+def _write_cache(cache: Path, stamp: np.ndarray, index: np.ndarray) -> bool:
+    """Write an index whole or not at all; False where the folder cannot be written."""
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, stamp=stamp, index=index)
+        os.replace(temporary, cache)
+    except OSError:
+        return False
+    return True
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object, refusing a key given twice (json would keep the last without a word)."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise KeyError(key)
+        result[key] = value
+    return result

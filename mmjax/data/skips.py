@@ -1,0 +1,121 @@
+"""Bad samples in training: skipped, counted by reason, listed in the workdir, and limited."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mmjax.types import BadSample, MMJaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """Where a skipped sample came from and why; travels from the data worker with the batch."""
+
+    id: str
+    source: str
+    line: int
+    reason: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BadSample, source: str, index: int, meta: Any = None) -> Skip:
+        """Describe a bad sample by its own meta, or by source and index if it could not be read."""
+        meta = meta or {}
+        return cls(
+            id=str(meta.get("id", index)),
+            source=str(meta.get("source", source)),
+            line=int(meta.get("line", index)),
+            reason=error.reason,
+            message=str(error),
+        )
+
+
+class SkipLog:
+    """Count samples and list the bad ones; fail above a share.
+
+    path: a JSONL file for the list, each bad sample once (None: only count). max_bad_share: the
+    share of bad samples above which ``add`` raises MMJaxError, once ``min_samples`` were seen.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike | None = None,
+        max_bad_share: float = 0.05,
+        min_samples: int = 100,
+    ):
+        if not 0 <= max_bad_share <= 1:
+            raise MMJaxError(f"max_bad_share {max_bad_share} is a share; give it between 0 and 1")
+        self.path = None if path is None else Path(path)
+        self.max_bad_share, self.min_samples = max_bad_share, min_samples
+        self.seen = 0
+        self.counts: dict[str, int] = {}
+        self._first: list[str] = []
+        self._listed: set[tuple[str, str, str]] = set()
+
+    @property
+    def bad(self) -> int:
+        """How many samples were skipped."""
+        return sum(self.counts.values())
+
+    def add(self, seen: int, skips: tuple[Skip, ...]) -> None:
+        """Count samples, list new bad ones; raises MMJaxError above the limit."""
+        self.seen += seen
+        for skip in skips:
+            self.counts[skip.reason] = self.counts.get(skip.reason, 0) + 1
+            self._list(skip)
+        if self.seen >= self.min_samples and self.bad > self.max_bad_share * self.seen:
+            raise MMJaxError(self.describe())
+        if self.bad == self.seen and self.seen >= max(1000, self.min_samples):
+            raise MMJaxError(self.describe())
+
+    def finish(self) -> None:
+        """Raise MMJaxError if the data ended without one good sample."""
+        if self.bad == self.seen:
+            raise MMJaxError(self.describe())
+
+    def describe(self) -> str:
+        """Say how many samples were bad and why, with the first few of them."""
+        if not self.seen:
+            return "the data gave no sample at all; check the sources and the process count"
+        counts = ", ".join(f"{r}: {n}" for r, n in sorted(self.counts.items(), key=lambda x: -x[1]))
+        share = self.bad / self.seen
+        lines = [
+            f"{self.bad} of {self.seen} training samples were unusable ({share:.1%}, allowed "
+            f"{self.max_bad_share:.1%}; {counts}). Mend the data, or raise max_bad_share.",
+            *(f"  {m}" for m in self._first),
+        ]
+        if self.path is not None:
+            lines.append(f"  all of them: {self.path}")
+        return "\n".join(lines)
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts, for a checkpoint."""
+        return {"seen": self.seen, "counts": dict(self.counts)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take counts up again; what the file already lists is not listed twice."""
+        self.seen, self.counts = int(state["seen"]), dict(state["counts"])
+        if self.path is not None and self.path.exists():
+            for text in self.path.read_text("utf-8").splitlines():
+                try:
+                    item = json.loads(text)
+                    self._listed.add((item["source"], item["id"], item["reason"]))
+                except (json.JSONDecodeError, KeyError):
+                    continue  # a line cut off by a kill
+
+    def _list(self, skip: Skip) -> None:
+        """Append a bad sample to the list unless it stands there already."""
+        key = (skip.source, skip.id, skip.reason)
+        if key in self._listed:
+            return
+        self._listed.add(key)
+        if len(self._first) < 5:
+            self._first.append(f"{skip.reason}: {skip.message}")
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(skip), ensure_ascii=False) + "\n")

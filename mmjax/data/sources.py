@@ -1,0 +1,255 @@
+"""Sources: sequences of records with random access, picklable so that data workers can open them.
+
+A source has ``__len__`` and ``__getitem__(i) -> Record``. Opening a source raises MMJaxError when
+the whole of it is unusable; a single bad record raises BadSample when it is read, naming the file,
+the line, the field and the value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from mmjax.data.jsonl import IndexedJson
+from mmjax.data.templates import IMAGE_MARK
+from mmjax.types import BadSample, Message, MMJaxError, Record
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the pipeline needs of a source."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+_ROLES = {
+    "conversations": {"system": "system", "human": "user", "gpt": "assistant"},
+    "messages": {"system": "system", "user": "user", "assistant": "assistant"},
+}
+_FIELDS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+_KEPT = ("answers", "choices", "answer", "group", "split")  # fields a task may score with
+
+
+class JsonSource:
+    """Records of a ``.json`` array or a ``.jsonl`` file; the forms are in docs/data_formats.md.
+
+    path: the file. image_root: the folder that image names are relative to (default: the file's
+    own). index_dir: where the byte-offset index is cached (default: beside the file).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        image_root: str | os.PathLike | None = None,
+        index_dir: str | os.PathLike | None = None,
+    ):
+        self.path = Path(path)
+        self.image_root = Path(image_root) if image_root is not None else self.path.parent
+        self._file = IndexedJson(path, index_dir)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, index: int) -> Record:
+        line, value = self._file[index]
+        return parse_record(value, str(self.path), line, self.image_root)
+
+
+def parse_record(value: Mapping[str, Any], path: str, line: int, image_root: Path) -> Record:
+    """Read one JSON object of any accepted form; raises BadSample naming file, line and field."""
+    where = f"{path}:{line}"
+    forms = [f for f in ("conversations", "messages", "question") if f in value]
+    if len(forms) != 1:
+        found = ", ".join(map(repr, value)) or "no field at all"
+        reason = f"has both {' and '.join(forms)}" if forms else "misses 'conversations'"
+        near = difflib.get_close_matches("conversations", value, n=1)
+        hint = f"; is {near[0]!r} a slip of the pen?" if near and not forms else ""
+        raise _bad(
+            where,
+            f"the record {reason} (found {found}){hint}; give exactly one of 'conversations', "
+            "'messages' or 'question'",
+        )
+    images = _images(value, where, image_root)
+    if forms[0] == "question":
+        messages = _question(value, where)
+    else:
+        messages = _turns(value[forms[0]], forms[0], where)
+    marks = sum(m.text.count(IMAGE_MARK) for m in messages)
+    if marks not in (0, len(images)):
+        raise BadSample(
+            "image_count",
+            f"{where}: {marks} {IMAGE_MARK} mark(s) in {forms[0]!r} for {len(images)} image(s) in "
+            "'image'; write one mark for each image, or none to put them all in front",
+        )
+    meta = {"id": value.get("id", str(line)), "source": path, "line": line}
+    meta |= {k: value[k] for k in _KEPT if k in value}
+    if messages[-1].role == "assistant":
+        meta.setdefault("answers", [messages[-1].text])
+    return Record(messages, images, meta)
+
+
+class TfdsSource:
+    """Records of a TFDS dataset stored as ArrayRecord, read without TensorFlow.
+
+    name: a registered name (``"vqa/1.0.0"``) or the folder of a prepared dataset. fields: which
+    feature plays which part: ``question`` and ``answer`` are wanted, ``image`` is optional; a dot
+    walks into nested features (``{"answer": "answers.0"}`` takes the first of a sequence).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        fields: Mapping[str, str] | None = None,
+        data_dir: str | os.PathLike | None = None,
+    ):
+        self.name, self.split = str(name), split
+        self.data_dir = None if data_dir is None else os.fspath(data_dir)
+        default = {"image": "image", "question": "question", "answer": "answer"}
+        self.fields = dict(default if fields is None else fields)
+        unknown = sorted(set(self.fields) - set(default))
+        if unknown or "question" not in self.fields:
+            raise MMJaxError(
+                f"TfdsSource fields {self.fields}: want 'question', 'answer' and, if there are "
+                f"pictures, 'image'; unknown: {unknown}"
+            )
+        self._data: Any = None
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def __getitem__(self, index: int) -> Record:
+        element = self._open()[index]
+        where = f"{self.name}[{self.split}]:{index}"
+        found = {part: _walk(element, path, where) for part, path in self.fields.items()}
+        question, answer = _text(found["question"]), found.get("answer")
+        messages = [Message("user", question)]
+        answers = [_text(a) for a in (answer if isinstance(answer, list) else [answer])]
+        if answer is not None:
+            messages.append(Message("assistant", answers[0]))
+        images = () if found.get("image") is None else (found["image"],)
+        meta = {"id": f"{self.split}/{index}", "source": self.name, "line": index}
+        if answer is not None:
+            meta["answers"] = answers
+        return Record(tuple(messages), images, meta)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_data": None}
+
+    def _open(self):
+        """Open the data in this process: builders hold file handles that do not travel."""
+        if self._data is not None:
+            return self._data
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as e:
+            raise MMJaxError("TfdsSource needs TFDS: pip install 'mmjax[tfds]'") from e
+        try:
+            if os.path.isdir(self.name):
+                builder = tfds.builder_from_directory(self.name)
+            else:
+                builder = tfds.builder(self.name, data_dir=self.data_dir)
+            self._data = builder.as_data_source(split=self.split)
+        except (ValueError, NotImplementedError, FileNotFoundError, AttributeError) as e:
+            raise MMJaxError(
+                f"TFDS {self.name!r} split {self.split!r} cannot be read as a data source: {e}. "
+                "It must be prepared with file_format='array_record' and name an existing split"
+            ) from e
+        return self._data
+
+
+def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:
+    """Read a list of turns: a system message at most first, then user and assistant in turn."""
+    if not isinstance(turns, list) or not turns:
+        raise _bad(where, f"{form!r} is {_show(turns)}; expected a list of at least one turn")
+    who, what = _FIELDS[form]
+    messages: list[Message] = []
+    for i, turn in enumerate(turns):
+        field = f"{form}[{i}]"
+        if not isinstance(turn, dict):
+            raise _bad(where, f"{field!r} is {_show(turn)}; expected an object")
+        for key in (who, what):
+            if not isinstance(turn.get(key), str):
+                seen = f"is {_show(turn[key])}, not a string" if key in turn else "is missing"
+                raise _bad(where, f"field '{field}.{key}' {seen}")
+        roles = _ROLES[form]
+        if turn[who] not in roles:
+            raise _bad(
+                where, f"field '{field}.{who}' is {turn[who]!r}; expected one of {list(roles)}"
+            )
+        messages.append(Message(roles[turn[who]], turn[what]))
+        last = messages[-2].role if i else None
+        wanted = ("assistant",) if last == "user" else ("user",) if last else ("system", "user")
+        if messages[-1].role not in wanted:
+            names = [k for k, v in roles.items() if v in wanted]
+            raise _bad(
+                where,
+                f"field '{field}.{who}' is {turn[who]!r} where {' or '.join(map(repr, names))} "
+                "must stand: turns alternate and the user begins",
+            )
+    return tuple(messages)
+
+
+def _question(value: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """Read the short form: 'question', and 'answer' or the first of 'answers' where known."""
+    if not isinstance(value["question"], str):
+        raise _bad(where, f"field 'question' is {_show(value['question'])}, not a string")
+    messages = [Message("user", value["question"])]
+    answers = value.get("answers", [value["answer"]] if "answer" in value else [])
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise _bad(where, f"field 'answers' is {_show(answers)}; expected a list of strings")
+    if answers:
+        messages.append(Message("assistant", answers[0]))
+    return tuple(messages)
+
+
+def _images(value: Mapping[str, Any], where: str, root: Path) -> tuple[str, ...]:
+    """Read 'image' or 'images': absent, null, one name, or a list of names."""
+    if "image" in value and "images" in value:
+        raise _bad(where, "both 'image' and 'images' are given; keep one")
+    field = "images" if "images" in value else "image"
+    names = value.get(field)
+    if names is None:
+        return ()
+    names = names if isinstance(names, list) else [names]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise _bad(where, f"field {field!r} holds {_show(name)}; expected file names")
+    return tuple(str(root / name) for name in names)
+
+
+def _walk(element: Any, path: str, where: str) -> Any:
+    """Follow a dotted path into a TFDS element."""
+    value = element
+    for key in path.split("."):
+        try:
+            value = value[int(key)] if key.lstrip("-").isdigit() else value[key]
+        except (KeyError, IndexError, TypeError) as e:
+            names = sorted(element) if isinstance(element, dict) else type(element).__name__
+            raise MMJaxError(
+                f"{where}: there is no feature {path!r}; the features are {names}"
+            ) from e
+    if getattr(value, "dtype", None) is not None and value.dtype == object and value.ndim == 1:
+        return list(value)
+    return value
+
+
+def _text(value: Any) -> str:
+    """Return a feature as text: TFDS hands strings over as bytes, labels as integers."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _bad(where: str, message: str) -> BadSample:
+    return BadSample("bad_record", f"{where}: {message}")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
