@@ -142,6 +142,8 @@ def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[s
     try:
         return manager.load_checkpointables(step, {"params": dict(abstract)})["params"]
     except (ValueError, KeyError) as error:
-        raise MMJaxError(f"checkpoint {step} of {workdir} does not fit the model: {error}") from error
+        raise MMJaxError(
+            f"checkpoint {step} of {workdir} does not fit the model: {error}"
+        ) from error
     finally:
         manager.close()

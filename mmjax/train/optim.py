@@ -35,7 +35,7 @@ class OptimSettings:
 def schedule(settings: OptimSettings, steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the step."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * steps
-    warmup = int(round(warmup))
+    warmup = round(warmup)
     if warmup > steps:
         raise MMJaxError(
             f"optim.warmup is {warmup} steps and the run has {steps}; lower it, or give a share "

@@ -59,7 +59,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": total * scale,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": schedule(state.step),
             "target_tokens": count,
             "tokens": jnp.sum(batch["segment_ids"] > 0),

@@ -1,0 +1,81 @@
+"""The contract of a model family: what the rest of mmjax may expect, and nothing else.
+
+A family is a folder ``models/<name>/`` with ``model.py``, ``processor.py`` and ``weights.py``, and
+one line in ``models/registry.py``. ``train``, ``generate``, ``evals`` and ``data`` know families
+through this contract alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax import Array
+
+from mmjax.nn.cache import Cache
+from mmjax.types import Batch, Example, ImageSource, Segment
+
+
+class Config(Protocol):
+    """A frozen dataclass with everything that shapes the model."""
+
+    eos_token_id: int
+    patch_dim: int
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> Config:
+        """Read any published variant of the family's config.json."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the config.json that PyTorch's side reads."""
+
+    def flops_per_token(self, length: int, *, head_share: float = 1.0) -> float:
+        """Return forward FLOPs per token in rows of ``length`` tokens."""
+
+
+class Model(Protocol):
+    """An NNX module built as ``Model(config, rngs=, dtypes=, lora=, remat=)``."""
+
+    config: Config
+
+    def __call__(self, batch: Batch) -> Array:
+        """Return hidden states [b, t, d]."""
+
+    def logits(self, hidden: Array) -> Array:
+        """Return float32 logits [..., v] of hidden states [..., d]."""
+
+    def init_cache(self, b: int, s: int, dtype: Any = None) -> Cache:
+        """Return an empty cache."""
+
+    def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Run right-padded prompts; returns hidden states [b, t, d] and the filled cache."""
+
+    def decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Run one token a row, int32[b]; returns hidden states [b, d] and the grown cache."""
+
+
+class Processor(Protocol):
+    """Text and images to Examples and back; numpy only, so that data workers can use it."""
+
+    tokenizer: Any
+
+    def encode(
+        self,
+        segments: Sequence[Segment],
+        images: Sequence[ImageSource],
+        *,
+        max_tokens: int | None = None,
+    ) -> Example:
+        """Encode segments; raises BadSample for what cannot be used."""
+
+    def encode_prompt(
+        self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()
+    ) -> Example:
+        """Encode a question for generation."""
+
+    def decode(self, tokens: Sequence[int] | np.ndarray, scale: float = 1.0) -> str:
+        """Turn generated ids into text."""
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write the files that ``from_pretrained`` and PyTorch's side read."""

@@ -1,0 +1,28 @@
+"""Eight simulated devices, float32 matmuls and a compilation cache for the whole suite."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache/jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True)
+def one_device_mesh():
+    """A mesh of one device around every test: parameters carry axes and cannot be made without."""
+    from mmjax.parallel.mesh import use
+
+    with use() as mesh:
+        yield mesh

@@ -1,0 +1,83 @@
+"""Generation: with the cache as without, batched as alone."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.generate.loop import Generator, bucket
+from mmjax.generate.sampling import Sampling
+from mmjax.types import MMJaxError
+from tests import tiny
+
+
+def greedy_without_cache(model, example, steps):
+    tokens, visual = list(example["tokens"]), list(example["visual_index"])
+    for _ in range(steps):
+        n = len(tokens)
+        hidden = model(
+            {
+                "tokens": jnp.asarray([tokens]),
+                "positions": jnp.arange(n)[None],
+                "segment_ids": jnp.ones((1, n), jnp.int32),
+                "visual_index": jnp.asarray([visual]),
+                "patches": jnp.asarray(example["patches"])[None],
+            }
+        )
+        tokens.append(int(jnp.argmax(model.logits(hidden[0, -1]))))
+        visual.append(-1)
+    return tokens[len(example["tokens"]) :]
+
+
+@pytest.fixture(scope="module")
+def model():
+    from mmjax.parallel.mesh import use
+
+    with use():
+        return tiny.model()
+
+
+def examples():
+    rng = np.random.default_rng(0)
+    return [tiny.example(rng, t, p) for t, p in ((9, 3), (30, 0), (17, 5), (5, 2))]
+
+
+def test_cached_equals_uncached_and_batched_equals_single(model):
+    graphdef, params = nnx.split(model)
+    generate = Generator(graphdef, eos=())
+    batched = generate(params, examples(), 12)
+    for example, tokens in zip(examples(), batched, strict=True):
+        alone = generate(params, [example], 12, rows=4)[0]
+        assert tokens.tolist() == alone.tolist()
+    assert batched[0].tolist() == greedy_without_cache(model, examples()[0], 12)
+
+
+def test_a_row_stops_at_the_end_token_and_the_others_go_on(model):
+    graphdef, params = nnx.split(model)
+    free = Generator(graphdef, eos=())(params, examples(), 12)
+    end = int(free[0][4])
+    stopped = Generator(graphdef, eos=(end,))(params, examples(), 12)
+    for all_tokens, kept in zip(free, stopped, strict=True):
+        hits = np.flatnonzero(all_tokens == end)
+        assert kept.tolist() == all_tokens[: hits[0] if len(hits) else 12].tolist()
+    assert len(stopped[0]) <= 4
+
+
+def test_sampling_is_seeded_and_narrows(model):
+    graphdef, params = nnx.split(model)
+    generate = Generator(graphdef, eos=(), sampling=Sampling(temperature=1.5))
+    first, again, other = (generate(params, examples(), 8, seed=s) for s in (0, 0, 1))
+    assert [x.tolist() for x in first] == [x.tolist() for x in again]
+    assert [x.tolist() for x in first] != [x.tolist() for x in other]
+    greedy = Generator(graphdef, eos=())(params, examples(), 8)
+    for narrow in (Sampling(1.5, top_k=1), Sampling(1.5, top_p=1e-6)):
+        tokens = Generator(graphdef, eos=(), sampling=narrow)(params, examples(), 8, seed=3)
+        assert [x.tolist() for x in tokens] == [x.tolist() for x in greedy]
+    with pytest.raises(MMJaxError, match="top_p"):
+        Sampling(top_p=0.0)
+
+
+def test_buckets_are_few_and_large_enough():
+    sizes = {bucket(n) for n in range(1, 2049)}
+    assert all(bucket(n) >= n for n in range(1, 2049))
+    assert sorted(sizes) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]

@@ -1,0 +1,116 @@
+"""The train step on meshes: the same loss and gradients, one compile, sharded parameters."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mmjax.nn import paths
+from mmjax.nn.linear import LoRA
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import batch_sharding
+from mmjax.train import optim, state, step
+from mmjax.types import MMJaxError
+from tests import tiny
+
+SETTINGS = optim.OptimSettings(lr=1e-2, warmup=0, schedule="constant")
+
+
+def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None):
+    def make():
+        return tiny.Fuyu(tiny.CONFIG, rngs=nnx.Rngs(0), lora=lora)
+
+    names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
+    chosen = state.trainable_names(names, freeze, lora is not None)
+    tx = tx or optim.make_optimizer(SETTINGS, 100)
+    graphdef, train, frozen = state.init(make, chosen, tx, mesh)
+    rate = optim.schedule(SETTINGS, 100)
+    fn = step.make_train_step(graphdef, tx, rate, accumulate=accumulate)
+    return step.compile_step(fn, train), train, frozen
+
+
+def run(shape, steps=3, **kwargs):
+    count = int(np.prod(list(shape.values()) or [1]))
+    mesh = make_mesh(shape, jax.devices()[:count])
+    with use(mesh):
+        fn, train, frozen = build(mesh, **kwargs)
+        losses = []
+        for i in range(steps):
+            data = jax.device_put(tiny.batch(seed=i), batch_sharding(mesh))
+            train, metrics = fn(train, frozen, data)
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(paths.flatten(train.params)), fn, train
+
+
+# sgd(1): the parameters after one step differ by the gradients themselves.
+GRADIENTS = {"tx": optax.sgd(1.0), "steps": 1}
+
+
+@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(shape):
+    one_loss, one, _, _ = run({}, **GRADIENTS)
+    many_loss, many, fn, train = run(shape, **GRADIENTS)
+    np.testing.assert_allclose(many_loss, one_loss, rtol=1e-5)
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, atol=2e-5, err_msg=name)
+    assert fn._cache_size() == 1
+    kernel = paths.flatten(train.params)["decoder.layers.mlp.up.kernel"]
+    tensor = shape.get("tensor")
+    expected = (2, 32 // shape["fsdp"], 64 // (tensor or 1))
+    assert kernel.sharding.shard_shape(kernel.shape) == expected
+
+
+def test_the_step_compiles_once():
+    losses, _, fn, _ = run({"data": 2, "fsdp": 2, "tensor": 2}, steps=4)
+    assert fn._cache_size() == 1
+    assert len(set(losses)) == 4
+
+
+def test_accumulation_averages_over_tokens_not_over_microbatches():
+    _, whole, _, _ = run({}, **GRADIENTS)
+    _, cut, _, _ = run({}, accumulate=4, **GRADIENTS)
+    for name, value in whole.items():
+        np.testing.assert_allclose(cut[name], value, atol=2e-6, err_msg=name)
+
+
+def test_lora_trains_adapters_alone():
+    lora = LoRA(2, 4.0, ("attn.q", "mlp.up"))
+    _, after, _, train = run({}, lora=lora)
+    kinds = {name.rsplit(".", 1)[-1] for name in after}
+    assert kinds == {"lora_a", "lora_b"}
+    assert all(np.any(v) for n, v in after.items() if n.endswith("lora_b"))
+    moments = [x for x in jax.tree.leaves(train.opt) if getattr(x, "ndim", 0) > 0]
+    assert len(moments) == 2 * len(after)
+
+
+def test_freeze_by_pattern_and_its_errors():
+    _, after, _, _ = run({}, freeze=("decoder.embed.*", "*.bias"))
+    assert "decoder.embed.embedding" not in after
+    assert not any(name.endswith(".bias") for name in after)
+    with pytest.raises(MMJaxError, match="vision.*matches no parameter"):
+        run({}, freeze=("vision.*",))
+    with pytest.raises(MMJaxError, match="nothing is left"):
+        run({}, freeze=("*",))
+
+
+def test_decay_acts_on_kernels_alone():
+    settings = dataclasses.replace(SETTINGS, weight_decay=0.5, lr=0.1)
+    names = ["decoder.layers.mlp.up.kernel", "decoder.embed.embedding", "patch_embed.bias"]
+    assert [optim.decays(n) for n in names] == [True, False, False]
+    tx = optim.make_optimizer(settings, 10)
+    params = {"a": {"kernel": np.ones(3, np.float32)}, "b": {"scale": np.ones(3, np.float32)}}
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(updates["a"]["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"]["scale"], 0)
+
+
+def test_meshes_that_do_not_fit_are_explained():
+    with pytest.raises(MMJaxError, match="needs 3 devices and there are 8"):
+        make_mesh({"fsdp": 3})
+    with pytest.raises(MMJaxError, match="'model' is unknown"):
+        make_mesh({"model": 8})
+    assert dict(make_mesh({"fsdp": -1, "tensor": 2}).shape)["fsdp"] == 4

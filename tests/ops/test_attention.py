@@ -1,0 +1,127 @@
+"""Range attention against softmax attention in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.ops import flash_xla, ranges
+from mmjax.ops.attention import attention
+from mmjax.ops.decode import decode_attention
+
+
+def reference(q, k, v, start, end, causal, slopes=None):
+    """Dense attention in float64 with explicit masks; rows that see nothing give 0."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    n, kv = q.shape[2], k.shape[2]
+    k, v = np.repeat(k, n // kv, 2), np.repeat(v, n // kv, 2)
+    scores = np.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    i, j = np.arange(q.shape[1])[:, None], np.arange(k.shape[1])[None]
+    if slopes is not None:
+        scores -= np.asarray(slopes, np.float64)[None, :, None, None] * (i - j)
+    seen = (j >= start[:, :, None]) & (j < end[:, :, None])
+    if causal:
+        seen &= j <= i
+    seen = seen[:, None]
+    scores = np.where(seen, scores, -np.inf)
+    top = np.where(seen.any(-1, keepdims=True), scores.max(-1, keepdims=True), 0)
+    p = np.exp(scores - top)
+    p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bnts,bsnh->btnh", p, v)
+
+
+def masks(kind, b, t, s):
+    """Return (k_start, k_end, causal) of a named mask."""
+    zero, full = np.zeros((b, t), np.int32), np.full((b, t), s, np.int32)
+    rng = np.random.default_rng(0)
+    if kind == "causal":
+        return zero, full, True
+    if kind == "full":
+        return zero, full, False
+    if kind == "packed":
+        segments = np.sort(rng.integers(0, 5, (b, t)), axis=1)[:, ::-1].copy()
+        return *(np.asarray(x) for x in ranges.from_segments(jnp.asarray(segments))), True
+    if kind == "window":
+        return np.maximum(np.arange(t)[None] - 6 + zero, 0), full, True
+    if kind == "media":  # blocks of keys by image, and rows before the first image see nothing
+        image = np.sort(rng.integers(0, 4, (b, t)), axis=1)
+        return (image - 1) * (s // 4), image * (s // 4), False
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize("kind", ["causal", "full", "packed", "window", "media"])
+@pytest.mark.parametrize("loop", [False, True], ids=["unrolled", "loop"])
+def test_forward_and_gradients_equal_dense_float64(kind, loop, monkeypatch):
+    b, t, s, n, kv, h = 2, 37, 37, 4, 2, 8
+    monkeypatch.setattr(flash_xla, "BLOCK_Q", 16)
+    monkeypatch.setattr(flash_xla, "BLOCK_K", 12)
+    monkeypatch.setattr(flash_xla, "UNROLL_LIMIT", 0 if loop else 10**6)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (b, t, n, h))
+    k, v = (jax.random.normal(key, (b, s, kv, h)) for key in keys[1:3])
+    weight = jax.random.normal(keys[3], q.shape)
+    start, end, causal = masks(kind, b, t, s)
+    slopes = jnp.asarray([0.5, 0.25, 0.125, 0.0625]) if kind == "packed" else None
+
+    def ours(q, k, v):
+        return attention(q, k, v, k_start=start, k_end=end, causal=causal, alibi_slopes=slopes)
+
+    out = jax.jit(ours)(q, k, v)
+    np.testing.assert_allclose(out, reference(q, k, v, start, end, causal, slopes), atol=1e-5)
+    grads = jax.jit(jax.grad(lambda *a: jnp.sum(ours(*a) * weight), (0, 1, 2)))(q, k, v)
+    eps, rng = 1e-6, np.random.default_rng(1)
+    for at, grad in enumerate(grads):
+        step = rng.normal(size=grad.shape)
+        moved = [[np.asarray(x, np.float64) for x in (q, k, v)] for _ in range(2)]
+        moved[0][at] = moved[0][at] + eps * step
+        moved[1][at] = moved[1][at] - eps * step
+        up, down = (
+            np.sum(reference(*m, start, end, causal, slopes) * np.asarray(weight)) for m in moved
+        )
+        np.testing.assert_allclose(
+            np.sum(np.asarray(grad) * step), (up - down) / (2 * eps), rtol=2e-5, atol=1e-4
+        )
+
+
+def test_an_empty_range_gives_zero_and_no_gradient():
+    q = jax.random.normal(jax.random.key(0), (1, 5, 2, 4))
+    start = jnp.array([[0, 3, -9, 0, 0]])
+    end = jnp.array([[0, 3, -2, 5, 5]])
+    out, grad = jax.value_and_grad(
+        lambda q: jnp.sum(attention(q, q, q, k_start=start, k_end=end, causal=False)[:, :3])
+    )(q)
+    assert out == 0.0
+    assert not np.any(np.asarray(grad))
+
+
+def test_no_array_of_queries_times_keys_exists():
+    t = 4096
+    x = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
+    grad = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v).sum(), (0, 1, 2)))
+    memory = grad.lower(x, x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * t * t * 4 / 4  # a quarter of one [n, t, s] array
+
+
+def test_decode_equals_the_last_row_of_attention():
+    b, s, n, kv, h = 3, 20, 4, 2, 8
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (b, 1, n, h))
+    k, v = (jax.random.normal(key, (b, s, kv, h)) for key in keys[1:])
+    length = jnp.array([20, 1, 7])
+    full = attention(q, k, v, k_end=length[:, None], causal=False)[:, 0]
+    one = decode_attention(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), length)
+    np.testing.assert_allclose(one, full, atol=1e-6)
+
+
+def test_misfitting_shapes_and_unknown_names_are_named():
+    x = jnp.zeros((1, 4, 3, 8))
+    with pytest.raises(ValueError, match="multiple of k"):
+        attention(x, x[:, :, :2], x[:, :, :2])
+    with pytest.raises(ValueError, match="'flash' is unknown"):
+        attention(x, x, x, implementation="flash")
+
+
+def test_ranges_of_packed_rows():
+    start, end = ranges.from_segments(jnp.array([[1, 1, 2, 3, 3, 0]]))
+    assert start.tolist() == [[0, 0, 2, 3, 3, 0]]
+    assert end.tolist() == [[2, 2, 3, 5, 5, 0]]
