@@ -1,0 +1,339 @@
+"""Tables that say which of our parameters is which tensor of a published checkpoint.
+
+A rule's op is one function, ``view(theirs, shape)``: it shows their tensor, or the part of it that
+is ours, in the shape of ours without copying. Reading takes numbers out of the view, writing puts
+numbers into it, so a table is its own inverse and import and export cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, for the casts below)
+import numpy as np
+
+from mmjax.types import MMJaxError
+from mmjax.weights.reader import Reader
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+PIECE_BYTES = 64 * 2**20
+"""What is held of a parameter at a time, and the size of a stored chunk."""
+
+
+class Op(Protocol):
+    """How one of our arrays lies in one of their tensors.
+
+    axis(ours) is the axis of ours that runs along their first axis: cutting there reads whole rows.
+    """
+
+    def theirs_shape(self, ours: Shape) -> Shape: ...
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray: ...
+    def axis(self, ours: Shape) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """The same array."""
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        return ours
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        return theirs
+
+    def axis(self, ours: Shape) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A torch Linear: theirs [out, in], ours [*in, *out] with ``n_in`` axes of input."""
+
+    n_in: int = 1
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        return math.prod(ours[self.n_in :]), math.prod(ours[: self.n_in])
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        n, n_out = self.n_in, len(ours) - self.n_in
+        theirs = theirs.reshape(ours[n:] + ours[:n])
+        return theirs.transpose(*range(n_out, n_out + n), *range(n_out))
+
+    def axis(self, ours: Shape) -> int:
+        return self.n_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshape:
+    """The same numbers in the same order: theirs flat, ours [n, h]."""
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        return (math.prod(ours),)
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        return theirs.reshape(ours)
+
+    def axis(self, ours: Shape) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedQKV:
+    """Part i of 3 in a fused projection whose rows are head-major: theirs [n * 3 * h, ...].
+
+    ours [..., n, h]: a kernel [d, n, h] of theirs [n * 3 * h, d], or a bias [n, h].
+    """
+
+    i: int
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        *lead, n, h = ours
+        return (n * 3 * h, *lead)
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        *lead, n, h = ours
+        part = theirs.reshape(n, 3, h, *lead)[:, self.i]
+        return part.transpose(*range(2, part.ndim), 0, 1)
+
+    def axis(self, ours: Shape) -> int:
+        return len(ours) - 2
+
+
+identity, transpose, flat = Identity(), Dense(1), Reshape()
+
+
+def reshape_in(n_in: int) -> Dense:
+    """Return the op of a Linear that takes several of our axes, such as [n, h] of ``attn.o``."""
+    return Dense(n_in)
+
+
+def fused_qkv(i: int) -> FusedQKV:
+    """Return the op of q (0), k (1) or v (2) in a head-major fused projection."""
+    return FusedQKV(i)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a table: our path, their key (``{l}`` where the layer's number stands), the op.
+
+    With ``{l}`` our array has the layers as its first axis, which the op does not see.
+    """
+
+    ours: str
+    theirs: str
+    op: Op = identity
+
+    @property
+    def stacked(self) -> bool:
+        return "{l}" in self.theirs
+
+    def keys(self, shape: Shape) -> list[str]:
+        """Return their keys of our whole array."""
+        return [self.key(i) for i in range(shape[0])] if self.stacked else [self.theirs]
+
+    def key(self, layer: int) -> str:
+        return self.theirs.replace("{l}", str(layer))
+
+    def inner(self, shape: Shape) -> Shape:
+        """Return the shape the op sees."""
+        return shape[1:] if self.stacked else shape
+
+    def chunk(self, shape: Shape, itemsize: int, limit: int | None = None) -> Shape:
+        """Return a block of our array of at most ``limit`` bytes that reads whole rows of theirs.
+
+        The whole array, a few layers, or one layer cut along their first axis.
+        """
+        limit = limit or PIECE_BYTES
+        block = list(shape)
+        axes = [self.op.axis(self.inner(shape)) + self.stacked] if len(self.inner(shape)) else []
+        for axis in [0, *axes] if self.stacked else axes:
+            rest = math.prod(block) // max(block[axis], 1) * itemsize
+            if rest * block[axis] > limit:
+                block[axis] = max(1, limit // max(rest, 1))
+        return tuple(block)
+
+
+class WeightsMismatch(MMJaxError):
+    """A checkpoint does not hold exactly the parameters of the model; lists every difference."""
+
+
+def by_ours(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
+    """Return the rule of each of our paths; raises MMJaxError for a path without one."""
+    table = {rule.ours: rule for rule in rules}
+    without = [path for path in paths if path not in table]
+    if without:
+        raise MMJaxError(f"no rule for {_some(without)}; add it to the family's RULES")
+    return {path: table[path] for path in paths}
+
+
+def expected(rules: Sequence[Rule], ours: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return every key and shape that a checkpoint of parameters ``ours`` has."""
+    table = by_ours(rules, ours)
+    return {
+        key: rule.op.theirs_shape(rule.inner(ours[path]))
+        for path, rule in table.items()
+        for key in rule.keys(ours[path])
+    }
+
+
+def check(
+    rules: Sequence[Rule], ours: Mapping[str, Shape], reader: Reader, ignore: Sequence[str] = ()
+) -> None:
+    """Raise WeightsMismatch unless the reader holds exactly what ``ours`` needs.
+
+    ignore: regular expressions of keys that carry nothing to learn, searched in the whole key.
+    """
+    wanted = expected(rules, ours)
+    there = set(reader.keys())
+    skip = [re.compile(pattern) for pattern in ignore]
+    missing = [key for key in wanted if key not in there]
+    unexpected = sorted(
+        key for key in there - wanted.keys() if not any(p.search(key) for p in skip)
+    )
+    misshapen = [
+        f"{key} {list(reader.shape(key))} (the model has {list(shape)})"
+        for key, shape in wanted.items()
+        if key in there and tuple(reader.shape(key)) != shape
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    where = reader.files[0].parent if reader.files else "checkpoint"
+    lines = [f"{where}: its tensors are not those of the model:"]
+    for name, keys in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshapen", misshapen),
+    ):
+        if keys:
+            lines.append(f"  {len(keys)} {name}: {_some(keys)}")
+    lines.append("  " + _advice(missing, unexpected, misshapen))
+    raise WeightsMismatch("\n".join(lines))
+
+
+def _advice(missing: list, unexpected: list, misshapen: list) -> str:
+    if misshapen and not missing and not unexpected:
+        return "Make config.json state the sizes the checkpoint was trained with."
+    if missing and not unexpected:
+        return (
+            "Download the missing shards, or lower num_hidden_layers in config.json if the model "
+            "is smaller than it says."
+        )
+    if unexpected and not missing:
+        return (
+            "Remove those tensors if they are not part of the model, or raise num_hidden_layers "
+            "in config.json if the model is bigger than it says."
+        )
+    return (
+        "config.json and the weights are probably of different models: "
+        "`python -m convert_weights.inspect FOLDER` shows both."
+    )
+
+
+def _some(names: Sequence[str], limit: int = 12) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f", ... and {more} more" if more > 0 else "")
+
+
+def grid(index: Index, chunk: Shape) -> Iterator[Index]:
+    """Cut an index into blocks that end on multiples of ``chunk``."""
+    axes = []
+    for part, step in zip(index, chunk, strict=True):
+        cuts, at = [], part.start
+        while at < part.stop:
+            end = min(part.stop, (at // step + 1) * step)
+            cuts.append(slice(at, end))
+            at = end
+        axes.append(cuts)
+    return itertools.product(*axes)
+
+
+def whole(index: Sequence[slice], shape: Shape) -> Index:
+    """Replace the open ends of an index by numbers."""
+    return tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, shape, strict=True))
+
+
+def read_piece(rule: Rule, reader: Reader, shape: Shape, index: Index, dtype) -> np.ndarray:
+    """Read ``index`` of our array of ``shape`` from their tensors, in ``dtype``."""
+    out = np.empty([part.stop - part.start for part in index], dtype)
+    inner = rule.inner(shape)
+    if rule.stacked:
+        for at, layer in enumerate(range(index[0].start, index[0].stop)):
+            theirs = reader.read(rule.key(layer))
+            _copy(out[at], rule.op.view(theirs, inner)[index[1:]])
+    elif isinstance(rule.op, Identity):  # the reader may hold it in chunks of its own
+        _copy(out, reader.read(rule.theirs, index))
+    else:
+        _copy(out, rule.op.view(reader.read(rule.theirs), inner)[index])
+    return out
+
+
+def _copy(out: np.ndarray, source: np.ndarray) -> None:
+    if out.dtype == source.dtype and out.dtype.itemsize == 2:
+        # numpy copies its own dtypes far faster than the ones ml_dtypes adds.
+        out, source = out.view(np.uint16), source.view(np.uint16)
+    if out.ndim < 2 or source.strides == out.strides or out.nbytes < 2**20:
+        np.copyto(out, source, casting="unsafe")
+        return
+    # Transposed: in strips that fit the cache, or every number costs a cache line.
+    strip = max(1, 64 * len(out) // max(1, out.nbytes // 2**16))
+    for at in range(0, len(out), strip):
+        np.copyto(out[at : at + strip], source[at : at + strip], casting="unsafe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor to be written: its numbers are made when ``make()`` is called."""
+
+    key: str
+    shape: Shape
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def export(rules: Sequence[Rule], source: Reader, dtype=None) -> list[Tensor]:
+    """Return their tensors of our parameters, layer by layer, none of them read yet.
+
+    source: our arrays by path. dtype: of the tensors; None keeps each parameter's own.
+    """
+    table = by_ours(rules, source.keys())
+    parts: dict[str, list[tuple[str, Rule, int]]] = {}
+    for path, rule in table.items():
+        for layer, key in enumerate(rule.keys(source.shape(path))):
+            parts.setdefault(key, []).append((path, rule, layer))
+    tensors = []
+    for key in sorted(parts, key=_natural):
+        path, rule, _ = parts[key][0]
+        shape = rule.op.theirs_shape(rule.inner(source.shape(path)))
+        kind = np.dtype(dtype or source.dtype(path))
+        make = lambda p=parts[key], s=shape, k=kind: _assemble(p, source, s, k)  # noqa: E731
+        tensors.append(Tensor(key, shape, kind, make))
+    return tensors
+
+
+def _assemble(parts: list, source: Reader, theirs: Shape, dtype: np.dtype) -> np.ndarray:
+    out = np.zeros(theirs, dtype)  # zeros: an adapter may hold only q of a fused q, k, v
+    for path, rule, layer in parts:
+        shape = source.shape(path)
+        inner = rule.inner(shape)
+        target = rule.op.view(out, inner)
+        lead = (slice(layer, layer + 1),) if rule.stacked else ()
+        block = rule.chunk(shape, dtype.itemsize)[len(lead) :]
+        for index in grid(tuple(slice(0, n) for n in inner), block):
+            piece = source.read(path, lead + index)
+            _copy(target[index], piece[0] if rule.stacked else piece)
+    return out
+
+
+def _natural(key: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]

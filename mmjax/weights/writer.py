@@ -1,0 +1,149 @@
+"""Write checkpoints: safetensors shards with an index, into a folder that appears whole or not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.types import MMJaxError
+from mmjax.weights.reader import SAFETENSORS_DTYPES, partial_hint
+from mmjax.weights.rules import Tensor
+
+SHARD_BYTES = 5_000_000_000
+MARKER = "INCOMPLETE"
+_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+
+
+class Arrays:
+    """Arrays in memory, possibly sharded over devices, as a Reader of our parameters."""
+
+    def __init__(self, arrays: Mapping[str, Any]):
+        self.arrays = dict(arrays)
+        self.files: list[Path] = []
+
+    def keys(self) -> Iterable[str]:
+        return self.arrays.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.arrays[key].shape)
+
+    def dtype(self, key: str) -> np.dtype:
+        return np.dtype(self.arrays[key].dtype)
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        """Bring one slice to the host."""
+        return np.asarray(self.arrays[key][index])
+
+
+@contextlib.contextmanager
+def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to fill that takes its final name only when the block ends well.
+
+    A killed process leaves ``NAME.partial-PID`` with a marker inside, which nothing loads.
+    Raises MMJaxError when the destination exists, unless ``overwrite``: then the old folder stays
+    until the new one is whole.
+    """
+    destination = Path(destination)
+    if destination.exists() and not overwrite:
+        raise MMJaxError(
+            f"{destination} exists; give another destination, or --overwrite to replace it"
+        )
+    partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / MARKER).write_text("This folder is being written or its writer was killed.\n")
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (partial / MARKER).unlink()
+    if destination.exists():
+        old = destination.with_name(f"{destination.name}.old-{os.getpid()}")
+        os.rename(destination, old)
+        os.rename(partial, destination)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    else:
+        os.rename(partial, destination)
+
+
+def refuse_incomplete(folder: Path) -> None:
+    """Raise MMJaxError for a folder that is not there or was never finished."""
+    if not folder.exists():
+        raise MMJaxError(f"{folder}: no such file or folder{partial_hint(folder)}")
+    if folder.is_dir() and (folder / MARKER).exists():
+        raise MMJaxError(
+            f"{folder}: a half-written conversion, its writer was killed or is still at work; "
+            "delete it and run the conversion again"
+        )
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[Tensor],
+    *,
+    stem: str = "model",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Write tensors as ``stem.safetensors`` or as numbered shards with an index.
+
+    One tensor is in memory at a time. Returns the names of the files.
+    """
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        names = [
+            f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, progress=progress)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+            "weight_map": {
+                t.key: name for name, shard in zip(names, shards, strict=True) for t in shard
+            },
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return names
+
+
+def write_safetensors(
+    file: Path, tensors: Sequence[Tensor], *, progress: Callable[[int], None] | None = None
+) -> None:
+    """Write one safetensors file, tensor after tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    at = 0
+    for tensor in tensors:
+        header[tensor.key] = {
+            "dtype": _CODES[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.make())
+            stream.write(array.reshape(-1).view(np.uint8).data)
+            if progress is not None:
+                progress(tensor.nbytes)
