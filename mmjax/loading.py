@@ -1,0 +1,176 @@
+"""``mmjax.load``: a model folder in any layout, ready to answer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mmjax.generate.loop import Generator, pad_batch
+from mmjax.generate.sampling import Sampling
+from mmjax.models import registry
+from mmjax.models.api import Config, Processor
+from mmjax.nn import paths
+from mmjax.nn.linear import DTypes
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.types import Example, ImageSource, MMJaxError
+
+Prompt = str | Sequence[int]
+Images = ImageSource | Sequence[ImageSource] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights and its processor.
+
+    family: name of the family. config: its sizes. model: the NNX module; call it inside
+    ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back.
+    """
+
+    family: str
+    config: Config
+    model: nnx.Module
+    processor: Processor
+    mesh: jax.sharding.Mesh
+
+    @cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(self.model)
+
+    def encode(self, prompt: Prompt, images: Images = None) -> Example:
+        """Encode one prompt: a string, or token ids that are used as they are.
+
+        images: one image or a list: paths, bytes, PIL images, uint8 arrays, or processed float
+            arrays. Raises MMJaxError for token ids outside the vocabulary.
+        """
+        example = self.processor.encode_prompt(prompt, image_list(images))
+        size = self.config.vocab_size
+        if not len(example["tokens"]):
+            raise MMJaxError("the prompt is empty: give it at least one token")
+        worst = example["tokens"][np.argmax(np.abs(example["tokens"].astype(np.int64)))]
+        if not 0 <= worst < size or example["tokens"].min() < 0:
+            raise MMJaxError(
+                f"the prompt holds token id {worst}, outside the model's vocabulary of {size}; "
+                "its tokenizer belongs to another model"
+            )
+        return example
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        images: Any = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> list[str]:
+        """Answer prompts, greedily at temperature 0; returns one text a prompt.
+
+        prompts: one prompt or a list of them; ``images`` then holds one entry a prompt: an image,
+            a list of images, or None. Prompts of any lengths make one batch, and each gets the
+            answer it would get alone. A model folder without a tokenizer answers with the new
+            token ids, separated by spaces.
+        """
+        prompts, images = pair(prompts, images)
+        tokens = self.generate_tokens(
+            [self.encode(p, i) for p, i in zip(prompts, images, strict=True)],
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            batch_size=batch_size,
+        )
+        if self.processor.tokenizer is None:
+            return [" ".join(map(str, row.tolist())) for row in tokens]
+        return [
+            self.processor.decode(row, self._scale(i)) for row, i in zip(tokens, images, strict=True)
+        ]
+
+    def generate_tokens(
+        self,
+        examples: Sequence[Example],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> list[np.ndarray]:
+        """Return the new tokens of encoded prompts, int32[<= max_new_tokens], in their order.
+
+        Prompts are batched by length, so that little is padding.
+        """
+        if max_new_tokens < 1:
+            raise MMJaxError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+        graphdef, params = self._split
+        generator = Generator(graphdef, (self.config.eos_token_id,), sampling)
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i]["tokens"]))
+        out: list[np.ndarray] = [None] * len(examples)
+        rows = min(batch_size, len(examples))
+        with use(self.mesh):
+            for start in range(0, len(order), batch_size):
+                some = order[start : start + batch_size]
+                got = generator(
+                    params, [examples[i] for i in some], max_new_tokens, seed=seed, rows=rows
+                )
+                for i, tokens in zip(some, got, strict=True):
+                    out[i] = tokens
+        return out
+
+    def logits(self, prompt: Prompt, images: Images = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens int32[t], logits float32[t, v]) of one prompt."""
+        example = self.encode(prompt, images)
+        graphdef, params = self._split
+        batch, lengths = pad_batch([example])
+        with use(self.mesh):
+            logits = _logits(graphdef, params, batch)
+        return example["tokens"], np.asarray(logits[0, : lengths[0]])
+
+    def _scale(self, images: Images) -> float:
+        """The factor from coordinates in the picture to those the model speaks in."""
+        with contextlib.suppress(AttributeError, MMJaxError):
+            first = image_list(images)
+            return self.processor.image_scale(first[0]) if first else 1.0
+        return 1.0
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef, params, batch):
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(batch))
+
+
+def image_list(images: Images) -> list[ImageSource]:
+    """Return the images of one prompt as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def pair(prompts: Any, images: Any) -> tuple[list[Prompt], list[Any]]:
+    """Return prompts and their images as two lists of equal length.
+
+    One prompt is a string or a sequence of ints; several prompts are a sequence of those.
+    """
+    single = isinstance(prompts, str) or (
+        len(prompts) > 0 and all(isinstance(x, int | np.integer) for x in prompts)
+    )
+    if single:
+        return [prompts], [images]
+    prompts = list(prompts)
+    if images is None:
+        return prompts, [None] * len(prompts)
+    images = list(images)
+    if len(images) != len(prompts):
+        raise MMJaxError(
+            f"there are {len(prompts)} prompts and images for {len(images)}; give one entry a "
+            "prompt: an image, a list of images, or None"
+        )
+    return prompts, images

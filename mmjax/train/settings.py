@@ -1,0 +1,116 @@
+"""Everything a run can be told: the frozen form of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mmjax.checkpoint import CheckpointSettings
+from mmjax.train.optim import OptimSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and where its weights come from.
+
+    family: a name in ``mmjax.models.registry``. init: a model folder in any layout that
+    ``mmjax.load`` reads; None starts from random weights with ``config``, whose keys are those of
+    the family's config.json. words: texts whose words make a small tokenizer, for random starts.
+    param_dtype: of trained parameters; frozen_dtype: of the others. dtype: of the computation.
+    processor: settings that replace those of the folder, such as ``max_height``.
+    remat: a policy of ``mmjax.nn.stack``: none, names, dots or full.
+    """
+
+    family: str = "fuyu"
+    init: str | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    processor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    param_dtype: str = "float32"
+    frozen_dtype: str = "bfloat16"
+    dtype: str = "bfloat16"
+    remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRASettings:
+    """Low-rank adapters instead of full training when ``rank`` is above 0.
+
+    targets: names of linear maps: attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down, head,
+    patch_embed.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """What is trained on, and the static shape it is packed into.
+
+    sources: name -> {kind, arguments}; see ``mmjax.data.catalog``. weights: name -> how often it
+    is drawn, by default its length. seq_len, max_patches, max_targets: what one row holds.
+    batch_size: rows of a step over all devices. resolutions: longest sides in pixels, one drawn
+    for each sample; None keeps every image. workers: processes that read and pack.
+    max_bad_share: the run fails when more of its samples than this cannot be used.
+    """
+
+    sources: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    weights: dict[str, float] | None = None
+    template: str = "fuyu_chat"
+    seq_len: int = 2048
+    max_patches: int = 2048
+    max_targets: int = 256
+    batch_size: int = 8
+    resolutions: tuple[int | None, ...] | None = None
+    pack: bool = True
+    workers: int = 0
+    max_bad_share: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """What is evaluated, every so many steps on a sample and at the end on everything.
+
+    tasks: see ``mmjax.evals.tasks.Task``. every: steps between evaluations, 0 for none while
+    training. limit: records of a task while training. batch_size: prompts at a time.
+    """
+
+    tasks: tuple[dict[str, Any], ...] = ()
+    every: int = 0
+    limit: int = 256
+    batch_size: int = 64
+    final: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    """every: steps between log lines. tensorboard: write event files beside metrics.jsonl."""
+
+    every: int = 20
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """A whole run.
+
+    steps: optimizer steps. accumulate: microbatches of one step. freeze: glob patterns of
+    parameters that are not trained. mesh: devices per axis, one of them -1 for the rest.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    steps: int = 1000
+    accumulate: int = 1
+    loss_chunk: int = 1024
+    freeze: tuple[str, ...] = ()
+    mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"fsdp": -1})
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    lora: LoRASettings = dataclasses.field(default_factory=LoRASettings)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    optim: OptimSettings = dataclasses.field(default_factory=OptimSettings)
+    eval: EvalSettings = dataclasses.field(default_factory=EvalSettings)
+    checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
+    log: LogSettings = dataclasses.field(default_factory=LogSettings)
