@@ -1,0 +1,113 @@
+"""The command line of the shells: recipe, overrides, flags; clear errors and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from mmjax.config import resolve_recipe, split_recipe
+from mmjax.types import MMJaxError
+
+FLAGS = flags.FLAGS
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, call ``main(config)`` and exit; a shell's last line.
+
+    ``--config=file.py[:arg]`` names the recipe and ``--config.any.key=value`` overrides it; every
+    other flag is the shell's own (absl). An MMJaxError becomes ``error: ...`` on stderr and exit
+    code 2, an interruption by the keyboard exit code 130; any other exception keeps its traceback.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    sys.exit(run_guarded(lambda: _run(main, argv)))
+
+
+def run_guarded(call: Callable[[], int | None]) -> int:
+    """Call a function and turn what a user can mend into a message; return the exit code."""
+    try:
+        return call() or 0
+    except MMJaxError as e:
+        print_error(str(e))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\nstopped by the keyboard", file=sys.stderr)
+        return INTERRUPTED
+
+
+def print_error(message: str) -> None:
+    """Print ``error: message`` to stderr, red where a person is reading."""
+    tty = sys.stderr.isatty()
+    start, end = ("\033[1;31m", "\033[0m") if tty else ("", "")
+    print(f"{start}error:{end} {message}", file=sys.stderr)
+
+
+def parse_args(argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """Parse a command line into (config, positional arguments); absl's FLAGS holds the others."""
+    if "config" not in FLAGS:
+        flags.DEFINE_string("config", None, "the recipe: configs/<name>.py or <name>.py:argument")
+    overrides, rest = split_overrides(argv[1:])
+    try:
+        positional = FLAGS([argv[0], *rest])
+    except flags.Error as e:
+        raise MMJaxError(str(e)) from e
+    if FLAGS.config is None:
+        raise MMJaxError("no recipe: give one with --config=configs/<name>.py (and :argument)")
+    return resolve_recipe(FLAGS.config, overrides), positional[1:]
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide arguments into overrides ``--config.key=value`` and all others.
+
+    The value may also be the next argument, unless that one starts with a dash.
+    """
+    overrides, rest = [], []
+    queue = list(arguments)
+    while queue:
+        item = queue.pop(0)
+        if not item.startswith(("--config.", "-config.")):
+            rest.append(item)
+            continue
+        if "=" not in item and queue and not queue[0].startswith("-"):
+            item += "=" + queue.pop(0)
+        overrides.append(item.lstrip("-").removeprefix("config."))
+    return overrides, rest
+
+
+def _run(main: Callable[[Any], int | None], argv: list[str]) -> int | None:
+    if any(a in ("--help", "-h", "-help") for a in argv[1:]):
+        print(_help(argv))
+        return 0
+    config, positional = parse_args(argv)
+    if positional:
+        raise MMJaxError(f"unexpected argument {positional[0]!r}; flags are written --name=value")
+    return main(config)
+
+
+def _help(argv: list[str]) -> str:
+    """Describe the shell's flags and, if a recipe is named, every key that can be overridden."""
+    module = sys.modules.get("__main__")
+    parts = [(getattr(module, "__doc__", None) or "").strip()]
+    own = FLAGS.flags_by_module_dict().get(argv[0], [])
+    lines = [f"  --{f.name}: {f.help} (default: {f.value})" for f in own if f.name != "config"]
+    parts.append("\n".join(["Flags:", "  --config: the recipe, configs/<name>.py[:arg]", *lines]))
+    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if recipe:
+        keys = _flatten(resolve_recipe(recipe).to_dict())
+        listing = "\n".join(f"  --config.{k}={v!r}" for k, v in keys.items())
+        parts.append(f"Settings of {split_recipe(recipe)[0]}:\n{listing}")
+    return "\n\n".join(p for p in parts if p)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten a tree of dicts to dotted names."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,159 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any, Literal
+
+import pytest
+from ml_collections import ConfigDict
+
+from mmjax import cli, config
+from mmjax.types import MMJaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    lr: float = 1e-3
+    schedule: Literal["cosine", "linear"] = "cosine"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    steps: int
+    optim: Optim = Optim()
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    sizes: tuple[int | None, ...] = (None,)
+    stop: int | None = None
+    parts: tuple[Optim, ...] = ()
+    names: dict[str, float] = dataclasses.field(default_factory=dict)
+    free: Any = None
+
+
+RECIPE = '''"""A recipe."""
+from ml_collections import ConfigDict
+from mmjax.config import recipe_options
+
+def get_config(arg=None):
+    o = recipe_options(arg, quick=False, size=3)
+    return ConfigDict(dict(steps=2 if o.quick else 10, size=o.size, name="x", flag=False, stop=None,
+                           mesh=(1, 2), optim=dict(lr=0.1, schedule="cosine")))
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_to_dataclass_follows_nested_types():
+    raw = ConfigDict(
+        dict(steps=3, optim=dict(lr=1, schedule="linear"), mesh=[2, 2, 1], sizes=(48, None))
+    )
+    raw.names = ConfigDict(dict(a=1))
+    raw.parts = [dict(lr=0.5)]
+    made = config.to_dataclass(Run, raw)
+    assert made == Run(
+        steps=3,
+        optim=Optim(1.0, "linear"),
+        mesh=(2, 2, 1),
+        sizes=(48, None),
+        parts=(Optim(0.5),),
+        names={"a": 1.0},
+    )
+    assert isinstance(made.optim.lr, float)
+
+
+def test_to_dataclass_names_every_problem_at_once():
+    raw = ConfigDict(dict(optim=dict(lrr=1e-3, schedule="cosin"), mesh=(1, 2), stop="x"))
+    with pytest.raises(MMJaxError) as error:
+        config.to_dataclass(Run, raw)
+    lines = str(error.value).split("\n")
+    assert len(lines) == 5
+    assert any("config.optim.lrr; did you mean 'lr'?" in line for line in lines)
+    assert any("config.optim.schedule: expected one of 'cosine'" in line for line in lines)
+    assert any("config.mesh: expected tuple[int, int, int], 3 values" in line for line in lines)
+    assert "config.stop: expected int | None, got str 'x'" in lines
+    assert any(line.startswith("config.steps is missing") for line in lines)
+
+
+@pytest.mark.parametrize("steps", [True, 3.0, "3", None])
+def test_int_is_strict(steps):
+    with pytest.raises(MMJaxError, match=r"config\.steps: expected int, got"):
+        config.to_dataclass(Run, {"steps": steps})
+
+
+def test_recipe_with_argument_and_overrides(recipe):
+    assert config.resolve_recipe(recipe).steps == 10
+    made = config.resolve_recipe(
+        recipe + ":quick,size=5",
+        ["optim.lr=3", "--config.flag", "stop=7", "mesh=(4, 2)", "name=1e5"],
+    )
+    assert (made.steps, made.size, made.optim.lr, made.flag) == (2, 5, 3.0, True)
+    assert (made.stop, made.mesh, made.name) == (7, (4, 2), "1e5")
+    assert config.resolve_recipe(recipe, ["size=none"]).size is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "overrides", "message"),
+    [
+        (":quik", [], "unknown recipe argument 'quik'; did you mean 'quick'?"),
+        (":size=big", [], "expected size=int, got 'big'"),
+        ("", ["optim.lrr=1"], "unknown config key 'optim.lrr'; did you mean 'lr'?"),
+        ("", ["optim=1"], "config.optim is a group of settings"),
+        ("", ["steps.more=1"], "config.steps has no fields"),
+        ("", ["steps=many"], "config.steps=many: expected int (now 10), got 'many'"),
+    ],
+)
+def test_recipe_errors_name_the_fix(recipe, suffix, overrides, message):
+    with pytest.raises(MMJaxError) as error:
+        config.resolve_recipe(recipe + suffix, overrides)
+    assert message in str(error.value)
+
+
+def test_missing_recipe_names_the_nearest(recipe):
+    with pytest.raises(MMJaxError, match=r"did you mean 'small\.py'"):
+        config.resolve_recipe(recipe.replace("small", "smal"))
+    with pytest.raises(MMJaxError, match="there is no folder"):
+        config.resolve_recipe("nowhere/x.py")
+
+
+def test_split_overrides_takes_both_spellings():
+    overrides, rest = cli.split_overrides(
+        ["--config=a.py", "--config.a.b=1", "--workdir", "w", "--config.c", "2", "--config.d"]
+    )
+    assert overrides == ["a.b=1", "c=2", "d"]
+    assert rest == ["--config=a.py", "--workdir", "w"]
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
+    shell = tmp_path / "shell.py"
+    shell.write_text(
+        "from absl import flags\n"
+        "from mmjax.cli import run_with_config\n"
+        "flags.DEFINE_string('workdir', None, 'where')\n"
+        "run_with_config(lambda config: print(config.optim.lr, flags.FLAGS.workdir))\n"
+    )
+
+    def run(*args):
+        env = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PATH": os.defpath}
+        command = [sys.executable, shell, *args]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        return done.returncode, done.stdout, done.stderr
+
+    good = run(f"--config={recipe}:quick", "--config.optim.lr=0.25", "--workdir=here")
+    assert good == (0, "0.25 here\n", "")
+    code, _, err = run(f"--config={recipe}", "--config.optim.lrr=1")
+    assert code == 2 and err.startswith("error: unknown config key 'optim.lrr'; did you mean 'lr'?")
+    code, _, err = run(f"--config={recipe}", "--workdirr=1")
+    assert code == 2 and "Traceback" not in err and "workdir" in err
+    assert run()[0] == 2
+
+
+def test_keyboard_interrupt_is_exit_code_130(capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert cli.run_guarded(interrupt) == 130
+    assert "stopped" in capsys.readouterr().err
