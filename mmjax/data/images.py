@@ -183,8 +183,8 @@ def _decoding(name: str, function: Any, image: Any) -> Any:
     """Call a Pillow function on untrusted data; every failure becomes a BadSample."""
     try:
         with warnings.catch_warnings():
-            # The size is checked against max_pixels by the caller, with a message of its own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Sizes are checked by the caller, broken files raise: nothing is left to warn of.
+            warnings.simplefilter("ignore")
             return function(image)
     except Image.DecompressionBombError as error:
         raise BadSample("image_too_large", f"{name}: {error}") from error

@@ -15,54 +15,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from mmjax.data.images import (
-    fit_size,
-    open_image,
-    pad_to_multiple,
-    patchify,
-    resize,
-    source_name,
-    to_rgb,
-)
 from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens, token_id
 from mmjax.models.fuyu.coordinates import CoordinateTokens, split_coordinates
+from mmjax.models.fuyu.image_plan import (
+    ImagePlan,
+    cut_patches,
+    fitted_size,
+    grid,
+    largest_within,
+    plan_image,
+)
 from mmjax.models.fuyu.processor_config import ProcessorConfig
 from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 
 __all__ = ["FuyuProcessor", "ProcessorConfig", "check_vocabulary"]
 
 IMAGE_MARK = "<image>"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """One image before its pixels are read: its size in the stream, and where they come from.
-
-    size: (width, height) of the source; fitted: after shrinking; rows, cols: the patch grid, cols 0
-    for patches that came without a grid. pixels: the opened image, or float [h,w,3] or [p,pixels].
-    """
-
-    name: str
-    size: tuple[int, int]
-    fitted: tuple[int, int]
-    rows: int
-    cols: int
-    pixels: Any
-
-    @property
-    def num_patches(self) -> int:
-        return self.rows * self.cols if self.cols else self.rows
-
-    @property
-    def num_tokens(self) -> int:
-        return self.rows * (self.cols + 1)
-
-    @property
-    def scale(self) -> float:
-        """Resized over original height, the one factor the peers use for both axes."""
-        return self.fitted[1] / self.size[1] if self.size[1] else 1.0
 
 
 @dataclasses.dataclass
@@ -152,30 +121,12 @@ class FuyuProcessor:
 
     def image_tokens(self, width: int, height: int) -> int:
         """Count the stream tokens of an image: its patches and one newline for each row."""
-        rows, cols = self.grid(*self.fitted_size(width, height))
+        rows, cols = grid(*fitted_size(width, height, self.config), self.config.patch_size)
         return rows * (cols + 1)
-
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Count (rows, columns) of patches that cover a size as it stands."""
-        patch = self.config.patch_size
-        return -(-height // patch), -(-width // patch)
-
-    def fitted_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) an image is shrunk to: the box, then max_image_tokens."""
-        config = self.config
-        fitted = fit_size(width, height, config.max_width, config.max_height)
-        if config.max_image_tokens is None:
-            return fitted
-        within = self._largest_within(*fitted, config.max_image_tokens)
-        if within is None:
-            raise MMJaxError(
-                f"max_image_tokens = {config.max_image_tokens}: one patch and its row end need 2"
-            )
-        return within
 
     def image_scale(self, image: ImageSource) -> float:
         """Return resized / original height, the factor ``decode`` needs for coordinates."""
-        return self._plan(image).scale
+        return plan_image(image, self.config).scale
 
     def encode(
         self,
@@ -190,7 +141,7 @@ class FuyuProcessor:
         bad_coordinates, and those of ``open_image``.
         """
         _check_answers(segments)
-        plans = [self._plan(image) for image in images]
+        plans = [plan_image(image, self.config) for image in images]
         for plan in plans:
             if not plan.cols:
                 raise BadSample(
@@ -252,7 +203,7 @@ class FuyuProcessor:
         tokens = np.asarray(prompt).reshape(-1)
         if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
             raise MMJaxError(f"a prompt is a string or integer token ids, not {tokens.dtype}")
-        plans = [self._plan(image) for image in images]
+        plans = [plan_image(image, self.config) for image in images]
         places = np.flatnonzero(tokens == self.config.image_token_id) if plans else []
         total = sum(plan.num_patches for plan in plans)
         if len(places) != total:
@@ -267,7 +218,7 @@ class FuyuProcessor:
         stream.add(tokens, visual=visual)
         return stream.example(self._patches(plans))
 
-    def _stream(self, segments: Sequence[Segment], plans: Sequence[_Plan]) -> _Stream:
+    def _stream(self, segments: Sequence[Segment], plans: Sequence[ImagePlan]) -> _Stream:
         """Turn segments into ids, targets and visual rows."""
         firsts = np.cumsum([0] + [plan.num_patches for plan in plans])
         stream = _Stream()
@@ -297,7 +248,7 @@ class FuyuProcessor:
             raise BadSample("image_mismatch", f"images {missing} have no place in the prompt")
         return stream
 
-    def _add_image(self, stream: _Stream, plan: _Plan, first: int) -> None:
+    def _add_image(self, stream: _Stream, plan: ImagePlan, first: int) -> None:
         """Add the rows of one image: cols patch tokens and a newline each."""
         ids = np.full((plan.rows, plan.cols + 1), self.config.image_token_id, np.int32)
         ids[:, -1] = self.config.newline_token_id
@@ -320,39 +271,10 @@ class FuyuProcessor:
                 spans = np.tile(np.int32([0, len(part)]), (len(ids), 1))
             stream.add(ids, supervised_tokens(spans + span.start, run))
 
-    def _plan(self, source: ImageSource) -> _Plan:
-        """Look at one image without decoding it."""
-        floats = _float_array(source)
-        if floats is not None:
-            return self._plan_floats(floats, source_name(source))
-        config = self.config
-        image = open_image(source, max_pixels=config.max_pixels, transpose=config.transpose)
-        fitted = self.fitted_size(*image.size)
-        return _Plan(source_name(source), image.size, fitted, *self.grid(*fitted), image)
-
-    def _plan_floats(self, array: np.ndarray, name: str) -> _Plan:
-        """Recognise ready patches [p,pixels] or normalised pixels [3,h,w], [h,w,3]."""
-        channels, shape = self.config.num_channels, array.shape
-        ready = array.ndim == 3 and shape[2] == self.config.patch_dim
-        if (ready or array.ndim == 4) and shape[0] == 1:
-            array = array[0]
-        if array.ndim == 2 and array.shape[1] == self.config.patch_dim:
-            return _Plan(name, (0, 0), (0, 0), len(array), 0, array)
-        if array.ndim == 3 and array.shape[2] != channels and array.shape[0] == channels:
-            array = array.transpose(1, 2, 0)
-        if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
-            raise BadSample(
-                "bad_image_type",
-                f"{name}: float images are patches [p,{self.config.patch_dim}] or normalised "
-                f"pixels [{channels},h,w], each with or without a leading 1; got {list(shape)}",
-            )
-        size = (array.shape[1], array.shape[0])
-        return _Plan(name, size, size, *self.grid(*size), array)
-
-    def _patches(self, plans: Sequence[_Plan]) -> np.ndarray:
+    def _patches(self, plans: Sequence[ImagePlan]) -> np.ndarray:
         """Read, shrink, pad and cut the images: [p, pixels] in the order of the images."""
         config = self.config
-        patches = [self._cut(plan) for plan in plans]
+        patches = [cut_patches(plan, config) for plan in plans]
         if any(p.dtype != np.uint8 for p in patches):
             split = (-1, config.num_channels)
             patches = [
@@ -363,40 +285,7 @@ class FuyuProcessor:
             return np.zeros((0, config.patch_dim), np.uint8)
         return patches[0] if len(patches) == 1 else np.concatenate(patches)
 
-    def _cut(self, plan: _Plan) -> np.ndarray:
-        """Make the patches of one image: uint8, or float32 where it came normalised."""
-        config = self.config
-        if not plan.cols:
-            return plan.pixels
-        if isinstance(plan.pixels, Image.Image):
-            image = resize(to_rgb(plan.pixels, plan.name), *plan.fitted, config.resample)
-            pixels, fill = np.asarray(image), config.padding_value
-        else:
-            pixels = plan.pixels
-            fill = config.normalise(np.asarray(config.padding_value))
-        return patchify(pad_to_multiple(pixels, config.patch_size, fill), config.patch_size)
-
-    def _largest_within(self, width: int, height: int, tokens: int) -> tuple[int, int] | None:
-        """Find the largest size of this aspect whose image makes at most so many tokens."""
-
-        def at(scale: float) -> tuple[int, int]:
-            return max(1, int(width * scale)), max(1, int(height * scale))
-
-        def fits(size: tuple[int, int]) -> bool:
-            rows, cols = self.grid(*size)
-            return rows * (cols + 1) <= tokens
-
-        if fits((width, height)):
-            return width, height
-        low, high = 0.0, 1.0
-        if not fits(at(low)):
-            return None
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fits(at(middle)) else (low, middle)
-        return at(low)
-
-    def _too_long(self, plans: Sequence[_Plan], total: int, limit: int) -> str:
+    def _too_long(self, plans: Sequence[ImagePlan], total: int, limit: int) -> str:
         """Say what is too long and what would fit."""
         message = f"the sample makes {total} tokens, above max_tokens = {limit}"
         if not plans:
@@ -407,7 +296,7 @@ class FuyuProcessor:
         message += f": {plan.name} of {width}x{height} makes {plan.num_tokens} of them"
         if plan.fitted != plan.size:
             message += f" (already shrunk to {plan.fitted[0]}x{plan.fitted[1]})"
-        best = self._largest_within(*plan.fitted, limit - rest)
+        best = largest_within(*plan.fitted, self.config.patch_size, limit - rest)
         if best is None:
             return f"{message}, and the other {rest} leave it no room; raise max_tokens"
         return (
@@ -504,11 +393,3 @@ def _ids_of(tokenizer: Any) -> dict[str, int]:
             "of the checkpoint, or build one with mmjax.data.tokenizers_small"
         )
     return ids
-
-
-def _float_array(source: ImageSource) -> np.ndarray | None:
-    """Return float pixels or patches as float32; None for every other kind of image."""
-    if isinstance(source, Image.Image) or not hasattr(source, "__array__"):
-        return None
-    array = np.asarray(source)
-    return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else None

@@ -128,11 +128,11 @@ class ProcessorConfig:
 
         Missing files leave Fuyu-8B's values. Raises MMJaxError naming a file that is not JSON.
         """
-        found = [data for file in _FILES if (data := _read_json(folder, file)) is not None]
+        new, old = (_read_json(folder, file) for file in _FILES)
         # transformers 4 may leave a processor_config.json that says nothing about images.
-        telling = [d for d in found if {"image_processor", "patch_size", "size"} & set(d)]
+        telling = new if new and {"image_processor", "patch_size", "size"} & set(new) else old
         model = _read_json(folder, "config.json") or {}
-        config = cls.from_hf(telling[0] if telling else {})
+        config = cls.from_hf(telling or {})
         changes: dict[str, Any] = {}
         if not telling and isinstance(model.get("patch_size"), int):
             changes["patch_size"] = model["patch_size"]
