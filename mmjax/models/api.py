@@ -22,6 +22,7 @@ class Config(Protocol):
 
     eos_token_id: int
     patch_dim: int
+    vocab_size: int
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:
@@ -59,6 +60,23 @@ class Processor(Protocol):
     """Text and images to Examples and back; numpy only, so that data workers can use it."""
 
     tokenizer: Any
+
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Processor:
+        """Read a model folder; tokenizer files are optional until a string must be encoded."""
+
+    @classmethod
+    def for_words(cls, words: Sequence[str], config: Config) -> Processor:
+        """Build one with a small tokenizer of these words, for models that start from nothing."""
+
+    def with_options(self, **changes: Any) -> Processor:
+        """Return a processor with other settings."""
+
+    def check(self, config: Config) -> None:
+        """Raise MMJaxError when this processor cannot belong to a model of this config."""
+
+    def token_ids(self) -> dict[str, int]:
+        """Return the vocabulary size and special ids under their names in config.json."""
 
     def encode(
         self,

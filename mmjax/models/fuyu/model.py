@@ -39,6 +39,11 @@ class FuyuConfig:
         """Numbers in one patch: rows x columns x channels."""
         return self.patch_size**2 * self.num_channels
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids the model knows."""
+        return self.decoder.vocab_size
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> FuyuConfig:
         """Read any published variant of Fuyu's config.json.

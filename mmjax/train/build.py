@@ -1,0 +1,156 @@
+"""From settings to the parts of a run: model, processor, weights, data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.data.catalog import make_source
+from mmjax.data.mixture import Mixture
+from mmjax.data.pipeline import TrainIterator, make_train_iterator
+from mmjax.models import registry
+from mmjax.models.api import Config, Processor
+from mmjax.nn import paths
+from mmjax.nn.linear import DTypes, LoRA
+from mmjax.train import state as train_state
+from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
+from mmjax.types import MMJaxError
+from mmjax.weights import checkpoint as weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A model that has not been allocated: everything known before a device is touched.
+
+    source: the opened folder its weights will be read from, or None for a random start.
+    """
+
+    family: str
+    config: Config
+    processor: Processor
+    source: weights.Checkpoint | None
+    make: Callable[[], nnx.Module]
+
+    def names(self) -> list[str]:
+        """Dotted names of all parameters."""
+        return list(paths.flatten(nnx.state(nnx.eval_shape(self.make))))
+
+
+def blueprint(settings: ModelSettings, lora: LoRASettings, seed: int) -> Blueprint:
+    """Read configs and tokenizer, and check that they fit; allocates nothing."""
+    family = registry.family(settings.family)
+    source = None
+    if settings.init:
+        source = weights.open_checkpoint(settings.init)
+        if source.family != settings.family:
+            raise MMJaxError(
+                f"model.init {settings.init} holds a {source.family!r} model and model.family is "
+                f"{settings.family!r}"
+            )
+        config = family.Config.from_hf({**source.hf_config, **settings.config})
+        processor = family.Processor.from_pretrained(settings.init)
+    else:
+        if not settings.words:
+            raise MMJaxError(
+                "a model that starts from random weights needs model.words for its tokenizer; "
+                "give them, or set model.init to a model folder"
+            )
+        draft = family.Config.from_hf(settings.config)
+        processor = family.Processor.for_words(settings.words, draft)
+        config = family.Config.from_hf({**settings.config, **processor.token_ids()})
+    processor = processor.with_options(**settings.processor)
+    processor.check(config)
+    adapter = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+    dtypes = DTypes(settings.param_dtype, settings.dtype)
+
+    def make() -> nnx.Module:
+        rngs = nnx.Rngs(seed)
+        return family.Model(config, rngs=rngs, dtypes=dtypes, lora=adapter, remat=settings.remat)
+
+    found = Blueprint(settings.family, config, processor, source, make)
+    if adapter:
+        check_targets(adapter, found.names())
+    return found
+
+
+def check_targets(lora: LoRA, names: list[str]) -> None:
+    """Raise MMJaxError for an adapter target that no linear map has, naming those there are."""
+    # decoder.layers.attn.q.kernel is the target attn.q; head and patch_embed have no parent block.
+    linear = {".".join(n.split(".")[:-1]) for n in names if n.endswith(".kernel")}
+    known = sorted(n.split("layers.")[-1].removeprefix("decoder.") for n in linear)
+    for target in lora.targets:
+        if target not in known:
+            raise MMJaxError(
+                f"lora target {target!r} is no linear map of this model; it has {', '.join(known)}"
+            )
+
+
+def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mesh):
+    """Return (graphdef, state, frozen) with the weights of ``model.init``, or random ones.
+
+    Frozen parameters are kept in ``model.frozen_dtype``: they are never updated.
+    """
+    graphdef, abstract, frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
+    dtype = jnp.dtype(settings.model.frozen_dtype)
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen
+    )
+    if plan.source is None:
+        graphdef, state, rest = train_state.init(plan.make, chosen, tx, mesh)
+        return graphdef, state, jax.tree.map(lambda x: x.astype(dtype), rest)
+    wanted = {**paths.flatten(abstract.params), **paths.flatten(frozen)}
+    adapters = {n: x for n, x in wanted.items() if n.rsplit(".", 1)[-1].startswith("lora_")}
+    base = {n: x for n, x in wanted.items() if n not in adapters}
+    values = weights.read_params(plan.source, base)
+    if adapters:
+        values |= _fresh(plan, adapters)
+    params = paths.replace(abstract.params, {n: values[n] for n in paths.flatten(abstract.params)})
+    rest = paths.replace(frozen, {n: values[n] for n in paths.flatten(frozen)})
+    opt = jax.jit(tx.init, out_shardings=train_state.shardings(abstract.opt))(params)
+    step = jax.device_put(jnp.int32(0), abstract.step.sharding)
+    return graphdef, train_state.TrainState(step, params, opt), rest
+
+
+def _fresh(plan: Blueprint, wanted: dict) -> dict[str, jax.Array]:
+    """Initialise the adapters alone; XLA drops the rest of the model from the program."""
+
+    def build():
+        values = paths.flatten(nnx.state(plan.make()))
+        return {name: values[name] for name in wanted}
+
+    return jax.jit(build, out_shardings={n: x.sharding for n, x in wanted.items()})()
+
+
+def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -> TrainIterator:
+    """Build this process's training batches."""
+    data, count = settings.data, jax.process_count()
+    if not data.sources:
+        raise MMJaxError("data.sources is empty: name at least one source to train on")
+    if data.batch_size % count or data.batch_size % settings.accumulate:
+        raise MMJaxError(
+            f"data.batch_size {data.batch_size} does not divide by {count} processes and "
+            f"accumulate {settings.accumulate}; choose a multiple of both"
+        )
+    sources = {name: make_source(spec) for name, spec in data.sources.items()}
+    return make_train_iterator(
+        Mixture.of(sources, data.weights),
+        data.template,
+        processor,
+        seq_len=data.seq_len,
+        max_patches=data.max_patches,
+        max_targets=data.max_targets,
+        batch_size=data.batch_size // count,
+        seed=settings.seed,
+        resolutions=data.resolutions,
+        pack=data.pack,
+        process_index=jax.process_index(),
+        process_count=count,
+        num_workers=data.workers,
+        max_bad_share=data.max_bad_share,
+        workdir=workdir,
+    )

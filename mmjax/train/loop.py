@@ -1,0 +1,244 @@
+"""The one training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from mmjax.checkpoint import Checkpoints
+from mmjax.loading import LoadedModel
+from mmjax.monitor.flops import peak_flops
+from mmjax.monitor.meter import Meter
+from mmjax.monitor.terminal import LiveLine, startup_table
+from mmjax.monitor.writers import make_writer
+from mmjax.nn import paths
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import batch_sharding
+from mmjax.train import optim
+from mmjax.train import state as train_state
+from mmjax.train.build import blueprint, init_state, train_iterator
+from mmjax.train.evaluation import evaluate
+from mmjax.train.settings import RunSettings
+from mmjax.train.step import compile_step, make_train_step
+from mmjax.train.stop import StopFlag
+from mmjax.types import MMJaxError
+from mmjax.weights import checkpoint as weights
+
+
+def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
+    """Train as the settings say, or go on where the workdir stands; returns the last metrics.
+
+    Writes into the workdir: config.json, metrics.jsonl, events (TensorBoard), skipped.jsonl,
+    checkpoints/, and at the end model/, predictions/, results.json and report.html.
+    SIGTERM saves and returns; starting again continues with the very next batch.
+    """
+    workdir = Path(workdir)
+    check(settings)
+    workdir.mkdir(parents=True, exist_ok=True)
+    enable_compilation_cache()
+    mesh = make_mesh(settings.mesh)
+    with use(mesh), StopFlag() as stop:
+        # ---- The model, before anything is allocated ------------------------------------------
+        plan = blueprint(settings.model, settings.lora, settings.seed)
+        names = plan.names()
+        chosen = train_state.trainable_names(names, settings.freeze, settings.lora.rank > 0)
+        tx = optim.make_optimizer(settings.optim, settings.steps)
+        schedule = optim.schedule(settings.optim, settings.steps)
+        _, abstract, abstract_frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
+        lead = jax.process_index() == 0
+        if lead:
+            write_config(settings, workdir)
+            print_startup(mesh, part_rows(abstract, abstract_frozen, settings), settings, workdir)
+
+        # ---- Data, and the state: restored, or new --------------------------------------------
+        batches = train_iterator(settings, plan.processor, workdir)
+        checkpoints = Checkpoints(workdir, settings.checkpoint, about={"name": settings.name})
+        graphdef, state, frozen = init_state(plan, settings, chosen, tx, mesh)
+        if checkpoints.latest is not None:
+            state = checkpoints.restore(abstract, batches)
+        first = int(state.step)
+        if first > settings.steps:
+            raise MMJaxError(
+                f"{workdir} stands at step {first} and config.steps is {settings.steps}; raise "
+                "config.steps to go on, or choose a new --workdir"
+            )
+
+        # ---- The step -------------------------------------------------------------------------
+        step_fn = compile_step(
+            make_train_step(
+                graphdef, tx, schedule,
+                accumulate=settings.accumulate, loss_chunk=settings.loss_chunk,
+            ),
+            abstract,
+        )  # fmt: skip
+        rows = batch_sharding(mesh)
+        writer = make_writer(
+            workdir, tensorboard=settings.log.tensorboard, process=jax.process_index()
+        )
+        flops = step_flops(plan.config, settings)
+        meter = Meter(settings.steps, start_step=first, peak_flops=peak_flops(mesh.devices.flat))
+        line = LiveLine(settings.steps, enabled=lead)
+        metrics: dict[str, float] = {}
+        previous = None  # metrics of the step before, fetched when the next one is under way
+
+        def live_model() -> LoadedModel:
+            model = nnx.merge(graphdef, state.params, frozen)
+            return LoadedModel(plan.family, plan.config, model, plan.processor, mesh)
+
+        # ---- Training -------------------------------------------------------------------------
+        # The order within a step: save, then take a batch. A saved iterator therefore stands
+        # where the saved parameters stand.
+        if first and first < settings.steps:
+            line.print(f"continuing at step {first}")
+        for step in range(first, settings.steps):
+            with meter.wait():
+                local = next(batches)
+            batch = {
+                name: jax.make_array_from_process_local_data(rows, value)
+                for name, value in local.items()
+            }
+            state, now = step_fn(state, frozen, batch)
+            done = step + 1
+            if previous is not None:
+                metrics |= read(previous, settings, writer, meter, line)
+            tokens = int(np.count_nonzero(local["segment_ids"])) * jax.process_count()
+            meter.step(tokens=tokens, flops=flops)
+            previous = (done, now)
+            evaluating = settings.eval.every and done % settings.eval.every == 0
+            if evaluating and done < settings.steps and settings.eval.tasks:
+                with meter.pause():
+                    got = evaluate(live_model(), settings, workdir, limit=settings.eval.limit)
+                    metrics |= got
+                    writer.scalars(done, got)
+                    line.print(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in got.items()))
+            if checkpoints.due(done) or stop:
+                with meter.pause():
+                    jax.block_until_ready(state)
+                    checkpoints.save(done, state, batches, metrics)
+            if stop:
+                checkpoints.wait()
+                line.print(f"{stop.signal}: saved step {done}; start again to continue")
+                break
+        if previous is not None:
+            metrics |= read(previous, settings, writer, meter, line, last=True)
+        done = int(state.step)
+
+        # ---- The end --------------------------------------------------------------------------
+        line.close()
+        if not stop:
+            if checkpoints.latest != done and done:
+                checkpoints.save(done, state, batches, metrics)
+            if settings.checkpoint.export:
+                export(live_model(), workdir, settings)
+            if settings.eval.tasks and settings.eval.final:
+                metrics |= evaluate(live_model(), settings, workdir, final=True, step=done)
+                writer.scalars(done, {k: v for k, v in metrics.items() if k.startswith("eval/")})
+        checkpoints.close()
+        writer.close()
+        batches.close()
+        return metrics
+
+
+def read(previous, settings: RunSettings, writer, meter: Meter, line, *, last=False) -> dict:
+    """Fetch a past step's metrics when it is time to log them; stop on a loss that is no number."""
+    step, values = previous
+    if step % settings.log.every and not last:
+        return {}
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        raise MMJaxError(
+            f"at step {step} the loss is {values['loss']} and the gradient norm "
+            f"{values['grad_norm']}; lower optim.lr or raise optim.warmup, and start again from "
+            "the last checkpoint in the workdir"
+        )
+    scalars = {f"train/{k}": v for k, v in values.items()}
+    scalars |= meter.report()
+    writer.scalars(step, scalars)
+    line.update(step, scalars, meter.eta())
+    return scalars
+
+
+def check(settings: RunSettings) -> None:
+    """Raise MMJaxError for numbers that cannot work, before anything is built."""
+    positive = {
+        "steps": settings.steps, "accumulate": settings.accumulate,
+        "loss_chunk": settings.loss_chunk, "data.batch_size": settings.data.batch_size,
+        "data.seq_len": settings.data.seq_len, "data.max_targets": settings.data.max_targets,
+        "log.every": settings.log.every, "checkpoint.every": settings.checkpoint.every,
+        "checkpoint.keep": settings.checkpoint.keep,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value < 1:
+            raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
+
+
+def print_startup(mesh, rows, settings: RunSettings, workdir: Path) -> None:
+    """Print what is about to run: mesh, parameters by part, shapes."""
+    data = settings.data
+    facts = {
+        "run": f"{settings.name} in {workdir}",
+        "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
+        "batch": f"{data.batch_size} rows x {data.seq_len} tokens, {settings.steps} steps",
+        "compute": f"{settings.model.dtype}, trained parameters {settings.model.param_dtype}",
+    }
+    Console().print(startup_table(dict(mesh.shape), rows, facts))
+
+
+def part_rows(abstract, frozen, settings: RunSettings) -> list[tuple[str, int, int, int]]:
+    """Return (part, trained, total, bytes on a device) for the table at the start."""
+    trained, rest = paths.flatten(abstract.params), paths.flatten(frozen)
+    parts: dict[str, list[int]] = {}
+    for name, leaf in {**trained, **rest}.items():
+        part = ".".join(name.split(".")[:2]) if name.startswith("decoder.") else name.split(".")[0]
+        row = parts.setdefault(part, [0, 0, 0])
+        size = math.prod(leaf.shape)
+        itemsize = leaf.dtype.itemsize
+        if name in trained:
+            row[0] += size
+        else:
+            itemsize = np.dtype(jax.numpy.dtype(settings.model.frozen_dtype)).itemsize
+        row[1] += size
+        row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
+    optimizer = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract.opt)
+    )
+    return [(k, *v) for k, v in parts.items()] + [("optimizer", 0, 0, optimizer)]
+
+
+def step_flops(config, settings: RunSettings) -> float:
+    """Estimate the FLOPs of one step: forward once, backward twice, in full rows.
+
+    Frozen kernels need no weight gradient, so adapters count two thirds of it.
+    """
+    data = settings.data
+    share = min(1.0, data.max_targets / data.seq_len)
+    forward = config.flops_per_token(data.seq_len, head_share=share) * data.seq_len
+    return forward * data.batch_size * (2.0 if settings.lora.rank else 3.0)
+
+
+def export(model: LoadedModel, workdir: Path, settings: RunSettings) -> None:
+    """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read."""
+    arrays = paths.flatten(nnx.state(model.model))
+    weights.save(workdir / "model", model, arrays, settings.lora)
+
+
+def write_config(settings: RunSettings, workdir: Path) -> None:
+    """Write the settings as JSON, for the record and for eval.py's report."""
+    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
+    (workdir / "config.json").write_text(text + "\n")
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk, unless the user has chosen otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "mmjax" / "jax"))
