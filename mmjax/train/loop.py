@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mmjax.checkpoint import Checkpoints
 from mmjax.loading import LoadedModel
-from mmjax.monitor.flops import peak_flops
+from mmjax.monitor.flops import find_peak
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.terminal import LiveLine, startup_table
 from mmjax.monitor.writers import make_writer
@@ -84,7 +84,8 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             workdir, tensorboard=settings.log.tensorboard, process=jax.process_index()
         )
         flops = step_flops(plan.config, settings)
-        meter = Meter(settings.steps, start_step=first, peak_flops=peak_flops(mesh.devices.flat))
+        peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
+        meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
         line = LiveLine(settings.steps, enabled=lead)
         metrics: dict[str, float] = {}
         previous = None  # metrics of the step before, fetched when the next one is under way

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens, token_id
+from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.coordinates import CoordinateTokens, split_coordinates
 from mmjax.models.fuyu.image_plan import (
     ImagePlan,
@@ -106,6 +107,33 @@ class FuyuProcessor:
         processor = cls(ProcessorConfig.from_folder(folder), load_tokenizer(folder))
         processor.folder = os.fspath(folder)
         return processor
+
+    @classmethod
+    def for_words(cls, words: Sequence[str], config: Any) -> FuyuProcessor:
+        """Build one with a small tokenizer of these words, for models that start from nothing."""
+        options = ProcessorConfig(patch_size=config.patch_size, num_channels=config.num_channels)
+        return cls(options, build_word_tokenizer(words))
+
+    def token_ids(self) -> dict[str, int]:
+        """Return the vocabulary size and special ids under their names in config.json."""
+        config = self.config
+        return {
+            # Rounded up, so that the table divides over any mesh.
+            "vocab_size": -(-len(self.tokenizer) // 64) * 64,
+            "image_token_id": config.image_token_id,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        }
+
+    def check(self, config: Any) -> None:
+        """Raise MMJaxError when this processor cannot belong to a model of this config."""
+        check_vocabulary(self, config.vocab_size, config.image_token_id)
+        if self.config.patch_size != config.patch_size:
+            raise MMJaxError(
+                f"the processor cuts patches of {self.config.patch_size} pixels and the model "
+                f"takes {config.patch_size}; they are of different checkpoints"
+            )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the processor and tokenizer files that transformers' FuyuProcessor loads."""
