@@ -1,0 +1,77 @@
+import pytest
+
+from mmjax.monitor import flops
+from mmjax.monitor.meter import Meter
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_meter_leaves_out_the_first_step_and_the_pauses():
+    clock = Clock()
+    meter = Meter(11, peak_flops=1000.0, clock=clock)
+    clock.now += 30  # compiles
+    meter.step(tokens=100)
+    assert meter.report() == {} and meter.eta() is None
+    for _ in range(4):
+        with meter.wait():
+            clock.now += 0.5
+        clock.now += 1.5
+        meter.step(tokens=100, images=2, samples=4, flops=200.0)
+    with meter.pause():
+        clock.now += 12
+    assert meter.report() == pytest.approx(
+        {
+            "perf/step_s": 2.0,
+            "perf/data_wait_s": 0.5,
+            "perf/tok_s": 50.0,
+            "perf/img_s": 1.0,
+            "perf/sample_s": 2.0,
+            "perf/mfu": 0.1,
+        }
+    )
+    # 6 steps to go, 20 seconds were spent on 4
+    assert meter.eta() == pytest.approx(30.0)
+    assert meter.report() == {}
+
+
+def test_meter_without_a_peak_has_no_mfu():
+    clock = Clock()
+    meter = Meter(10, start_step=5, clock=clock)
+    meter.step()
+    clock.now += 1
+    meter.step(tokens=8, flops=1e9)
+    assert "perf/mfu" not in meter.report()
+    assert meter.eta() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", 156e12),
+        ("cpu", "float32", None),
+        ("Quadro of tomorrow", "bfloat16", None),
+    ],
+)
+def test_peaks_by_device_kind(kind, dtype, peak):
+    assert flops.table_peak(kind, dtype) == peak
+
+
+def test_cpu_peak_is_measured_or_unknown():
+    measured = flops.find_peak(dtype="float32")
+    assert measured.source == "measured" and measured.flops > 1e8
+    assert flops.find_peak(dtype="float32", measure=False) is None
+
+
+def test_train_flops_of_frozen_parts():
+    assert flops.train_flops(10.0) == 30.0
+    assert flops.train_flops(10.0, frozen=8.0) == 22.0

@@ -1,0 +1,87 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from mmjax.monitor import terminal
+
+VALUES = {
+    "train/loss": 1.25,
+    "train/lr": 3e-4,
+    "train/grad_norm": 0.5,
+    "perf/tok_s": 12_345.0,
+    "perf/step_s": 0.5,
+    "perf/data_wait_s": 0.01,
+}
+
+
+def console(**options):
+    return Console(file=io.StringIO(), width=120, **options)
+
+
+def test_status_line_shows_a_dash_for_an_unknown_mfu():
+    line = terminal.status_line(20, 100, VALUES, eta=3723)
+    assert line == (
+        "step 20/100  loss 1.2500  lr 3.00e-04  grad 0.5  12.3k tok/s  mfu -  data wait 2%"
+        "  eta 1:02:03"
+    )
+    assert "mfu 41.0%" in terminal.status_line(1, 2, VALUES | {"perf/mfu": 0.41})
+
+
+def test_plain_lines_come_at_intervals_and_the_last_one_always():
+    now = [0.0]
+    out = console(force_terminal=False)
+    line = terminal.LiveLine(100, console=out, plain_every=10, clock=lambda: now[0])
+    for step in range(1, 8):
+        line.update(step, {})
+        now[0] += 3
+    line.close()
+    steps = [text.split()[1] for text in out.file.getvalue().splitlines()]
+    assert steps == ["1/100", "5/100", "7/100"]
+
+
+def test_other_processes_are_silent():
+    out = console()
+    line = terminal.LiveLine(10, enabled=False, console=out)
+    line.update(10, VALUES)
+    line.print("x")
+    line.close()
+    assert out.file.getvalue() == ""
+
+
+def test_live_line_on_a_terminal():
+    out = console(force_terminal=True)
+    line = terminal.LiveLine(10, console=out)
+    line.update(4, VALUES, eta=5)
+    with line.hidden():
+        pass
+    line.close()
+    assert "step 4/10" in out.file.getvalue() and "eta 5s" in out.file.getvalue()
+
+
+def test_startup_table_sums_the_parts():
+    out = console()
+    rows = [("patch_embed", 2_000, 2_000, 8_000.0), ("decoder", 0, 5_000_000, 2.0 * 2**20)]
+    out.print(terminal.startup_table({"data": 2, "fsdp": 4}, rows, {"dtype": "float32"}))
+    text = out.file.getvalue()
+    for expected in ("data 2 x fsdp 4", "5,002,000", "frozen", "2.0 MiB", "dtype", "float32"):
+        assert expected in text
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_track_yields_everything(live):
+    out = console(force_terminal=live)
+    assert list(terminal.track([1, 2, 3], 6, "eval", size=lambda n: n, console=out)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (42, "42s"), (185, "3:05"), (3723, "1:02:03"), (184_000, "2d 03:06")],
+)
+def test_human_time(seconds, text):
+    assert terminal.human_time(seconds) == text
+
+
+def test_human_numbers():
+    assert [terminal.human(v) for v in (None, 0.5, 1234, 2.5e6)] == ["-", "0.5", "1.23k", "2.5M"]
+    assert terminal.human_bytes(3 * 2**30) == "3.0 GiB"
