@@ -166,6 +166,7 @@ class WeightsMismatch(MMJaxError):
 
 def by_ours(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
     """Return the rule of each of our paths; raises MMJaxError for a path without one."""
+    paths = list(paths)
     table = {rule.ours: rule for rule in rules}
     without = [path for path in paths if path not in table]
     if without:

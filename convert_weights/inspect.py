@@ -1,0 +1,81 @@
+"""Say what a checkpoint is, without loading it.
+
+python -m convert_weights.inspect SRC [--base DIR]
+"""
+
+import argparse
+import collections
+import math
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from convert_weights.progress import gigabytes
+from mmjax.cli import run_guarded
+from mmjax.models import checkpoints
+from mmjax.parallel.mesh import use
+from mmjax.weights import rules as R
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="convert_weights.inspect", description=__doc__)
+    parser.add_argument("source")
+    parser.add_argument("--base", help="the model folder of an adapter")
+    args = parser.parse_args(argv)
+    ckpt = checkpoints.open_checkpoint(args.source, base=args.base)
+    with use():
+        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
+    try:
+        shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+        R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+        verdict = "every key is claimed by a rule, every parameter has its key"
+    except R.WeightsMismatch as error:
+        verdict = str(error)
+    Console(width=None if sys.stdout.isatty() else 100).print(_table(ckpt, verdict))
+    return 0 if verdict.startswith("every") else 2
+
+
+def _table(ckpt: checkpoints.Checkpoint, verdict: str) -> Table:
+    table = Table(title=str(ckpt.path), show_header=False, title_justify="left")
+    kinds: collections.Counter = collections.Counter()
+    size = 0
+    for key in ckpt.reader.keys():  # noqa: SIM118
+        count, dtype = math.prod(ckpt.reader.shape(key)), ckpt.reader.dtype(key)
+        kinds[str(dtype)] += count
+        size += count * dtype.itemsize
+    files = [f.name for f in ckpt.reader.files]
+    table.add_row("family, layout", f"{ckpt.family.name}, {ckpt.kind}")
+    table.add_row("files", ", ".join(files[:4]) + (f" ... {len(files)}" if len(files) > 4 else ""))
+    table.add_row("numbers", f"{sum(kinds.values()):,} in {gigabytes(size)}")
+    table.add_row("dtypes", ", ".join(f"{k} {n:,}" for k, n in kinds.most_common()))
+    if ckpt.lora is not None:
+        lora = ckpt.lora
+        table.add_row("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}: {', '.join(lora.targets)}")
+    for name, value in _flat(ckpt.config.__dict__):
+        if name == "rope_theta":
+            value = f"{value:g} (config.json says {_stated_theta(ckpt.hf_config)})"
+        table.add_row(name, str(value))
+    table.add_row("keys", verdict)
+    return table
+
+
+def _flat(fields: dict):
+    for name, value in fields.items():
+        if hasattr(value, "__dataclass_fields__"):
+            yield from _flat(value.__dict__)
+        else:
+            yield name, value
+
+
+def _stated_theta(hf: dict) -> str:
+    nested = hf.get("text_config") or {}
+    places = (hf.get("rope_parameters"), nested.get("rope_parameters"), nested, hf)
+    for place in places:
+        if isinstance(place, dict) and place.get("rope_theta") is not None:
+            return f"{place['rope_theta']:g}"
+    return "nothing: the family's own value, not the library's default of 10000"
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))

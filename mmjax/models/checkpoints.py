@@ -1,0 +1,438 @@
+"""Open a model folder in any layout, read its parameters, and write one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import mmjax
+from mmjax.models import registry
+from mmjax.nn import paths
+from mmjax.nn.linear import DTypes, LoRA
+from mmjax.types import MMJaxError
+from mmjax.weights import peft
+from mmjax.weights import rules as R
+from mmjax.weights.load import Progress, load_params
+from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
+from mmjax.weights.store import StoreReader, StoreWriter
+from mmjax.weights.writer import atomic_folder, refuse_incomplete, write_shards
+
+FORMAT = 1
+PARAMS = "params"
+# What travels with a model beside its weights.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "adept_vocab.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been opened and told apart; its numbers are still on disk.
+
+    kind: ``mmjax``, ``hub``, ``transformers5``, ``megatron`` or ``peft``. hf_config: config.json as
+    it stands, or the sizes read off the tensors. config: the family's own. reader: tensors in the
+    names that ``rules`` speak. lora: the adapters it holds, None without.
+    folders: where its companion files lie, the nearest first.
+    """
+
+    path: Path
+    kind: str
+    family: registry.Family
+    hf_config: dict[str, Any]
+    config: Any
+    reader: Reader
+    rules: tuple[R.Rule, ...]
+    ignore: tuple[str, ...]
+    lora: LoRA | None
+    folders: tuple[Path, ...]
+
+
+def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Checkpoint:
+    """Open a converted folder, a PyTorch checkpoint (folder or file) or a PEFT adapter.
+
+    base: folder of the model an adapter belongs to; by default the local folder that its
+        adapter_config.json names.
+    Raises MMJaxError for what is missing, half-written, damaged or of no known family.
+    """
+    path = Path(path)
+    refuse_incomplete(path)
+    folder = path if path.is_dir() else path.parent
+    hf = read_json(folder / "config.json")
+    if path.is_dir() and ("mmjax" in hf or (path / PARAMS).is_dir()):
+        return _open_converted(path, hf)
+    raw = open_reader(path)
+    if any(".lora_A." in key or ".lora_B." in key for key in raw.keys()):  # noqa: SIM118
+        return _open_adapter(folder, raw, base)
+    family, layout = registry.detect(hf, raw.keys())
+    reader = Renamed(raw, lambda key: family.weights.to_hub(key, layout))
+    hf = hf or family.weights.guess_config(reader)
+    return Checkpoint(
+        path,
+        layout,
+        family,
+        hf,
+        family.Config.from_hf(hf),
+        reader,
+        tuple(family.weights.RULES),
+        tuple(family.weights.IGNORE),
+        None,
+        (folder,),
+    )
+
+
+def _open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
+    about = hf.get("mmjax")
+    if about is None:
+        raise MMJaxError(
+            f"{path}: holds {PARAMS}/ and no finished config.json: a half-written conversion; "
+            "delete it and run the conversion again"
+        )
+    if about["format"] > FORMAT:
+        raise MMJaxError(
+            f"{path}: written in format {about['format']} by mmjax {about['version']}; this mmjax "
+            f"{mmjax.__version__} reads up to {FORMAT}: upgrade it, or convert the model again"
+        )
+    family = registry.family(about["family"])
+    reader = StoreReader(path / PARAMS)
+    lora = about.get("lora")
+    lora = LoRA(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora else None
+    same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
+    config = family.Config.from_hf(hf)
+    return Checkpoint(path, "mmjax", family, hf, config, reader, same, (), lora, (path,))
+
+
+def _open_adapter(folder: Path, raw: Reader, base: str | Path | None) -> Checkpoint:
+    about = read_json(folder / "adapter_config.json")
+    if not about:
+        raise MMJaxError(
+            f"{folder}: LoRA weights without adapter_config.json, which holds their scale; "
+            "copy it beside them"
+        )
+    named = about.get("base_model_name_or_path")
+    base = base or (named if named and Path(named).is_dir() else None)
+    if base is None:
+        raise MMJaxError(
+            f"{folder}: an adapter of {named or 'an unnamed model'}; give that model's folder "
+            "with --base DIR (in Python base=...)"
+        )
+    under = open_checkpoint(base)
+    if under.lora is not None or under.kind == "mmjax":
+        raise MMJaxError(f"{base}: the base of an adapter has to be a PyTorch checkpoint")
+    weights = under.family.weights
+
+    def rename(key: str) -> str:
+        # An adapted head or embedding is also saved whole, under its wrapper's name.
+        key = key.removeprefix(peft.PREFIX).replace(".base_layer.", ".")
+        layout = weights.detect_layout([key])
+        return weights.to_hub(key, layout) if layout else key
+
+    adapter = Renamed(raw, rename)
+    layers = under.config.decoder.num_layers
+    pairs = peft.AdapterReader(adapter, about, under.rules, layers)
+    targets = tuple(weights.lora_target(kernel) for kernel in pairs.kernels)
+    return dataclasses.replace(
+        under,
+        path=folder,
+        kind="peft",
+        # Whole tensors in an adapter (modules_to_save, biases) replace the base's.
+        reader=Overlay(under.reader, pairs),
+        rules=(*under.rules, *peft.adapter_rules(under.rules)),
+        lora=LoRA(pairs.rank, pairs.alpha, targets),
+        folders=(folder, *under.folders),
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object, {} where there is no file; raises MMJaxError naming the line."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise MMJaxError(f"{file}: not a JSON object ({error}); download it again") from error
+
+
+def abstract_params(
+    family: registry.Family, config: Any, *, lora: LoRA | None = None, dtype: str = "float32"
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of every parameter by dotted name; call inside a mesh."""
+
+    def make():
+        return nnx.state(
+            family.Model(config, rngs=nnx.Rngs(0), dtypes=DTypes(param=dtype), lora=lora), nnx.Param
+        )
+
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in paths.flatten(nnx.eval_shape(make)).items()
+    }
+
+
+def read_params(
+    ckpt: Checkpoint,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    """Load a checkpoint's parameters in the dtypes and onto the shardings of ``abstract``.
+
+    LoRA leaves that the checkpoint does not have are left out of the result: a new adapter starts
+    from its own initial values. Raises WeightsMismatch when keys or shapes differ otherwise.
+    """
+    have = {rule.ours for rule in ckpt.rules} if ckpt.lora else set()
+    wanted = {name: leaf for name, leaf in abstract.items() if not _is_lora(name) or name in have}
+    return load_params(ckpt.reader, ckpt.rules, wanted, ignore=ckpt.ignore, progress=progress)
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion is going to write: (shape, dtype, chunk) of each of our parameters."""
+
+    arrays: dict[str, tuple[R.Shape, np.dtype, R.Shape]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(np.prod(s)) * np.dtype(d).itemsize for s, d, _ in self.arrays.values())
+
+
+def plan_conversion(
+    ckpt: Checkpoint, abstract: Mapping[str, jax.ShapeDtypeStruct], dtype: str = "keep"
+) -> Plan:
+    """Check a checkpoint against the model and lay out the converted folder.
+
+    dtype: ``bfloat16``, ``float32`` or ``keep``; LoRA leaves stay float32, they are trained.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    arrays = {}
+    for name, rule in R.by_ours(ckpt.rules, shapes).items():
+        kind = np.dtype(np.float32)
+        if not _is_lora(name):
+            own = ckpt.reader.dtype(rule.keys(shapes[name])[0])
+            kind = np.dtype(own if dtype == "keep" else dtype)
+        arrays[name] = (shapes[name], kind, rule.chunk(shapes[name], kind.itemsize))
+    return Plan(arrays)
+
+
+def write_converted(
+    ckpt: Checkpoint,
+    plan: Plan,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write a converted folder, one piece of a parameter at a time; it appears whole or not."""
+    with atomic_folder(destination, overwrite=overwrite) as folder:
+        store = StoreWriter(folder / PARAMS, plan.arrays)
+        for name, (shape, dtype, chunk) in plan.arrays.items():
+            rule = R.by_ours(ckpt.rules, [name])[name]
+            for index in R.grid(tuple(slice(0, n) for n in shape), chunk):
+                block = R.read_piece(rule, ckpt.reader, shape, index, dtype)
+                store.write(name, index, block)
+                if progress is not None:
+                    progress(block.nbytes)
+        store.close()
+        copy_companions(ckpt.folders, folder)
+        _write_config(folder, ckpt.family, ckpt.config, ckpt.lora)
+
+
+def save_model(
+    destination: str | Path,
+    params: Mapping[str, Any],
+    *,
+    family: registry.Family,
+    config: Any,
+    lora: LoRA | None = None,
+    folders: Sequence[Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write parameters in memory, by dotted name, as a folder that ``mmjax.load`` reads.
+
+    folders: where to copy tokenizer and processor files from; the first that has one wins.
+    """
+    arrays = {}
+    for name, x in params.items():
+        shape, dtype = tuple(x.shape), np.dtype(x.dtype)
+        arrays[name] = (shape, dtype, R.Rule(name, name).chunk(shape, dtype.itemsize))
+    with atomic_folder(destination, overwrite=overwrite) as folder:
+        store = StoreWriter(folder / PARAMS, arrays)
+        for name, (shape, _, chunk) in arrays.items():
+            for index in R.grid(tuple(slice(0, n) for n in shape), chunk):
+                store.write(name, index, np.asarray(params[name][index]))
+        store.close()
+        copy_companions(folders, folder)
+        _write_config(folder, family, config, lora)
+
+
+def _write_config(folder: Path, family: registry.Family, config: Any, lora: LoRA | None) -> None:
+    about = {"version": mmjax.__version__, "format": FORMAT, "family": family.name}
+    if lora is not None:
+        about["lora"] = dataclasses.asdict(lora)
+    text = json.dumps({**config.to_hf(), "mmjax": about}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def copy_companions(folders: Sequence[Path], destination: Path) -> list[str]:
+    """Copy tokenizer and processor files, each from the first folder that has it."""
+    copied = []
+    for name in COMPANIONS:
+        source = next((Path(f) / name for f in folders if (Path(f) / name).is_file()), None)
+        if source is not None:
+            shutil.copyfile(source, destination / name)
+            copied.append(name)
+    return copied
+
+
+class Canonical:
+    """A checkpoint's parameters by our names, read through its rules: a Reader of ours."""
+
+    def __init__(self, ckpt: Checkpoint, shapes: Mapping[str, R.Shape]):
+        self.ckpt, self.shapes, self.files = ckpt, dict(shapes), ckpt.reader.files
+        self.table = R.by_ours(ckpt.rules, shapes)
+
+    def keys(self) -> Iterable[str]:
+        return self.shapes.keys()
+
+    def shape(self, key: str) -> R.Shape:
+        return self.shapes[key]
+
+    def dtype(self, key: str) -> np.dtype:
+        return np.dtype(self.ckpt.reader.dtype(self.table[key].keys(self.shapes[key])[0]))
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        shape = self.shapes[key]
+        index = () if index is ... else index
+        index = (*index, *[slice(None)] * (len(shape) - len(index)))
+        index = R.whole(index, shape)
+        return R.read_piece(self.table[key], self.ckpt.reader, shape, index, self.dtype(key))
+
+
+class Subset:
+    """Some of a reader's arrays."""
+
+    def __init__(self, reader: Reader, names: Sequence[str]):
+        self.reader, self.names, self.files = reader, list(names), reader.files
+
+    def keys(self) -> Iterable[str]:
+        return self.names
+
+    def shape(self, key: str) -> R.Shape:
+        return self.reader.shape(key)
+
+    def dtype(self, key: str) -> np.dtype:
+        return self.reader.dtype(key)
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        return self.reader.read(key, index)
+
+
+class Merged(Subset):
+    """A reader whose kernels have their low-rank update added, in float32, layer by layer."""
+
+    def __init__(self, reader: Reader, lora: LoRA):
+        super().__init__(reader, [k for k in reader.keys() if not _is_lora(k)])  # noqa: SIM118
+        self.scale = lora.scale
+        self.adapted = {k.removesuffix("lora_a") + "kernel" for k in reader.keys() if _is_lora(k)}  # noqa: SIM118
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        kernel = self.reader.read(key, index)
+        if key not in self.adapted:
+            return kernel
+        stem, shape = key.removesuffix("kernel"), self.shape(key)
+        a, b = self.reader.shape(f"{stem}lora_a"), self.reader.shape(f"{stem}lora_b")
+        index = () if index is ... else index
+        index = R.whole((*index, *[slice(None)] * (len(shape) - len(index))), shape)
+        # With one leading layers axis: a [l, *in, r], b [l, r, *out]; without it the same, bare.
+        lead = int(len(a) - 1 + len(b) - 1 > len(shape))
+        n_in = len(a) - 1 - lead
+        low = self.reader.read(f"{stem}lora_a", index[: lead + n_in])
+        high = self.reader.read(
+            f"{stem}lora_b", (*index[:lead], slice(None), *index[lead + n_in :])
+        )
+        r = low.shape[-1]
+        layers = low.shape[0] if lead else 1
+        low = low.astype(np.float32).reshape(layers, -1, r)
+        high = high.astype(np.float32).reshape(layers, r, -1)
+        update = np.matmul(low, high).reshape(kernel.shape) * np.float32(self.scale)
+        return (kernel.astype(np.float32) + update).astype(kernel.dtype)
+
+
+def plan_export(
+    ckpt: Checkpoint,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    layout: str = "hub",
+    dtype: str = "keep",
+    adapter: bool = False,
+) -> tuple[list[R.Tensor], dict[str, dict[str, Any]]]:
+    """Return the tensors of an export and its JSON files by name.
+
+    A model with adapters is exported merged, or with ``adapter`` as the adapter alone, in PEFT's
+    format, named as the layout names its modules.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    source: Reader = Canonical(ckpt, shapes)
+    weights = ckpt.family.weights
+    if adapter:
+        if ckpt.lora is None:
+            raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
+        tensors, about = peft.export_adapter(
+            weights.RULES,
+            Subset(source, [name for name in shapes if _is_lora(name)]),
+            rank=ckpt.lora.rank,
+            alpha=ckpt.lora.alpha,
+            rename=lambda key: weights.from_hub(key, layout),
+        )
+        return tensors, {"adapter_config.json": about}
+    if ckpt.lora is not None:
+        source = Merged(source, ckpt.lora)
+    tensors = R.export(weights.RULES, source, None if dtype == "keep" else dtype)
+    tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
+    kinds = {str(t.dtype) for t in tensors}
+    hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}
+    return tensors, {"config.json": hf}
+
+
+def write_export(
+    destination: str | Path,
+    tensors: Sequence[R.Tensor],
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    folders: Sequence[Path] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write an export for PyTorch: safetensors shards, JSON files, tokenizer and processor."""
+    adapter = "adapter_config.json" in files
+    with atomic_folder(destination, overwrite=overwrite) as folder:
+        stem = "adapter_model" if adapter else "model"
+        write_shards(folder, tensors, stem=stem, progress=progress)
+        copy_companions(folders, folder)
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,143 @@
+"""Fuyu's published checkpoints: one table of rules, and three ways of naming the same tensors.
+
+``hub`` is the naming of adept/fuyu-8b, OtterHD-8B and what transformers saves; the table speaks it.
+``transformers5`` is the naming inside transformers 5, ``megatron`` that of Adept's own release.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from mmjax.weights.reader import Reader
+from mmjax.weights.rules import Rule, fused_qkv, reshape_in, transpose
+
+_LAYER = "language_model.model.layers.{l}."
+
+
+def _norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}.scale", f"{theirs}.weight"), Rule(f"{ours}.bias", f"{theirs}.bias")
+
+
+def _linear(ours: str, theirs: str, op=transpose) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}.kernel", f"{theirs}.weight", op), Rule(f"{ours}.bias", f"{theirs}.bias")
+
+
+def _fused(ours: str, theirs: str, i: int) -> tuple[Rule, Rule]:
+    op = fused_qkv(i)
+    return Rule(f"{ours}.kernel", f"{theirs}.weight", op), Rule(
+        f"{ours}.bias", f"{theirs}.bias", op
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("decoder.embed.embedding", "language_model.model.embed_tokens.weight"),
+    *_norm("decoder.layers.attn_norm", f"{_LAYER}input_layernorm"),
+    *_fused("decoder.layers.attn.q", f"{_LAYER}self_attn.query_key_value", 0),
+    *_fused("decoder.layers.attn.k", f"{_LAYER}self_attn.query_key_value", 1),
+    *_fused("decoder.layers.attn.v", f"{_LAYER}self_attn.query_key_value", 2),
+    *_norm("decoder.layers.attn.q_norm", f"{_LAYER}self_attn.q_layernorm"),
+    *_norm("decoder.layers.attn.k_norm", f"{_LAYER}self_attn.k_layernorm"),
+    *_linear("decoder.layers.attn.o", f"{_LAYER}self_attn.dense", reshape_in(2)),
+    *_norm("decoder.layers.mlp_norm", f"{_LAYER}post_attention_layernorm"),
+    *_linear("decoder.layers.mlp.up", f"{_LAYER}mlp.dense_h_to_4h"),
+    *_linear("decoder.layers.mlp.down", f"{_LAYER}mlp.dense_4h_to_h"),
+    *_norm("decoder.final_norm", "language_model.model.final_layernorm"),
+    Rule("decoder.head.kernel", "language_model.lm_head.weight", transpose),
+    *_linear("patch_embed", "vision_embed_tokens"),
+)
+
+IGNORE = (r"rotary_emb\.inv_freq$", r"(^|\.)image_patch_projection")
+"""Tables of angles that old saves kept, and a projection of Adept's that no model uses."""
+
+# (layout, mark that only its keys have, renames to the hub's names)
+_LAYOUTS = (
+    (
+        "megatron",
+        re.compile(
+            r"^(language_model\.(encoder|embedding)\.|vit_encoder\."
+            r"|(language_model\.)?word_embeddings_for_head\.)"
+        ),
+        (
+            (re.compile(r"^language_model\.encoder\."), "language_model.model."),
+            (
+                re.compile(r"^(language_model\.)?word_embeddings_for_head\."),
+                "language_model.lm_head.",
+            ),
+            (
+                re.compile(r"^language_model\.embedding\.word_embeddings\."),
+                "language_model.model.embed_tokens.",
+            ),
+            (re.compile(r"^vit_encoder\.linear_encoder\."), "vision_embed_tokens."),
+            (re.compile(r"\.self_attention\."), ".self_attn."),
+        ),
+    ),
+    (
+        "transformers5",
+        re.compile(r"^(model\.language_model\.|model\.vision_embed_tokens|lm_head)"),
+        (
+            (re.compile(r"^model\.language_model\."), "language_model.model."),
+            (re.compile(r"^model\.vision_embed_tokens\b"), "vision_embed_tokens"),
+            (re.compile(r"^lm_head\b"), "language_model.lm_head"),
+        ),
+    ),
+    ("hub", re.compile(r"^(language_model\.(model|lm_head)|vision_embed_tokens)\b"), ()),
+)
+_TO_TRANSFORMERS5 = (
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^vision_embed_tokens\b"), "model.vision_embed_tokens"),
+    (re.compile(r"^language_model\.lm_head\b"), "lm_head"),
+)
+
+
+def detect_layout(keys: Iterable[str]) -> str | None:
+    """Tell ``megatron``, ``transformers5`` or ``hub`` from the keys; None if it is no Fuyu."""
+    keys = list(keys)
+    for layout, mark, _ in _LAYOUTS:
+        if any(mark.search(key) for key in keys):
+            return layout
+    return None
+
+
+def to_hub(key: str, layout: str) -> str:
+    """Rename a key of a layout to the hub's name, which RULES speak."""
+    renames = next(renames for name, _, renames in _LAYOUTS if name == layout)
+    for pattern, new in renames:
+        key = pattern.sub(new, key)
+    return key
+
+
+def from_hub(key: str, layout: str) -> str:
+    """Rename a hub key for a layout that is written, ``hub`` or ``transformers5``."""
+    if layout == "transformers5":
+        for pattern, new in _TO_TRANSFORMERS5:
+            key = pattern.sub(new, key)
+    return key
+
+
+def lora_target(kernel: str) -> str:
+    """Return the name by which ``nn.LoRA.targets`` knows a kernel: ``attn.q``, ``mlp.up``."""
+    return re.sub(r"^decoder\.(layers\.)?", "", kernel).removesuffix(".kernel")
+
+
+def guess_config(reader: Reader) -> dict[str, Any]:
+    """Read a model's sizes off its tensors (hub names), for a checkpoint without config.json."""
+    keys = set(reader.keys())
+    layers = 0
+    while f"{_LAYER.replace('{l}', str(layers))}input_layernorm.weight" in keys:
+        layers += 1
+    hf: dict[str, Any] = {"model_type": "fuyu", "num_hidden_layers": layers}
+    embed = "language_model.model.embed_tokens.weight"
+    first = _LAYER.replace("{l}", "0")
+    head, up = f"{first}self_attn.q_layernorm.weight", f"{first}mlp.dense_h_to_4h.weight"
+    if embed in keys:
+        hf["vocab_size"], hf["hidden_size"] = reader.shape(embed)
+        if head in keys:
+            hf["num_attention_heads"] = hf["hidden_size"] // reader.shape(head)[0]
+    if up in keys:
+        hf["intermediate_size"] = reader.shape(up)[0]
+    if "vision_embed_tokens.weight" in keys:
+        hf["patch_size"] = math.isqrt(reader.shape("vision_embed_tokens.weight")[1] // 3)
+    return hf

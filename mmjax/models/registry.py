@@ -1,0 +1,79 @@
+"""The families mmjax knows, one line each; nothing of them is imported before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from mmjax.types import MMJaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A folder ``mmjax/models/<name>`` whose classes are ``<prefix>``, ``<prefix>Config``, ....
+
+    model_types: values of ``model_type`` in config.json that belong to it.
+    """
+
+    name: str
+    prefix: str
+    model_types: tuple[str, ...]
+
+    def _module(self, part: str) -> ModuleType:
+        return importlib.import_module(f"mmjax.models.{self.name}.{part}")
+
+    @property
+    def Model(self) -> Any:
+        return getattr(self._module("model"), self.prefix)
+
+    @property
+    def Config(self) -> Any:
+        return getattr(self._module("model"), f"{self.prefix}Config")
+
+    @property
+    def Processor(self) -> Any:
+        return getattr(self._module("processor"), f"{self.prefix}Processor")
+
+    @property
+    def weights(self) -> ModuleType:
+        """The module with RULES, IGNORE and the layouts."""
+        return self._module("weights")
+
+
+FAMILIES: dict[str, Family] = {
+    "fuyu": Family("fuyu", "Fuyu", ("fuyu",)),
+}
+
+
+def family(name: str) -> Family:
+    """Return a family by name; raises MMJaxError with the nearest known name."""
+    if name not in FAMILIES:
+        near = difflib.get_close_matches(name, FAMILIES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise MMJaxError(f"family {name!r} is unknown; one of {', '.join(FAMILIES)}{hint}")
+    return FAMILIES[name]
+
+
+def detect(hf_config: Mapping[str, Any], keys: Iterable[str]) -> tuple[Family, str]:
+    """Tell the family and the layout of a checkpoint from its config.json and its keys.
+
+    The keys decide which layout it is; ``model_type`` decides between families, where it is given.
+    Raises MMJaxError when no family claims it.
+    """
+    keys = list(keys)
+    kind = hf_config.get("model_type")
+    candidates = [f for f in FAMILIES.values() if kind in f.model_types]
+    for one in candidates if kind else FAMILIES.values():
+        layout = one.weights.detect_layout(keys)
+        if layout is not None:
+            return one, layout
+    shown = ", ".join(sorted(keys)[:4])
+    says = f"config.json says model_type {kind!r}" if kind else "there is no model_type"
+    raise MMJaxError(
+        f"no family of mmjax ({', '.join(FAMILIES)}) knows this checkpoint: {says} and the "
+        f"{len(keys)} keys begin with {shown}. Give the folder of a supported model"
+    )

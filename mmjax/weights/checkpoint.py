@@ -1,0 +1,5 @@
+class Checkpoint: ...
+
+
+def save(*a, **k):
+    print("STUB save")

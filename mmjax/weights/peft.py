@@ -1,0 +1,226 @@
+"""PEFT's LoRA adapters as tables of rules, both ways.
+
+An adapter has one pair A [r, in], B [out, r] a module. Where their module is a fused projection,
+our q, k and v have a pair each: importing gives all three the same A and their own rows of B;
+exporting puts three different A side by side in one pair of rank 3 r, block-diagonal in B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.types import MMJaxError
+from mmjax.weights.reader import Reader
+from mmjax.weights.rules import Dense, FusedQKV, Op, Rule, Shape, Tensor, export
+
+PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of several low-rank pairs that share one of theirs: a block of its rows or columns."""
+
+    op: Op
+    at: int
+    count: int
+    rows: bool
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        m, n = self.op.theirs_shape(ours)
+        return (m * self.count, n) if self.rows else (m, n * self.count)
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        r = theirs.shape[0 if self.rows else 1] // self.count
+        block = slice(self.at * r, (self.at + 1) * r)
+        return self.op.view(theirs[block] if self.rows else theirs[:, block], ours)
+
+    def axis(self, ours: Shape) -> int:
+        return self.op.axis(ours)
+
+
+def adapter_rules(rules: Sequence[Rule], paths: Iterable[str] | None = None) -> list[Rule]:
+    """Derive the rules of ``lora_a`` and ``lora_b`` beside every kernel of a table.
+
+    paths: our adapters that share a fused module but not their A; they get blocks of one pair.
+    """
+    blocks = set(paths or ())
+    sharing: dict[str, list[str]] = {}
+    for rule in rules:
+        if rule.ours in blocks:
+            sharing.setdefault(rule.theirs, []).append(rule.ours)
+    derived = []
+    for rule in rules:
+        if not rule.ours.endswith(".kernel") or not isinstance(rule.op, Dense | FusedQKV):
+            continue
+        ours, theirs = rule.ours.removesuffix("kernel"), rule.theirs.removesuffix("weight")
+        fused = isinstance(rule.op, FusedQKV)
+        a: Op = Dense(1) if fused else rule.op
+        b: Op = rule.op if fused else Dense(1)
+        group = sharing.get(rule.theirs, [])
+        if rule.ours in group:
+            at = group.index(rule.ours)
+            a, b = Side(a, at, len(group), rows=True), Side(b, at, len(group), rows=False)
+        derived.append(Rule(f"{ours}lora_a", f"{theirs}lora_A.weight", a))
+        derived.append(Rule(f"{ours}lora_b", f"{theirs}lora_B.weight", b))
+    return derived
+
+
+class AdapterReader:
+    """An adapter with every module at one rank and one scale, and every layer present.
+
+    ``rank_pattern`` is evened out with zeros, differing scales go into B, and layers the adapter
+    leaves out get a pair of zeros: exactly what PEFT computes. ``rank``, ``alpha`` and ``kernels``
+    (our adapted kernels) say what it amounts to.
+    """
+
+    def __init__(
+        self, reader: Reader, config: Mapping[str, Any], rules: Sequence[Rule], layers: int
+    ):
+        """reader: keys without PEFT's prefix, in the names of ``rules``. layers: of the model."""
+        self.reader, self.files = reader, reader.files
+        folder = reader.files[0].parent if reader.files else Path()
+        _refuse(config, folder)
+        modules = {k.removesuffix(".lora_A.weight") for k in list(reader.keys()) if ".lora_A." in k}
+        self.kernels, self._like = [], {}
+        for rule in rules:
+            if not rule.ours.endswith(".kernel"):
+                continue
+            names = [k.removesuffix(".weight") for k in rule.keys((layers,))]
+            there = [name for name in names if name in modules]
+            if there:
+                self.kernels.append(rule.ours)
+                self._like.update(dict.fromkeys(names, there[0]))
+        ranks = {name: reader.shape(f"{name}.lora_A.weight")[0] for name in modules}
+        self._scales = {name: _scale(config, name, r) for name, r in ranks.items()}
+        self.rank = max(ranks.values(), default=int(config.get("r", 8)))
+        # The common scale, so that an ordinary adapter keeps its B as it is.
+        values = list(self._scales.values()) or [1.0]
+        self.scale = max(set(values), key=values.count)
+        self.alpha = self.scale * self.rank
+        self._claimed = {f"{name}.lora_{side}.weight" for name in self._like for side in ("A", "B")}
+
+    def keys(self) -> Iterable[str]:
+        # What no rule knows stays visible, so that the strict check names it.
+        return self._claimed | set(self.reader.keys())
+
+    def shape(self, key: str) -> Shape:
+        if key not in self._claimed:
+            return tuple(self.reader.shape(key))
+        like, side = self._source(key)
+        m, n = self.reader.shape(f"{like}.lora_{side}.weight")
+        return (self.rank, n) if side == "A" else (m, self.rank)
+
+    def dtype(self, key: str) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        _, side = self._source(key)
+        out = np.zeros(self.shape(key), np.float32)
+        name = key.rsplit(".lora_", 1)[0]
+        if name in self._scales:
+            part = self.reader.read(key).astype(np.float32)
+            if side == "B" and self._scales[name] != self.scale:
+                part = part * np.float32(self._scales[name] / self.scale)
+            out[: part.shape[0], : part.shape[1]] = part
+        return out[index]
+
+    def _source(self, key: str) -> tuple[str, str]:
+        name, side = key.removesuffix(".weight").rsplit(".lora_", 1)
+        return self._like[name], side
+
+
+def _refuse(config: Mapping[str, Any], folder: Path) -> None:
+    if config.get("peft_type", "LORA") != "LORA":
+        raise MMJaxError(f"{folder}: a {config['peft_type']} adapter; only LORA is supported")
+    for switch in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"):
+        if config.get(switch):
+            raise MMJaxError(
+                f"{folder}: adapter_config.json sets {switch}, which is not supported; merge the "
+                "adapter with PEFT (merge_and_unload), save the model and convert that"
+            )
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def export_adapter(
+    rules: Sequence[Rule],
+    source: Reader,
+    *,
+    rank: int,
+    alpha: float,
+    rename: Callable[[str], str],
+    base: str | None = None,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return the tensors and the adapter_config.json of our LoRA leaves in ``source``.
+
+    rename: their key to the name the exported adapter shall carry. The result computes exactly
+    what ours does: q, k and v that no longer share one A become a pair of rank 3 r, whose
+    ``rank_pattern`` and ``alpha_pattern`` keep the scale.
+    """
+    adapted = [
+        key.removesuffix("lora_a") + "kernel"
+        for key in list(source.keys())
+        if key.endswith("lora_a")
+    ]
+    if not adapted:
+        raise MMJaxError("the model has no LoRA parameters; export it without --adapter")
+    groups: dict[str, list[str]] = {}
+    for rule in rules:
+        if rule.ours in adapted:
+            groups.setdefault(rule.theirs, []).append(rule.ours)
+    blocks = [group for group in groups.values() if not _same_a(source, group)]
+    table = adapter_rules(rules, [path for group in blocks for path in group])
+    tensors = [dataclasses.replace(t, key=PREFIX + rename(t.key)) for t in export(table, source)]
+    ranks, alphas = {}, {}
+    for theirs, group in groups.items():
+        if group in blocks:
+            name = _module(theirs)
+            ranks[name], alphas[name] = rank * len(group), _number(alpha * len(group))
+    return tensors, {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({_module(theirs) for theirs in groups}),
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _module(theirs: str) -> str:
+    return theirs.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _number(x: float) -> float | int:
+    return int(x) if float(x).is_integer() else float(x)
+
+
+def _same_a(source: Reader, kernels: list[str]) -> bool:
+    first, *rest = (kernel.removesuffix("kernel") + "lora_a" for kernel in kernels)
+    if not rest:
+        return True
+    a = source.read(first)
+    return all(np.array_equal(a, source.read(other)) for other in rest)
