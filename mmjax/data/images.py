@@ -9,6 +9,7 @@ import io
 import math
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from mmjax.types import BadSample, ImageSource
 MAX_PIXELS = 89_478_485
 """Pixels above which an image is refused unread: Pillow's own threshold for a bomb warning."""
 
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_STRIPE_PIXELS = 500_000  # below, starting a thread costs more than it saves
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
@@ -91,14 +94,40 @@ def fit_size(
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
-def resize(image: Image.Image, width: int, height: int, resample: int = 2) -> Image.Image:
-    """Resize with Pillow's antialiased filter (2 is bilinear); the same object if nothing changes.
+def resize(image: Image.Image, width: int, height: int, resample: int = 2) -> np.ndarray:
+    """Resize with Pillow's antialiased filter (2 is bilinear) into uint8[h,w,c].
 
-    Within one grey level of torchvision's antialiased uint8 resize, which the peers may use.
+    First along the rows, then along the columns, with grey levels in between, as torchvision does;
+    Pillow in one call picks the cheaper order, which moves some values by one grey level. Each pass
+    of a large image is cut into stripes for threads (Pillow lets the interpreter go while it
+    works); a pass never looks across its stripes, so the result is the same bit for bit.
     """
     if image.size == (width, height):
-        return image
-    return image.resize((width, height), resample=Image.Resampling(resample))
+        return np.asarray(image)
+    image.load()
+    large = image.width * image.height >= _STRIPE_PIXELS
+    stripes = min(4, _CORES, image.height, width) if large else 1
+    filter_ = Image.Resampling(resample)
+
+    def rows(first: int, last: int) -> Image.Image:
+        part = image.crop((0, first, image.width, last)) if stripes > 1 else image
+        return part.resize((width, last - first), filter_)
+
+    def columns(first: int, last: int) -> np.ndarray:
+        part = wide.crop((first, 0, last, wide.height)) if stripes > 1 else wide
+        return np.asarray(part.resize((last - first, height), filter_))
+
+    if stripes == 1:
+        wide = rows(0, image.height)
+        return columns(0, width)
+    edges = [image.height * i // stripes for i in range(stripes + 1)]
+    wide = Image.new(image.mode, (width, image.height))
+    # Threads of this call alone: a pool that outlives it would hang in a forked data worker.
+    with ThreadPoolExecutor(stripes) as pool:
+        for top, part in zip(edges, pool.map(rows, edges[:-1], edges[1:]), strict=False):
+            wide.paste(part, (0, top))
+        edges = [width * i // stripes for i in range(stripes + 1)]
+        return np.concatenate(list(pool.map(columns, edges[:-1], edges[1:])), 1)
 
 
 def pad_to_multiple(pixels: np.ndarray, multiple: int, value: float) -> np.ndarray:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmjax.data import images
 from mmjax.data.images import (
     fit_size,
     load_rgb,
@@ -152,11 +153,24 @@ def test_fit_size(size, box, fitted):
     assert fit_size(*size, *box) == fitted
 
 
-def test_resize_is_pillows_bilinear_and_leaves_the_right_size_alone():
-    image = Image.fromarray(picture(40, 60))
-    assert resize(image, 60, 40) is image
-    want = np.asarray(image.resize((31, 17), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(np.asarray(resize(image, 31, 17)), want)
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((60, 40), (31, 17)),
+        ((60, 40), (60, 40)),
+        ((1201, 811), (777, 524)),
+        ((801, 903), (98, 7)),
+        ((801, 903), (99, 7)),
+    ],
+)
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_resize_is_pillows_bilinear_whatever_the_threads(monkeypatch, source, target, cores):
+    monkeypatch.setattr(images, "_CORES", cores)
+    image = Image.fromarray(picture(source[1], source[0]))
+    want = np.asarray(
+        image.resize((target[0], source[1]), 2).resize(target, Image.Resampling.BILINEAR)
+    )
+    np.testing.assert_array_equal(resize(image, *target), want)
 
 
 def test_patch_order_is_rows_columns_channels():

@@ -89,7 +89,9 @@ def test_equal_to_the_live_processor(size, prompt):
     np.testing.assert_array_equal(example["tokens"], out["input_ids"][0].numpy())
     assert not example["loss_mask"].any()
     floats = SMALL.normalise(example["patches"].reshape(-1, 3)).reshape(example["patches"].shape)
-    np.testing.assert_allclose(floats, out["pixel_values"].numpy(), rtol=0, atol=1e-6)
+    level = 2 / 255 if size[0] > 96 or size[1] > 64 else 0  # one grey level where it is resized
+    difference = np.abs(floats - out["pixel_values"].numpy())
+    assert difference.max() <= level + 1e-6
 
 
 def test_scale_and_fitted_size_equal_the_live_image_processor():

@@ -71,8 +71,8 @@ def cut_patches(plan: ImagePlan, config: ProcessorConfig) -> np.ndarray:
     if not plan.cols:
         return plan.pixels
     if isinstance(plan.pixels, Image.Image):
-        image = resize(to_rgb(plan.pixels, plan.name), *plan.fitted, config.resample)
-        pixels, fill = np.asarray(image), config.padding_value
+        pixels = resize(to_rgb(plan.pixels, plan.name), *plan.fitted, config.resample)
+        fill = config.padding_value
     else:
         pixels = plan.pixels
         fill = config.normalise(np.asarray(config.padding_value))
