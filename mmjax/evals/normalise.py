@@ -1,0 +1,91 @@
+"""Two ways to bring an answer into a form that can be compared.
+
+``plain`` is ours; ``official`` reproduces the VQA evaluation code (Antol et al. 2015), with its
+particularities, so that accuracies can be set beside published ones.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ARTICLES = frozenset(("a", "an", "the"))
+# A point or comma between digits and a sign before a digit belong to a number.
+_PLAIN_PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|-(?!\d)|(?<=\w)-|[^\w\s.,-]|_")
+
+
+def plain(text: str) -> str:
+    """Lower the case, drop punctuation and articles, and join words by single spaces.
+
+    Numbers keep their decimal point and sign (``-3.5``); thousands separators go (``1,000``).
+    Articles stay where nothing else would be left, so that the option ``A`` remains an answer.
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.lower())
+    words = _PLAIN_PUNCTUATION.sub(" ", text.replace("'", "").replace("\u2019", "")).split()
+    kept = [w for w in words if w not in _ARTICLES] or words
+    return " ".join(kept) or " ".join(text.split())
+
+
+def official(text: str) -> str:
+    """Normalise a predicted answer as the VQA evaluation does: punctuation, digits, articles."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    return _official_words(official_punctuation(text))
+
+
+def official_punctuation(text: str) -> str:
+    """Remove punctuation as the VQA evaluation does; the only step it applies to human answers.
+
+    A mark that touches a space, or any mark in a text with a comma between digits, is deleted;
+    another becomes a space. Points go unless a digit follows.
+    """
+    out = text
+    number_comma = re.search(r"(\d)(,)(\d)", text) is not None
+    for mark in _OFFICIAL_PUNCTUATION:
+        touches = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if touches or number_comma else " ")
+    # The official pattern means to spare decimal points but looks behind wrongly; kept.
+    return re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)
+
+
+def _official_words(text: str) -> str:
+    """Lower the case, write number words as digits, drop articles, restore apostrophes."""
+    words = [_NUMBER_WORDS.get(w, w) for w in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(w, w) for w in words if w not in _ARTICLES)
+
+
+_OFFICIAL_PUNCTUATION = (*';/[]"{}()=+\\_-><@`,?!',)
+_NUMBER_WORDS = {
+    **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"},
+    **{"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"},
+}
+
+# Contractions that the VQA evaluation writes with their apostrophes, given without them.
+_FULL_FORMS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll let's ma'am
+mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't ow's'at shan't
+she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
+we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd
+you'd've you'll you're you've
+"""
+
+
+def _contractions() -> dict[str, str]:
+    """Map every spelling that lacks one or all apostrophes to the full form."""
+    table: dict[str, str] = {}
+    for full in _FULL_FORMS.split():
+        places = [i for i, c in enumerate(full) if c == "'"]
+        spellings = {full.replace("'", "")}
+        if len(places) > 1:
+            spellings |= {full[:i] + full[i + 1 :] for i in places}
+        for spelling in spellings:
+            table[spelling] = full
+    # Words of their own, which the official table also leaves alone.
+    for word in ("id", "hell", "ill", "shell", "well", "were", "wed", "its", "hed", "hows"):
+        table.pop(word, None)
+    return table | {"hed": "he'd", "hows": "how's"}
+
+
+_CONTRACTIONS = _contractions()

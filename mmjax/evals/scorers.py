@@ -1,0 +1,157 @@
+"""Scorers: pure functions ``score(prediction, answers, choices) -> 0.0 ... 1.0``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from mmjax.evals import normalise
+from mmjax.types import MMJaxError
+
+Scorer = Callable[[str, Sequence[str], Sequence[str]], float]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ChoiceMode = Literal["strict", "option_text", "otter"]
+
+
+def exact_match(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Return 1 if the prediction equals any answer, both brought into ``normalise.plain`` form."""
+    found = normalise.plain(prediction)
+    return float(any(found == normalise.plain(a) for a in answers))
+
+
+def exact_match_strict(
+    prediction: str, answers: Sequence[str], choices: Sequence[str] = ()
+) -> float:
+    """Return 1 if the prediction equals any answer to the letter, white space at the ends aside."""
+    return float(prediction.strip() in [a.strip() for a in answers])
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Return the VQA accuracy against several (10 in VQAv2) human answers.
+
+    The mean over leaving each human out of min(1, equal answers among the others / 3), with the
+    official normalisation: human answers pass through punctuation alone, and only when they are
+    not all the same. Raises MMJaxError below four answers, where even a perfect one fails.
+    """
+    if len(answers) < 4:
+        raise MMJaxError(
+            f"vqa_accuracy needs several human answers to a question (10 in VQAv2), got "
+            f"{len(answers)}: {list(answers)}; score single answers with exact_match"
+        )
+    found = normalise.official(prediction)
+    if len(set(answers)) > 1:
+        answers = [normalise.official_punctuation(a) for a in answers]
+    equal = [a == found for a in answers]
+    total = sum(equal)
+    return sum(min(1.0, (total - mine) / 3) for mine in equal) / len(answers)
+
+
+def parse_choice(
+    prediction: str, choices: Sequence[str] = (), mode: ChoiceMode = "strict"
+) -> str | None:
+    """Read the letter of the chosen option out of an answer; None where there is none.
+
+    strict: the letter stands alone at the start (``B``, ``(b)``, ``B. cat``, ``B: because``) or
+        after "answer is" / "answer:". ``A man`` is not the option A, ``A or B`` is no choice.
+    option_text: as strict, or else the text of exactly one option after normalisation.
+    otter: Otter's benchmark code, to compare with its numbers: "The answer is X", else the first
+        of A, B, C, D that the answer contains **anywhere** (so ``A man`` is A), else an option's
+        text inside the answer, else the answer's own upper case if that is a letter.
+    """
+    if mode == "otter":
+        return _parse_otter(prediction, choices)
+    letters = LETTERS[: len(choices) or 4]
+    letter = _parse_strict(prediction.strip(), letters)
+    if letter is None and mode == "option_text":
+        wanted = normalise.plain(prediction)
+        hits = [i for i, text in enumerate(choices) if normalise.plain(text) == wanted]
+        letter = LETTERS[hits[0]] if len(hits) == 1 else None
+    return letter
+
+
+def multiple_choice(
+    prediction: str,
+    answers: Sequence[str],
+    choices: Sequence[str] = (),
+    mode: ChoiceMode = "strict",
+) -> float:
+    """Return 1 if the option chosen by ``parse_choice`` is the right one.
+
+    answers: the letter, or the text of the option (``choices`` must then be given).
+    """
+    letter = parse_choice(prediction, choices, mode)
+    return float(letter is not None and letter in {_answer_letter(a, choices) for a in answers})
+
+
+def multiple_choice_text(
+    prediction: str, answers: Sequence[str], choices: Sequence[str] = ()
+) -> float:
+    """Score multiple choice, taking an option's text for its letter as well."""
+    return multiple_choice(prediction, answers, choices, "option_text")
+
+
+def multiple_choice_otter(
+    prediction: str, answers: Sequence[str], choices: Sequence[str] = ()
+) -> float:
+    """Score multiple choice with Otter's lenient parser, letters contained anywhere."""
+    return multiple_choice(prediction, answers, choices, "otter")
+
+
+SCORERS: dict[str, Scorer] = {
+    "exact_match": exact_match,
+    "exact_match_strict": exact_match_strict,
+    "vqa_accuracy": vqa_accuracy,
+    "multiple_choice": multiple_choice,
+    "multiple_choice_text": multiple_choice_text,
+    "multiple_choice_otter": multiple_choice_otter,
+}
+
+
+def get_scorer(name: str | Scorer) -> Scorer:
+    """Return a scorer by name, or the function itself; raises MMJaxError with the nearest."""
+    if callable(name):
+        return name
+    if name not in SCORERS:
+        close = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise MMJaxError(f"unknown scorer {name!r}{hint} (there are {', '.join(SCORERS)})")
+    return SCORERS[name]
+
+
+def _parse_strict(text: str, letters: str) -> str | None:
+    one = f"[{letters}{letters.lower()}]"
+    end = r"(?:\s*$|\s*[.):,;\n])"
+    if re.match(rf"\(?{one}\)?\s*(?:,|/|and\b|or\b)\s*\(?{one}\b", text):
+        return None  # several letters
+    named = re.findall(rf"\banswer\s*(?:is|:)\s*:?\s*\(?({one}){end}", text, re.IGNORECASE)
+    if named:
+        chosen = {letter.upper() for letter in named}
+        return chosen.pop() if len(chosen) == 1 else None
+    start = re.match(rf"\(?({one}){end}", text)
+    return start.group(1).upper() if start else None
+
+
+def _parse_otter(text: str, choices: Sequence[str]) -> str | None:
+    named = re.search(r"The answer is ([A-D])", text)
+    if named:
+        return named.group(1)
+    for letter in "ABCD":
+        if letter in text:
+            return letter
+    for letter, choice in zip("ABCD", choices, strict=False):
+        if choice and choice in text:
+            return letter
+    upper = text.strip().upper()
+    return upper if upper in tuple("ABCD") else None
+
+
+def _answer_letter(answer: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of a right answer given as a letter or as an option's text."""
+    text = answer.strip()
+    if text in choices:
+        return LETTERS[list(choices).index(text)]
+    bare = text.strip("().").upper()
+    return bare if len(bare) == 1 and bare in LETTERS[: len(choices) or 26] else None

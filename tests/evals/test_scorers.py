@@ -1,0 +1,118 @@
+import pytest
+
+from mmjax.evals import normalise, scorers
+from mmjax.types import MMJaxError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  The Cat. ", "cat"),
+        ("a", "a"),
+        ("A.", "a"),
+        ("an  apple, a pear!", "apple pear"),
+        ("3.5", "3.5"),
+        ("-7", "-7"),
+        ("1,000", "1000"),
+        ("dark-blue", "dark blue"),
+        ("Yes.", "yes"),
+        ("?!", "?!"),
+        ("it's", "its"),
+    ],
+)
+def test_plain_normalisation(text, expected):
+    assert normalise.plain(text) == expected
+
+
+def test_exact_match_and_its_strict_variant():
+    assert scorers.exact_match("The Red.", ["blue", "red"]) == 1
+    assert scorers.exact_match("reddish", ["red"]) == 0
+    assert scorers.exact_match("3.5", ["35"]) == 0
+    assert scorers.exact_match("5", ["-5"]) == 0
+    assert scorers.exact_match("", ["red"]) == 0
+    assert scorers.exact_match_strict(" red\n", ["red"]) == 1
+    assert scorers.exact_match_strict("Red", ["red"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Two dogs", "2 dogs"),
+        ("none", "0"),
+        ("dont know", "don't know"),
+        ("couldnt've", "couldn't've"),
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("yes.", "yes"),
+        ("well its id", "well its id"),
+        ("t-shirt", "t shirt"),
+        ("The\nend", "end"),
+    ],
+)
+def test_official_normalisation(text, expected):
+    assert normalise.official(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("equal", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
+)
+def test_vqa_accuracy_formula(equal, accuracy):
+    answers = ["cat"] * equal + [f"other {i}" for i in range(10 - equal)]
+    assert scorers.vqa_accuracy("Cat.", answers) == pytest.approx(accuracy)
+
+
+def test_vqa_accuracy_keeps_the_articles_of_humans_and_refuses_single_answers():
+    answers = ["the cat"] * 5 + ["cat"] * 5
+    assert scorers.vqa_accuracy("the cat", answers) == 1.0  # reads "cat": five humans said so
+    assert scorers.vqa_accuracy("the cat", ["the cat"] * 9 + ["dog"]) == 0.0
+    with pytest.raises(MMJaxError, match="exact_match"):
+        scorers.vqa_accuracy("cat", ["cat"])
+
+
+OPTIONS = ["a man", "cat", "dog", "7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "option_text", "otter"),
+    [
+        ("A", "A", "A", "A"),
+        (" b. cat", "B", "B", None),  # lower case: neither a letter nor an option's start
+        ("(C)", "C", "C", "C"),
+        ("D: because", "D", "D", "D"),
+        ("B\ncat", "B", "B", "B"),
+        ("The answer is C", "C", "C", "C"),
+        ("I think the answer is: (b).", "B", "B", None),
+        ("A man", None, "A", "A"),  # the trap: an article is no option
+        ("A man with a dog", None, None, "A"),
+        ("The answer is A man", None, None, "A"),
+        ("A or B", None, None, "A"),
+        ("A, B", None, None, "A"),
+        ("cat", None, "B", "B"),
+        ("the dog", None, "C", "C"),
+        ("E", None, None, None),
+        ("", None, None, None),
+        ("CAT", None, "B", "A"),
+        ("the answer is A. No, the answer is B.", None, None, "A"),
+    ],
+)
+def test_parse_choice(text, strict, option_text, otter):
+    assert scorers.parse_choice(text, OPTIONS) == strict
+    assert scorers.parse_choice(text, OPTIONS, "option_text") == option_text
+    found = scorers.parse_choice(text, OPTIONS, "otter")
+    if otter is not None:
+        assert found == otter
+
+
+def test_multiple_choice_takes_letters_and_texts_as_answers():
+    assert scorers.multiple_choice("B.", ["B"], OPTIONS) == 1
+    assert scorers.multiple_choice("B.", ["cat"], OPTIONS) == 1
+    assert scorers.multiple_choice("A man", ["A"], OPTIONS) == 0
+    assert scorers.multiple_choice_otter("A man", ["A"], OPTIONS) == 1
+    assert scorers.multiple_choice_text("a man.", ["A"], OPTIONS) == 1
+
+
+def test_unknown_scorer_names_the_nearest():
+    with pytest.raises(MMJaxError, match="did you mean 'exact_match'"):
+        scorers.get_scorer("exact_mach")
