@@ -3,10 +3,16 @@
 ``attention`` is the dispatch; the implementations stand in ``flash_*.py``.
 """
 
+import functools
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from mmjax.ops import flash_xla
+from mmjax.parallel.sharding import spec
 
 IMPLEMENTATIONS = ("auto", "xla")
 
@@ -53,4 +59,26 @@ def attention(
         end = jnp.full((b, t), s, jnp.int32) if k_end is None else k_end
         ranges = (jnp.clip(start, 0, s).astype(jnp.int32), jnp.clip(end, 0, s).astype(jnp.int32))
     scale = h**-0.5 if scale is None else scale
-    return flash_xla.flash_attention(q, k, v, ranges, alibi_slopes, causal=causal, scale=scale)
+    run = functools.partial(flash_xla.flash_attention, causal=causal, scale=scale)
+    return _on_each_device(run, q, k, v, ranges, alibi_slopes)
+
+
+def _on_each_device(run, q, k, v, ranges, slopes):
+    """Run on each device's own rows and heads: a loop over rows must not cross devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(q, k, v, ranges, slopes)
+    (batch, *_, heads, _), kv_heads = spec("batch", None, "heads", None), spec("kv_heads")[0]
+    ways = math.prod(mesh.shape[axis] for axis in batch)
+    if q.shape[0] % ways or k.shape[2] % mesh.shape[kv_heads]:
+        return run(q, k, v, ranges, slopes)  # a generation batch smaller than the mesh
+    q_spec, kv_spec = P(batch, None, heads, None), P(batch, None, kv_heads, None)
+    row_spec = None if ranges is None else (P(batch, None),) * 2
+    slope_spec = None if slopes is None else P(heads)
+    mapped = jax.shard_map(
+        run,
+        in_specs=(q_spec, kv_spec, kv_spec, row_spec, slope_spec),
+        out_specs=q_spec,
+        check_vma=False,
+    )
+    return mapped(q, k, v, ranges, slopes)

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK_Q = 256
+BLOCK_Q = 128
 BLOCK_K = 1024
+# On a CPU, rows (one kv head of one sample) are taken a few at a time, so that a block of scores
+# stays in the cache between its matmuls: 2 to 3 times faster than all rows at once.
+CPU_BLOCK_BYTES = 2**20
 # Above this many queries the loops stay loops: unrolling would cost compile time quadratically.
 UNROLL_LIMIT = 2048
 
@@ -23,22 +26,25 @@ UNROLL_LIMIT = 2048
 def flash_attention(q, k, v, ranges, alibi_slopes, *, causal: bool, scale: float) -> Array:
     """Compute range attention; the contract is that of ``mmjax.ops.attention.attention``."""
     b, t, n, h = q.shape
-    kv = k.shape[2]
-    # Heads before length: every block is then one batched matmul over contiguous rows.
-    qt = (q * scale).reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
-    kt, vt = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    slopes = None if alibi_slopes is None else alibi_slopes.reshape(kv, n // kv)
-    out = _flash(qt, kt, vt, ranges, slopes, causal)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    s, kv = k.shape[1:3]
+    # Rows are (sample, kv head) pairs and come first: every block is one batched matmul.
+    qr = (q * scale).reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
+    qr = qr.reshape(b * kv, n // kv, t, h)
+    kr, vr = (x.transpose(0, 2, 1, 3).reshape(b * kv, s, h) for x in (k, v))
+    if ranges is not None:
+        ranges = tuple(jnp.repeat(r, kv, axis=0) for r in ranges)
+    slopes = None if alibi_slopes is None else jnp.tile(alibi_slopes.reshape(kv, -1), (b, 1))
+    out = _flash(qr, kr, vr, ranges, slopes, causal)
+    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _flash(q, k, v, ranges, slopes, causal):
-    return _forward(q, k, v, ranges, slopes, causal)[0]
+    return _flash_fwd(q, k, v, ranges, slopes, causal)[0]
 
 
 def _flash_fwd(q, k, v, ranges, slopes, causal):
-    out, lse = _forward(q, k, v, ranges, slopes, causal)
+    out, lse = _few_rows(functools.partial(_forward, causal=causal), (q, k, v, ranges, slopes))
     # Named here, inside the rule: a name on the caller's output would not save the residuals, and
     # rematerialisation would run the forward pass a second time.
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
@@ -46,24 +52,38 @@ def _flash_fwd(q, k, v, ranges, slopes, causal):
 
 
 def _flash_bwd(causal, residuals, grad):
-    q, k, v, ranges, slopes, out, lse = residuals
-    dq, dk, dv = _backward(q, k, v, ranges, slopes, out, lse, grad, causal)
+    ranges, slopes = residuals[3:5]
+    backward = functools.partial(_backward, causal=causal)
+    dq, dk, dv = _few_rows(backward, (*residuals, grad))
     return dq, dk, dv, jax.tree.map(lambda x: None, ranges), jax.tree.map(jnp.zeros_like, slopes)
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)
 
 
+def _few_rows(fn, args):
+    """Call ``fn(*args)`` on all rows, or on a CPU on as many at a time as the cache holds."""
+    rows, groups, t = args[0].shape[:3]
+    block = groups * min(BLOCK_Q, t) * min(BLOCK_K, args[1].shape[1]) * 4
+    few = max(1, CPU_BLOCK_BYTES // block)
+    few = max(n for n in range(1, min(few, rows) + 1) if rows % n == 0)
+    if jax.default_backend() != "cpu" or few == rows:
+        return fn(*args)
+    split = jax.tree.map(lambda x: x.reshape(rows // few, few, *x.shape[1:]), args)
+    out = lax.map(lambda some: fn(*some), split)
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), out)
+
+
 # --- One block ---------------------------------------------------------------------------------
 
 
 def _scores(q, k, ranges, slopes, i0, j0, causal):
-    """Return float32 scores [b, k, g, bq, bk] of the block at (i0, j0), -inf where hidden."""
-    s = jnp.einsum("bkgqh,bksh->bkgqs", q, k, preferred_element_type=jnp.float32)
+    """Return float32 scores [r, g, bq, bk] of the block at (i0, j0), -inf where hidden."""
+    s = jnp.einsum("rgqh,rsh->rgqs", q, k, preferred_element_type=jnp.float32)
     bq, bk = s.shape[-2:]
     i, j = i0 + jnp.arange(bq)[:, None], j0 + jnp.arange(bk)[None]
     if slopes is not None:
-        s -= slopes[None, :, :, None, None] * (i - j).astype(jnp.float32)
+        s -= slopes[:, :, None, None] * (i - j).astype(jnp.float32)
     seen = None
     if causal and not (isinstance(i0, int) and isinstance(j0, int) and j0 + bk <= i0 + 1):
         seen = j <= i
@@ -71,7 +91,7 @@ def _scores(q, k, ranges, slopes, i0, j0, causal):
         start, end = ranges
         inside = (j >= start[:, :, None]) & (j < end[:, :, None])
         seen = inside if seen is None else seen & inside
-        seen = seen[:, None, None]
+        seen = seen[:, None]
     return s if seen is None else jnp.where(seen, s, -jnp.inf)
 
 
@@ -86,7 +106,7 @@ def _forward_block(q, k, v, ranges, slopes, i0, j0, causal, carry):
     m_new = jnp.maximum(m, s.max(-1))
     p = jnp.exp(s - _finite(m_new)[..., None])
     keep = jnp.exp(m - _finite(m_new))
-    pv = jnp.einsum("bkgqs,bksh->bkgqh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    pv = jnp.einsum("rgqs,rsh->rgqh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return acc * keep[..., None] + pv, m_new, total * keep + p.sum(-1)
 
 
@@ -95,7 +115,7 @@ def _first_block(q, k, v, ranges, slopes, i0, j0, causal):
     s = _scores(q, k, ranges, slopes, i0, j0, causal)
     m = s.max(-1)
     p = jnp.exp(s - _finite(m)[..., None])
-    pv = jnp.einsum("bkgqs,bksh->bkgqh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    pv = jnp.einsum("rgqs,rsh->rgqh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return pv, m, p.sum(-1)
 
 
@@ -112,12 +132,12 @@ def _backward_block(q, k, v, ranges, slopes, lse, delta, grad, i0, j0, causal):
     """Return (dq, dk, dv) of one block, in float32."""
     s = _scores(q, k, ranges, slopes, i0, j0, causal)
     p = jnp.exp(s - lse[..., None])
-    dp = jnp.einsum("bkgqh,bksh->bkgqs", grad, v, preferred_element_type=jnp.float32)
+    dp = jnp.einsum("rgqh,rsh->rgqs", grad, v, preferred_element_type=jnp.float32)
     ds = (p * (dp - delta[..., None])).astype(q.dtype)
     f32 = jnp.float32
-    dv = jnp.einsum("bkgqs,bkgqh->bksh", p.astype(q.dtype), grad, preferred_element_type=f32)
-    dq = jnp.einsum("bkgqs,bksh->bkgqh", ds, k, preferred_element_type=f32)
-    dk = jnp.einsum("bkgqs,bkgqh->bksh", ds, q, preferred_element_type=f32)
+    dv = jnp.einsum("rgqs,rgqh->rsh", p.astype(q.dtype), grad, preferred_element_type=f32)
+    dq = jnp.einsum("rgqs,rsh->rgqh", ds, k, preferred_element_type=f32)
+    dk = jnp.einsum("rgqs,rgqh->rsh", ds, q, preferred_element_type=f32)
     return dq, dk, dv
 
 
@@ -125,7 +145,7 @@ def _backward_block(q, k, v, ranges, slopes, lse, delta, grad, i0, j0, causal):
 
 
 def _blocks(q, k):
-    t, s = q.shape[3], k.shape[2]
+    t, s = q.shape[2], k.shape[1]
     return min(BLOCK_Q, t), min(BLOCK_K, s), t, s
 
 
@@ -142,16 +162,16 @@ def _forward(q, k, v, ranges, slopes, causal):
     outs, lses = [], []
     for i0 in range(0, t, bq):
         i1 = min(i0 + bq, t)
-        qi, ri = q[:, :, :, i0:i1], _rows(ranges, i0, i1 - i0)
+        qi, ri = q[:, :, i0:i1], _rows(ranges, i0, i1 - i0)
         carry = None
         for j0 in range(0, min(s, i1) if causal else s, bk):
             j1 = min(j0 + bk, s, i1 if causal else s)
-            block = (qi, k[:, :, j0:j1], v[:, :, j0:j1], ri, slopes, i0, j0, causal)
+            block = (qi, k[:, j0:j1], v[:, j0:j1], ri, slopes, i0, j0, causal)
             carry = _first_block(*block) if carry is None else _forward_block(*block, carry)
         out, lse = _finish(carry, q.dtype)
         outs.append(out)
         lses.append(lse)
-    return jnp.concatenate(outs, 3), jnp.concatenate(lses, 3)
+    return jnp.concatenate(outs, 2), jnp.concatenate(lses, 2)
 
 
 def _backward(q, k, v, ranges, slopes, out, lse, grad, causal):
@@ -165,27 +185,27 @@ def _backward(q, k, v, ranges, slopes, out, lse, grad, causal):
     for i0 in reversed(range(0, t, bq)):
         i1 = min(i0 + bq, t)
         rows = slice(i0, i1)
-        qi, ri = q[:, :, :, rows], _rows(ranges, i0, i1 - i0)
+        qi, ri = q[:, :, rows], _rows(ranges, i0, i1 - i0)
         dq, dks, dvs = 0.0, [], []
         stop = min(s, i1) if causal else s
         for j0 in range(0, stop, bk):
             j1 = min(j0 + bk, stop)
             dq_j, dk_j, dv_j = _backward_block(
-                qi, k[:, :, j0:j1], v[:, :, j0:j1], ri, slopes,
-                lse[:, :, :, rows], delta[:, :, :, rows], grad[:, :, :, rows], i0, j0, causal,
+                qi, k[:, j0:j1], v[:, j0:j1], ri, slopes,
+                lse[:, :, rows], delta[:, :, rows], grad[:, :, rows], i0, j0, causal,
             )  # fmt: skip
             dq = dq + dq_j
             dks.append(dk_j)
             dvs.append(dv_j)
         dqs.append(dq)
-        dk_i = dks[0] if len(dks) == 1 else jnp.concatenate(dks, 2)
-        dv_i = dvs[0] if len(dvs) == 1 else jnp.concatenate(dvs, 2)
+        dk_i = dks[0] if len(dks) == 1 else jnp.concatenate(dks, 1)
+        dv_i = dvs[0] if len(dvs) == 1 else jnp.concatenate(dvs, 1)
         if dk is None:
-            tail = ((0, 0), (0, 0), (0, s - stop), (0, 0))
+            tail = ((0, 0), (0, s - stop), (0, 0))
             dk, dv = jnp.pad(dk_i, tail), jnp.pad(dv_i, tail)
         else:
-            dk, dv = dk.at[:, :, :stop].add(dk_i), dv.at[:, :, :stop].add(dv_i)
-    dq = jnp.concatenate(dqs[::-1], 3)
+            dk, dv = dk.at[:, :stop].add(dk_i), dv.at[:, :stop].add(dv_i)
+    dq = jnp.concatenate(dqs[::-1], 2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -212,52 +232,52 @@ def _loop_setup(q, k, v, ranges, causal):
     seen = start < end
     lo = jnp.where(seen, start, sp).reshape(b, tp // bq, bq).min((0, 2)) // bk
     hi = -(-jnp.where(seen, end, 0).reshape(b, tp // bq, bq).max((0, 2)) // bk)
-    q, k, v = _pad_to(q, tp, 3), _pad_to(k, sp, 2), _pad_to(v, sp, 2)
+    q, k, v = _pad_to(q, tp, 2), _pad_to(k, sp, 1), _pad_to(v, sp, 1)
     return q, k, v, (start, end), lo, hi, bq, bk
 
 
 def _forward_loop(q, k, v, ranges, slopes, causal):
-    t, dtype = q.shape[3], q.dtype
+    t, dtype = q.shape[2], q.dtype
     q, k, v, ranges, lo, hi, bq, bk = _loop_setup(q, k, v, ranges, causal)
 
     def query_block(i):
-        qi = lax.dynamic_slice_in_dim(q, i * bq, bq, 3)
+        qi = lax.dynamic_slice_in_dim(q, i * bq, bq, 2)
         ri = _rows(ranges, i * bq, bq)
 
         def key_block(j, carry):
-            kj, vj = (lax.dynamic_slice_in_dim(x, j * bk, bk, 2) for x in (k, v))
+            kj, vj = (lax.dynamic_slice_in_dim(x, j * bk, bk, 1) for x in (k, v))
             return _forward_block(qi, kj, vj, ri, slopes, i * bq, j * bk, False, carry)
 
         stats = jnp.full(qi.shape[:-1], -jnp.inf, jnp.float32)
         carry = (jnp.zeros(qi.shape, jnp.float32), stats, jnp.zeros_like(stats))
         return _finish(lax.fori_loop(lo[i], hi[i], key_block, carry), dtype)
 
-    out, lse = lax.map(query_block, jnp.arange(q.shape[3] // bq))
-    join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, *x.shape[5:])  # noqa: E731
-    return join(out)[:, :, :, :t], join(lse)[:, :, :, :t]
+    out, lse = lax.map(query_block, jnp.arange(q.shape[2] // bq))
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])  # noqa: E731
+    return join(out)[:, :, :t], join(lse)[:, :, :t]
 
 
 def _backward_loop(q, k, v, ranges, slopes, lse, delta, grad, causal):
-    t, s = q.shape[3], k.shape[2]
+    t, s = q.shape[2], k.shape[1]
     dtypes = (q.dtype, k.dtype, v.dtype)
     q, k, v, ranges, lo, hi, bq, bk = _loop_setup(q, k, v, ranges, causal)
-    tp = q.shape[3]
-    lse, delta, grad = _pad_to(lse, tp, 3, jnp.inf), _pad_to(delta, tp, 3), _pad_to(grad, tp, 3)
+    tp = q.shape[2]
+    lse, delta, grad = _pad_to(lse, tp, 2, jnp.inf), _pad_to(delta, tp, 2), _pad_to(grad, tp, 2)
 
     def query_block(carry, i):
-        cut = lambda x: lax.dynamic_slice_in_dim(x, i * bq, bq, 3)  # noqa: E731
+        cut = lambda x: lax.dynamic_slice_in_dim(x, i * bq, bq, 2)  # noqa: E731
         qi, lse_i, delta_i, grad_i = cut(q), cut(lse), cut(delta), cut(grad)
         ri = _rows(ranges, i * bq, bq)
 
         def key_block(j, carry):
             dq, dk, dv = carry
-            kj, vj = (lax.dynamic_slice_in_dim(x, j * bk, bk, 2) for x in (k, v))
+            kj, vj = (lax.dynamic_slice_in_dim(x, j * bk, bk, 1) for x in (k, v))
             dq_j, dk_j, dv_j = _backward_block(
                 qi, kj, vj, ri, slopes, lse_i, delta_i, grad_i, i * bq, j * bk, False
             )
             dk, dv = (
                 lax.dynamic_update_slice_in_dim(
-                    x, lax.dynamic_slice_in_dim(x, j * bk, bk, 2) + d, j * bk, 2
+                    x, lax.dynamic_slice_in_dim(x, j * bk, bk, 1) + d, j * bk, 1
                 )
                 for x, d in ((dk, dk_j), (dv, dv_j))
             )
@@ -270,5 +290,5 @@ def _backward_loop(q, k, v, ranges, slopes, lse, delta, grad, causal):
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(tp // bq))
-    dq = jnp.moveaxis(dq, 0, 3).reshape(q.shape)[:, :, :, :t]
-    return dq.astype(dtypes[0]), dk[:, :, :s].astype(dtypes[1]), dv[:, :, :s].astype(dtypes[2])
+    dq = jnp.moveaxis(dq, 0, 2).reshape(q.shape)[:, :, :t]
+    return dq.astype(dtypes[0]), dk[:, :s].astype(dtypes[1]), dv[:, :s].astype(dtypes[2])
