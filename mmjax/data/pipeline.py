@@ -27,7 +27,7 @@ from mmjax.data.sources import Source
 from mmjax.data.templates import Template, get_template
 from mmjax.types import BadSample, Batch, Example, MMJaxError
 
-_FLUSH = 128  # bad samples in a row after which the main process hears of them
+_FLUSH = 256  # bad samples after which a batch goes out, however full, to have them counted
 _LOOKAHEAD = 8  # samples set aside for the next batch before this one counts as full
 
 
@@ -180,13 +180,13 @@ class _PackIterator(grain.DatasetIterator):
     def __init__(self, parent, shape: BatchShape, samples_per_row: int | None):
         super().__init__(parent)
         self._shape, self._samples_per_row = shape, samples_per_row
-        self._restart(parent.get_state(), [])
+        self._restart(parent.get_state(), [], 0)
 
-    def _restart(self, origin: Any, used: list[int]) -> None:
+    def _restart(self, origin: Any, used: list[int], replay: int) -> None:
         # A place counts the samples pulled since the iterator stood at ``origin``.
         self._origin, self._origin_place, self._place = origin, 0, 0
         self._used = set(used)  # places at or behind the origin that are in batches already
-        self._replay = max(used, default=-1) + 1  # places below it were counted as seen before
+        self._replay = replay  # places below it were counted as seen before
         self._waiting: list[tuple[int, Any, Example]] = []  # (place, state before it, example)
 
     def __next__(self) -> dict[str, Any]:
@@ -226,8 +226,7 @@ class _PackIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
-        self._restart(state["parent"], state["used"])
-        self._replay = state["replay"]
+        self._restart(state["parent"], state["used"], state["replay"])
 
     def _take(self, builder: BatchBuilder, place: int, example: Example) -> bool:
         if not builder.try_add(example):

@@ -1,0 +1,216 @@
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mmjax.data import jsonl
+from mmjax.data.easyvqa import ANSWERS, EasyVQASource
+from mmjax.data.sources import JsonSource, TfdsSource
+from mmjax.types import BadSample, Message, MMJaxError
+
+GOOD = {
+    "id": "a1",
+    "image": "x.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhät?"},
+        {"from": "gpt", "value": "A cät \u2028."},
+    ],
+}
+
+
+def write(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value), "utf-8")
+    return path
+
+
+def test_json_array_and_jsonl_give_the_same_records(tmp_path):
+    items = [GOOD | {"id": f"r{i}"} for i in range(5)]
+    array = write(tmp_path / "a.json", json.dumps(items, indent=1, ensure_ascii=False))
+    text = "\n".join(json.dumps(i, ensure_ascii=False) for i in items[:3])
+    lines = write(
+        tmp_path / "b.jsonl", text + "\n\n \n" + json.dumps(items[3]) + "\n" + json.dumps(items[4])
+    )
+    a, b = JsonSource(array, image_root="/img"), JsonSource(lines, image_root="/img")
+    assert len(a) == len(b) == 5
+    for i in (4, 0, 2):
+        assert a[i].messages == b[i].messages
+        assert a[i].messages == (
+            Message("user", "<image>\nWhät?"),
+            Message("assistant", "A cät \u2028."),
+        )
+        assert a[i].images == b[i].images == ("/img/x.png",)
+        assert a[i].meta["id"] == b[i].meta["id"] == f"r{i}"
+    assert [b[i].meta["line"] for i in range(5)] == [1, 2, 3, 6, 7]
+    assert (
+        a[1].meta["line"]
+        == 1 + array.read_text("utf-8")[: array.read_text("utf-8").index('"r1"')].count("\n") - 1
+    )
+    assert pickle.loads(pickle.dumps(b))[3].messages == b[3].messages
+
+
+def test_other_forms_and_image_fields(tmp_path):
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    items = [
+        {"messages": chat, "images": ["a.png", "b.png"]},
+        {"question": "q?", "answers": ["x", "y"], "image": None, "group": "g"},
+        {"question": "q?"},
+    ]
+    s = JsonSource(write(tmp_path / "a.json", items))
+    assert [m.role for m in s[0].messages] == ["system", "user"]
+    assert s[0].images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    assert s[1].messages[1].text == "x" and s[1].meta["answers"] == ["x", "y"]
+    assert s[1].meta["group"] == "g" and s[1].images == ()
+    assert len(s[2].messages) == 1 and "answers" not in s[2].meta
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 24])
+def test_index_is_cached_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+    path = write(tmp_path / "a.jsonl", '{"question": "a"}\n{"question": "b"}\n')
+    index_dir = tmp_path / "index"
+    assert len(JsonSource(path, index_dir=index_dir)) == 2
+    assert len(list(index_dir.iterdir())) == 1 and not list(tmp_path.glob(".*"))
+    with monkeypatch.context() as patched:
+        patched.setattr(jsonl, "index_lines", lambda path: pytest.fail("the cache was not used"))
+        assert len(JsonSource(path, index_dir=index_dir)) == 2
+    stat = path.stat()
+    write(path, '{"question": "a"}\n{"question":\n"b"}')
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert len(JsonSource(path, index_dir=index_dir)) == 3
+    next(index_dir.iterdir()).write_bytes(b"PK damaged")
+    assert len(JsonSource(path, index_dir=index_dir)) == 3
+
+
+def turns(*pairs):
+    return {"conversations": [{"from": who, "value": what} for who, what in pairs]}
+
+
+@pytest.mark.parametrize(
+    "value, reason, message",
+    [
+        ({"conversation": []}, "bad_record", "is 'conversation' a slip"),
+        ({}, "bad_record", "no field at all"),
+        (GOOD | {"question": "q"}, "bad_record", "both conversations and question"),
+        ({"conversations": "hi"}, "bad_record", "'conversations' is 'hi'"),
+        ({"conversations": []}, "bad_record", "at least one turn"),
+        ({"conversations": [{"from": "human"}]}, "bad_record", r"conversations\[0\].value' is mis"),
+        (turns(("human", 3)), "bad_record", r"conversations\[0\].value' is 3, not a string"),
+        (turns(("bot", "x")), "bad_record", r"conversations\[0\].from' is 'bot'; expected one of"),
+        (turns(("gpt", "x")), "bad_record", r"conversations\[0\].from' is 'gpt' where 'system' or"),
+        (
+            turns(("human", "x"), ("human", "y")),
+            "bad_record",
+            r"\[1\].from' is 'human' where 'gpt'",
+        ),
+        (turns(("human", "<image>")), "image_count", r"1 <image> mark\(s\) .* for 0 image"),
+        (GOOD | {"image": ["a", "b"]}, "image_count", r"1 <image> mark\(s\) .* for 2 image"),
+        (GOOD | {"image": 5}, "bad_record", "'image' holds 5"),
+        ({"question": 1}, "bad_record", "'question' is 1"),
+        ([1], "bad_json", "expected one JSON object, got list"),
+    ],
+)
+def test_a_bad_record_names_file_line_field_and_value(tmp_path, value, reason, message):
+    path = write(tmp_path / "a.jsonl", "\n" + json.dumps(value))
+    with pytest.raises(BadSample, match=f"a.jsonl:2: .*{message}") as error:
+        JsonSource(path)[0]
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"id": 1, "id": 2}', "field 'id' is given twice"),
+        ('{"id": }', "not JSON at column 8"),
+        ('{"question": "cut o', "not JSON at column 14"),
+    ],
+)
+def test_a_malformed_line_is_one_bad_sample(tmp_path, line, message):
+    source = JsonSource(write(tmp_path / "a.jsonl", '{"question": "q"}\n' + line))
+    assert source[0].messages[0].text == "q"
+    with pytest.raises(BadSample, match=f"a.jsonl:2: {message}"):
+        source[1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"a": 1}', "a.json:1: expected a JSON array of records, found '{"),
+        ('[{"a": 1},\n {"a": }]', "a.json:2: not JSON at column 8"),
+        ('[{"a": 1}\n {"a": 2}]', "a.json:2: expected ',' or ']' after record 1"),
+        ('[{"a": 1},\n{"a": 2}', "a.json:2: expected ',' or ']' after record 2"),
+    ],
+)
+def test_a_malformed_array_is_refused_when_opened(tmp_path, text, message):
+    with pytest.raises(MMJaxError) as error:
+        JsonSource(write(tmp_path / "a.json", text))
+    assert message in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(MMJaxError, match="no such file"):
+        JsonSource(tmp_path / "none.json")
+
+
+def test_easy_vqa_as_published():
+    train, test = EasyVQASource("train"), EasyVQASource("test")
+    assert (len(train), len(test)) == (38_575, 9_673)
+    seen = [test[i] for i in range(len(test))]
+    assert {r.meta["answers"][0] for r in seen} == set(ANSWERS) and len(ANSWERS) == 13
+    assert {r.meta["group"] for r in seen} == {"yes/no", "color", "shape"}
+    assert all(r.messages[1].text == r.meta["answers"][0] for r in seen)
+    assert (
+        os.path.exists(train[38_574].images[0]) and os.sep + "train" + os.sep in train[0].images[0]
+    )
+    assert len(pickle.dumps(train)) < 300
+    with pytest.raises(MMJaxError, match="no split 'val'"):
+        EasyVQASource("val")
+
+
+def write_tfds(folder, features, pictures):
+    """Write a tiny dataset; pictures go in encoded, as arrays TFDS would ask TensorFlow."""
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name="tiny", version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=""
+        ),
+        features=features,
+    )
+    writer = tfds.core.SequentialWriter(info, 10, overwrite=True, file_format="array_record")
+    writer.initialize_splits(["train"])
+    for i, picture in enumerate(pictures):
+        png = io.BytesIO()
+        Image.fromarray(picture).save(png, "PNG")
+        example = {"image": png.getvalue(), "question": f"q{i}", "answers": [f"a{i}", "b"]}
+        writer.add_examples({"train": [example]})
+    writer.close_all()
+
+
+def test_tfds_is_read_from_array_record_without_tensorflow(tmp_path):
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "question": tfds.features.Text(),
+            "answers": tfds.features.Sequence(tfds.features.Text()),
+        }
+    )
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, 4, 6, 3)).astype(np.uint8)
+    write_tfds(tmp_path, features, pictures)
+    source = TfdsSource(
+        str(tmp_path), "train", {"image": "image", "question": "question", "answer": "answers"}
+    )
+    assert len(source) == 3
+    source = pickle.loads(pickle.dumps(source))
+    found = sorted((source[i].messages[0].text, i) for i in range(3))
+    assert [q for q, _ in found] == ["q0", "q1", "q2"]
+    record = source[found[2][1]]
+    assert record.messages[1].text == "a2" and record.meta["answers"] == ["a2", "b"]
+    np.testing.assert_array_equal(record.images[0], pictures[2])
+    with pytest.raises(MMJaxError, match=r"no feature 'text'.*answers.*question"):
+        TfdsSource(str(tmp_path), "train", {"question": "text"})[0]
+    with pytest.raises(MMJaxError, match="split 'dev'"):
+        TfdsSource(str(tmp_path), "dev")
