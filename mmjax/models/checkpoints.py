@@ -23,7 +23,7 @@ from mmjax.weights import rules as R
 from mmjax.weights.load import Progress, load_params
 from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
 from mmjax.weights.store import StoreReader, StoreWriter
-from mmjax.weights.writer import atomic_folder, refuse_incomplete, write_shards
+from mmjax.weights.writer import Arrays, atomic_folder, refuse_incomplete, write_shards
 
 FORMAT = 1
 PARAMS = "params"
@@ -275,15 +275,15 @@ def save_model(
 
     folders: where to copy tokenizer and processor files from; the first that has one wins.
     """
-    arrays = {}
-    for name, x in params.items():
-        shape, dtype = tuple(x.shape), np.dtype(x.dtype)
+    source, arrays = Arrays(params), {}
+    for name in params:
+        shape, dtype = source.shape(name), source.dtype(name)
         arrays[name] = (shape, dtype, R.Rule(name, name).chunk(shape, dtype.itemsize))
     with atomic_folder(destination, overwrite=overwrite) as folder:
         store = StoreWriter(folder / PARAMS, arrays)
         for name, (shape, _, chunk) in arrays.items():
             for index in R.grid(tuple(slice(0, n) for n in shape), chunk):
-                store.write(name, index, np.asarray(params[name][index]))
+                store.write(name, index, source.read(name, index))
         store.close()
         copy_companions(folders, folder)
         _write_config(folder, family, config, lora)

@@ -68,21 +68,27 @@ def _load_shard(rule, reader, shape, index, dtype, device, progress) -> jax.Arra
         block = R.read_piece(rule, reader, shape, index, dtype)
         progress(block.nbytes)
         return jax.device_put(block, device)
-    if device.platform == "cpu":  # its memory is the host's: fill one buffer in place
+    if _shares_host_memory(device):  # fill one buffer in place
         block = np.empty(size, dtype)
         for piece, at in _pieces(index, chunk):
             part = R.read_piece(rule, reader, shape, piece, dtype)
             block[at] = part
             progress(part.nbytes)
         return jax.device_put(block, device)
-    buffer = jnp.zeros(size, dtype, device=device)
-    for piece, at in _pieces(index, chunk):
-        part = R.read_piece(rule, reader, shape, piece, dtype)
-        starts = np.array([s.start for s in at], np.int32)
-        buffer = _write(buffer, jax.device_put(part, device), starts)
-        buffer.block_until_ready()  # or pieces would queue up on the host
-        progress(part.nbytes)
+    # The caller's mesh is of all devices, and this program runs on one of them.
+    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("one",))):
+        buffer = jnp.zeros(size, dtype, device=device)
+        for piece, at in _pieces(index, chunk):
+            part = R.read_piece(rule, reader, shape, piece, dtype)
+            starts = np.array([s.start for s in at], np.int32)
+            buffer = _write(buffer, jax.device_put(part, device), starts)
+            buffer.block_until_ready()  # or pieces would queue up on the host
+            progress(part.nbytes)
     return buffer
+
+
+def _shares_host_memory(device: jax.Device) -> bool:
+    return device.platform == "cpu"
 
 
 def _pieces(index: R.Index, chunk: R.Shape):

@@ -118,9 +118,11 @@ class AdapterReader:
         return (self.rank, n) if side == "A" else (m, self.rank)
 
     def dtype(self, key: str) -> np.dtype:
-        return np.dtype(np.float32)
+        return np.dtype(np.float32) if key in self._claimed else self.reader.dtype(key)
 
     def read(self, key: str, index: Any = ...) -> np.ndarray:
+        if key not in self._claimed:
+            return self.reader.read(key, index)
         _, side = self._source(key)
         out = np.zeros(self.shape(key), np.float32)
         name = key.rsplit(".lora_", 1)[0]

@@ -308,6 +308,9 @@ def _read_legacy(file: Path) -> Any:
     """Read the format before torch 1.6: five pickles in a row, then the storages."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
+        if stream.read(2) == b"PK":
+            raise MMJaxError(f"{file}: a zip without its end; it is truncated, copy it again")
+        stream.seek(0)
         places: dict = {}
         if _Unpickler(stream, file, places).load() != _LEGACY_MAGIC:
             raise MMJaxError(

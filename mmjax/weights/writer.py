@@ -40,7 +40,14 @@ class Arrays:
 
     def read(self, key: str, index: Any = ...) -> np.ndarray:
         """Bring one slice to the host."""
-        return np.asarray(self.arrays[key][index])
+        array = self.arrays[key]
+        mesh = getattr(getattr(array, "sharding", None), "mesh", None)
+        if mesh is None:
+            return np.asarray(array[index])
+        import jax
+
+        with jax.set_mesh(mesh):  # slicing is a program of the array's devices, not of the caller's
+            return np.asarray(array[index])
 
 
 @contextlib.contextmanager
@@ -145,5 +152,6 @@ def write_safetensors(
         for tensor in tensors:
             array = np.ascontiguousarray(tensor.make())
             stream.write(array.reshape(-1).view(np.uint8).data)
+            del array  # or it would live on while the next one is made
             if progress is not None:
                 progress(tensor.nbytes)

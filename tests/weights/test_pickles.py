@@ -1,0 +1,127 @@
+"""Pickled checkpoints: read without torch, and nothing in them is run."""
+
+import collections
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from mmjax.types import MMJaxError
+from mmjax.weights.pickles import read_torch
+
+
+class Evil:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
+def test_tensors_equal_those_of_torch(tmp_path, dtype, zipped):
+    x = (torch.arange(24).reshape(2, 3, 4) % 5).to(dtype)
+    file = tmp_path / "a.pt"
+    tree = {"x": x, "turned": x.permute(2, 0, 1), "tail": x[1, 1:], "one": x[1, 2, 3].clone()}
+    torch.save(tree, file, _use_new_zipfile_serialization=zipped)
+    infos = read_torch(file)
+    for name, want in tree.items():
+        got = infos[name].read()
+        assert got.shape == tuple(want.shape)
+        expected = ml_dtypes.bfloat16 if dtype == torch.bfloat16 else want.numpy().dtype
+        assert got.dtype == expected
+        assert np.array_equal(got.astype(np.float64), want.double().numpy()), name
+        assert not got.flags.writeable
+
+
+def test_parameters_and_ordered_dicts_are_read(tmp_path):
+    linear = torch.nn.Linear(3, 2)
+    torch.save(linear.state_dict(), tmp_path / "a.pt")
+    torch.save(collections.OrderedDict(linear.named_parameters()), tmp_path / "b.pt")
+    for name in ("a.pt", "b.pt"):
+        infos = read_torch(tmp_path / name)
+        assert np.array_equal(infos["weight"].read(), linear.weight.detach().numpy())
+
+
+def test_training_checkpoints_give_their_model(tmp_path):
+    torch.save(
+        {
+            "model": {"module.a": torch.ones(2), "module.part": {"b": torch.zeros(3)}},
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(5)}}},
+            "rng_state": [{"np": np.random.get_state()}],
+            "iteration": 7,
+        },
+        tmp_path / "a.pt",
+    )
+    assert set(read_torch(tmp_path / "a.pt")) == {"a", "part.b"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, zipped):
+    file, proof = tmp_path / "a.bin", tmp_path / "ran"
+    tree = {"w": torch.ones(2), "x": Evil(f"touch {proof}")}
+    torch.save(tree, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(MMJaxError, match=r"posix\.system.*safetensors"):
+        read_torch(file)
+    assert not proof.exists()
+
+
+def test_bare_malicious_pickle_is_refused_and_not_run(tmp_path):
+    file, proof = tmp_path / "a.bin", tmp_path / "ran"
+    file.write_bytes(pickle.dumps(Evil(f"touch {proof}")))
+    with pytest.raises(MMJaxError, match="refused"):
+        read_torch(file)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", "torch.load", "os.environ"])
+def test_other_globals_are_named(tmp_path, name):
+    module, attribute = name.rsplit(".", 1)
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", f"c{module}\n{attribute}\n.")
+    with pytest.raises(MMJaxError, match=name):
+        read_torch(tmp_path / "a.pt")
+
+
+def test_tensor_beyond_its_storage_is_refused(tmp_path):
+    file = tmp_path / "a.pt"
+    torch.save({"w": torch.arange(4.0)}, file)
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:
+        for member in source.infolist():
+            data = source.read(member)
+            target.writestr(member.filename, data[:8] if "/data/" in member.filename else data)
+    with pytest.raises(MMJaxError, match="'w' needs 16 bytes of a storage of 8"):
+        read_torch(tmp_path / "b.pt")
+
+
+def test_compressed_members_are_read(tmp_path):
+    torch.save({"w": torch.arange(6.0)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as source,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member))
+    assert read_torch(tmp_path / "b.pt")["w"].read().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_file_says_so(tmp_path, zipped):
+    file = tmp_path / "a.pt"
+    torch.save({"w": torch.randn(1000)}, file, _use_new_zipfile_serialization=zipped)
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(MMJaxError, match="copy it again"):
+        read_torch(file)
+
+
+def test_file_without_tensors_says_so(tmp_path):
+    torch.save({"step": 3}, tmp_path / "a.pt")
+    with pytest.raises(MMJaxError, match="holds no tensors"):
+        read_torch(tmp_path / "a.pt")

@@ -1,0 +1,98 @@
+"""Checkpoint folders and safetensors files: what is there, and what is wrong."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mmjax.types import MMJaxError
+from mmjax.weights.reader import Overlay, Renamed, open_reader
+from mmjax.weights.rules import Tensor
+from mmjax.weights.writer import Arrays, write_shards
+
+
+def tensors(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=(4, 3)).astype(dtype) for name in ("a", "b", "c")}
+
+
+def as_tensors(arrays):
+    return [Tensor(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.int8])
+def test_reads_what_the_safetensors_library_writes(tmp_path, dtype):
+    arrays = tensors(dtype)
+    save_file(arrays, tmp_path / "model.safetensors")
+    reader = open_reader(tmp_path)
+    assert set(reader.keys()) == set(arrays)
+    for key, want in arrays.items():
+        assert reader.dtype(key) == dtype and reader.shape(key) == (4, 3)
+        assert np.array_equal(reader.read(key), want)
+        assert np.array_equal(reader.read(key, (slice(1, 3), slice(2))), want[1:3, :2])
+
+
+def test_shards_are_bounded_and_indexed(tmp_path):
+    arrays = tensors()
+    names = write_shards(tmp_path, as_tensors(arrays), shard_bytes=100)
+    assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 3 * 48
+    assert index["weight_map"]["c"] == names[1]
+    reader = open_reader(tmp_path)
+    assert all(np.array_equal(reader.read(k), v) for k, v in arrays.items())
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert set(open_reader(tmp_path).keys()) == set(arrays)
+
+
+def test_missing_shard_is_named(tmp_path):
+    names = write_shards(tmp_path, as_tensors(tensors()), shard_bytes=100)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(MMJaxError, match=f"1 of 2 shards are missing, first {names[1]}"):
+        open_reader(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(MMJaxError, match="1 of 2 shards are there"):
+        open_reader(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 40, -10])
+def test_truncated_safetensors_says_so(tmp_path, keep):
+    file = tmp_path / "model.safetensors"
+    save_file(tensors(), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(MMJaxError, match=r"model\.safetensors: .*truncated, download it again"):
+        open_reader(tmp_path)
+
+
+def test_garbage_header_says_so(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"notjson!")
+    with pytest.raises(MMJaxError, match="not that of a safetensors file"):
+        open_reader(tmp_path)
+
+
+def test_index_cannot_point_outside_its_folder(tmp_path):
+    index = {"weight_map": {"a": "../secret.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MMJaxError, match="outside its folder"):
+        open_reader(tmp_path)
+
+
+def test_folder_without_weights_and_ambiguous_folder(tmp_path):
+    with pytest.raises(MMJaxError, match="holds no weights"):
+        open_reader(tmp_path)
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file(tensors(), tmp_path / name)
+    with pytest.raises(MMJaxError, match="which one is the checkpoint"):
+        open_reader(tmp_path)
+    assert set(open_reader(tmp_path / "one.safetensors").keys()) == {"a", "b", "c"}
+
+
+def test_renamed_and_overlaid_readers():
+    base, new = Arrays(tensors()), Arrays({"y": np.zeros(2)})
+    renamed = Renamed(base, {"a": "x", "b": "y", "c": None}.get)
+    both = Overlay(renamed, new)
+    assert set(both.keys()) == {"x", "y"}
+    assert both.shape("x") == (4, 3) and both.shape("y") == (2,)
+    assert np.array_equal(both.read("x"), tensors()["a"])

@@ -1,0 +1,157 @@
+"""Rules: views that go both ways, pieces, and the published sizes of Fuyu-8B."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mmjax.models import checkpoints, registry
+from mmjax.models.fuyu import weights as fuyu
+from mmjax.models.fuyu.model import FuyuConfig
+from mmjax.weights import rules as R
+from mmjax.weights.writer import Arrays
+
+OURS = {
+    "kernel": (3, 6, 4),
+    "q": (3, 6, 2, 5),
+    "o": (3, 2, 5, 6),
+    "bias": (3, 2, 5),
+    "head": (6, 20),
+    "table": (20, 6),
+}
+RULES = (
+    R.Rule("kernel", "l.{l}.w", R.transpose),
+    R.Rule("q", "l.{l}.q", R.fused_qkv(1)),
+    R.Rule("o", "l.{l}.o", R.reshape_in(2)),
+    R.Rule("bias", "l.{l}.b", R.fused_qkv(2)),
+    R.Rule("head", "head", R.transpose),
+    R.Rule("table", "table"),
+)
+
+
+def params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in OURS.items()}
+
+
+def exported():
+    tensors = R.export(RULES, Arrays(params()))
+    return Arrays({t.key: t.make() for t in tensors})
+
+
+def test_export_is_the_inverse_of_reading():
+    there, want = exported(), params()
+    R.check(RULES, OURS, there)
+    for rule in RULES:
+        shape = OURS[rule.ours]
+        index = tuple(slice(0, n) for n in shape)
+        got = R.read_piece(rule, there, shape, index, np.float32)
+        assert np.array_equal(got, want[rule.ours]), rule.ours
+
+
+@pytest.mark.parametrize("limit", [16, 64, 200, 10**6])
+def test_pieces_cover_every_number_once(limit):
+    there, want = exported(), params()
+    for rule in RULES:
+        shape = OURS[rule.ours]
+        chunk = rule.chunk(shape, 4, limit)
+        out = np.full(shape, np.nan, np.float32)
+        for index in R.grid(tuple(slice(0, n) for n in shape), chunk):
+            assert np.isnan(out[index]).all()
+            out[index] = R.read_piece(rule, there, shape, index, np.float32)
+        assert np.array_equal(out, want[rule.ours]), rule.ours
+
+
+def test_big_transposes_and_casts_are_exact():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(700, 900)).astype(np.float32)
+    rule = R.Rule("w", "w", R.transpose)
+    for dtype in (np.float32, "bfloat16", np.float16):
+        got = R.read_piece(
+            rule, Arrays({"w": x}), (900, 700), (slice(0, 900), slice(5, 700)), dtype
+        )
+        assert np.array_equal(got, x.T[:, 5:].astype(dtype))
+
+
+def test_fused_rows_are_head_major_then_qkv():
+    n, h, d = 2, 3, 4
+    fused = np.arange(n * 3 * h * d).reshape(n * 3 * h, d)
+    v = R.fused_qkv(2).view(fused, (d, n, h))
+    assert v[1, 1, 2] == fused[1 * 3 * h + 2 * h + 2, 1]
+
+
+def test_hundreds_of_differences_are_counted_and_shortened():
+    shapes = {"w": (300, 2, 2)}
+    rules = (R.Rule("w", "layers.{l}.w"),)
+    other = Arrays({f"other.{i}": np.zeros(1) for i in range(200)})
+    with pytest.raises(R.WeightsMismatch) as error:
+        R.check(rules, shapes, other)
+    text = str(error.value)
+    assert "300 missing: layers.0.w" in text and "and 288 more" in text
+    assert "200 unexpected" in text and "and 188 more" in text
+    assert len(text) < 1500
+
+
+def published_keys():
+    """The tensors of adept/fuyu-8b, written down from its published layout."""
+    lm = "language_model.model."
+    out = {
+        "vision_embed_tokens.weight": (4096, 2700),
+        "vision_embed_tokens.bias": (4096,),
+        f"{lm}embed_tokens.weight": (262144, 4096),
+        f"{lm}final_layernorm.weight": (4096,),
+        f"{lm}final_layernorm.bias": (4096,),
+        "language_model.lm_head.weight": (262144, 4096),
+    }
+    layer = {
+        "self_attn.query_key_value": (12288, 4096),
+        "self_attn.dense": (4096, 4096),
+        "mlp.dense_h_to_4h": (16384, 4096),
+        "mlp.dense_4h_to_h": (4096, 16384),
+        "self_attn.q_layernorm": (64,),
+        "self_attn.k_layernorm": (64,),
+        "input_layernorm": (4096,),
+        "post_attention_layernorm": (4096,),
+    }
+    for i in range(36):
+        for name, shape in layer.items():
+            out[f"{lm}layers.{i}.{name}.weight"] = shape
+            out[f"{lm}layers.{i}.{name}.bias"] = shape[:1]
+        out[f"{lm}layers.{i}.self_attn.rotary_emb.inv_freq"] = (16,)
+    return out
+
+
+class Shapes:
+    """A reader that holds no numbers."""
+
+    files = ()
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+
+    def keys(self):
+        return self.shapes.keys()
+
+    def shape(self, key):
+        return self.shapes[key]
+
+
+@pytest.mark.parametrize("layout", ["hub", "transformers5"])
+def test_every_key_of_fuyu_8b_is_claimed_at_full_size(layout):
+    shapes = {fuyu.from_hub(k, layout): s for k, s in published_keys().items()}
+    family, found = registry.detect({"model_type": "fuyu"}, shapes)
+    assert (family.name, found) == ("fuyu", layout)
+    abstract = checkpoints.abstract_params(family, FuyuConfig())
+    assert sum(math.prod(leaf.shape) for leaf in abstract.values()) == 9_408_238_592
+    ours = {name: leaf.shape for name, leaf in abstract.items()}
+    hub = Shapes({fuyu.to_hub(k, layout): s for k, s in shapes.items()})
+    R.check(fuyu.RULES, ours, hub, fuyu.IGNORE)
+    counted = sum(math.prod(s) for s in R.expected(fuyu.RULES, ours).values())
+    assert counted == 9_408_238_592
+
+
+def test_unknown_families_are_refused_by_name():
+    with pytest.raises(registry.MMJaxError, match="model_type 'llava'"):
+        registry.detect({"model_type": "llava"}, ["x.weight"])
+    with pytest.raises(registry.MMJaxError, match="did you mean 'fuyu'"):
+        registry.family("fuyuu")

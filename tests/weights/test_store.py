@@ -1,0 +1,198 @@
+"""Converted folders: Orbax's format, loading onto devices, and what a killed conversion leaves."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from mmjax.models import checkpoints, registry
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.types import MMJaxError
+from mmjax.weights import load, store
+from mmjax.weights import rules as R
+from mmjax.weights.writer import Arrays, atomic_folder
+from tests import tiny
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def params():
+    family = registry.family("fuyu")
+    with use():
+        abstract = checkpoints.abstract_params(family, tiny.CONFIG)
+    rng = np.random.default_rng(0)
+    return {k: rng.normal(size=v.shape).astype(np.float32) for k, v in abstract.items()}
+
+
+@pytest.fixture(scope="module")
+def hub(params, tmp_path_factory):
+    """A checkpoint in the hub's layout."""
+    folder = tmp_path_factory.mktemp("hub") / "fuyu"
+    family = registry.family("fuyu")
+    tensors = R.export(family.weights.RULES, Arrays(params))
+    checkpoints.write_export(folder, tensors, {"config.json": tiny.CONFIG.to_hf()})
+    return folder
+
+
+def converted(params, folder):
+    checkpoints.save_model(folder, params, family=registry.family("fuyu"), config=tiny.CONFIG)
+    return folder
+
+
+def test_orbax_restores_what_is_streamed(params, tmp_path):
+    folder = converted(params, tmp_path / "m")
+    abstract = {}
+    for name, x in params.items():
+        *parents, last = name.split(".")
+        node = abstract
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
+    tree = ocp.load(folder / "params", abstract)
+    flat = {
+        ".".join(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    assert flat.keys() == params.keys()
+    assert all(np.array_equal(flat[k], params[k]) for k in params)
+
+
+def test_orbax_restores_onto_a_mesh(tmp_path):
+    x = np.random.default_rng(0).normal(size=(4, 8, 6)).astype("bfloat16")
+    writer = store.StoreWriter(tmp_path / "s", {"a.b": (x.shape, x.dtype, (1, 8, 6))})
+    for i in range(4):
+        writer.write("a.b", (slice(i, i + 1), slice(0, 8), slice(0, 6)), x[i : i + 1])
+    writer.close()
+    mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])
+    sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    abstract = {"a": {"b": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)}}
+    got = ocp.load(tmp_path / "s", abstract)["a"]["b"]
+    assert got.sharding == sharding and np.array_equal(got, x)
+
+
+def test_what_orbax_writes_is_read(params, tmp_path):
+    ocp.save(
+        tmp_path / "o",
+        {"layers": {"w": jax.numpy.arange(6.0).reshape(2, 3)}, "a.b": 1.0 * np.ones(2)},
+    )
+    reader = store.StoreReader(tmp_path / "o")
+    assert set(reader.keys()) == {"layers.w", "a.b"}
+    assert reader.read("layers.w", (slice(1, 2),)).tolist() == [[3.0, 4.0, 5.0]]
+
+
+@pytest.mark.parametrize("piece", [100, 10**6])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece, on_device):
+    monkeypatch.setattr(R, "PIECE_BYTES", piece)
+    if on_device:  # assemble shards on the device, as on a GPU
+        monkeypatch.setattr(load, "_shares_host_memory", lambda device: False)
+    ckpt = checkpoints.open_checkpoint(hub)
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    specs = {
+        "decoder.embed.embedding": ("tensor", "fsdp"),
+        "decoder.layers.attn.q.kernel": (None, "fsdp", "tensor"),
+        "decoder.layers.mlp.down.kernel": (None, "tensor", "fsdp"),
+    }
+    abstract = {
+        k: jax.ShapeDtypeStruct(
+            v.shape, v.dtype, sharding=NamedSharding(mesh, PartitionSpec(*specs.get(k, ())))
+        )
+        for k, v in params.items()
+    }
+    if piece == 100:  # three of the leaves are enough to go through the small pieces
+        ckpt = dataclasses.replace(ckpt, ignore=(".",))  # the others may stay unread
+        abstract = {k: abstract[k] for k in specs}
+    seen = []
+    got = checkpoints.read_params(ckpt, abstract, progress=seen.append)
+    for name, leaf in abstract.items():
+        assert got[name].sharding == leaf.sharding
+        assert np.array_equal(got[name], params[name]), name
+    assert max(seen) <= max(piece, 1024)
+
+
+def test_progress_counts_every_byte(params, hub, tmp_path):
+    ckpt = checkpoints.open_checkpoint(hub)
+    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
+    plan = checkpoints.plan_conversion(ckpt, abstract, "bfloat16")
+    seen = []
+    checkpoints.write_converted(ckpt, plan, tmp_path / "m", progress=seen.append)
+    assert sum(seen) == plan.nbytes == 2 * sum(v.size for v in params.values())
+
+
+def test_existing_destination_stays_unless_overwritten(params, tmp_path):
+    folder = converted(params, tmp_path / "m")
+    with pytest.raises(MMJaxError, match="--overwrite"), atomic_folder(folder):
+        pass
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder, overwrite=True):
+        raise ZeroDivisionError
+    assert checkpoints.open_checkpoint(folder).kind == "mmjax"
+    with atomic_folder(folder, overwrite=True) as partial:
+        (partial / "new").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert [p.name for p in folder.iterdir()] == ["new"]
+
+
+def test_killed_conversion_never_loads(hub, tmp_path):
+    # The writer stops by itself in the middle, after saying so, and is killed there.
+    script = f"""
+import sys
+from mmjax.weights import store
+write, count = store.StoreWriter.write, [0]
+def stall(self, *args):
+    write(self, *args)
+    count[0] += 1
+    if count[0] == 9:
+        print("half", flush=True)
+        sys.stdin.read()
+store.StoreWriter.write = stall
+from convert_weights import to_jax
+to_jax.main([{str(hub)!r}, {str(tmp_path / "m")!r}])
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert child.stdout.readline() == b"half\n"
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith("m.partial-") and any((partial / "params").rglob("c/*"))
+    with pytest.raises(MMJaxError, match=r"no such file.*partial.*delete it and run"):
+        checkpoints.open_checkpoint(tmp_path / "m")
+    with pytest.raises(MMJaxError, match=r"half-written conversion.*delete it and run"):
+        checkpoints.open_checkpoint(partial)
+    # Even renamed by hand and without its marker it does not pass for a model.
+    (partial / "INCOMPLETE").unlink()
+    with pytest.raises(MMJaxError, match="half-written"):
+        checkpoints.open_checkpoint(partial.rename(tmp_path / "m"))
+
+
+def test_newer_format_is_refused(params, tmp_path):
+    folder = converted(params, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["mmjax"]["format"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MMJaxError, match=r"format 99.*upgrade"):
+        checkpoints.open_checkpoint(folder)
+
+
+def test_damaged_config_is_named(params, tmp_path):
+    folder = converted(params, tmp_path / "m")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(MMJaxError, match=r"config\.json: not a JSON object"):
+        checkpoints.open_checkpoint(folder)
