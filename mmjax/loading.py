@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,22 +16,71 @@ from flax import nnx
 
 from mmjax.generate.loop import Generator, pad_batch
 from mmjax.generate.sampling import Sampling
-from mmjax.models import registry
+from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import parameter_shardings
 from mmjax.types import Example, ImageSource, MMJaxError
 
 Prompt = str | Sequence[int]
 Images = ImageSource | Sequence[ImageSource] | None
 
 
+def load(
+    path: str | os.PathLike,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    base: str | os.PathLike | None = None,
+) -> LoadedModel:
+    """Load a converted folder or a PyTorch checkpoint, ready to answer.
+
+    path: a folder of ``convert_weights.to_jax`` or ``train.py``, a checkpoint folder or file in
+        any layout the family publishes, or a PEFT adapter.
+    dtype: of weights and computation; default bfloat16 on accelerators, float32 on CPUs, where
+        bfloat16 is many times slower. mesh: devices to spread the weights over, default one.
+    base: the model folder of an adapter, when its config names none that is there.
+    Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    opened = checkpoints.open_checkpoint(path, base=base)
+    family, config = opened.family, opened.config
+    processor = first_processor(family, opened.folders)
+    processor.check(config)
+    mesh = mesh or make_mesh({}, jax.local_devices()[:1])
+    with use(mesh):
+        dtypes = DTypes(dtype, dtype)
+
+        def make() -> nnx.Module:
+            return family.Model(config, rngs=nnx.Rngs(0), dtypes=dtypes, lora=opened.lora)
+
+        graphdef, abstract = nnx.split(nnx.eval_shape(make))
+        shardings = paths.flatten(parameter_shardings(abstract, mesh))
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+            for name, leaf in paths.flatten(abstract).items()
+        }
+        values = checkpoints.read_params(opened, wanted)
+        model = nnx.merge(graphdef, paths.replace(abstract, values))
+    return LoadedModel(family.name, config, model, processor, mesh)
+
+
+def first_processor(family: registry.Family, folders: Sequence[Path]) -> Processor:
+    """Read the processor from the nearest folder that has tokenizer files, else from the nearest.
+
+    An adapter's folder may hold none: then the base model's serve.
+    """
+    found = [family.Processor.from_pretrained(folder) for folder in folders]
+    return next((p for p in found if p.tokenizer is not None), found[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A model with its weights and its processor.
 
-    family: name of the family. config: its sizes. model: the NNX module; call it inside
+    family: name of its family. config: its sizes. model: the NNX module; call it inside
     ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back.
     """
 
@@ -91,7 +142,8 @@ class LoadedModel:
         if self.processor.tokenizer is None:
             return [" ".join(map(str, row.tolist())) for row in tokens]
         return [
-            self.processor.decode(row, self._scale(i)) for row, i in zip(tokens, images, strict=True)
+            self.processor.decode(row, self._scale(i))
+            for row, i in zip(tokens, images, strict=True)
         ]
 
     def generate_tokens(

@@ -13,14 +13,14 @@ from flax import nnx
 from mmjax.data.catalog import make_source
 from mmjax.data.mixture import Mixture
 from mmjax.data.pipeline import TrainIterator, make_train_iterator
-from mmjax.models import registry
+from mmjax.loading import first_processor
+from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.train import state as train_state
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
-from mmjax.weights import checkpoint as weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Blueprint:
     family: str
     config: Config
     processor: Processor
-    source: weights.Checkpoint | None
+    source: checkpoints.Checkpoint | None
     make: Callable[[], nnx.Module]
+    lora: LoRA | None = None
 
     def names(self) -> list[str]:
         """Dotted names of all parameters."""
@@ -46,14 +47,14 @@ def blueprint(settings: ModelSettings, lora: LoRASettings, seed: int) -> Bluepri
     family = registry.family(settings.family)
     source = None
     if settings.init:
-        source = weights.open_checkpoint(settings.init)
-        if source.family != settings.family:
+        source = checkpoints.open_checkpoint(settings.init)
+        if source.family.name != settings.family:
             raise MMJaxError(
-                f"model.init {settings.init} holds a {source.family!r} model and model.family is "
+                f"model.init {settings.init} holds a {source.family.name!r} model and model.family is "
                 f"{settings.family!r}"
             )
         config = family.Config.from_hf({**source.hf_config, **settings.config})
-        processor = family.Processor.from_pretrained(settings.init)
+        processor = first_processor(family, source.folders)
     else:
         if not settings.words:
             raise MMJaxError(
@@ -72,7 +73,7 @@ def blueprint(settings: ModelSettings, lora: LoRASettings, seed: int) -> Bluepri
         rngs = nnx.Rngs(seed)
         return family.Model(config, rngs=rngs, dtypes=dtypes, lora=adapter, remat=settings.remat)
 
-    found = Blueprint(settings.family, config, processor, source, make)
+    found = Blueprint(settings.family, config, processor, source, make, adapter)
     if adapter:
         check_targets(adapter, found.names())
     return found
@@ -104,11 +105,9 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
         graphdef, state, rest = train_state.init(plan.make, chosen, tx, mesh)
         return graphdef, state, jax.tree.map(lambda x: x.astype(dtype), rest)
     wanted = {**paths.flatten(abstract.params), **paths.flatten(frozen)}
-    adapters = {n: x for n, x in wanted.items() if n.rsplit(".", 1)[-1].startswith("lora_")}
-    base = {n: x for n, x in wanted.items() if n not in adapters}
-    values = weights.read_params(plan.source, base)
-    if adapters:
-        values |= _fresh(plan, adapters)
+    values = checkpoints.read_params(plan.source, wanted)  # without adapters it does not have
+    if missing := {n: x for n, x in wanted.items() if n not in values}:
+        values |= _fresh(plan, missing)
     params = paths.replace(abstract.params, {n: values[n] for n in paths.flatten(abstract.params)})
     rest = paths.replace(frozen, {n: values[n] for n in paths.flatten(frozen)})
     opt = jax.jit(tx.init, out_shardings=train_state.shardings(abstract.opt))(params)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -15,11 +16,14 @@ from rich.console import Console
 
 from mmjax.checkpoint import Checkpoints
 from mmjax.loading import LoadedModel
+from mmjax.models import checkpoints as model_checkpoints
+from mmjax.models import registry
 from mmjax.monitor.flops import find_peak
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.terminal import LiveLine, startup_table
 from mmjax.monitor.writers import make_writer
 from mmjax.nn import paths
+from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
 from mmjax.train import optim
@@ -30,7 +34,6 @@ from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
 from mmjax.types import MMJaxError
-from mmjax.weights import checkpoint as weights
 
 
 def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
@@ -138,7 +141,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             if checkpoints.latest != done and done:
                 checkpoints.save(done, state, batches, metrics)
             if settings.checkpoint.export:
-                export(live_model(), workdir, settings)
+                export(live_model(), workdir, plan.lora)
             if settings.eval.tasks and settings.eval.final:
                 metrics |= evaluate(live_model(), settings, workdir, final=True, step=done)
                 writer.scalars(done, {k: v for k, v in metrics.items() if k.startswith("eval/")})
@@ -226,10 +229,19 @@ def step_flops(config, settings: RunSettings) -> float:
     return forward * data.batch_size * (2.0 if settings.lora.rank else 3.0)
 
 
-def export(model: LoadedModel, workdir: Path, settings: RunSettings) -> None:
+def export(model: LoadedModel, workdir: Path, lora: LoRA | None) -> None:
     """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read."""
-    arrays = paths.flatten(nnx.state(model.model))
-    weights.save(workdir / "model", model, arrays, settings.lora)
+    with tempfile.TemporaryDirectory() as folder:
+        model.processor.save_pretrained(folder)
+        model_checkpoints.save_model(
+            workdir / "model",
+            paths.flatten(nnx.state(model.model)),
+            family=registry.family(model.family),
+            config=model.config,
+            lora=lora,
+            folders=(Path(folder),),
+            overwrite=True,
+        )
 
 
 def write_config(settings: RunSettings, workdir: Path) -> None:
