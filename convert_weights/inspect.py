@@ -54,7 +54,7 @@ def _table(ckpt: checkpoints.Checkpoint, verdict: str) -> Table:
         table.add_row("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}: {', '.join(lora.targets)}")
     for name, value in _flat(ckpt.config.__dict__):
         if name == "rope_theta":
-            value = f"{value:g} (config.json says {_stated_theta(ckpt.hf_config)})"
+            value = _theta(ckpt, value)
         table.add_row(name, str(value))
     table.add_row("keys", verdict)
     return table
@@ -66,6 +66,15 @@ def _flat(fields: dict):
             yield from _flat(value.__dict__)
         else:
             yield name, value
+
+
+def _theta(ckpt: checkpoints.Checkpoint, value: float) -> str:
+    """Say which theta is used and why: a wrong one in config.json is a known trap."""
+    text = f"{value:g} (config.json says {_stated_theta(ckpt.hf_config)})"
+    own = dict(_flat(type(ckpt.config)().__dict__))["rope_theta"]
+    if value != own:
+        text += f"; the published models have {own:g}: correct config.json if this is one of them"
+    return text
 
 
 def _stated_theta(hf: dict) -> str:

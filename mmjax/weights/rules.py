@@ -27,6 +27,9 @@ PIECE_BYTES = 64 * 2**20
 """What is held of a parameter at a time, and the size of a stored chunk."""
 
 
+_TILE = 128
+
+
 class Op(Protocol):
     """How one of our arrays lies in one of their tensors.
 
@@ -282,10 +285,13 @@ def _copy(out: np.ndarray, source: np.ndarray) -> None:
     if out.ndim < 2 or source.strides == out.strides or out.nbytes < 2**20:
         np.copyto(out, source, casting="unsafe")
         return
-    # Transposed: in strips that fit the cache, or every number costs a cache line.
-    strip = max(1, 64 * len(out) // max(1, out.nbytes // 2**16))
-    for at in range(0, len(out), strip):
-        np.copyto(out[at : at + strip], source[at : at + strip], casting="unsafe")
+    # Transposed: in tiles that fit the cache, or every number costs a cache line.
+    fast = min(range(out.ndim), key=lambda axis: abs(source.strides[axis]))
+    tile = [_TILE if axis in (fast, out.ndim - 1) else 1 for axis in range(out.ndim)]
+    if fast == out.ndim - 1:
+        tile[-2], tile[-1] = out.shape[-2:]
+    for index in grid(tuple(slice(0, n) for n in out.shape), tuple(tile)):
+        np.copyto(out[index], source[index], casting="unsafe")
 
 
 @dataclasses.dataclass(frozen=True)

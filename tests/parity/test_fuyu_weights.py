@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import FuyuConfig, FuyuForCausalLM
 
-from convert_weights import to_hf, to_jax
+from convert_weights import inspect, to_hf, to_jax
 from mmjax.models import checkpoints
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
@@ -245,6 +245,45 @@ def test_adapter_comes_back_as_an_adapter(published, adapter, tmp_path):
     to_hf.main([str(tmp_path / "jax"), str(tmp_path / "peft"), "--adapter"])
     model = PeftModel.from_pretrained(tiny_fuyu(), tmp_path / "peft").eval()
     np.testing.assert_allclose(logits(model), logits(adapter[1]), atol=1e-5)
+
+
+def test_adapter_in_hub_names_reads_the_same(published, adapter, tmp_path):
+    base = ["--base", str(published[0])]
+    to_jax.main([str(adapter[0]), str(tmp_path / "jax"), *base])
+    export = [str(tmp_path / "jax"), str(tmp_path / "hub"), "--adapter", "--layout", "hub"]
+    to_hf.main(export)
+    key = "base_model.model.language_model.lm_head.lora_A.weight"
+    assert key in load_file(tmp_path / "hub" / "adapter_model.safetensors")
+    to_jax.main([str(tmp_path / "hub"), str(tmp_path / "again"), *base])
+    assert_same(read_all(tmp_path / "again")[1], read_all(tmp_path / "jax")[1])
+
+
+def test_pickled_adapter_reads_the_same(published, adapter, tmp_path):
+    config = (adapter[0] / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config)
+    tensors = load_file(adapter[0] / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    want = read_all(adapter[0], base=published[0])[1]
+    assert_same(read_all(tmp_path, base=published[0])[1], want)
+
+
+def test_inspect_tells_the_layout_and_the_theta(published, tmp_path, capsys):
+    write_layout(published, tmp_path / "x", "megatron")
+    config = json.loads((published[0] / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = None
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    assert inspect.main([str(tmp_path / "x")]) == 0
+    shown = capsys.readouterr().out
+    assert "fuyu, megatron" in shown and "model_optim_rng.pt" in shown
+    assert "25000 (config.json says nothing" in shown
+    assert "every key is claimed" in shown
+
+
+def test_inspect_lists_what_does_not_fit(published, tmp_path, capsys):
+    copy_config(published, tmp_path)
+    save_file({**published[2], "extra.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert inspect.main([str(tmp_path)]) == 2
+    assert "1 unexpected: extra.weight" in capsys.readouterr().out
 
 
 def test_trained_adapter_with_three_different_a_exports_exactly(published, tmp_path):
