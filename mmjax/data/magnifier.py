@@ -65,7 +65,7 @@ class MagnifierSource:
         kind = "train" if self.split == "train" else "test"
         rng = np.random.default_rng((self.seed, SPLITS[kind], index))
         picture, digit, box = self._paint(rng, kind, index)
-        choices = rng.permutation(np.delete(np.arange(10), digit))[:3].tolist()
+        choices = [(digit + 1 + int(step)) % 10 for step in rng.permutation(9)[:3]]
         place = int(rng.integers(4))
         choices.insert(place, digit)
         multiple = self.split == "test_mc" or (

@@ -218,7 +218,7 @@ def test_too_long_samples_are_skipped_under_their_own_id(tmp_path):
 
 @pytest.mark.parametrize("epochs", [None, 1])
 def test_only_bad_samples_end_with_an_error(epochs):
-    it = train(Numbers(7, bad=range(7)), epochs=epochs, max_bad_share=1.0)
+    it = train(Numbers(70, bad=range(70)), epochs=epochs, max_bad_share=1.0)
     with pytest.raises(MMJaxError, match=r"of \d+ .*unusable \(100.0%.*corrupt_image: \d+\)"):
         next(it)
 
