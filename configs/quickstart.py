@@ -11,8 +11,9 @@ draws a resolution for each sample; evaluation shows the same pictures at four r
 
 from ml_collections import ConfigDict
 
-from mmjax.config import recipe_options
+from mmjax.config import fill, recipe_options
 from mmjax.data.magnifier import LETTERS, QUESTION
+from mmjax.train.settings import RunSettings
 
 TASK = dict(source=dict(kind="magnifier", split="test"), scorer="exact_match", max_new_tokens=2)
 
@@ -20,7 +21,8 @@ TASK = dict(source=dict(kind="magnifier", split="test"), scorer="exact_match", m
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the recipe; ``:quick`` shrinks it to seconds."""
     quick = recipe_options(arg, quick=False).quick
-    return ConfigDict(
+    return fill(
+        RunSettings,
         dict(
             name="quickstart",
             seed=0,
@@ -36,7 +38,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
                     initializer_range=0.08,
                     max_position_embeddings=1024,
                 ),
-                words=(QUESTION, "User: Assistant:", " ".join("0123456789"), *(f"{a}." for a in LETTERS)),
+                words=(
+                    QUESTION,
+                    "User: Assistant:",
+                    " ".join("0123456789"),
+                    *(f"{a}." for a in LETTERS),
+                ),
                 dtype="float32",
                 frozen_dtype="float32",
             ),
@@ -52,5 +59,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
             eval=dict(tasks=()),
             checkpoint=dict(every=10 if quick else 200),
             log=dict(every=10),
-        )
+        ),
     )

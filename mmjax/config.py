@@ -38,6 +38,19 @@ def to_dataclass(cls: type[T], config: Any, path: str = "config") -> T:
     return made
 
 
+def fill(cls: type, values: Mapping[str, Any]) -> Any:
+    """Return a ConfigDict with every setting of a dataclass, ``values`` laid over the defaults.
+
+    A recipe names what it chooses; filled, any other setting can be overridden on the command line
+    too. Raises MMJaxError as ``to_dataclass`` does.
+    """
+    from ml_collections import ConfigDict
+
+    made = to_dataclass(cls, values)
+    # convert_dict=False would keep free-form dicts plain, but then nothing in them could be set.
+    return ConfigDict(dataclasses.asdict(made))
+
+
 def resolve_recipe(recipe: str | os.PathLike, overrides: Iterable[str] = ()) -> Any:
     """Load ``configs/x.py`` or ``configs/x.py:arg`` and return its locked ConfigDict.
 

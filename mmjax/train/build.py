@@ -50,8 +50,8 @@ def blueprint(settings: ModelSettings, lora: LoRASettings, seed: int) -> Bluepri
         source = checkpoints.open_checkpoint(settings.init)
         if source.family.name != settings.family:
             raise MMJaxError(
-                f"model.init {settings.init} holds a {source.family.name!r} model and model.family is "
-                f"{settings.family!r}"
+                f"model.init {settings.init} holds a {source.family.name!r} model and "
+                f"model.family is {settings.family!r}"
             )
         config = family.Config.from_hf({**source.hf_config, **settings.config})
         processor = first_processor(family, source.folders)
