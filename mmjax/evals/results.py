@@ -1,0 +1,128 @@
+"""Accuracies with what they mean beside them: intervals, groups, blind baselines; kept on disk."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmjax.evals.scorers import get_scorer
+from mmjax.evals.tasks import Task, answers_of, question_of
+from mmjax.types import MMJaxError, Record
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Reduce prediction rows (``score``, ``group``) to accuracy, n, correct, ci95 and groups.
+
+    correct: the sum of scores, fractional where the scorer is. ci95: Wilson's interval.
+    """
+    out = _accuracy([r["score"] for r in rows])
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("group") is not None:
+            groups.setdefault(str(row["group"]), []).append(row["score"])
+    out["groups"] = {name: _accuracy(scores) for name, scores in sorted(groups.items())}
+    return out
+
+
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share; (0, 1) where nothing was asked."""
+    if n == 0:
+        return 0.0, 1.0
+    share = correct / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+
+
+def blind_baselines(
+    task: Task, records: Iterable[Record], train: Iterable[Record]
+) -> dict[str, Any]:
+    """Score two ways of answering without the picture, learnt from training records.
+
+    majority: always the most frequent answer. question_only: the most frequent answer to the very
+    same question, or else the majority. Each like a result: accuracy, n, correct, ci95, groups.
+    """
+    overall: collections.Counter[str] = collections.Counter()
+    by_question: dict[str, collections.Counter[str]] = {}
+    for record in train:
+        answer = answers_of(record)[0]
+        overall[answer] += 1
+        by_question.setdefault(question_of(record), collections.Counter())[answer] += 1
+    if not overall:
+        return {}
+    majority = overall.most_common(1)[0][0]
+    best = {q: c.most_common(1)[0][0] for q, c in by_question.items()}
+    score = get_scorer(task.scorer)
+    rows: dict[str, list[dict[str, Any]]] = {"majority": [], "question_only": []}
+    for record in records:
+        answers, choices = answers_of(record), record.meta.get("choices", ())
+        guesses = {"majority": majority, "question_only": best.get(question_of(record), majority)}
+        for name, guess in guesses.items():
+            value = score(guess, answers, choices)
+            rows[name].append({"score": value, "group": record.meta.get(task.group)})
+    out: dict[str, Any] = {name: summarise(scored) for name, scored in rows.items()}
+    out["majority"]["answer"] = majority
+    return out
+
+
+def chance_level(task: Task, records: Iterable[Record]) -> float | None:
+    """Return the accuracy of guessing: as the task says, or one over the options' number."""
+    if task.chance is not None or not task.is_multiple_choice:
+        return task.chance
+    shares = [1 / len(r.meta["choices"]) for r in records if r.meta.get("choices")]
+    return sum(shares) / len(shares) if shares else None
+
+
+def read_results(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Read a results.json; empty where there is none. Raises MMJaxError naming a broken file."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except ValueError as e:
+        raise MMJaxError(f"{path} is no JSON ({e}); move it away and evaluate again") from e
+    if not isinstance(found, dict):
+        raise MMJaxError(f"{path} holds no results but a {type(found).__name__}; move it away")
+    return found
+
+
+def merge_results(
+    path: str | os.PathLike, new: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Add results to a results.json and return all; the file changes at once or not at all.
+
+    The tasks that were evaluated replace what stood under their names; others stay.
+    """
+    merged = read_results(path) | {name: dict(entries) for name, entries in new.items()}
+    write_atomic(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+    return merged
+
+
+def write_atomic(path: str | os.PathLike, text: str) -> None:
+    """Write a text file so that a reader, or a kill, never sees half of it."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def _accuracy(scores: Sequence[float]) -> dict[str, Any]:
+    n, total = len(scores), float(sum(scores))
+    low, high = wilson(total, n)
+    correct = int(total) if total.is_integer() else round(total, 4)
+    accuracy = round(total / n, 6) if n else 0.0
+    return {
+        "accuracy": accuracy,
+        "n": n,
+        "correct": correct,
+        "ci95": [round(low, 6), round(high, 6)],
+    }

@@ -1,0 +1,250 @@
+"""Run tasks against a model and keep what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mmjax.evals.pictures import picture_size, save_picture
+from mmjax.evals.results import (
+    blind_baselines,
+    chance_level,
+    merge_results,
+    summarise,
+    write_atomic,
+)
+from mmjax.evals.scorers import get_scorer
+from mmjax.evals.tasks import Task, answers_of, ask, open_source, question_of, spread
+from mmjax.monitor.terminal import track
+from mmjax.types import BadSample, MMJaxError, Record
+
+Generate = Callable[[Sequence[Record], int | None, int], list[str]]
+"""generate(records, resolution, max_new_tokens) -> one answer a record, in their order."""
+
+
+def evaluate(
+    tasks: Sequence[Task],
+    generate_fn: Generate,
+    *,
+    workdir: str | os.PathLike | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    step: int | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, dict[str, Any]]:
+    """Ask every question of every task; return task -> split or resolution -> accuracy, n, ...
+
+    workdir: where ``results.json``, ``predictions/<task>.jsonl`` and the report's pictures go;
+        None writes nothing (while training, and on every process but the first).
+    limit: at most so many questions a task, below the task's own. step: of the checkpoint.
+    stop: asked between batches; True ends the evaluation, and the unfinished task is left out.
+    A kill loses the unfinished task alone: files change only when a task is complete.
+    """
+    names = [t.name for t in tasks]
+    if len(set(names)) != len(names):
+        raise MMJaxError(f"tasks need different names, got {', '.join(names)}")
+    console = console or Console()
+    results: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        done = _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop)
+        if done is None:
+            break
+        entries, rows, source = done
+        results[task.name] = entries
+        if workdir is not None:
+            _keep(task, rows, source, os.fspath(workdir))
+            merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
+    return results
+
+
+def as_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Flatten results for a writer: ``eval/<task>/accuracy``, in a sweep ``accuracy_<key>`` too.
+
+    The plain accuracy is that of the highest resolution.
+    """
+    out: dict[str, float] = {}
+    for task, entries in results.items():
+        best = max(entries.values(), key=lambda e: e.get("longest_side") or 0)
+        out[f"eval/{task}/accuracy"] = best["accuracy"]
+        if len(entries) > 1:
+            out |= {f"eval/{task}/accuracy_{k}": e["accuracy"] for k, e in entries.items()}
+    return out
+
+
+def results_table(results: dict[str, dict[str, Any]]) -> Table:
+    """Lay results out for the terminal, the blind baselines beside them."""
+    table = Table(box=box.SIMPLE_HEAD, title="Accuracy", title_justify="left", title_style="bold")
+    for name in ("task", "at", "accuracy", "95 %", "correct", "question only", "chance"):
+        table.add_column(name, justify="left" if name in ("task", "at") else "right")
+    for task, entries in results.items():
+        for key, e in entries.items():
+            groups = e.get("groups", {})
+            _add_row(table, f"[bold]{task}[/]", key, e, e.get("blind", {}), e.get("chance"))
+            if len(groups) > 1:
+                for group, found in groups.items():
+                    blind = {
+                        name: b["groups"].get(group, {}) for name, b in e.get("blind", {}).items()
+                    }
+                    _add_row(table, f"  [dim]{group}[/]", "", found, blind, None)
+    return table
+
+
+def _add_row(table: Table, task: str, key: str, e: dict, blind: dict, chance: float | None) -> None:
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    low, high = e["ci95"]
+    table.add_row(
+        task,
+        key,
+        f"[bold]{share(e['accuracy'])}[/]",
+        f"{low * 100:.1f}-{high * 100:.1f}",
+        f"{e['correct']:g}/{e['n']}",
+        share(blind.get("question_only", {}).get("accuracy")),
+        share(chance),
+    )
+
+
+def predictions_path(workdir: str | os.PathLike, task: str) -> str:
+    """Return where the predictions of a task are kept."""
+    return os.path.join(workdir, "predictions", re.sub(r"[^\w.-]+", "_", task) + ".jsonl")
+
+
+def _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop):
+    """Ask one task at all its resolutions; returns (results, rows, source), None when stopped."""
+    source = open_source(task.source)
+    limits = [n for n in (limit, task.limit) if n is not None]
+    indices = spread(len(source), min(limits, default=None))
+    if not indices:
+        raise MMJaxError(f"task {task.name}: its source holds no records")
+    records = {i: source[i] for i in indices[:32]}  # enough to know sizes; a source may be large
+    native = picture_size(records.values())
+    entries: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    shared: dict[str, Any] = {"split": task.split, "scorer": task.scorer}
+    if step is not None:
+        shared["step"] = step
+    if task.train is not None and limit is None:
+        train = open_source(task.train)
+        known = (train[i] for i in spread(len(train), task.train_limit))
+        shared["blind"] = blind_baselines(task, _readable(source, indices), known)
+    chance = chance_level(task, _readable(source, indices[:1000]))
+    if chance is not None:
+        shared["chance"] = chance
+    for resolution in task.resolutions:
+        start = time.perf_counter()
+        key = task.result_key(resolution)
+        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        mine: list[dict[str, Any]] = []
+        label = task.name if key == task.split else f"{task.name} at {key}"
+        watched = track(batches, len(indices), label, size=len, enabled=progress, console=console)
+        for batch in watched:
+            if stop():
+                return None
+            mine += _ask_batch(task, source, batch, resolution, generate_fn)
+        rows += mine
+        side = min(resolution, native) if resolution and native else resolution or native
+        unreadable = sum("error" in r for r in mine)
+        entries[key] = {
+            **summarise(mine),
+            **shared,
+            "resolution": resolution,
+            "longest_side": side,
+            "seconds": round(time.perf_counter() - start, 3),
+            **({"unreadable": unreadable} if unreadable else {}),
+        }
+    return entries, rows, source
+
+
+def _readable(source: Sequence[Record], indices: Sequence[int]) -> Iterator[Record]:
+    for index in indices:
+        try:
+            yield source[index]
+        except BadSample:
+            continue
+
+
+def _ask_batch(
+    task: Task,
+    source: Sequence[Record],
+    batch: Sequence[int],
+    resolution: int | None,
+    generate_fn: Generate,
+) -> list[dict[str, Any]]:
+    """Ask some questions and score the answers; a record that cannot be read counts as wrong."""
+    score = get_scorer(task.scorer)
+    rows: dict[int, dict[str, Any]] = {}
+    records: dict[int, Record] = {}
+    for index in batch:
+        try:
+            records[index] = source[index]
+        except BadSample as e:
+            rows[index] = _row(task, index, None, resolution) | {"error": str(e)}
+    asked = [ask(task, r) for r in records.values()]
+    texts = generate_fn(asked, resolution, task.max_new_tokens) if asked else []
+    if len(texts) != len(asked):
+        raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")
+    for (index, record), text in zip(records.items(), texts, strict=True):
+        value = score(text, answers_of(record), record.meta.get("choices", ()))
+        row = _row(task, index, record, resolution)
+        rows[index] = row | {"prediction": text, "score": value, "correct": value >= 0.5}
+    return [rows[i] for i in batch]
+
+
+def _row(task: Task, index: int, record: Record | None, resolution: int | None) -> dict[str, Any]:
+    """Begin a line of the predictions file."""
+    row: dict[str, Any] = {"id": str(index), "index": index, "task": task.name}
+    row |= {"resolution": resolution, "key": task.result_key(resolution)}
+    if record is not None:
+        answers = answers_of(record)
+        row |= {
+            "id": str(record.meta.get("id", index)),
+            "question": question_of(record),
+            "answer": answers[0],
+        }
+        row |= {"answers": answers} if len(set(answers)) > 1 else {}
+        row |= {"choices": list(record.meta["choices"])} if record.meta.get("choices") else {}
+        row |= {"group": record.meta[task.group]} if task.group in record.meta else {}
+        if record.images and isinstance(record.images[0], str | os.PathLike):
+            row["image"] = os.fspath(record.images[0])
+    return row | {"prediction": "", "score": 0.0, "correct": False}
+
+
+def _keep(task: Task, rows: list[dict[str, Any]], source: Sequence[Record], workdir: str) -> None:
+    """Write the predictions of a task and the pictures that the report will show."""
+    path = predictions_path(workdir, task.name)
+    shown = {}
+    for index in choose_pictures(rows, task.pictures):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        saved = save_picture(source[index], os.path.join(workdir, "predictions", stem), index)
+        if saved is not None:
+            shown[index] = os.path.relpath(saved, workdir)
+    lines = []
+    for row in rows:
+        picture = {"picture": shown[row["index"]]} if row["index"] in shown else {}
+        lines.append(json.dumps(row | picture, ensure_ascii=False, default=str))
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def choose_pictures(rows: Sequence[dict[str, Any]], count: int) -> list[int]:
+    """Choose questions to show: half of them answered wrongly at some resolution, if there are."""
+    by_index: dict[int, bool] = {}
+    for row in rows:
+        if "error" not in row:
+            by_index[row["index"]] = by_index.get(row["index"], True) and row["correct"]
+    wrong = [i for i, right in by_index.items() if not right]
+    right = [i for i, good in by_index.items() if good]
+    take = min(len(wrong), max(count // 2, count - len(right)))
+    picked = [wrong[i] for i in spread(len(wrong), take)]
+    picked += [right[i] for i in spread(len(right), count - len(picked))]
+    return sorted(picked)

@@ -1,0 +1,124 @@
+"""Tasks: questions with right answers, how they are asked and how they are scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmjax.config import to_dataclass
+from mmjax.evals.scorers import get_scorer
+from mmjax.types import MMJaxError, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One benchmark.
+
+    name: under which results are kept; one name a task. source: a sequence of records, or the
+        description of one for ``data.catalog.make_source``; ``meta["answers"]`` holds the right
+        answers, or else the last assistant turn is the answer.
+    scorer: a name in ``scorers.SCORERS``. prompt: how the question is asked, such as
+        ``"{question} Answer with one word."``; None asks it as it is.
+    resolutions: longest sides in pixels at which the same questions are asked, None for the
+        pictures as they are. limit: questions, spread evenly over the source; None for all.
+    train: training records (or their description), from which blind baselines are made: the most
+        frequent answer, and the most frequent answer to the same question.
+    chance: accuracy of guessing; None works it out for multiple choice. group: the key of
+        ``meta`` by which accuracy is broken down. pictures: how many the report shows.
+    """
+
+    name: str
+    source: Any
+    split: str = "test"
+    scorer: str = "exact_match"
+    prompt: str | None = None
+    resolutions: tuple[int | None, ...] = (None,)
+    max_new_tokens: int = 16
+    limit: int | None = None
+    train: Any = None
+    train_limit: int = 50_000
+    chance: float | None = None
+    group: str = "group"
+    pictures: int = 24
+
+    def __post_init__(self):
+        get_scorer(self.scorer)
+        if not self.resolutions or len(set(self.resolutions)) != len(self.resolutions):
+            raise MMJaxError(
+                f"task {self.name}: resolutions {self.resolutions} must be one or more different "
+                "longest sides (None for the full picture)"
+            )
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise MMJaxError(f"task {self.name}: the prompt {self.prompt!r} lacks '{{question}}'")
+
+    @property
+    def is_multiple_choice(self) -> bool:
+        return self.scorer.startswith("multiple_choice")
+
+    def result_key(self, resolution: int | None) -> str:
+        """Name one result: the split, or in a sweep the resolution (``48``, ``full``)."""
+        if self.resolutions == (None,):
+            return self.split
+        return "full" if resolution is None else str(resolution)
+
+
+def vqa(name: str, source: Any, **options: Any) -> Task:
+    """Make a task of open questions, scored by normalised exact match unless told otherwise."""
+    return Task(name, source, **({"scorer": "exact_match"} | options))
+
+
+def multiple_choice(name: str, source: Any, **options: Any) -> Task:
+    """Make a task of questions with lettered options, scored by the strict parser."""
+    return Task(name, source, **({"scorer": "multiple_choice", "max_new_tokens": 8} | options))
+
+
+def make_task(config: Mapping[str, Any] | Task, path: str = "config.eval.tasks") -> Task:
+    """Make a task from its settings; raises MMJaxError for unknown keys and wrong types."""
+    return to_dataclass(Task, config, path)
+
+
+def open_source(source: Any) -> Sequence[Record]:
+    """Return the records of a task: those it holds, or those its description names."""
+    if isinstance(source, Mapping):
+        from mmjax.data.catalog import make_source
+
+        return make_source(source)
+    return source
+
+
+def spread(size: int, limit: int | None) -> list[int]:
+    """Return at most ``limit`` indices, evenly spread over ``size``: always the same ones."""
+    if limit is None or limit >= size:
+        return list(range(size))
+    return [i * size // limit for i in range(limit)]
+
+
+def ask(task: Task, record: Record) -> Record:
+    """Return the record with its last question laid out by the task's prompt."""
+    if task.prompt is None:
+        return record
+    messages = list(record.messages)
+    place = max(i for i, m in enumerate(messages) if m.role == "user")
+    text = task.prompt.replace("{question}", messages[place].text)
+    messages[place] = dataclasses.replace(messages[place], text=text)
+    return dataclasses.replace(record, messages=tuple(messages))
+
+
+def question_of(record: Record) -> str:
+    """Return the last question of a record, without its image marks."""
+    texts = [m.text for m in record.messages if m.role == "user"]
+    return texts[-1].replace("<image>", "").strip() if texts else ""
+
+
+def answers_of(record: Record) -> list[str]:
+    """Return the right answers of a record; raises MMJaxError where it has none."""
+    answers = record.meta.get("answers")
+    if answers is None and record.messages and record.messages[-1].role == "assistant":
+        answers = [record.messages[-1].text]
+    if not answers:
+        raise MMJaxError(
+            f"record {record.meta.get('id', '?')} of {record.meta.get('source', '?')} has no "
+            "answers: set meta['answers'] or end it with an assistant turn"
+        )
+    return [str(a) for a in ([answers] if isinstance(answers, str) else answers)]
