@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from mmjax.models import checkpoints, registry
+from mmjax.models.decoder import DecoderConfig
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
 from mmjax.weights import load, store
@@ -196,3 +197,57 @@ def test_damaged_config_is_named(params, tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(MMJaxError, match=r"config\.json: not a JSON object"):
         checkpoints.open_checkpoint(folder)
+
+
+def test_host_memory_does_not_grow_with_the_model(tmp_path):
+    """Convert and export 150 MB in a process that holds a few pieces of 8 MB."""
+    decoder = DecoderConfig(
+        vocab_size=1024, d_model=512, num_layers=24, num_heads=8, num_kv_heads=8, head_dim=64
+    )
+    config = dataclasses.replace(
+        tiny.CONFIG, decoder=dataclasses.replace(decoder, d_mlp=2048, max_positions=64)
+    )
+    family = registry.family("fuyu")
+    ours = {k: v.shape for k, v in checkpoints.abstract_params(family, config).items()}
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    at, header = 0, {}
+    for key, shape in R.expected(family.weights.RULES, ours).items():
+        end = at + 2 * int(np.prod(shape))
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    assert at > 150e6
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)  # zeros that take no space
+    script = """
+import resource, sys
+from convert_weights import to_hf, to_jax
+from mmjax.models import checkpoints, registry
+from mmjax.parallel.mesh import use
+from mmjax.weights import rules
+rules.PIECE_BYTES = 8 * 2**20
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+hub, jax_folder, back = sys.argv[1:]
+ckpt = checkpoints.open_checkpoint(hub)
+with use():
+    checkpoints.abstract_params(ckpt.family, ckpt.config)
+start = peak()
+to_jax.main([hub, jax_folder])
+to_hf.main([jax_folder, back])
+print(peak() - start)
+"""
+    folders = [str(folder), str(tmp_path / "jax"), str(tmp_path / "back")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *folders],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    grown = int(done.stdout.split()[-1]) * 1024
+    assert grown < 8 * 8 * 2**20
+    assert (tmp_path / "back" / "model.safetensors").stat().st_size > 150e6
