@@ -15,7 +15,12 @@ from mmjax.config import fill, recipe_options
 from mmjax.data.magnifier import LETTERS, QUESTION
 from mmjax.train.settings import RunSettings
 
-TASK = dict(source=dict(kind="magnifier", split="test"), scorer="exact_match", max_new_tokens=2)
+
+def task(name: str, split: str, **more) -> dict:
+    """Return one evaluation of the held-out digits, at full size and reduced."""
+    source = dict(kind="magnifier", split=split)
+    sides = (None, 72, 48, 24)
+    return dict(name=name, source=source, resolutions=sides, max_new_tokens=4, **more)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -56,7 +61,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 batch_size=4 if quick else 16,
             ),
             optim=dict(lr=2e-3, warmup=0.1, schedule="cosine", b2=0.98, weight_decay=0.05),
-            eval=dict(tasks=()),
+            eval=dict(
+                tasks=(
+                    task("magnifier", "test", scorer="exact_match", chance=0.1),
+                    task("magnifier_choice", "test_mc", scorer="multiple_choice"),
+                ),
+                every=0 if quick else 200,
+                limit=100,
+                batch_size=32,
+            ),
             checkpoint=dict(every=10 if quick else 200),
             log=dict(every=10),
         ),

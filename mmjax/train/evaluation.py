@@ -1,2 +1,127 @@
-def evaluate(*a, **k):
-    return {}
+"""Evaluation of a run's model: while it trains, at its end, and from ``eval.py``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from mmjax import __version__, checkpoint
+from mmjax.evals import report, runner
+from mmjax.evals.answer import answerer
+from mmjax.evals.tasks import Task, make_task
+from mmjax.loading import LoadedModel, load
+from mmjax.nn import paths
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.train import optim
+from mmjax.train import state as train_state
+from mmjax.train.build import blueprint, init_state
+from mmjax.train.settings import EvalSettings, RunSettings
+from mmjax.types import MMJaxError
+
+
+def tasks_of(settings: EvalSettings) -> list[Task]:
+    """Make the tasks of a config; raises MMJaxError for what they cannot be."""
+    return [make_task(t, f"config.eval.tasks[{i}]") for i, t in enumerate(settings.tasks)]
+
+
+def sample(
+    model: LoadedModel, settings: EvalSettings, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Ask a sample of every task while training; returns ``eval/<task>/accuracy``."""
+    answer = answerer(model, template=settings.template, batch_size=settings.batch_size)
+    got = runner.evaluate(
+        tasks_of(settings),
+        answer,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        progress=False,
+        stop=stop,
+    )
+    return runner.as_metrics(got)
+
+
+def full(
+    model: LoadedModel,
+    settings: RunSettings,
+    workdir: Path,
+    *,
+    step: int | None,
+    checkpoint_name: str,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Ask everything; writes results.json, predictions and report.html, prints the table."""
+    batch = settings.eval.batch_size
+    lead = jax.process_index() == 0
+    got = runner.evaluate(
+        tasks_of(settings.eval),
+        answerer(model, template=settings.eval.template, batch_size=batch),
+        workdir=workdir if lead else None,
+        batch_size=4 * batch,  # enough to sort by length, so that little is padding
+        step=step,
+        progress=lead,
+        stop=stop,
+    )
+    if lead and got:
+        console = Console()
+        console.print(runner.results_table(got))
+        facts: dict[str, Any] = {
+            "name": settings.name,
+            "checkpoint": checkpoint_name,
+            "step": step,
+            "parameters": f"{count_parameters(model):,}",
+            "versions": f"mmjax {__version__}, jax {jax.__version__}, "
+            f"Python {sys.version.split()[0]}",
+            "device": jax.devices()[0].device_kind,
+        }
+        console.print(f"report: {report.report_workdir(workdir, facts)}", soft_wrap=True)
+    return runner.as_metrics(got)
+
+
+def count_parameters(model: LoadedModel) -> int:
+    """Count all parameters of a model."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model.model)))
+
+
+def open_model(path: str | Path, settings: RunSettings) -> tuple[LoadedModel, int | None]:
+    """Open what ``--checkpoint`` names: a workdir, one of its checkpoints, or a model folder.
+
+    Returns the model and, of a checkpoint, its step. A workdir gives the checkpoint that was best
+    by ``checkpoint.best``, else the newest.
+    """
+    path = Path(path)
+    is_step = path.name.isdigit() and path.parent.name == checkpoint.FOLDER
+    if not is_step and not (path / checkpoint.FOLDER).is_dir():
+        if not path.exists():
+            raise MMJaxError(f"--checkpoint {path} does not exist; give a workdir or model folder")
+        return load(path), None
+    workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
+    mesh = make_mesh(settings.mesh)
+    with use(mesh):
+        plan = blueprint(settings.model, settings.lora, settings.seed)
+        chosen = train_state.trainable_names(plan.names(), settings.freeze, bool(plan.lora))
+        tx = optim.make_optimizer(settings.optim, settings.steps)
+        _, abstract, _ = train_state.abstract_state(plan.make, chosen, tx, mesh)
+        values = checkpoint.load_params(workdir, step, paths.flatten(abstract.params))
+        graphdef, state, frozen = init_state(plan, settings, chosen, tx, mesh)
+        model = nnx.merge(graphdef, paths.replace(state.params, values), frozen)
+    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh), step
+
+
+def run_eval(settings: RunSettings, path: str, workdir: str | None) -> dict[str, float]:
+    """Evaluate what ``eval.py`` was asked to; results go to the workdir."""
+    if not settings.eval.tasks:
+        raise MMJaxError("config.eval.tasks is empty: this recipe names nothing to evaluate")
+    model, step = open_model(path, settings)
+    if workdir is None:
+        if step is None:
+            raise MMJaxError(f"--checkpoint {path} is a model folder; give --workdir for results")
+        workdir = checkpoint.find_step(path)[0]
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return full(model, settings, folder, step=step, checkpoint_name=str(path))

@@ -26,10 +26,9 @@ from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
-from mmjax.train import optim
+from mmjax.train import evaluation, optim
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, init_state, train_iterator
-from mmjax.train.evaluation import evaluate
 from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
@@ -119,7 +118,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             evaluating = settings.eval.every and done % settings.eval.every == 0
             if evaluating and done < settings.steps and settings.eval.tasks:
                 with meter.pause():
-                    got = evaluate(live_model(), settings, workdir, limit=settings.eval.limit)
+                    got = evaluation.sample(live_model(), settings.eval, lambda: bool(stop))
                     metrics |= got
                     writer.scalars(done, got)
                     line.print(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in got.items()))
@@ -143,8 +142,12 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             if settings.checkpoint.export:
                 export(live_model(), workdir, plan.lora)
             if settings.eval.tasks and settings.eval.final:
-                metrics |= evaluate(live_model(), settings, workdir, final=True, step=done)
-                writer.scalars(done, {k: v for k, v in metrics.items() if k.startswith("eval/")})
+                got = evaluation.full(
+                    live_model(), settings, workdir, step=done,
+                    checkpoint_name=str(workdir), stop=lambda: bool(stop),
+                )  # fmt: skip
+                metrics |= got
+                writer.scalars(done, got)
         checkpoints.close()
         writer.close()
         batches.close()

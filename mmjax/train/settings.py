@@ -80,6 +80,7 @@ class EvalSettings:
     tasks: tuple[dict[str, Any], ...] = ()
     every: int = 0
     limit: int = 256
+    template: str = "fuyu_prompt"
     batch_size: int = 64
     final: bool = True
 

@@ -1,0 +1,24 @@
+"""Evaluate: python eval.py --config=configs/<recipe>.py[:args] --checkpoint=DIR [--workdir=DIR]."""
+
+from absl import flags
+
+from mmjax.cli import run_with_config
+from mmjax.types import MMJaxError
+
+flags.DEFINE_string("checkpoint", None, "a workdir of train.py, one of its checkpoints, or a model")
+flags.DEFINE_string("workdir", None, "where results go; default: the workdir of the checkpoint")
+
+
+def main(config) -> None:
+    from mmjax.config import to_dataclass
+    from mmjax.train.evaluation import run_eval
+    from mmjax.train.settings import RunSettings
+
+    if not flags.FLAGS.checkpoint:
+        raise MMJaxError("give --checkpoint=DIR: a workdir, one of its checkpoints, or a model")
+    settings = to_dataclass(RunSettings, config)
+    run_eval(settings, flags.FLAGS.checkpoint, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    run_with_config(main)
