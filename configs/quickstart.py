@@ -12,7 +12,7 @@ draws a resolution for each sample; evaluation shows the same pictures at four r
 from ml_collections import ConfigDict
 
 from mmjax.config import fill, recipe_options
-from mmjax.data.magnifier import LETTERS, QUESTION
+from mmjax.recipes import WORDS
 from mmjax.train.settings import RunSettings
 
 
@@ -43,12 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                     initializer_range=0.08,
                     max_position_embeddings=1024,
                 ),
-                words=(
-                    QUESTION,
-                    "User: Assistant:",
-                    " ".join("0123456789"),
-                    *(f"{a}." for a in LETTERS),
-                ),
+                words=WORDS,
                 dtype="float32",
                 frozen_dtype="float32",
             ),

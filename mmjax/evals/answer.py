@@ -20,9 +20,7 @@ def answerer(
     """
     lay_out = get_template(template)
 
-    def answer(
-        records: Sequence[Record], resolution: int | None, max_new_tokens: int
-    ) -> list[str]:
+    def answer(records: Sequence[Record], resolution: int | None, max_new_tokens: int) -> list[str]:
         examples, kept = [], []
         for place, record in enumerate(records):
             try:

@@ -1,0 +1,40 @@
+"""What recipes share: the toy that stands in for a large model where ``:quick`` is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmjax.data.magnifier import LETTERS, QUESTION
+
+WORDS = (QUESTION, "User: Assistant:", " ".join("0123456789"), " ".join(f"{a}." for a in LETTERS))
+"""Every word of the magnifier's prompts and answers."""
+
+
+def toy_fuyu(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Shrink a Fuyu recipe to seconds on a CPU: random weights, generated pictures, few steps.
+
+    What the recipe says about optimizer, adapters, remat and accumulation stays as it is.
+    """
+    source = dict(kind="magnifier", split="train", image_size=32)
+    test = dict(name="magnifier", source=source | dict(split="test"), limit=8, max_new_tokens=2)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        patch_size=8,
+    )
+    model = {**recipe["model"], "init": None, "config": sizes, "words": WORDS}
+    return {
+        **recipe,
+        "steps": 10,
+        "model": {**model, "dtype": "float32", "frozen_dtype": "float32"},
+        "data": {
+            **recipe["data"],
+            "sources": dict(train=source),
+            **dict(seq_len=128, max_patches=96, max_targets=16, batch_size=4, workers=0),
+        },
+        "eval": dict(tasks=(test,)),
+        "checkpoint": dict(every=5),
+        "log": dict(every=5),
+    }
