@@ -41,10 +41,10 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     percent: bool = False,
     x_ticks: Sequence[tuple[float, str]] | None = None,
-    reference: tuple[float, str] | None = None,
+    references: Sequence[tuple[float, str]] = (),
     log_x: bool = False,
 ) -> str:
-    """Draw lines over a common axis; reference is a dashed horizontal line with its name."""
+    """Draw lines over a common axis; references are dashed horizontal lines with names."""
     points = [p for s in series for p in s.points]
     xs = [_x(p.x, log_x) for p in points]
     x_low, x_high = min(xs), max(xs)
@@ -67,13 +67,13 @@ def line_chart(
         *_y_axis(y_low, y_high, py, percent),
         *_x_axis(x_ticks or _ticks(x_low, x_high), px),
         _text(_LEFT + (_WIDTH - _LEFT - _RIGHT) / 2, _HEIGHT - 6, x_label, "axis", "middle"),
-        f'<text class="axis" transform="translate(14 {(_HEIGHT - _BOTTOM + _TOP) / 2}) rotate(-90)"'
-        f' text-anchor="middle">{escape(y_label)}</text>',
+        f'<text class="axis y" transform="translate(14 {(_HEIGHT - _BOTTOM + _TOP) / 2}) '
+        f'rotate(-90)" text-anchor="middle">{escape(y_label)}</text>',
     ]
-    if reference is not None:
-        y = py(reference[0])
+    for height, name in references:
+        y = py(height)
         parts.append(f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {_at(y)}/>')
-        parts.append(_text(_WIDTH - _RIGHT - 4, y - 6, reference[1], "axis", "end"))
+        parts.append(_text(_WIDTH - _RIGHT - 4, y - 6, name, "axis", "end"))
     for i, one in enumerate(series):
         parts += _draw_series(one, i, px, py)
     return "\n".join([*parts, "</svg>"])

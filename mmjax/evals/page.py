@@ -30,15 +30,15 @@ margin:18px 0}
 letter-spacing:-.02em}
 .tile span{color:var(--soft);font-size:.88rem}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+table{border-collapse:collapse;width:100%;font-size:.95rem;font-variant-numeric:tabular-nums}
+th,td{padding:7px 10px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 thead th{font-weight:600;color:var(--soft);font-size:.82rem}
 th:first-child,td:first-child,th.l,td.l{text-align:left}
 tbody th{font-weight:600}tr.group th,tr.group td{color:var(--soft);font-weight:400;
 font-size:.92rem;padding-top:4px;padding-bottom:4px}tr.group th{padding-left:28px}
 td.main{font-weight:650;color:var(--ink)}
-.meter{display:inline-block;width:90px;height:8px;border-radius:4px;background:var(--rule);
-vertical-align:middle;margin-left:10px;overflow:hidden}
+.meter{display:inline-block;width:56px;height:8px;border-radius:4px;background:var(--rule);
+vertical-align:middle;margin-left:8px;overflow:hidden}
 .meter i{display:block;height:100%;background:var(--s0)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:18px}
 .charts section{margin:0;min-width:0}
@@ -53,6 +53,7 @@ font-weight:600;paint-order:stroke;stroke:var(--card);stroke-width:4px}
 .hit{fill:transparent;stroke:none}.dot{opacity:0;fill:var(--card);stroke-width:2}
 .point:hover .dot{opacity:1}.point:focus{outline:none}
 .point:focus-visible .hit{stroke:var(--accent);stroke-width:2}
+.chart .y{display:inline}@media(max-width:560px){.chart .y{display:none}}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:6px 0 0;padding:0;
 font-size:.88rem}.legend svg{vertical-align:-2px;margin-right:5px}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--card);padding:5px 10px;
@@ -86,7 +87,10 @@ flex-direction:column;min-width:0}
 .note{color:var(--soft);font-size:.88rem;margin:12px 0 0}
 footer{max-width:1120px;margin:0 auto;padding:4px 20px 40px;color:var(--soft);font-size:.85rem}
 @media(max-width:560px){section{padding:16px 14px}.meter{display:none}th,td{padding:6px 8px}
-.chart text{font-size:19px}.gallery{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
+.chart text{font-size:20px}
+.chart .axis{font-size:17px}.tiles{grid-template-columns:1fr 1fr}
+.tile{padding:10px 12px}.tile b{font-size:1.5rem}.card dl{grid-template-columns:1fr}
+.gallery{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
 h1{font-size:1.5rem}header{padding-top:22px}#shown{margin-left:0}}
 @media print{.filters{display:none}section{break-inside:avoid}}
 """

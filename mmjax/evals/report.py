@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import glob
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any
 from mmjax.evals.charts import Point, Series, legend, line_chart
 from mmjax.evals.page import filters, page
 from mmjax.evals.pictures import data_uri
-from mmjax.evals.results import read_results, write_atomic
+from mmjax.evals.results import predictions_path, read_results, write_atomic
 from mmjax.monitor.writers import read_metrics
 
 _LOSS_POINTS = 160  # points of the loss curve: more than a screen can tell apart
@@ -29,8 +28,9 @@ def report_workdir(workdir: str | os.PathLike, meta: Mapping[str, Any] | None = 
     workdir = os.fspath(workdir)
     results = read_results(os.path.join(workdir, "results.json"))
     predictions = []
-    for path in sorted(glob.glob(os.path.join(workdir, "predictions", "*.jsonl"))):
-        predictions += [row for row in read_predictions(path) if row.get("task") in results]
+    for task in results:
+        path = predictions_path(workdir, task)
+        predictions += read_predictions(path) if os.path.exists(path) else []
     metrics = read_metrics(os.path.join(workdir, "metrics.jsonl"))
     facts = {"name": os.path.basename(os.path.abspath(workdir)), **(meta or {})}
     path = os.path.join(workdir, "report.html")
@@ -100,7 +100,7 @@ def _place(key: str, entry: Mapping[str, Any]) -> str:
     """Say where a result was measured: its split, or its resolution."""
     side = entry.get("longest_side")
     if key == "full":
-        return f"full resolution ({side} px)" if side else "full resolution"
+        return f"full ({side} px)" if side else "full"
     return f"{key} px" if entry.get("resolution") is not None else str(key)
 
 
@@ -152,7 +152,7 @@ def _table_row(name: str, at: str, e: Mapping, blind: Mapping, with_blind: bool,
 
 def _resolution_charts(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Draw accuracy over resolution for the tasks that were swept."""
-    series, ticks, chances = [], {}, set()
+    series, ticks, chances = [], {}, {}
     for task, entries in results.items():
         swept = [(k, e) for k, e in entries.items() if e.get("longest_side")]
         if len(swept) < 2:
@@ -164,7 +164,8 @@ def _resolution_charts(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             tip = f"{task}, {_place(key, e)}\n{share:.1%} of {e['n']:,} ({low:.1%} to {high:.1%})"
             points.append(Point(side, share, tip, f"{share:.0%}", low, high))
             ticks[side] = f"{side}"
-            chances |= {e["chance"]} if e.get("chance") is not None else set()
+            if e.get("chance") is not None:
+                chances.setdefault(round(e["chance"], 4), task)
         series.append(Series(task, points))
     if not series:
         return []
@@ -177,10 +178,14 @@ def _resolution_charts(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         y_range=(0.0, 1.0),
         percent=True,
         x_ticks=sorted(ticks.items()),
-        reference=(c := min(chances), f"chance {c:.0%}") if chances else None,
+        references=[(c, _chance_label(c, t, len(chances))) for c, t in chances.items()],
         log_x=True,
     )
     return [f"<section><h2>{title}</h2>{chart}{legend(series)}</section>"]
+
+
+def _chance_label(chance: float, task: str, count: int) -> str:
+    return f"chance {chance:.0%}" + (f" ({task})" if count > 1 else "")
 
 
 def _loss_chart(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
@@ -206,9 +211,11 @@ def _loss_chart(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]
 def _gallery(predictions: Sequence[Mapping[str, Any]], folder: str) -> str:
     """Show the pictures with question, answer and prediction, at the resolution of the question."""
     cards, tasks, places = [], {}, {}
-    for row in predictions:
-        if not row.get("picture"):
-            continue
+    order = {task: i for i, task in enumerate(dict.fromkeys(r["task"] for r in predictions))}
+    shown = [r for r in predictions if r.get("picture")]
+    # The same picture at its resolutions stands side by side, the sharpest first.
+    shown.sort(key=lambda r: (order[r["task"]], r["index"], -(r["resolution"] or 1 << 30)))
+    for row in shown:
         picture = data_uri(os.path.join(folder, row["picture"]), row.get("resolution"))
         if picture is not None:
             cards.append(_card(row, *picture))

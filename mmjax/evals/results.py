@@ -6,6 +6,7 @@ import collections
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,11 @@ def chance_level(task: Task, records: Iterable[Record]) -> float | None:
         return task.chance
     shares = [1 / len(r.meta["choices"]) for r in records if r.meta.get("choices")]
     return sum(shares) / len(shares) if shares else None
+
+
+def predictions_path(workdir: str | os.PathLike, task: str) -> str:
+    """Return where the predictions of a task are kept."""
+    return os.path.join(workdir, "predictions", re.sub(r"[^\w.-]+", "_", task) + ".jsonl")
 
 
 def read_results(path: str | os.PathLike) -> dict[str, dict[str, Any]]:

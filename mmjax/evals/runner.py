@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from mmjax.evals.results import (
     blind_baselines,
     chance_level,
     merge_results,
+    predictions_path,
     summarise,
     write_atomic,
 )
@@ -113,11 +113,6 @@ def _add_row(table: Table, task: str, key: str, e: dict, blind: dict, chance: fl
         share(blind.get("question_only", {}).get("accuracy")),
         share(chance),
     )
-
-
-def predictions_path(workdir: str | os.PathLike, task: str) -> str:
-    """Return where the predictions of a task are kept."""
-    return os.path.join(workdir, "predictions", re.sub(r"[^\w.-]+", "_", task) + ".jsonl")
 
 
 def _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop):

@@ -1,0 +1,144 @@
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mmjax.evals import report, results, runner
+from mmjax.evals.tasks import Task, make_task, multiple_choice, question_of, spread, vqa
+from mmjax.types import BadSample, Message, MMJaxError, Record
+
+
+def record(i, question, answer, **meta):
+    picture = np.full((12, 20, 3), i, np.uint8)
+    messages = (Message("user", f"<image>\n{question}"), Message("assistant", answer))
+    return Record(messages, (picture,), {"id": f"r{i}", "answers": [answer], **meta})
+
+
+def colours():
+    names = ["red", "blue", "red", "<b>green</b>"]
+    found = [record(i, "Colour?", a, group="colour") for i, a in enumerate(names)]
+    return found + [record(4 + i, "Is it day?", "yes", group="yes/no") for i in range(2)]
+
+
+def answer(records, resolution, max_new_tokens):
+    if resolution == 5:
+        return ["red"] * len(records)
+    return [r.meta["answers"][0].upper() for r in records]
+
+
+def run(tasks, tmp_path=None, **options):
+    console = Console(file=io.StringIO(), width=160)
+    return runner.evaluate(tasks, answer, workdir=tmp_path, console=console, **options)
+
+
+def test_a_sweep_is_scored_kept_and_reported(tmp_path):
+    task = vqa("colours", colours(), resolutions=(None, 5), train=colours()[:3], chance=0.25)
+    found = run([task], tmp_path, batch_size=4, step=7)
+    full, small = found["colours"]["full"], found["colours"]["5"]
+    assert (full["accuracy"], full["n"], full["correct"], full["longest_side"]) == (1.0, 6, 6, 20)
+    assert (small["correct"], small["longest_side"], small["step"]) == (2, 5, 7)
+    assert small["groups"]["colour"]["accuracy"] == 0.5
+    assert full["blind"]["majority"]["correct"] == 2
+    assert full["blind"]["question_only"]["groups"]["yes/no"]["accuracy"] == 0.0
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    rows = report.read_predictions(results.predictions_path(tmp_path, "colours"))
+    assert len(rows) == 12
+    assert rows[7] == {
+        "id": "r1",
+        "index": 1,
+        "task": "colours",
+        "resolution": 5,
+        "key": "5",
+        "question": "Colour?",
+        "answer": "blue",
+        "group": "colour",
+        "prediction": "red",
+        "score": 0.0,
+        "correct": False,
+        "picture": "predictions/colours/1.png",
+    }
+    metrics = runner.as_metrics(found)
+    assert metrics["eval/colours/accuracy"] == 1.0
+    assert metrics["eval/colours/accuracy_5"] == pytest.approx(1 / 3, abs=1e-5)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(runner.results_table(found))
+    assert "33.3%" in console.file.getvalue() and "25.0%" in console.file.getvalue()
+
+    (tmp_path / "metrics.jsonl").write_text('{"step":1,"train/loss":2}\n{"step":2,"train/loss":1}')
+    html = Path(report.report_workdir(tmp_path, {"name": "<run>", "step": 7})).read_text()
+    assert "&lt;run&gt;" in html and "<run>" not in html
+    assert "&lt;b&gt;green&lt;/b&gt;" in html and "<b>green</b>" not in html
+    assert html.count('<li class="card') == 12
+    assert html.count("\u2717 wrong</span></p>") == 4
+    assert "Accuracy over resolution" in html and "Training loss" in html and "chance 25%" in html
+    # nothing is fetched: every address is inside the file
+    assert not re.findall(r'(?:src|href)="(?!data:)', html) and "url(" not in html
+
+
+def test_results_merge_and_name_the_split(tmp_path):
+    run([vqa("a", colours(), split="val")], tmp_path)
+    run([vqa("b", colours())], tmp_path)
+    kept = results.read_results(tmp_path / "results.json")
+    assert {t: list(e) for t, e in kept.items()} == {"a": ["val"], "b": ["test"]}
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(MMJaxError, match=r"results\.json is no JSON"):
+        run([vqa("b", colours())], tmp_path)
+
+
+def test_multiple_choice_chance_prompt_and_limit():
+    options = [record(i, "Which? A. x B. y", "AB"[i % 2], choices=["x", "y"]) for i in range(10)]
+    asked = []
+
+    def say(records, resolution, max_new_tokens):
+        asked.extend(question_of(r) for r in records)
+        return ["A man"] * (len(records) - 1) + ["B."]
+
+    task = multiple_choice("mc", options, prompt="{question} Letter only.")
+    found = runner.evaluate([task], say, limit=4, progress=False)["mc"]["test"]
+    assert (found["n"], found["correct"], found["chance"]) == (4, 1, 0.5)
+    assert asked == ["Which? A. x B. y Letter only."] * 4
+
+
+def test_an_unreadable_record_counts_as_wrong():
+    class Broken(list):
+        def __getitem__(self, i):
+            if i == 40:
+                raise BadSample("corrupt_image", "x.png is cut off")
+            return record(0, "Q?", "red")
+
+    found = run([vqa("t", Broken(range(50)))])["t"]["test"]
+    assert (found["n"], found["correct"], found["unreadable"]) == (50, 49, 1)
+
+
+def test_stop_leaves_the_unfinished_task_out(tmp_path):
+    calls = iter([False, True])
+    tasks = [vqa("a", colours()), vqa("b", colours())]
+    assert list(run(tasks, tmp_path, stop=lambda: next(calls))) == ["a"]
+    assert list(results.read_results(tmp_path / "results.json")) == ["a"]
+
+
+def test_task_settings_are_checked():
+    made = make_task({"name": "t", "source": {"kind": "magnifier"}, "resolutions": (None, 24)})
+    assert made == Task("t", {"kind": "magnifier"}, resolutions=(None, 24))
+    with pytest.raises(MMJaxError, match="did you mean 'scorer'"):
+        make_task({"name": "t", "source": (), "score": "x"})
+    with pytest.raises(MMJaxError, match="different names"):
+        run([vqa("a", colours()), vqa("a", colours())])
+    with pytest.raises(MMJaxError, match="holds no records"):
+        run([vqa("a", [])])
+
+
+def test_wilson_interval_and_spread():
+    assert results.wilson(8, 10) == pytest.approx((0.4901, 0.9433), abs=1e-4)
+    assert results.wilson(0, 0) == (0.0, 1.0)
+    assert results.wilson(10, 10)[1] == pytest.approx(1.0)
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, None) == [0, 1, 2]
+
+
+def test_a_report_of_nothing_is_a_page(tmp_path):
+    html = Path(report.report_workdir(tmp_path)).read_text()
+    assert "Nothing has been evaluated yet" in html
