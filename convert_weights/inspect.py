@@ -79,7 +79,7 @@ def _theta(ckpt: checkpoints.Checkpoint, value: float) -> str:
 
 def _stated_theta(hf: dict) -> str:
     nested = hf.get("text_config") or {}
-    places = (hf.get("rope_parameters"), nested.get("rope_parameters"), nested, hf)
+    places = (hf, hf.get("rope_parameters"), nested.get("rope_parameters"), nested)
     for place in places:
         if isinstance(place, dict) and place.get("rope_theta") is not None:
             return f"{place['rope_theta']:g}"

@@ -50,7 +50,9 @@ class FuyuConfig:
 
         Hub files are flat, some with a stub ``text_config``; transformers 5 nests the decoder's
         sizes there. A stub makes transformers fall back to a rotary theta of 10000, which is wrong
-        for every Fuyu checkpoint: here theta is 25000 unless the file states another.
+        for every Fuyu checkpoint: here theta is 25000 unless the file states another. Saved again,
+        a stub comes back filled with that 10000 and an end token of 2: theta and token ids at the
+        top of the file, where they are the checkpoint's own, win over the nested ones.
         """
         if hf.get("model_type") not in (None, "fuyu"):
             raise MMJaxError(
@@ -86,7 +88,8 @@ class FuyuConfig:
         plain = ("patch_size", "num_channels", "image_token_id")
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         known = {key: hf[key] for key in plain if hf.get(key) is not None}
-        known |= {key: pick(key, None) for key in ids if pick(key, None) is not None}
+        own = {key: hf.get(key) if hf.get(key) is not None else nested.get(key) for key in ids}
+        known |= {key: value for key, value in own.items() if value is not None}
         return cls(decoder=decoder, **known)
 
     def to_hf(self) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class FuyuConfig:
 
 
 def _theta(hf: dict, nested: dict, rope: dict, default: float) -> float:
-    for place in (rope, nested, hf):
+    for place in (hf, hf.get("rope_parameters") or {}, rope, nested):
         if place.get("rope_theta") is not None:
             return place["rope_theta"]
     return default
