@@ -16,31 +16,33 @@ from mmjax.recipes import WORDS
 from mmjax.train.settings import RunSettings
 
 
-def task(name: str, split: str, **more) -> dict:
+def task(name: str, split: str, limit: int | None, **more) -> dict:
     """Return one evaluation of the held-out digits, at full size and reduced."""
     source = dict(kind="magnifier", split=split)
     sides = (None, 72, 48, 24)
-    return dict(name=name, source=source, resolutions=sides, max_new_tokens=4, **more)
+    more |= dict(resolutions=sides, max_new_tokens=4, limit=limit)
+    return dict(name=name, source=source, **more)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the recipe; ``:quick`` shrinks it to seconds."""
     quick = recipe_options(arg, quick=False).quick
+    limit = 16 if quick else None
     return fill(
         RunSettings,
         dict(
             name="quickstart",
             seed=0,
-            steps=20 if quick else 600,
+            steps=20 if quick else 900,
             model=dict(
                 family="fuyu",
                 config=dict(
-                    hidden_size=128,
-                    intermediate_size=512,
-                    num_hidden_layers=1 if quick else 4,
+                    hidden_size=96,
+                    intermediate_size=192,
+                    num_hidden_layers=2,
                     num_attention_heads=4,
                     patch_size=8,
-                    initializer_range=0.08,
+                    initializer_range=0.05,
                     max_position_embeddings=1024,
                 ),
                 words=WORDS,
@@ -49,23 +51,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
             ),
             data=dict(
                 sources=dict(magnifier=dict(kind="magnifier", split="train")),
-                resolutions=(96, 96, 48, 24),
-                seq_len=384,
-                max_patches=320,
+                resolutions=(96, 96, 96, 96, 48),
+                seq_len=192,
+                max_patches=160,
                 max_targets=16,
-                batch_size=4 if quick else 16,
+                batch_size=4 if quick else 24,
             ),
-            optim=dict(lr=2e-3, warmup=0.1, schedule="cosine", b2=0.98, weight_decay=0.05),
+            optim=dict(lr=2e-3, warmup=0.05, schedule="cosine", b2=0.98, weight_decay=0.1),
             eval=dict(
                 tasks=(
-                    task("magnifier", "test", scorer="exact_match", chance=0.1),
-                    task("magnifier_choice", "test_mc", scorer="multiple_choice"),
+                    task("magnifier", "test", limit, scorer="exact_match", chance=0.1),
+                    task("magnifier_choice", "test_mc", limit, scorer="multiple_choice"),
                 ),
-                every=0 if quick else 200,
+                every=0 if quick else 300,
                 limit=100,
                 batch_size=32,
             ),
-            checkpoint=dict(every=10 if quick else 200),
+            checkpoint=dict(every=10 if quick else 300),
             log=dict(every=10),
         ),
     )
