@@ -68,12 +68,13 @@ def load(
 
 
 def first_processor(family: registry.Family, folders: Sequence[Path]) -> Processor:
-    """Read the processor from the nearest folder that has tokenizer files, else from the nearest.
+    """Read the processor from the nearest folder that has tokenizer files.
 
-    An adapter's folder may hold none: then the base model's serve.
+    An adapter's folder may hold none: then the base model's serve. Without any, the base's
+    config.json still tells the patch size and the ids.
     """
     found = [family.Processor.from_pretrained(folder) for folder in folders]
-    return next((p for p in found if p.tokenizer is not None), found[0])
+    return next((p for p in found if p.tokenizer is not None), found[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,20 +158,24 @@ class LoadedModel:
     ) -> list[np.ndarray]:
         """Return the new tokens of encoded prompts, int32[<= max_new_tokens], in their order.
 
-        Prompts are batched by length, so that little is padding.
+        Prompts are batched by length, so that little is padding. With a temperature, each draws by
+        (seed, its place in ``examples``), whatever batch it falls into.
         """
         if max_new_tokens < 1:
             raise MMJaxError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
         graphdef, params = self._split
         generator = Generator(graphdef, (self.config.eos_token_id,), sampling)
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]["tokens"]))
         out: list[np.ndarray] = [None] * len(examples)
         rows = min(batch_size, len(examples))
         with use(self.mesh):
-            for start in range(0, len(order), batch_size):
-                some = order[start : start + batch_size]
+            for some in batches(examples, batch_size):
                 got = generator(
-                    params, [examples[i] for i in some], max_new_tokens, seed=seed, rows=rows
+                    params,
+                    [examples[i] for i in some],
+                    max_new_tokens,
+                    seed=seed,
+                    rows=rows,
+                    places=some,
                 )
                 for i, tokens in zip(some, got, strict=True):
                     out[i] = tokens
@@ -183,7 +188,7 @@ class LoadedModel:
         batch, lengths = pad_batch([example])
         with use(self.mesh):
             logits = _logits(graphdef, params, batch)
-        return example["tokens"], np.asarray(logits[0, : lengths[0]])
+        return example["tokens"], np.asarray(logits)[0, : lengths[0]]
 
     def _scale(self, images: Images) -> float:
         """The factor from coordinates in the picture to those the model speaks in."""
@@ -197,6 +202,17 @@ class LoadedModel:
 def _logits(graphdef, params, batch):
     model = nnx.merge(graphdef, params)
     return model.logits(model(batch))
+
+
+def batches(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Return indices in batches of similar lengths, grey levels and normalised images apart."""
+    floats = [len(e["patches"]) > 0 and e["patches"].dtype != np.uint8 for e in examples]
+    out = []
+    for kind in (False, True):
+        some = [i for i in range(len(examples)) if floats[i] == kind]
+        some.sort(key=lambda i: len(examples[i]["tokens"]))
+        out += [some[start : start + size] for start in range(0, len(some), size)]
+    return out
 
 
 def image_list(images: Images) -> list[ImageSource]:

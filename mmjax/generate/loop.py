@@ -79,16 +79,20 @@ class Generator:
         *,
         seed: int = 0,
         rows: int | None = None,
+        places: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
         """Return the new tokens of each prompt, int32[<= max_new_tokens], without the end token.
 
         rows: the batch is padded to this many rows, so that a last, smaller batch compiles
-            nothing new. A row's draws depend on (seed, its place in ``examples``) alone.
+            nothing new. places: numbers of the prompts, by default 0, 1, ...: a prompt's draws
+            depend on (seed, its place) alone.
         """
         batch, lengths = pad_batch(examples, rows)
+        numbers = np.zeros(len(lengths), np.int32)
+        numbers[: len(examples)] = range(len(examples)) if places is None else places
         room = bucket(batch["tokens"].shape[1] + max_new_tokens)
         tokens, counts = _generate(
-            self.graphdef, params, batch, lengths, jax.random.key(seed),
+            self.graphdef, params, batch, lengths, (jax.random.key(seed), numbers),
             jnp.int32(max_new_tokens), len(examples), self.eos, self.sampling, room,
             self.cache_dtype,
         )  # fmt: skip
@@ -98,12 +102,16 @@ class Generator:
 
 @partial(jax.jit, static_argnums=(0, 6, 7, 8, 9, 10))
 def _generate(
-    graphdef, params, batch, lengths, key, max_new, real, eos, sampling, room, cache_dtype
+    graphdef, params, batch, lengths, draws, max_new, real, eos, sampling, room, cache_dtype
 ):
-    """Return (tokens [b, room - t], counts [b]) of a right-padded batch."""
+    """Return (tokens [b, room - t], counts [b]) of a right-padded batch.
+
+    draws: (key, places int32[b]).
+    """
     model = nnx.merge(graphdef, params)
     b, t = batch["tokens"].shape
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(b))
+    key, places = draws
+    keys = jax.vmap(partial(jax.random.fold_in, key))(places)
     ends = jnp.asarray(eos, jnp.int32)
 
     def choose(hidden, step):

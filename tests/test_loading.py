@@ -1,0 +1,312 @@
+"""``mmjax.load``: prompts and images in every form, one answer; and what it says when it cannot."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+import mmjax
+from convert_weights import to_jax
+from mmjax.models.fuyu.processor import FuyuProcessor
+from mmjax.models.fuyu.processor_config import ProcessorConfig
+from mmjax.parallel.mesh import make_mesh
+from mmjax.types import BadSample, MMJaxError
+from tests.parity import peer
+from tests.tiny_tokenizer import build_tiny_tokenizer
+
+QUESTION = "what colour is the circle?"
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 14, 3), np.uint8)
+IDS = [1, 20, 5, 5, 6, 5, 5, 6, 33, 41, 9]
+PATCHES = np.random.default_rng(1).uniform(-1, 1, (4, 48)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A folder without tokenizer files, and its torch model."""
+    folder = tmp_path_factory.mktemp("bare")
+    model = peer.tiny_fuyu()
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with tokenizer and processor."""
+    folder = tmp_path_factory.mktemp("whole")
+    processor = FuyuProcessor(ProcessorConfig(patch_size=peer.PATCH), build_tiny_tokenizer())
+    ids = processor.token_ids()
+    eos = ids["eos_token_id"]
+    model = peer.tiny_fuyu(vocab=ids["vocab_size"], image=ids["image_token_id"], eos=eos)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def loaded(whole):
+    return mmjax.load(whole[0])
+
+
+@pytest.fixture(scope="module")
+def ids_only(bare):
+    return mmjax.load(bare[0])
+
+
+def torch_logits(model, ids, patches=None):
+    kwargs = {} if patches is None else {"pixel_values": torch.from_numpy(patches)}
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), **kwargs).logits[0].numpy()
+
+
+def encoded(image, form):
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+def test_what_it_returns(loaded):
+    assert loaded.family == "fuyu"
+    assert loaded.config.decoder.rope_theta == 25_000.0
+    assert loaded.config.eos_token_id == loaded.processor.eos_token_id
+    tokens, logits = loaded.logits(QUESTION, [PIXELS])
+    assert (tokens.dtype, logits.dtype) == (np.int32, np.float32)
+    assert tokens.shape[0] == logits.shape[0] and logits.shape[1] == loaded.config.vocab_size
+    assert (tokens == loaded.config.image_token_id).sum() == 2 * 4  # 7 x 14 in patches of 4
+
+
+def test_string_prompts_have_the_peers_logits(loaded, whole):
+    example = loaded.encode(QUESTION, [PIXELS])
+    patches = loaded.processor.config.normalise(example["patches"])
+    tokens, logits = loaded.logits(QUESTION, [PIXELS])
+    want = torch_logits(whole[1], tokens.tolist(), patches)
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+    tokens, logits = loaded.logits(QUESTION)
+    np.testing.assert_allclose(logits, torch_logits(whole[1], tokens.tolist()), atol=1e-4)
+
+
+def test_an_image_is_the_same_in_every_form(loaded, tmp_path):
+    image = Image.fromarray(PIXELS)
+    (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
+    config = loaded.processor.config
+    normalised = config.normalise(PIXELS)
+    channels_first = np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    forms = [
+        tmp_path / "a.png", str(tmp_path / "a.png"), encoded(image, "PNG"), image, PIXELS,
+        normalised, channels_first, channels_first[None],
+    ]  # fmt: skip
+    tokens, want = loaded.logits(QUESTION, [PIXELS])
+    for form in forms:
+        for images in ([form], form):
+            got_tokens, got = loaded.logits(QUESTION, images)
+            assert got_tokens.tolist() == tokens.tolist()
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    example = loaded.encode(QUESTION, [PIXELS])
+    patches = config.normalise(example["patches"])
+    for ready in (patches, patches[None], torch.from_numpy(patches)):
+        _, got = loaded.logits(tokens.tolist(), [ready])
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_images_stand_where_their_marks_stand(loaded, whole):
+    other = PIXELS[:4, :8]
+    tokens, logits = loaded.logits("the <image> circle <image> beside", [other, PIXELS])
+    image = loaded.config.image_token_id
+    patches = loaded.encode("the <image> circle <image> beside", [other, PIXELS])["patches"]
+    assert np.flatnonzero(tokens == image).size == 2 + 8 == len(patches)
+    want = torch_logits(whole[1], tokens.tolist(), loaded.processor.config.normalise(patches))
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+
+
+def test_token_ids_are_used_as_they_are(ids_only, bare):
+    want = torch_logits(bare[1], IDS, PATCHES)
+    halves = [PATCHES[:3], PATCHES[3:]]  # images of their own, in order
+    for prompt in (IDS, tuple(IDS), np.asarray(IDS), np.asarray(IDS, np.int64)):
+        for images in ([PATCHES], [PATCHES[None]], halves):
+            tokens, logits = ids_only.logits(prompt, images)
+            assert tokens.tolist() == IDS
+            np.testing.assert_allclose(logits, want, atol=1e-4)
+
+
+def test_image_ids_without_images_are_plain_tokens(ids_only, bare):
+    _, logits = ids_only.logits(IDS)
+    np.testing.assert_allclose(logits, torch_logits(bare[1], IDS), atol=1e-4)
+
+
+def test_a_folder_without_a_tokenizer_says_what_is_missing_for_a_string(ids_only, bare):
+    for call in (ids_only.logits, ids_only.generate):
+        with pytest.raises(MMJaxError, match=r"tokenizer\.json.*token ids"):
+            call("what is it?")
+    answer = ids_only.generate(IDS, [PATCHES], max_new_tokens=5)
+    assert len(answer) == 1 and all(0 <= int(x) < peer.VOCAB for x in answer[0].split())
+
+
+def test_generate_takes_one_prompt_or_many_and_each_is_answered_as_alone(loaded):
+    prompts = [QUESTION, "is there a red triangle?", "the <image> and <image>", QUESTION]
+    images = [PIXELS, None, [PIXELS[:4, :8], PIXELS[:4]], [PIXELS[:5, :5]]]
+    together = loaded.generate(prompts, images, max_new_tokens=8)
+    assert len(set(together)) > 1
+    for prompt, image, answer in zip(prompts, images, together, strict=True):
+        assert loaded.generate(prompt, image, max_new_tokens=8) == [answer]
+    assert loaded.generate(prompts, images, max_new_tokens=8, batch_size=3) == together
+    assert loaded.generate(prompts[:2], max_new_tokens=8)[1] == together[1]
+
+
+def test_token_id_prompts_one_or_many_are_told_apart(ids_only):
+    short = [1, 9, 30]
+    one = ids_only.generate(IDS, [PATCHES], max_new_tokens=6)
+    two = ids_only.generate([IDS, short], [[PATCHES], None], max_new_tokens=6)
+    assert (len(one), len(two)) == (1, 2)
+    assert two == one + ids_only.generate(np.asarray(short), max_new_tokens=6)
+
+
+def test_generated_text_is_the_peers_greedy_text(loaded, whole):
+    example = loaded.encode(QUESTION, [PIXELS])
+    ids = torch.from_numpy(example["tokens"]).long()[None]
+    out = whole[1].generate(
+        input_ids=ids,
+        pixel_values=torch.from_numpy(loaded.processor.config.normalise(example["patches"])),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    want = loaded.processor.decode(out[0, ids.shape[1] :].tolist())
+    assert loaded.generate(QUESTION, [PIXELS], max_new_tokens=12) == [want]
+
+
+def test_sampling_is_seeded(ids_only):
+    def draw(seed):
+        return ids_only.generate(IDS, [PATCHES], max_new_tokens=12, temperature=2.0, seed=seed)
+
+    assert draw(1) == draw(1) != draw(2)
+    same = {"images": [[PATCHES]] * 4, "max_new_tokens": 12, "temperature": 2.0}
+    answers = ids_only.generate([IDS] * 4, **same, batch_size=2)
+    assert len(set(answers)) == 4  # every prompt draws for itself
+    assert ids_only.generate([IDS] * 4, **same, batch_size=4) == answers
+
+
+def test_no_prompts_no_answers(loaded):
+    assert loaded.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    "prompt, images, message",
+    [
+        ([], None, "prompt is empty"),
+        ([1, 96, 3], None, "token id 96.*vocabulary of 96"),
+        ([1, -4, 3], None, "token id -4.*vocabulary of 96"),
+        (IDS, [PATCHES[:3]], "4 image tokens.*3 patches"),
+        (IDS, [PATCHES, PATCHES], "4 image tokens.*8 patches"),
+        ([1, 2, 3], [PATCHES], "0 image tokens.*4 patches"),
+        ([1, 5], [np.zeros((2, 7), np.float32)], r"patches \[p,48\].*got \[2, 7\]"),
+        ([1.5, 2.0], None, "integer token ids"),
+        (IDS, ["/nowhere/a.png"], "/nowhere/a.png"),
+        (IDS, [b"\x89PNG not really"], "(?i)image"),
+    ],
+)
+def test_bad_prompts_are_explained(ids_only, prompt, images, message):
+    for call in (ids_only.logits, lambda p, i: ids_only.generate([p], [i], max_new_tokens=2)):
+        with pytest.raises(MMJaxError, match=message):
+            call(prompt, images)
+
+
+def test_bad_string_prompts_are_explained(loaded):
+    with pytest.raises(MMJaxError, match="1 <image> marks for 2 images"):
+        loaded.logits("a <image> b", [PIXELS, PIXELS])
+    with pytest.raises(BadSample, match="without a grid"):
+        loaded.logits("a", [PATCHES])
+    with pytest.raises(MMJaxError, match="2 prompts and images for 1"):
+        loaded.generate(["a", "b"], [None])
+    with pytest.raises(MMJaxError, match="max_new_tokens is 0"):
+        loaded.generate("a", max_new_tokens=0)
+
+
+def test_images_of_both_kinds_in_one_call_are_answered_as_alone(loaded):
+    normalised = loaded.processor.config.normalise(PIXELS)
+    both = loaded.generate([QUESTION] * 2, [PIXELS, normalised], max_new_tokens=4)
+    assert both == loaded.generate(QUESTION, PIXELS, max_new_tokens=4) * 2
+
+
+def test_a_converted_folder_answers_as_the_checkpoint(loaded, whole, tmp_path):
+    to_jax.main([str(whole[0]), str(tmp_path / "jax")])
+    converted = mmjax.load(tmp_path / "jax")
+    assert converted.config == loaded.config
+    tokens, logits = converted.logits(QUESTION, [PIXELS])
+    want_tokens, want = loaded.logits(QUESTION, [PIXELS])
+    assert tokens.tolist() == want_tokens.tolist()
+    assert np.array_equal(logits, want)
+
+
+def test_a_mesh_of_several_devices_gives_the_same_answers(ids_only, bare):
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    spread = mmjax.load(bare[0], mesh=mesh)
+    kernel = spread.model.decoder.layers.mlp.up.kernel[...]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 32, 40)
+    _, want = ids_only.logits(IDS, [PATCHES])
+    _, logits = spread.logits(IDS, [PATCHES])
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+    prompts, images = [IDS, [1, 9, 30], [4, 4]], [[PATCHES], None, None]
+    want = ids_only.generate(prompts, images, max_new_tokens=6)
+    assert spread.generate(prompts, images, max_new_tokens=6) == want
+
+
+def test_bfloat16_is_close_and_half_the_size(ids_only, bare):
+    half = mmjax.load(bare[0], dtype="bfloat16")
+    assert half.model.decoder.head.kernel[...].dtype == "bfloat16"
+    _, want = ids_only.logits(IDS, [PATCHES])
+    _, logits = half.logits(IDS, [PATCHES])
+    assert logits.dtype == np.float32
+    assert np.abs(logits - want).max() < 0.1 * np.abs(want).max()
+
+
+@pytest.fixture(scope="module")
+def adapter(bare, tmp_path_factory):
+    """A PEFT adapter on every linear map of the blocks, none of its factors zero."""
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
+    model = get_peft_model(peer.tiny_fuyu(), config).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_an_adapter_is_loaded_onto_its_base(adapter, bare, ids_only):
+    adapted = mmjax.load(adapter[0], base=bare[0])
+    _, logits = adapted.logits(IDS, [PATCHES])
+    want = torch_logits(adapter[1], IDS, PATCHES)
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+    assert np.abs(want - ids_only.logits(IDS, [PATCHES])[1]).max() > 0.1
+
+
+def test_an_adapter_finds_the_base_that_its_config_names(adapter, bare, tmp_path):
+    about = json.loads((adapter[0] / "adapter_config.json").read_text())
+    about["base_model_name_or_path"] = str(bare[0])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    weights = adapter[0] / "adapter_model.safetensors"
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights.read_bytes())
+    _, logits = mmjax.load(tmp_path).logits(IDS, [PATCHES])
+    np.testing.assert_allclose(logits, torch_logits(adapter[1], IDS, PATCHES), atol=1e-4)
+
+
+def test_a_tokenizer_of_another_model_is_refused(bare, tmp_path):
+    FuyuProcessor(ProcessorConfig(patch_size=4), build_tiny_tokenizer()).save_pretrained(tmp_path)
+    for file in bare[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(MMJaxError, match=r"vocab_size is 96.*different checkpoints"):
+        mmjax.load(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MMJaxError, match="nothing-here"):
+        mmjax.load(tmp_path / "nothing-here")
+    with pytest.raises(MMJaxError, match=str(tmp_path)):
+        mmjax.load(tmp_path)
