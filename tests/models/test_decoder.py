@@ -1,0 +1,169 @@
+"""The decoder: causal, the same in pieces as whole, whatever is saved for the backward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.models.decoder import Decoder
+from mmjax.nn import paths
+from mmjax.nn.linear import DTypes, LoRA
+from mmjax.nn.stack import REMAT
+from tests import tiny
+
+CONFIG = dataclasses.replace(tiny.CONFIG.decoder, num_kv_heads=2)  # two queries a key
+POSITIONS = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+
+
+def decoder(config=CONFIG, dtypes=DTypes(), **kwargs):  # noqa: B008
+    """A decoder whose every parameter is random, biases and norms too."""
+    graphdef, params = nnx.split(Decoder(config, dtypes=dtypes, rngs=nnx.Rngs(0), **kwargs))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    leaves = [x + (0.2 * rng.normal(size=x.shape)).astype(x.dtype) for x in leaves]
+    return graphdef, jax.tree.unflatten(tree, leaves)
+
+
+def stream(seed=0):
+    return np.random.default_rng(seed).normal(size=(2, 12, 32)).astype(np.float32)
+
+
+@jax.jit
+def forward(parts, x, positions, k_start=None, k_end=None):
+    return nnx.merge(*parts)(x, positions, k_start=k_start, k_end=k_end)[0]
+
+
+def test_no_position_sees_a_later_one():
+    parts, x = decoder(), stream()
+    before = np.asarray(forward(parts, x, POSITIONS))
+    x[:, 7] *= -1.0
+    after = np.asarray(forward(parts, x, POSITIONS))
+    np.testing.assert_array_equal(after[:, :7], before[:, :7])
+    assert (np.abs(after[:, 7:] - before[:, 7:]).max(axis=-1) > 1e-3).all()
+
+
+def test_rotary_positions_are_relative_and_order_matters():
+    parts, x = decoder(), stream()
+    want = forward(parts, x, POSITIONS)
+    np.testing.assert_allclose(forward(parts, x, POSITIONS + 100), want, atol=1e-4)
+    stretched = np.asarray(forward(parts, x, POSITIONS * 3))
+    assert np.abs(stretched - want).max() > 1e-2
+
+
+def test_key_ranges_hide_padding_on_the_left():
+    parts, x = decoder(), stream()
+    start = np.full((2, 12), 4, np.int32)
+    end = np.full((2, 12), 12, np.int32)
+    start[:, :4] = end[:, :4] = 0  # the padding itself sees nothing
+    hidden = forward(parts, x, POSITIONS, start, end)
+    x[:, :4] = 100.0
+    again = forward(parts, x, POSITIONS, start, end)
+    np.testing.assert_allclose(again[:, 4:], hidden[:, 4:], atol=1e-6)
+
+
+def test_a_prefill_and_single_tokens_equal_the_whole():
+    parts, x = decoder(), stream()
+    whole = forward(parts, x, POSITIONS)
+    lengths = np.array([5, 8], np.int32)  # rows of different lengths go on from where they are
+
+    @jax.jit
+    def prefill(parts, x):
+        model = nnx.merge(*parts)
+        hidden, cache = model(x, POSITIONS[:, :8], cache=model.init_cache(2, 16))
+        return hidden, dataclasses.replace(cache, length=jnp.asarray(lengths))
+
+    @jax.jit
+    def one(parts, x, cache):
+        return nnx.merge(*parts)(x, cache.length[:, None], cache=cache, decode=True)
+
+    hidden, cache = prefill(parts, x[:, :8])
+    np.testing.assert_allclose(hidden[1], whole[1, :8], atol=1e-5)
+    for step in range(4):
+        at = lengths + step
+        hidden, cache = one(parts, x[np.arange(2), at][:, None], cache)
+        np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), at], atol=1e-5)
+    assert cache.length.tolist() == [9, 12]
+
+
+def test_remat_changes_neither_values_nor_gradients():
+    x = stream()
+
+    def gradients(remat):
+        graphdef, params = decoder(remat=remat)
+
+        def loss(params):
+            return jnp.sum(nnx.merge(graphdef, params)(x, POSITIONS)[0] ** 2)
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
+        return value, paths.flatten(grads)
+
+    want, want_grads = gradients("none")
+    for policy in REMAT.keys() - {"none"}:
+        got, grads = gradients(policy)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        for name, grad in want_grads.items():
+            scale = float(jnp.abs(grad).max())
+            np.testing.assert_allclose(grads[name], grad, atol=1e-5 * scale, err_msg=name)
+
+
+def test_an_unknown_remat_policy_is_named():
+    with pytest.raises(ValueError, match=r"'most' is unknown; one of none, names, dots, full"):
+        forward(decoder(remat="most"), stream(), POSITIONS)
+
+
+def test_a_new_adapter_changes_nothing_and_a_trained_one_is_its_product():
+    lora = LoRA(3, 6.0, ("attn.q", "attn.o", "mlp.down", "head"))
+    model = Decoder(CONFIG, dtypes=DTypes(), rngs=nnx.Rngs(0), lora=lora)
+    plain = Decoder(CONFIG, dtypes=DTypes(), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    flat = paths.flatten(params)
+    plain_graph, plain_params = nnx.split(plain)
+    base = {name: flat[name] for name in paths.flatten(plain_params)}
+    x = stream()
+    want = forward((plain_graph, paths.replace(plain_params, base)), x, POSITIONS)
+    np.testing.assert_allclose(forward((graphdef, params), x, POSITIONS), want, atol=1e-6)
+
+    rng = np.random.default_rng(2)
+    for name in flat:
+        if name.endswith("lora_b"):
+            flat[name] = jnp.asarray(rng.normal(size=flat[name].shape), jnp.float32)
+    product = {"attn.q": "ldr,lrnh->ldnh", "attn.o": "lnhr,lrd->lnhd", "mlp.down": "lfr,lrd->lfd"}
+    for target, how in product.items():
+        at = f"layers.{target}"
+        update = np.einsum(how, flat[f"{at}.lora_a"], flat[f"{at}.lora_b"])
+        base[f"{at}.kernel"] = base[f"{at}.kernel"] + 2.0 * update  # alpha / rank
+    merged = forward((plain_graph, paths.replace(plain_params, base)), x, POSITIONS)
+    adapted = forward((graphdef, paths.replace(params, flat)), x, POSITIONS)
+    assert np.abs(np.asarray(merged) - want).max() > 0.1
+    np.testing.assert_allclose(adapted, merged, atol=1e-4)
+
+
+def test_without_query_and_key_norms_there_are_no_such_parameters():
+    graphdef, params = decoder(dataclasses.replace(CONFIG, qk_norm=False))
+    assert not [name for name in paths.flatten(params) if "q_norm" in name or "k_norm" in name]
+    assert np.isfinite(forward((graphdef, params), stream(), POSITIONS)).all()
+
+
+def test_bfloat16_computation_keeps_float32_logits_and_parameters():
+    graphdef, params = decoder(dtypes=DTypes("float32", "bfloat16"))
+    assert {str(leaf.dtype) for leaf in paths.flatten(params).values()} == {"float32"}
+    x = stream()
+    hidden = forward((graphdef, params), x, POSITIONS)
+    assert hidden.dtype == jnp.bfloat16
+    assert nnx.merge(graphdef, params).logits(hidden).dtype == jnp.float32
+    exact = forward(decoder(), x, POSITIONS)
+    error = np.abs(np.asarray(hidden, np.float32) - exact)
+    assert error.max() < 0.05 * np.abs(exact).max()
+
+
+def test_parameters_have_the_sizes_of_the_config():
+    _, params = decoder()
+    flat = {name: leaf.shape for name, leaf in paths.flatten(params).items()}
+    assert flat["layers.attn.q.kernel"] == (2, 32, 4, 8)
+    assert flat["layers.attn.k.kernel"] == (2, 32, 2, 8)
+    assert flat["layers.attn.k_norm.scale"] == (2, 8)
+    assert flat["layers.mlp.up.bias"] == (2, 64)
+    assert flat["embed.embedding"] == (64, 32)
