@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -43,20 +44,28 @@ def token_id(tokenizer: Any, token: str) -> int | None:
     return int(found)
 
 
+@functools.lru_cache(maxsize=4096)
 def encode_text(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenise without special tokens: ids int32[t] and character spans int32[t,2]."""
-    if not text:
-        return np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
-    encoded = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids = np.asarray(encoded["input_ids"], np.int32)
-    return ids, np.asarray(encoded["offset_mapping"], np.int32).reshape(-1, 2)
+    """Tokenise without special tokens: ids int32[t] and character spans int32[t,2], read-only.
+
+    Remembered, because prompts repeat: the same question is asked of many images.
+    """
+    if text:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    else:
+        ids, spans = [], []
+    arrays = np.asarray(ids, np.int32), np.asarray(spans, np.int32).reshape(-1, 2)
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays
 
 
 def supervised_tokens(spans: np.ndarray, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:

@@ -46,8 +46,9 @@ class _Stream:
     def add(self, ids: Any, loss: Any = False, visual: Any = -1) -> None:
         ids = np.asarray(ids, np.int32).reshape(-1)
         self.ids.append(ids)
-        self.loss.append(np.broadcast_to(np.asarray(loss, bool), ids.shape))
-        self.visual.append(np.broadcast_to(np.asarray(visual, np.int32), ids.shape))
+        # np.full, not broadcast_to: this runs for every piece of every sample.
+        self.loss.append(np.full(len(ids), loss, bool) if np.ndim(loss) == 0 else loss)
+        self.visual.append(np.full(len(ids), visual, np.int32) if np.ndim(visual) == 0 else visual)
 
     def __len__(self) -> int:
         return sum(map(len, self.ids))
