@@ -1,9 +1,10 @@
 # Everything starts from a fresh clone: `make quickstart` and `make test` make .venv by themselves.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test parity bench lint format clean
+.PHONY: quickstart test test-312 parity bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -27,6 +28,14 @@ test: .venv/installed-test  ## the whole test suite
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# The second leg: the newest jax and flax, which need Python 3.12. No torch, so no peers.
+test-312:  ## import, step, generation and a quick run on Python 3.12
+	test -x .venv312/bin/python || $(PYTHON312) -m venv .venv312
+	.venv312/bin/python -m pip install -q -e '.[recipes]' pytest
+	.venv312/bin/python -m pytest tests/test_imports.py tests/ops tests/multidevice tests/generate
+	rm -rf runs/quick312
+	.venv312/bin/python train.py --config=configs/quickstart.py:quick --workdir=runs/quick312
 
 parity: .venv/installed-test  ## every comparison with a peer's own code
 	$(PY) -m pytest tests/parity -v
