@@ -8,8 +8,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmjax.loading import LoadedModel, load
-    from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
+    from mmjax.loading import LoadedModel as LoadedModel
+    from mmjax.loading import load as load
+    from mmjax.types import BadSample as BadSample
+    from mmjax.types import Message as Message
+    from mmjax.types import MMJaxError as MMJaxError
+    from mmjax.types import Record as Record
+    from mmjax.types import Segment as Segment
 
 __version__ = "0.1.0"
 
@@ -23,7 +28,7 @@ _HOME = {
     "Segment": "mmjax.types",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):

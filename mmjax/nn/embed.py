@@ -20,6 +20,6 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Return [b, t, d] for int32[b, t]."""
-        # Gather fsdp's share of the table first: looking up in a table cut on d would reshard twice.
+        # Bring fsdp's shares together first: a look-up in a table cut on d would reshard twice.
         table = constrain(self.embedding[...], "vocab", "embed")
         return constrain(table[tokens].astype(self.dtype), "batch", "length", "embed")
