@@ -1,0 +1,183 @@
+"""The small modules against formulas in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.nn import cache, paths, rope, stack
+from mmjax.nn.attention import rope_dims
+from mmjax.nn.embed import Embed
+from mmjax.nn.linear import DTypes, Linear, LoRA
+from mmjax.nn.mlp import MLP, squared_relu
+from mmjax.nn.norm import LayerNorm
+
+RNG = np.random.default_rng(0)
+
+
+def rotated(x, positions, dims, theta):
+    """The rotation by its definition: pairs (i, i + dims/2) as complex numbers, in float64."""
+    half = dims // 2
+    frequency = theta ** (-2.0 * np.arange(half) / dims)
+    turn = np.exp(1j * positions[:, :, None, None] * frequency)
+    pair = (x[..., :half] + 1j * x[..., half:dims]) * turn
+    return np.concatenate([pair.real, pair.imag, x[..., dims:]], -1)
+
+
+@pytest.mark.parametrize("dims, theta", [(4, 25000.0), (8, 10000.0), (6, 25000.0)])
+def test_rope_equals_the_formula_and_passes_the_rest_of_the_head(dims, theta):
+    x = RNG.normal(size=(2, 5, 3, 8))
+    positions = RNG.integers(0, 3000, (2, 5))
+    cos, sin = rope.angles(jnp.asarray(positions, jnp.int32), dims, theta)
+    assert cos.shape == (2, 5, dims // 2) and cos.dtype == jnp.float32
+    got = rope.rotate(jnp.asarray(x, jnp.float32), cos, sin)
+    np.testing.assert_allclose(got, rotated(x, positions, dims, theta), atol=2e-3)
+    np.testing.assert_array_equal(got[..., dims:], np.float32(x[..., dims:]))
+
+
+def test_rope_keeps_lengths_and_depends_on_distance_alone():
+    q, k = (jnp.asarray(RNG.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def product(i, j):
+        a, b = (rope.rotate(x, *rope.angles(jnp.array([[p]]), 8, 1e4)) for x, p in ((q, i), (k, j)))
+        return float((a * b).sum())
+
+    np.testing.assert_allclose(product(7, 3), product(107, 103), rtol=1e-4)
+    turned = rope.rotate(q, *rope.angles(jnp.array([[13]]), 8, 1e4))
+    np.testing.assert_allclose(jnp.linalg.norm(turned), jnp.linalg.norm(q), rtol=1e-6)
+
+
+def test_rope_dims_are_even():
+    assert [rope_dims(64, 0.5), rope_dims(64, 1.0), rope_dims(80, 0.4)] == [32, 64, 32]
+    assert rope_dims(6, 0.5) == 2
+
+
+def test_layer_norm_equals_the_formula_even_far_from_zero():
+    norm = LayerNorm(16, eps=1e-5, dtypes=DTypes())
+    scale, bias = RNG.normal(size=(2, 16))
+    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    norm.bias[...] = jnp.asarray(bias, jnp.float32)
+    x = RNG.normal(size=(3, 16)).astype(np.float32) + 1000
+    wide = np.float64(x)
+    centred = wide - wide.mean(-1, keepdims=True)
+    want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, atol=2e-3)
+
+
+def test_layer_norm_counts_in_float32_and_answers_in_the_compute_dtype():
+    norm = LayerNorm(8, eps=1e-5, dtypes=DTypes("float32", "bfloat16"))
+    x = jnp.asarray(RNG.normal(size=(2, 8)), jnp.bfloat16)
+    out = norm(x)
+    assert out.dtype == jnp.bfloat16
+    wide = np.asarray(x, np.float64)
+    want = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    np.testing.assert_allclose(np.float32(out), want, atol=0.02)
+
+
+def linear(lora=None, d_in=(4, 3), d_out=(2, 5)):
+    axes = ("heads", "head_dim", "embed", "norm")[: len(d_in) + len(d_out)]
+    return Linear(
+        d_in, d_out, axes, name="x", bias=True, dtypes=DTypes(), init_std=0.1, lora=lora,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+
+
+def test_linear_contracts_groups_of_axes():
+    layer = linear()
+    layer.bias[...] = jnp.arange(10.0).reshape(2, 5)
+    x = RNG.normal(size=(6, 4, 3))
+    want = np.einsum("bij,ijkl->bkl", x, np.float64(layer.kernel[...])) + np.float64(
+        layer.bias[...]
+    )
+    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), want, atol=1e-5)
+
+
+def test_an_adapter_starts_at_nothing_and_equals_the_merged_kernel():
+    plain, adapted = linear(), linear(LoRA(2, 8.0, ("x",)))
+    x = jnp.asarray(RNG.normal(size=(6, 4, 3)), jnp.float32)
+    np.testing.assert_array_equal(plain.kernel[...], adapted.kernel[...])
+    np.testing.assert_array_equal(plain(x), adapted(x))
+    b = RNG.normal(size=(2, 2, 5))
+    adapted.lora_b[...] = jnp.asarray(b, jnp.float32)
+    update = np.einsum("ijr,rkl->ijkl", np.float64(adapted.lora_a[...]), b) * (8.0 / 2)
+    plain.kernel[...] = plain.kernel[...] + jnp.asarray(update, jnp.float32)
+    np.testing.assert_allclose(adapted(x), plain(x), atol=1e-5)
+    assert not np.allclose(adapted(x), linear()(x))
+
+
+def test_only_named_maps_are_adapted():
+    assert linear(LoRA(2, 8.0, ("y",))).lora_a is None
+    names = set(paths.flatten(nnx.state(linear(LoRA(2, 8.0, ("x",))))))
+    assert names == {"kernel", "bias", "lora_a", "lora_b"}
+
+
+def test_mlp_squares_what_is_positive():
+    np.testing.assert_array_equal(squared_relu(jnp.array([-2.0, 0.0, 3.0])), [0, 0, 9])
+    mlp = MLP(4, 8, activation="relu2", dtypes=DTypes(), init_std=0.5, lora=None, rngs=nnx.Rngs(1))
+    x = RNG.normal(size=(2, 3, 4))
+    hidden = np.maximum(x @ np.float64(mlp.up.kernel[...]), 0) ** 2
+    want = hidden @ np.float64(mlp.down.kernel[...])
+    np.testing.assert_allclose(mlp(jnp.asarray(x, jnp.float32)), want, atol=1e-5)
+
+
+def test_embed_looks_up():
+    embed = Embed(10, 4, dtypes=DTypes(), init_std=1.0, rngs=nnx.Rngs(0))
+    got = embed(jnp.array([[3, 0], [9, 3]]))
+    np.testing.assert_array_equal(got, np.asarray(embed.embedding[...])[[[3, 0], [9, 3]]])
+
+
+class Layer(nnx.Module):
+    """y = tanh(x w)."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (3, 3)), out_sharding=("embed", "mlp"))
+
+    def __call__(self, x):
+        return jnp.tanh(x @ self.w[...])
+
+
+@pytest.mark.parametrize("remat", list(stack.REMAT))
+def test_scan_equals_a_python_loop_with_every_remat(remat):
+    layers = stack.stack(Layer, 4, nnx.Rngs(0))
+    w = np.asarray(layers.w[...])
+    assert w.shape == (4, 3, 3) and len(np.unique(w.round(4))) > 30  # each layer its own numbers
+    x = jnp.asarray(RNG.normal(size=(2, 3)), jnp.float32)
+
+    def run(x):
+        return stack.scan(layers, 4, lambda layer, c, _: layer(c), x, remat=remat).sum()
+
+    def plain(x):
+        for one in w:
+            x = jnp.tanh(x @ one)
+        return x.sum()
+
+    for ours, theirs in zip(jax.value_and_grad(run)(x), jax.value_and_grad(plain)(x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_remat_is_named():
+    with pytest.raises(ValueError, match="remat policy 'all'"):
+        stack.scan(stack.stack(Layer, 2, nnx.Rngs(0)), 2, None, 0, remat="all")
+
+
+def test_the_cache_takes_each_row_at_its_own_place():
+    empty = cache.Cache.empty(2, 3, 6, 2, 4, jnp.float32)
+    new = jnp.asarray(RNG.normal(size=(3, 1, 2, 4)), jnp.float32)
+    at = jnp.array([0, 5, 2])
+    got = np.asarray(cache.write(empty.k, jnp.int32(1), at, new))
+    want = np.zeros((2, 3, 2, 6, 4), np.float32)
+    for row in range(3):
+        want[1, row, :, at[row]] = new[row, 0]
+    np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="one key a row, got 2"):
+        cache.write(empty.k, jnp.int32(0), at, jnp.zeros((3, 2, 2, 4)))
+
+
+def test_paths_are_dotted_and_replace_is_by_name():
+    layers = stack.stack(Layer, 2, nnx.Rngs(0))
+    state = nnx.state(layers)
+    assert list(paths.flatten(state)) == ["w"]
+    other = paths.replace(state, {"w": jnp.zeros((2, 3, 3))})
+    assert not np.any(paths.flatten(other)["w"])
+    assert paths.flatten(paths.map_named(lambda name, _: name, state)) == {"w": "w"}

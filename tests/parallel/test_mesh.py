@@ -1,0 +1,74 @@
+"""Meshes by their axes, and the one table from logical axes to mesh axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mmjax.nn import paths
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import RULES, batch_sharding, constrain, parameter_shardings, spec
+from mmjax.types import MMJaxError
+from tests import tiny
+
+
+def sizes(*args, **kwargs):
+    return tuple(dict(make_mesh(*args, **kwargs).shape).values())
+
+
+def test_axes_are_filled_in_and_one_takes_what_is_left():
+    assert sizes() == (1, 8, 1, 1)
+    assert sizes({"fsdp": -1, "tensor": 2}) == (1, 4, 2, 1)
+    assert sizes({"data": 2, "fsdp": 2, "tensor": 2}) == (2, 2, 2, 1)
+    assert sizes({}, jax.devices()[:1]) == (1, 1, 1, 1)
+    assert sizes({"data": -1}, jax.devices()[:3]) == (3, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "shape, says",
+    [
+        ({"fsdp": 3}, "needs 3 devices and there are 8"),
+        ({"fsdp": -1, "tensor": 3}, "needs 3 x n devices and there are 8"),
+        ({"fsdp": -1, "data": -1}, "at most one axis -1"),
+        ({"fsdp": 0}, "set config.mesh so that its axes multiply to 8"),
+        ({"model": 8}, "'model' is unknown; the axes are data, fsdp, tensor, context"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_explained(shape, says):
+    with pytest.raises(MMJaxError, match=says):
+        make_mesh(shape)
+
+
+def test_activations_are_cut_by_batch_and_not_by_their_width():
+    assert spec("batch", "length", "embed") == P(("data", "fsdp"), "context", None)
+    assert spec("batch", None, "heads", "head_dim") == P(("data", "fsdp"), None, "tensor", None)
+    with pytest.raises(KeyError, match="'width' is unknown"):
+        spec("width")
+
+
+def test_constrain_pins_on_a_mesh_and_does_nothing_on_one_device():
+    x = np.zeros((8, 4, 16), np.float32)
+    with use(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})) as mesh:
+        got = jax.jit(lambda x: constrain(x, "batch", "length", "mlp"))(x)
+        assert got.sharding.shard_shape(got.shape) == (2, 4, 8)
+        rows = jax.device_put(np.zeros((8, 5)), batch_sharding(mesh))
+        assert rows.sharding.shard_shape(rows.shape) == (2, 5)
+    x = jnp.asarray(x)
+    assert constrain(x, "batch", "length", "mlp") is x
+
+
+def test_every_parameter_has_a_sharding_and_large_ones_are_cut():
+    with use(make_mesh({"fsdp": 4, "tensor": 2})) as mesh:
+        abstract = nnx.state(nnx.eval_shape(lambda: tiny.Fuyu(tiny.CONFIG, rngs=nnx.Rngs(0))))
+        found = paths.flatten(parameter_shardings(abstract, mesh))
+        shapes = {n: x.shape for n, x in paths.flatten(abstract).items()}
+    assert found.keys() == shapes.keys()
+    for name, shape in shapes.items():
+        local = found[name].shard_shape(shape)
+        cut = np.prod(shape) // np.prod(local)
+        # patch_embed has no axis for tensor; biases and norms follow tensor or nothing.
+        least = 4 if name.endswith(("kernel", "embedding")) else 1
+        assert cut >= least, f"{name}: {shape} -> {local}"
+    assert {axis for axis, _ in RULES} >= {"batch", "embed", "layers"}
