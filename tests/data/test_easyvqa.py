@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmjax.data.easyvqa import EasyVQASource, move_shape
 from mmjax.data.images import load_rgb
@@ -36,9 +37,10 @@ def test_placements_move_the_shape_and_change_nothing_else():
         np.testing.assert_array_equal(many[index].images[0], pictures[0])
 
 
-def test_a_shape_in_a_corner_is_still_told_from_the_background():
+def test_a_shape_in_a_corner_is_still_told_from_the_background(tmp_path):
     picture = np.full((64, 64, 3), 250, np.uint8)
     picture[:20, :12] = (0, 0, 255)
-    moved = move_shape(picture, np.random.default_rng(0))
+    Image.fromarray(picture).save(tmp_path / "corner.png")
+    moved = move_shape(str(tmp_path / "corner.png"), np.random.default_rng(0))
     assert (moved == (0, 0, 255)).all(-1).sum() == 20 * 12
     assert (moved == 250).all(-1).sum() == 64 * 64 - 20 * 12
