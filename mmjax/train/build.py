@@ -130,11 +130,6 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
     data, count = settings.data, jax.process_count()
     if not data.sources:
         raise MMJaxError("data.sources is empty: name at least one source to train on")
-    if data.batch_size % count or data.batch_size % settings.accumulate:
-        raise MMJaxError(
-            f"data.batch_size {data.batch_size} does not divide by {count} processes and "
-            f"accumulate {settings.accumulate}; choose a multiple of both"
-        )
     sources = {name: make_source(spec) for name, spec in data.sources.items()}
     return make_train_iterator(
         Mixture.of(sources, data.weights),

@@ -47,6 +47,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     workdir.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     mesh = make_mesh(settings.mesh)
+    check_rows(settings, mesh)
     with use(mesh), StopFlag() as stop:
         # ---- The model, before anything is allocated ------------------------------------------
         plan = blueprint(settings.model, settings.lora, settings.seed)
@@ -203,6 +204,18 @@ def check(settings: RunSettings) -> None:
     for name, value in positive.items():
         if value < 1:
             raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
+
+
+def check_rows(settings: RunSettings, mesh) -> None:
+    """Raise MMJaxError when the rows of a microbatch do not divide over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, accumulate = settings.data.batch_size, settings.accumulate
+    if rows % (accumulate * ways):
+        raise MMJaxError(
+            f"data.batch_size {rows} does not divide into accumulate {accumulate} x data "
+            f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; choose a multiple of "
+            f"{accumulate * ways}"
+        )
 
 
 def print_startup(mesh, rows, settings: RunSettings, workdir: Path) -> None:
