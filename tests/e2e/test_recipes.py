@@ -1,0 +1,97 @@
+"""Every recipe, shrunk: trained, saved, continued, evaluated, exported, loaded, given to torch."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import FuyuForCausalLM
+
+import mmjax
+from convert_weights import to_hf
+from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.data.catalog import make_source
+from mmjax.parallel.mesh import make_mesh
+from mmjax.train import evaluation, loop
+from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name[0] != "_")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Runs take every device there is; here one, which compiles soonest."""
+    for module in (loop, evaluation):
+        monkeypatch.setattr(module, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
+
+
+def small(file):
+    """The settings of ``:quick``, shrunk further: two steps, a few questions."""
+    settings = to_dataclass(RunSettings, resolve_recipe(f"{file}:quick"))
+    tasks = [{**t, "limit": 2, "resolutions": (None,)} for t in settings.eval.tasks[:1]]
+    return dataclasses.replace(
+        settings,
+        steps=2,
+        data=dataclasses.replace(settings.data, workers=0),
+        checkpoint=CheckpointSettings(every=2, keep=2),
+        log=LogSettings(every=1),
+        eval=dataclasses.replace(settings.eval, tasks=tuple(tasks), every=0, final=False),
+    )
+
+
+def logged(workdir):
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def greedy(model, example, loaded, count):
+    """Torch's greedy tokens, one whole forward pass for each."""
+    ids, new = example["tokens"].tolist(), []
+    patches = torch.from_numpy(loaded.processor.config.normalise(example["patches"]))
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + new]), pixel_values=patches).logits
+        new.append(int(logits[0, -1].argmax()))
+        if new[-1] == loaded.config.eos_token_id:
+            break
+    return new
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_resolves_at_its_full_size(file):
+    settings = to_dataclass(RunSettings, resolve_recipe(file))
+    loop.check(settings)
+    assert settings.name == file.stem
+    assert f"configs/{file.name}" in file.read_text().split('"""')[1]  # its command
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_goes_all_the_way(file, tmp_path):
+    settings, workdir = small(file), tmp_path / "run"
+    loop.run(settings, workdir)
+    assert set(logged(workdir)) == {1, 2}
+    loop.run(dataclasses.replace(settings, steps=3), workdir)
+    losses = logged(workdir)
+    assert set(losses) == {1, 2, 3} and np.isfinite(list(losses.values())).all()
+
+    evaluation.run_eval(settings, str(workdir), None)
+    results = json.loads((workdir / "results.json").read_text())
+    assert settings.eval.tasks[0]["name"] in results
+    assert (workdir / "report.html").stat().st_size > 1000
+
+    loaded = mmjax.load(workdir / "model")
+    record = make_source(next(iter(settings.data.sources.values())))[0]
+    question, images = record.messages[0].text, list(record.images)
+    answers = loaded.generate([question], [images], max_new_tokens=3)
+    assert len(answers) == 1 and isinstance(answers[0], str)
+
+    to_hf.main([str(workdir / "model"), str(tmp_path / "hf")])
+    theirs = FuyuForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32").eval()
+    example = loaded.encode(question, images)
+    ours = loaded.generate_tokens([example], max_new_tokens=3)[0].tolist()
+    wanted = greedy(theirs, example, loaded, 3)
+    assert ours == [t for t in wanted if t != loaded.config.eos_token_id] or ours == wanted
