@@ -1,0 +1,88 @@
+"""python -m bench: measure mmjax beside its PyTorch peers, print a table, write docs/benchmarks.md.
+
+    python -m bench                                  everything, beside torch
+    python -m bench --suite train --out bench/results/train.jsonl
+    python -m bench --report bench/results/*.jsonl   write the document from raw rows again
+
+The document is written only by a full run or by --report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import cases, report
+from bench.environment import ROOT
+
+SUITES = ("train", "decode", "input")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--suite", default=",".join(SUITES), help="comma-separated: %(default)s")
+    parser.add_argument("--peer", choices=("torch", "none"), default="torch")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, help="raw rows, default bench/results/cpu.jsonl")
+    parser.add_argument("--torchvision-python", help="interpreter with torchvision, for the peer")
+    parser.add_argument("--report", type=Path, nargs="+", help="only write the document from these")
+    args = parser.parse_args(argv)
+    args.suites = args.suite.split(",")
+    if unknown := [s for s in args.suites if s not in SUITES]:
+        parser.error(f"unknown suite {unknown[0]!r}; choose from {', '.join(SUITES)}")
+    name = "quick.jsonl" if args.quick else "cpu.jsonl"
+    args.out = args.out or ROOT / "bench" / "results" / name
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the suites; returns 1 when a row fails its parity bound."""
+    args = parse(argv)
+    document = ROOT / "docs" / "benchmarks.md"
+    if args.report:
+        rows = [json.loads(line) for f in args.report for line in f.read_text().splitlines()]
+        report.write(rows, _command(rows), _short(args.report[0]), document)
+        report.print_table(rows)
+        return 0
+    from bench.runner import run_cases
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    command = "python -m bench " + " ".join(sys.argv[1:] if argv is None else argv)
+    chosen = [c for s in args.suites for c in cases.cases(s, args.quick) if args.case in c.name]
+    peer = None if args.peer == "none" else args.peer
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with args.out.open("w") as out:
+        for row in run_cases(
+            chosen, peer=peer, quick=args.quick, torchvision_python=args.torchvision_python
+        ):
+            row["command"] = command.strip()
+            rows.append(row)
+            print(json.dumps(row), file=out, flush=True)
+            print("  ".join(report.table([row])[1]), file=sys.stderr, flush=True)
+    report.print_table(rows)
+    if peer and not args.quick and not args.case and set(args.suites) == set(SUITES):
+        report.write(rows, _command(rows), _short(args.out), document)
+        print(f"wrote {_short(document)} and {_short(args.out)}")
+    return int(any(r["parity_ok"] is False for r in rows))
+
+
+def _command(rows: Sequence[dict]) -> str:
+    return "`, `".join(dict.fromkeys(r["command"] for r in rows))
+
+
+def _short(file: Path) -> Path:
+    file = file.resolve()
+    return file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Our side of each suite: what a user of mmjax runs, nothing prepared for the clock."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from bench import cases
+from bench.cases import Case, Size
+
+LEARNING_RATE = 1e-4
+
+
+def write_model(size: Size, folder: str) -> None:
+    """Write a random model for a run without a peer; its rows have no parity and do not count."""
+    import jax
+    from flax import nnx
+
+    from mmjax.models import checkpoints, registry
+    from mmjax.models.decoder import DecoderConfig
+    from mmjax.nn import paths
+    from mmjax.parallel.mesh import use
+
+    family = registry.family("fuyu")
+    decoder = DecoderConfig(
+        vocab_size=size.vocab,
+        d_model=size.d,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        num_kv_heads=size.heads,
+        head_dim=size.d // size.heads,
+        d_mlp=size.mlp,
+    )
+    config = family.Config(
+        decoder=decoder,
+        patch_size=size.patch,
+        image_token_id=cases.IMAGE,
+        eos_token_id=cases.EOS,
+    )
+    with use():
+        state = nnx.state(family.Model(config, rngs=nnx.Rngs(0)))
+    params = {name: np.array(jax.device_get(x)) for name, x in paths.flatten(state).items()}
+    params["decoder.head.kernel"][:, cases.EOS] = 0  # a greedy answer never ends early
+    checkpoints.save_model(folder, params, family=family, config=config)
+
+
+class Train:
+    """``mmjax.train.step`` as the training loop compiles it: AdamW, clipping, donation."""
+
+    def __init__(self, case: Case, folder: str, impl: str):
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        import mmjax
+        from mmjax.nn import paths
+        from mmjax.parallel.mesh import use
+        from mmjax.train import optim, state, step
+
+        settings = optim.OptimSettings(lr=LEARNING_RATE, schedule="constant", warmup=0)
+        self.jax, self.use = jax, use
+        loaded = mmjax.load(folder)
+        self.mesh = loaded.mesh
+        with use(self.mesh):
+            names = set(paths.flatten(nnx.state(loaded.model)))
+            tx = optim.make_optimizer(settings, 100)
+            graphdef, params, self.frozen = state.split(loaded.model, names)
+            replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            opt = jax.tree.map(
+                lambda x: x if x.ndim else jax.device_put(x, replicated), jax.jit(tx.init)(params)
+            )
+            start = jax.device_put(jnp.int32(0), replicated)
+            self.state = state.TrainState(start, params, opt)
+            train_step = step.make_train_step(graphdef, tx, optim.schedule(settings, 100))
+            self.batch = jax.device_put(cases.train_batch(case))
+            begun = time.perf_counter()
+            compiled = step.compile_step(train_step, self.state)
+            self.compiled = compiled.lower(self.state, self.frozen, self.batch).compile()
+            self.compile_s = time.perf_counter() - begun
+
+    def step(self) -> Any:
+        """Do one optimizer step and wait for it."""
+        with self.use(self.mesh):
+            self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
+        self.jax.block_until_ready((self.state, metrics))
+        return metrics
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return the losses and gradient norms of the first four steps."""
+        metrics = [self.step() for _ in range(4)]
+        return {
+            name: np.array([float(m[name]) for m in metrics], np.float64)
+            for name in ("loss", "grad_norm")
+        }
+
+
+class Decode:
+    """``LoadedModel.generate_tokens``, greedily, prompts of token ids with ready patches."""
+
+    def __init__(self, case: Case, folder: str, impl: str):
+        import mmjax
+
+        self.model = mmjax.load(folder)
+        tokens, patches = cases.decode_prompts(case)
+        self.examples = [
+            self.model.encode(t.tolist(), [p]) for t, p in zip(tokens, patches, strict=True)
+        ]
+        self.new = case.options["new"]
+        begun = time.perf_counter()
+        self.step()
+        self.compile_s = time.perf_counter() - begun
+
+    def step(self) -> list[np.ndarray]:
+        """Generate all answers."""
+        return self.model.generate_tokens(self.examples, max_new_tokens=self.new)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return the new tokens [b, new]."""
+        return {"tokens": np.stack(self.step())}
+
+
+class Input:
+    """``FuyuProcessor.encode_prompt`` of one picture and one question.
+
+    impl ``uint8 patches`` is what training and generation use, the model normalises; ``float
+    patches`` also does the peer's normalisation, so that both return the same numbers.
+    """
+
+    def __init__(self, case: Case, folder: str, impl: str):
+        from PIL import Image
+
+        from mmjax.data.tokenizers_small import build_word_tokenizer
+        from mmjax.models.fuyu.processor import FuyuProcessor
+
+        self.processor = FuyuProcessor(tokenizer=build_word_tokenizer([cases.PROMPT]))
+        self.image = Image.fromarray(cases.picture(case))
+        self.floats = impl == "float patches"
+        self.compile_s = 0.0
+
+    def step(self) -> dict[str, np.ndarray]:
+        """Encode the picture."""
+        example = self.processor.encode_prompt(cases.PROMPT, [self.image])
+        if self.floats:
+            example["patches"] = self.processor.config.normalise(example["patches"])
+        return example
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return tokens, and patches in grey levels."""
+        example = self.step()
+        patches = example["patches"].astype(np.float32)
+        levels = (patches * 0.5 + 0.5) * 255 if self.floats else patches
+        return {"tokens": example["tokens"], "levels": levels}
+
+
+SIDES = {"train": Train, "decode": Decode, "input": Input}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that matter on this side."""
+    import importlib.metadata as metadata
+
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "pillow")}

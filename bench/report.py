@@ -1,0 +1,188 @@
+"""The printed table, and docs/benchmarks.md written from the raw rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HEADER = ("case", "ours", "peer", "ours/s", "peer/s", "ratio", "target", "noise", "parity", "load")
+
+INTRO = """# Benchmarks
+
+Written by `{command}`; the raw rows are in `{raw}`.
+
+Every row measures mmjax beside the peer (Hugging Face transformers on PyTorch) in the same run on
+the same machine, each in its own process. The two take turns (ours, peer, ours, peer, ours);
+times are medians over all turns after warm-up, compilation is not in them. `ratio` is the peer's
+time over ours: above 1 mmjax is faster. `noise` is the spread of one side's medians from turn to
+turn: a ratio closer to 1 than that says nothing. `parity` is the difference of the results on the
+same weights and inputs, and a row whose parity is missing or above its bound does not count.
+"load" marks rows during which other programs used the machine.
+"""
+
+SUITES = {
+    "train": (
+        "Train step",
+        "A full AdamW step with clipping: `mmjax.train.step` against `FuyuForCausalLM` with "
+        '`attn_implementation="sdpa"` and the faster of fused and foreach AdamW, float32, dropout '
+        "0. Three quarters of a row are image patches. *Loss on answers*: the peer gets labels "
+        "-100 elsewhere; *gathered logits* is the peer told to compute only the logits that the "
+        "loss needs. Parity: largest relative difference of losses and gradient norms over four "
+        "optimizer steps (bound {bound:g}). Units are tokens.",
+    ),
+    "decode": (
+        "Generation",
+        "Greedy answers with one image of 12 x 16 patches in the prompt: `mmjax.load(...)."
+        "generate_tokens` against `generate` with its default cache, sdpa, float32; the prefill "
+        "is in the time. Parity: share of new tokens that differ (bound {bound:g}). Units are new "
+        "tokens.",
+    ),
+    "input": (
+        "Processor",
+        "`FuyuProcessor.encode_prompt` of one decoded RGB picture and a question against the "
+        "peer's `FuyuProcessor` call. *uint8 patches* is what mmjax trains and answers from (the "
+        "model normalises); *float patches* adds the peer's normalisation. The peer's image "
+        "processor is `FuyuImageProcessorPil`, the one without torchvision, unless the row says "
+        "torchvision. Parity: tokens equal, patches within one grey level where Pillow resizes "
+        "and equal where nothing is resized. Units are images.",
+    ),
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the cells of a table, header first."""
+    return [HEADER, *map(_cells, rows)]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def number(key: str, form: str) -> str:
+        return "-" if row.get(key) is None else format(row[key], form)
+
+    names = [row["case"], row["ours_impl"]]
+    peer = f" vs {row['peer_impl']}" if row["peer_impl"] else ""
+    parity = "none" if row["parity_err"] is None else f"{row['parity_err']:.1e}"
+    if row["parity_ok"] is False:
+        parity += " FAILS"
+    return (
+        ", ".join(n for n in names if n) + peer,
+        f"{number('ours_ms', '.4g')} ms",
+        f"{number('peer_ms', '.4g')} ms",
+        _rate(row["ours_per_s"]),
+        _rate(row.get("peer_per_s")),
+        f"{number('ratio', '.2f')}x",
+        "-" if row["target"] is None else f">= {row['target']:g}x",
+        f"{row['noise']:.0%}",
+        parity,
+        f"load {row['busy_cores']:g}" if row["loaded"] else "",
+    )
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return format(value, ",.0f" if value >= 1000 else ".4g")
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows as one aligned table."""
+    cells = table(rows)
+    widths = [max(len(c[i]) for c in cells) for i in range(len(HEADER))]
+    for line in cells:
+        print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+
+
+def markdown(rows: Sequence[dict[str, Any]], command: str, raw: str) -> str:
+    """Return docs/benchmarks.md for the rows of one or several runs."""
+    parts = [INTRO.format(command=command, raw=raw)]
+    if any(r["quick"] for r in rows):
+        parts.append("**These rows are of a `--quick` run: toy sizes, no statement on speed.**\n")
+    for suite, (title, text) in SUITES.items():
+        some = [r for r in rows if r["suite"] == suite]
+        if not some:
+            continue
+        bound = max(r["parity_bound"] for r in some)
+        lines = ["| " + " | ".join(c) + " |" for c in table(some)]
+        lines.insert(1, "|" + "---|" * len(HEADER))
+        parts += [
+            f"## {title}\n\n{text.format(bound=bound)}\n",
+            *_about(some),
+            "\n".join(lines) + "\n",
+        ]
+    parts += [_missed(rows), _environment(rows), _not_measured(rows)]
+    return "\n".join(p for p in parts if p)
+
+
+def _about(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if rows[0]["suite"] == "input":
+        return []
+    s = rows[0]["size"]
+    compile_s = ", ".join(f"{r['case']}: {r['compile_s']:g}" for r in rows if not _repeats(r))
+    notes = sorted({r["peer_note"] for r in rows if r["peer_note"]})
+    note = f" The peer's fastest settings were {'; '.join(notes)}." if notes else ""
+    return [
+        f"The model: width {s['d']}, {s['layers']} layers, {s['heads']} heads, MLP {s['mlp']}, "
+        f"vocabulary {s['vocab']:,}, patches of {s['patch']} pixels, {_parameters(s) / 1e6:.1f} M "
+        f"parameters.{note} Seconds to compile ours, not in the times: {compile_s}.\n"
+    ]
+
+
+def _repeats(row: dict[str, Any]) -> bool:
+    return bool(row["peer_impl"]) and "gathered" in row["peer_impl"]
+
+
+def _parameters(s: dict[str, int]) -> int:
+    d, f = s["d"], s["mlp"]
+    layer = 4 * d * d + 4 * d + 2 * d * f + d + f + 4 * d + 4 * (d // s["heads"])
+    patch = 3 * s["patch"] ** 2 * d + d
+    return s["layers"] * layer + 2 * s["vocab"] * d + 2 * d + patch
+
+
+def _missed(rows: Sequence[dict[str, Any]]) -> str:
+    """Name the rows that miss their target or do not count."""
+    found = []
+    for row in rows:
+        name = f"{row['suite']}: {_cells(row)[0]}"
+        if not row["parity_ok"]:
+            found.append(f"- {name}: does not count, parity {row['parity_err']}")
+        elif row["target"] is not None and row["ratio"] < row["target"]:
+            found.append(f"- {name}: {row['ratio']:.2f}x of {row['target']:g}x")
+    if not found:
+        return "## Targets\n\nEvery row reaches its target.\n"
+    return "## Targets missed\n\n" + "\n".join(found) + "\n"
+
+
+def _environment(rows: Sequence[dict[str, Any]]) -> str:
+    env = rows[0]["env"]
+    versions = {
+        k: v for r in rows for side in r["env"]["versions"].values() for k, v in side.items()
+    }
+    dates = sorted({r["env"]["date"] for r in rows})
+    commits = sorted({r["env"]["commit"] for r in rows})
+    loads = [r["env"]["load_at_start"] for r in rows]
+    listing = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    return (
+        "## Where\n\n"
+        f"- {env['cpu']}, {env['cores']} cores, {env['memory_gb']} GB, {env['system']}, "
+        f"Python {env['python']}\n- {listing}\n- commit {', '.join(commits)}\n"
+        f"- {dates[0]} to {dates[-1]}, load average at the start of a suite "
+        f"{min(loads):g} to {max(loads):g}\n"
+    )
+
+
+def _not_measured(rows: Sequence[dict[str, Any]]) -> str:
+    missing = [f"the {s} suite" for s in SUITES if s not in {r["suite"] for r in rows}]
+    missing.append("anything on a GPU: no row here says how fast mmjax is there")
+    missing.append("bfloat16, which both frameworks avoid here on a CPU")
+    missing.append("torch.compile, which the peer's users may turn on")
+    if not any(r["peer_impl"] == "torchvision" for r in rows):
+        missing.append(
+            "the peer's torchvision image processor (give `--torchvision-python PATH`, an "
+            "interpreter of an environment that also has torchvision)"
+        )
+    return "## Not measured\n\n" + "\n".join(f"- {m}" for m in missing) + "\n"
+
+
+def write(rows: Sequence[dict[str, Any]], command: str, raw: Path, file: Path) -> None:
+    """Write docs/benchmarks.md."""
+    file.write_text(markdown(rows, command, str(raw)))

@@ -1,0 +1,219 @@
+"""The peer's side of each suite: transformers' Fuyu in PyTorch, in its faster settings."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import cases
+from bench.cases import Case, Size
+from bench.ours import LEARNING_RATE
+
+
+def write_model(size: Size, folder: str) -> None:
+    """Write a random model with the peer's own save_pretrained.
+
+    Every parameter is random, biases and norms too. The head's row of the end token is zero: a
+    greedy answer never ends early, so every run generates the same number of tokens.
+    """
+    from transformers import FuyuConfig, FuyuForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 25000.0, "partial_rotary_factor": 0.5}
+    text = dict(
+        model_type="persimmon",
+        vocab_size=size.vocab,
+        hidden_size=size.d,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=cases.EOS,
+        pad_token_id=0,
+        qk_layernorm=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        rope_parameters=rope,
+    )
+    config = FuyuConfig(text_config=text, patch_size=size.patch, image_token_id=cases.IMAGE)
+    torch.manual_seed(0)
+    model = FuyuForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+        model.lm_head.weight[cases.EOS] = 0
+    model.save_pretrained(folder)
+
+
+def _load(folder: str):
+    from transformers import FuyuForCausalLM
+
+    return FuyuForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+
+
+class Train:
+    """Forward, loss, backward, clip_grad_norm_, AdamW; fused or foreach, whichever is faster."""
+
+    def __init__(self, case: Case, folder: str, impl: str):
+        batch = cases.train_batch(case)
+        self.folder, self.gathered = folder, "gathered" in impl
+        self.ids = torch.from_numpy(batch["tokens"]).long()
+        self.patches = torch.from_numpy(cases.normalised(batch["patches"]))
+        first = int(batch["target_index"][0, 0])
+        self.keep = torch.arange(first - 1, self.ids.shape[1] - 1)
+        self.labels = self.ids.clone()
+        self.labels[:, :first] = -100
+        self.compile_s = 0.0
+        self._build("fused")
+
+    def _build(self, adamw: str) -> None:
+        self.model, self.adamw = _load(self.folder).train(), adamw
+        named = list(self.model.named_parameters())
+        decayed = [p for n, p in named if p.ndim > 1 and "embed_tokens" not in n]
+        others = [p for n, p in named if p.ndim < 2 or "embed_tokens" in n]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        kind = {"fused": adamw == "fused", "foreach": adamw == "foreach"}
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=0.1, **kind)
+
+    def tune(self) -> None:
+        """Choose the faster AdamW."""
+        seconds = {}
+        for adamw in ("fused", "foreach"):
+            self._build(adamw)
+            times = []
+            for _ in range(4):
+                begun = time.perf_counter()
+                self.step()
+                times.append(time.perf_counter() - begun)
+            seconds[adamw] = min(times[1:])
+        self._build(min(seconds, key=seconds.get))
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do one optimizer step; returns (loss, gradient norm)."""
+        if self.gathered:
+            logits = self.model(
+                input_ids=self.ids, pixel_values=self.patches, logits_to_keep=self.keep,
+                use_cache=False,
+            ).logits  # fmt: skip
+            targets = self.ids[:, self.keep + 1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        else:
+            loss = self.model(
+                input_ids=self.ids, pixel_values=self.patches, labels=self.labels, use_cache=False
+            ).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return the losses and gradient norms of the first four steps."""
+        pairs = [self.step() for _ in range(4)]
+        return {
+            "loss": np.array([float(a) for a, _ in pairs]),
+            "grad_norm": np.array([float(b) for _, b in pairs]),
+        }
+
+    @property
+    def note(self) -> str:
+        return f"AdamW {self.adamw}"
+
+
+class Decode:
+    """``generate``, greedily, with its default cache."""
+
+    def __init__(self, case: Case, folder: str, impl: str):
+        self.model = _load(folder).eval()
+        tokens, patches = cases.decode_prompts(case)
+        self.inputs = {
+            "input_ids": torch.from_numpy(tokens).long(),
+            "attention_mask": torch.ones(tokens.shape, dtype=torch.long),
+            "pixel_values": torch.from_numpy(patches),
+        }
+        self.new, self.compile_s = case.options["new"], 0.0
+
+    def step(self) -> torch.Tensor:
+        """Generate all answers."""
+        with torch.inference_mode():
+            return self.model.generate(**self.inputs, max_new_tokens=self.new, do_sample=False)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return the new tokens [b, new]."""
+        return {"tokens": self.step()[:, self.inputs["input_ids"].shape[1] :].numpy()}
+
+
+class Input:
+    """``FuyuProcessor`` of one picture and one question.
+
+    impl ``Pillow`` is the image processor without torchvision, ``torchvision`` the default one.
+    """
+
+    def __init__(self, case: Case, folder: str, impl: str):
+        from PIL import Image
+        from transformers import FuyuProcessor
+
+        from mmjax.data.tokenizers_small import build_word_tokenizer
+
+        make = _pillow_processor if impl == "Pillow" else _torchvision_processor
+        self.processor = FuyuProcessor(make(), build_word_tokenizer([cases.PROMPT]))
+        self.image = Image.fromarray(cases.picture(case))
+        self.compile_s = 0.0
+
+    def step(self) -> Any:
+        """Encode the picture."""
+        return self.processor(
+            images=self.image, text=cases.PROMPT, return_legacy_image_output=False
+        )
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return tokens, and patches in grey levels."""
+        out = self.step()
+        patches = out["pixel_values"].numpy()
+        levels = (patches.reshape(-1, patches.shape[-1]) * 0.5 + 0.5) * 255
+        return {"tokens": out["input_ids"][0].numpy(), "levels": levels}
+
+
+def _pillow_processor():
+    from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
+
+    class Bridged(FuyuImageProcessorPil):
+        """Its patchify takes numpy, and FuyuProcessor hands it tensors."""
+
+        def patchify_image(self, image, patch_size=None):
+            return torch.from_numpy(super().patchify_image(image.numpy(), patch_size))
+
+    return Bridged()
+
+
+def _torchvision_processor():
+    import torchvision  # noqa: F401  # a clear error where it is not there
+    from transformers import FuyuImageProcessor
+
+    return FuyuImageProcessor()
+
+
+SIDES = {"train": Train, "decode": Decode, "input": Input}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that matter on this side."""
+    import importlib.metadata as metadata
+
+    found = {}
+    for name in ("torch", "transformers", "torchvision", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def set_threads(count: int) -> None:
+    """Use this many threads inside operators."""
+    torch.set_num_threads(count)
+    warnings.filterwarnings("ignore", module="transformers")

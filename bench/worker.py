@@ -1,0 +1,107 @@
+"""One side of a benchmark in its own process, told what to do line by line over a pipe.
+
+Both sides of a case stay alive while it is measured and take turns: A, B, A, B, A. A line on stdin
+is a request, a line on stdout its answer, both JSON; whatever else the libraries print goes to
+stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+
+import numpy as np
+
+from bench.cases import Case
+
+
+def main() -> int:
+    """Answer requests until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    side_name, cores = sys.argv[1], int(sys.argv[2])
+    if cores and hasattr(os, "sched_setaffinity"):
+        # Before any library counts the cores.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    worker = Worker(side_name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("do"))(**request)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+    return 0
+
+
+class Worker:
+    """Holds one case at a time."""
+
+    def __init__(self, side: str):
+        if side == "ours":
+            from bench import ours as module
+        else:
+            from bench import torch_peer as module
+
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+            module.set_threads(cores or os.cpu_count() or 1)
+        self.module, self.subject = module, None
+
+    def versions(self) -> dict:
+        """Return library versions."""
+        return self.module.versions()
+
+    def write_model(self, size: dict, folder: str) -> dict:
+        """Write a random model for both sides (the peer's request)."""
+        from bench.cases import Size
+
+        self.module.write_model(Size(**size), folder)
+        return {}
+
+    def prepare(self, case: dict, folder: str, impl: str, outputs: str, warmup: int) -> dict:
+        """Build the case, write its outputs as .npz, and warm up."""
+        self.subject = None  # frees the previous one first
+        found = Case.from_json(case)
+        self.subject = self.module.SIDES[found.suite](found, folder, impl)
+        threads = self._tune_threads() if found.threads == 0 else ""
+        np.savez(outputs, **self.subject.outputs())
+        for _ in range(warmup):
+            self.subject.step()
+        note = ", ".join(n for n in (threads, getattr(self.subject, "note", "")) if n)
+        return {"compile_s": self.subject.compile_s, "note": note}
+
+    def _tune_threads(self) -> str:
+        """Let the peer choose its number of threads: small operators may be faster on one."""
+        if not hasattr(self.module, "set_threads"):
+            return ""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        times = {}
+        for count in sorted({1, cores or 1}, reverse=True):
+            self.module.set_threads(count)
+            if hasattr(self.subject, "tune"):
+                self.subject.tune()
+            self.subject.step()
+            times[count] = min(self.measure(0, 3, 3)["seconds"])
+        best = min(times, key=times.get)
+        self.module.set_threads(best)
+        if hasattr(self.subject, "tune"):
+            self.subject.tune()
+        return f"{best} thread{'s' if best > 1 else ''}"
+
+    def measure(self, seconds: float, least: int, most: int) -> dict:
+        """Repeat for so many seconds, at least and at most so often; returns each one's seconds."""
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < least or (time.perf_counter() < end and len(times) < most):
+            begun = time.perf_counter()
+            self.subject.step()
+            times.append(time.perf_counter() - begun)
+        return {"seconds": times}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
