@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         RunSettings,
         dict(
             name="easyvqa",
-            steps=20 if quick else 2600,
+            steps=20 if quick else 2400,
             model=dict(
                 config=dict(
                     hidden_size=128,
@@ -59,10 +59,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
                     all=dict(train, placements=64),
                 ),
                 weights=dict(shape=0.5, all=0.5),
-                seq_len=160,
-                max_patches=80,
-                max_targets=16,
-                batch_size=4 if quick else 16,
+                seq_len=112,
+                max_patches=48,
+                max_targets=8,
+                batch_size=4 if quick else 22,
             ),
             optim=dict(lr=2e-3, warmup=0.03, schedule="cosine", b2=0.98, weight_decay=0.1),
             eval=dict(tasks=(task,), every=0 if quick else 500, limit=512, batch_size=128),
