@@ -1,0 +1,146 @@
+"""Training checkpoints: what stays, what comes back on which mesh, and what is refused."""
+
+import dataclasses
+import shutil
+
+import grain
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.checkpoint import FOLDER, Checkpoints, CheckpointSettings, find_step, load_params
+from mmjax.nn import paths
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.train import optim, state
+from mmjax.types import MMJaxError
+from tests import tiny
+
+TX = optim.make_optimizer(optim.OptimSettings(), 10)
+
+
+def numbers():
+    """A data iterator: 0, 1, 2, ..."""
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def build(mesh, config=tiny.CONFIG):
+    def make():
+        return tiny.Fuyu(config, rngs=nnx.Rngs(0))
+
+    names = set(paths.flatten(nnx.state(nnx.eval_shape(make))))
+    abstract = state.abstract_state(make, names, TX, mesh)[1]
+    return abstract, state.init(make, names, TX, mesh)[1]
+
+
+def opened(workdir, **kwargs):
+    return Checkpoints(workdir, CheckpointSettings(**kwargs), about={"name": "test"})
+
+
+def steps(workdir):
+    return sorted(int(p.name) for p in (workdir / FOLDER).iterdir() if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with step 5, saved from one device, and the state that was saved."""
+    workdir = tmp_path_factory.mktemp("saved")
+    data = numbers()
+    assert [next(data) for _ in range(3)] == [0, 1, 2]
+    with use() as mesh:
+        _, train = build(mesh)
+        checkpoints = opened(workdir)
+        checkpoints.save(5, train, data, {"train/loss": 2.0})
+        checkpoints.close()
+    return workdir, jax.device_get(train)
+
+
+def test_the_newest_n_and_the_best_stay(tmp_path):
+    scores = {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.6, 5: 0.1}
+    with use() as mesh:
+        _, train = build(mesh)
+        checkpoints = opened(tmp_path, keep=2, best="eval/accuracy")
+        for step, score in scores.items():
+            checkpoints.save(step, train, numbers(), {"eval/accuracy": score})
+            checkpoints.wait()
+        checkpoints.close()
+    assert steps(tmp_path) == [2, 4, 5]
+    assert find_step(tmp_path) == (tmp_path, 5)
+    assert find_step(tmp_path, "eval/accuracy") == (tmp_path, 2)
+    assert find_step(tmp_path, "eval/nothing") == (tmp_path, 5)
+    assert find_step(tmp_path / FOLDER / "4") == (tmp_path, 4)
+
+
+def test_due_counts_steps_and_saves_none_twice(saved):
+    checkpoints = opened(saved[0], every=5)
+    assert checkpoints.latest == 5
+    assert [step for step in range(1, 16) if checkpoints.due(step)] == [10, 15]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
+)
+def test_a_checkpoint_is_restored_onto_any_mesh(saved, shape):
+    workdir, before = saved
+    devices = jax.devices()[: int(np.prod(list(shape.values()) or [1]))]
+    with use(make_mesh(shape, devices)) as mesh:
+        abstract, _ = build(mesh)
+        data, checkpoints = numbers(), opened(workdir)
+        got = checkpoints.restore(abstract, data)
+        checkpoints.close()
+    assert int(got.step) == 5
+    assert next(data) == 3  # the very next one
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(before), strict=True)
+    next(pairs)  # the step itself, which counts what was saved
+    for ours, theirs in pairs:
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, told in zip(jax.tree.leaves(got), jax.tree.leaves(abstract), strict=True):
+        assert ours.sharding.is_equivalent_to(told.sharding, ours.ndim)
+
+
+def test_parameters_alone_are_read_for_evaluation(saved):
+    workdir, before = saved
+    with use() as mesh:
+        abstract, _ = build(mesh)
+        got = load_params(workdir, 5, paths.flatten(abstract.params))
+    for name, value in paths.flatten(before.params).items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("change", [{"d_mlp": 48}, {"num_layers": 3}, {"qk_norm": False}])
+def test_another_config_is_a_clear_error(saved, change):
+    config = dataclasses.replace(
+        tiny.CONFIG, decoder=dataclasses.replace(tiny.CONFIG.decoder, **change)
+    )
+    with use() as mesh:
+        abstract, _ = build(mesh, config)
+        checkpoints = opened(saved[0])
+        with pytest.raises(MMJaxError, match="does not fit this config") as error:
+            checkpoints.restore(abstract, numbers())
+        checkpoints.close()
+        assert str(saved[0]) in str(error.value) and "another --workdir" in str(error.value)
+        with pytest.raises(MMJaxError, match="does not fit the model"):
+            load_params(saved[0], 5, paths.flatten(abstract.params))
+
+
+def test_what_a_killed_save_left_behind_is_ignored(saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved[0], workdir)
+    # Orbax writes under another name and renames at the end: this is what a kill -9 leaves.
+    half = workdir / FOLDER / "9.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / FOLDER / "5", half)
+    assert find_step(workdir) == (workdir, 5)
+    checkpoints = opened(workdir)
+    assert checkpoints.latest == 5
+    checkpoints.close()
+
+
+def test_a_workdir_without_a_checkpoint_says_so(tmp_path):
+    checkpoints = opened(tmp_path)
+    assert checkpoints.latest is None
+    checkpoints.close()
+    with pytest.raises(MMJaxError, match="holds no finished checkpoint"):
+        find_step(tmp_path)
+    with pytest.raises(MMJaxError, match="give a workdir"):
+        find_step(tmp_path / "nowhere")

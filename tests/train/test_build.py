@@ -1,0 +1,144 @@
+"""From settings to the parts of a run, and every mistake that is found before a device is used."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.models import checkpoints, registry
+from mmjax.nn import paths
+from mmjax.parallel.mesh import use
+from mmjax.train import build, optim, state
+from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
+from mmjax.types import MMJaxError
+
+SIZES = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, patch_size=8
+)
+MODEL = ModelSettings(config=SIZES, words=("what is it? red", "User: Assistant:"))
+NO_LORA = LoRASettings()
+ADAPTER = LoRASettings(rank=2, targets=("attn.q", "mlp.up"))
+DATA = DataSettings(
+    sources={"train": {"kind": "magnifier", "split": "train", "image_size": 32}}, seq_len=64,
+    max_patches=48, max_targets=8, batch_size=2,
+)  # fmt: skip
+
+
+def begin(plan, lora=NO_LORA, model=MODEL, freeze=()):
+    """The state a run begins with."""
+    settings = RunSettings(model=model, lora=lora, freeze=freeze)
+    chosen = state.trainable_names(plan.names(), freeze, lora.rank > 0)
+    tx = optim.make_optimizer(settings.optim, 10)
+    with use() as mesh:
+        return build.init_state(plan, settings, chosen, tx, mesh)[1:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder to begin from, and its numbers."""
+    path = tmp_path_factory.mktemp("init") / "model"
+    companions = tmp_path_factory.mktemp("companions")
+    with use():
+        plan = build.blueprint(MODEL, NO_LORA, 7)
+        train, _ = begin(plan)
+        plan.processor.save_pretrained(companions)
+        params = {k: np.asarray(v) + 0.25 for k, v in paths.flatten(train.params).items()}
+        checkpoints.save_model(
+            path, params, family=registry.family("fuyu"), config=plan.config, folders=(companions,)
+        )
+    return path, params
+
+
+def test_a_random_start_takes_sizes_from_the_words():
+    plan = build.blueprint(MODEL, NO_LORA, 0)
+    assert plan.source is None and plan.lora is None
+    assert plan.config.vocab_size % 64 == 0
+    assert plan.config.vocab_size >= len(plan.processor.tokenizer)
+    assert plan.config.image_token_id == plan.processor.image_token_id
+    train, frozen = begin(plan)
+    assert not paths.flatten(frozen) and int(train.step) == 0
+
+
+def test_settings_of_the_processor_are_laid_over():
+    model = dataclasses.replace(MODEL, processor={"max_height": 16, "max_width": 24})
+    processor = build.blueprint(model, NO_LORA, 0).processor
+    assert processor.image_tokens(48, 32) == 2 * (3 + 1)
+
+
+def test_training_begins_with_the_weights_of_a_folder(folder):
+    path, params = folder
+    plan = build.blueprint(ModelSettings(init=str(path)), NO_LORA, 0)
+    train, _ = begin(plan)
+    got = paths.flatten(train.params)
+    assert got.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def test_adapters_begin_fresh_beside_frozen_weights_of_a_folder(folder):
+    path, params = folder
+    model = ModelSettings(init=str(path))
+    train, frozen = begin(build.blueprint(model, ADAPTER, 0), ADAPTER, model)
+    adapters, rest = paths.flatten(train.params), paths.flatten(frozen)
+    assert {n.rsplit(".", 2)[-2] + "." + n.rsplit(".", 1)[-1] for n in adapters} == {
+        "q.lora_a", "q.lora_b", "up.lora_a", "up.lora_b"
+    }  # fmt: skip
+    for name, value in adapters.items():
+        assert value.dtype == jnp.float32
+        assert np.any(value) == name.endswith("lora_a"), name
+    for name, value in params.items():
+        assert rest[name].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(rest[name], jnp.asarray(value, jnp.bfloat16), err_msg=name)
+
+
+def test_frozen_parameters_of_a_random_start_have_their_own_dtype():
+    plan = build.blueprint(MODEL, NO_LORA, 0)
+    train, frozen = begin(plan, freeze=("decoder.embed.*",))
+    assert {str(x.dtype) for x in paths.flatten(frozen).values()} == {"bfloat16"}
+    assert {str(x.dtype) for x in paths.flatten(train.params).values()} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    "model, lora, says",
+    [
+        (dict(words=()), {}, ["model.words", "model.init"]),
+        (dict(family="fuyo"), {}, ["'fuyo' is unknown", "did you mean 'fuyu'"]),
+        (dict(init="/nowhere/fuyu"), {}, ["/nowhere/fuyu: no such file or folder"]),
+        ({}, dict(rank=2, targets=("attn.z",)), ["'attn.z'", "attn.q", "mlp.up"]),
+    ],
+)
+def test_mistakes_are_named(model, lora, says):
+    with pytest.raises(MMJaxError) as error:
+        build.blueprint(
+            dataclasses.replace(MODEL, **model), dataclasses.replace(NO_LORA, **lora), 0
+        )
+    for part in says:
+        assert part in str(error.value)
+
+
+def test_batches_come_in_the_shape_the_settings_say(tmp_path):
+    plan = build.blueprint(MODEL, NO_LORA, 0)
+    batches = build.train_iterator(RunSettings(data=DATA), plan.processor, tmp_path)
+    batch = next(batches)
+    batches.close()
+    assert batch["tokens"].shape == (2, 64) and batch["target_index"].shape == (2, 8)
+    assert batch["patches"].shape == (2, 48, 8 * 8 * 3) and batch["patches"].dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "change, accumulate, says",
+    [
+        (dict(sources={}), 1, "data.sources is empty"),
+        (dict(sources={"a": {"kind": "jsn", "path": "x"}}), 1, "'jsn' is unknown"),
+        (dict(sources={"a": {"kind": "json", "file": "x"}}), 1, "unexpected keyword"),
+        (dict(max_bad_share=5.0), 1, "max_bad_share 5.0 is a share"),
+        (dict(template="fuyu_chatt"), 1, "fuyu_chat"),
+    ],
+)
+def test_mistakes_in_the_data_are_named(tmp_path, change, accumulate, says):
+    plan = build.blueprint(MODEL, NO_LORA, 0)
+    settings = RunSettings(data=dataclasses.replace(DATA, **change), accumulate=accumulate)
+    with pytest.raises(MMJaxError) as error:
+        build.train_iterator(settings, plan.processor, tmp_path)
+    assert says in str(error.value)
