@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +25,8 @@ def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | Non
     other flag is the shell's own (absl). An MMJaxError becomes ``error: ...`` on stderr and exit
     code 2, an interruption by the keyboard exit code 130; any other exception keeps its traceback.
     """
+    # Only its tokenizers are used here: that PyTorch is missing would alarm without reason.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     argv = list(sys.argv if argv is None else argv)
     sys.exit(run_guarded(lambda: _run(main, argv)))
 
@@ -56,7 +60,10 @@ def parse_args(argv: Sequence[str]) -> tuple[Any, list[str]]:
     except flags.Error as e:
         raise MMJaxError(str(e)) from e
     if FLAGS.config is None:
-        raise MMJaxError("no recipe: give one with --config=configs/<name>.py (and :argument)")
+        found = ", ".join(sorted(glob.glob("configs/[!_]*.py"))) or "none in ./configs"
+        raise MMJaxError(
+            f"no recipe: give one with --config=configs/<name>.py (and :argument); here: {found}"
+        )
     return resolve_recipe(FLAGS.config, overrides), positional[1:]
 
 
