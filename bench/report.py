@@ -18,7 +18,8 @@ times are medians over all turns after warm-up, compilation is not in them. `rat
 time over ours: above 1 mmjax is faster. `noise` is the spread of one side's medians from turn to
 turn: a ratio closer to 1 than that says nothing. `parity` is the difference of the results on the
 same weights and inputs, and a row whose parity is missing or above its bound does not count.
-"load" marks rows during which other programs used the machine.
+"load n" marks rows during which other programs kept n cores busy: those say little, torch's threads
+above all wait for each other; run them again on a quiet machine.
 """
 
 SUITES = {

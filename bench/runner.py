@@ -167,8 +167,11 @@ def _timings(case: Case, ours: Side, peer: Side | None, quick: bool) -> dict[str
     if quick:
         order = order[:3]
     turns: dict[Side, list[list[float]]] = {}
+    cpu: dict[Side, list[float]] = {}
     for side in order:
-        turns.setdefault(side, []).append(side.call("measure", **plan)["seconds"])
+        answer = side.call("measure", **plan)
+        turns.setdefault(side, []).append(answer["seconds"])
+        cpu.setdefault(side, []).append(answer["cpu"])
         if not quick:
             busy = max(busy, environment.busy_cores(0.3))
     found = {}
@@ -184,6 +187,7 @@ def _timings(case: Case, ours: Side, peer: Side | None, quick: bool) -> dict[str
         found[f"{name}_per_s"] = round(case.work / medians[name], 2)
         found[f"{name}_turns_ms"] = [round(statistics.median(t) * 1e3, 3) for t in turns[side]]
         found[f"{name}_repeats"] = len(flat)
+        found[f"{name}_cpu_ms"] = round(statistics.median(cpu[side]) * 1e3, 3)
     spreads = []
     for side_turns in turns.values():
         each = [statistics.median(t) for t in side_turns]

@@ -68,6 +68,8 @@ class Worker:
         found = Case.from_json(case)
         self.subject = self.module.SIDES[found.suite](found, folder, impl)
         threads = self._tune_threads() if found.threads == 0 else ""
+        if hasattr(self.subject, "tune"):
+            self.subject.tune()
         np.savez(outputs, **self.subject.outputs())
         for _ in range(warmup):
             self.subject.step()
@@ -82,25 +84,26 @@ class Worker:
         times = {}
         for count in sorted({1, cores or 1}, reverse=True):
             self.module.set_threads(count)
-            if hasattr(self.subject, "tune"):
-                self.subject.tune()
             self.subject.step()
-            times[count] = min(self.measure(0, 3, 3)["seconds"])
+            times[count] = min(self.measure(0, 2, 2)["seconds"])
         best = min(times, key=times.get)
         self.module.set_threads(best)
-        if hasattr(self.subject, "tune"):
-            self.subject.tune()
         return f"{best} thread{'s' if best > 1 else ''}"
 
     def measure(self, seconds: float, least: int, most: int) -> dict:
-        """Repeat for so many seconds, at least and at most so often; returns each one's seconds."""
+        """Repeat for so many seconds, at least and at most so often.
+
+        Returns each repetition's seconds by the clock, and the seconds of all cores per repetition,
+        which other programs on the machine disturb less.
+        """
         times: list[float] = []
+        cpu = time.process_time()
         end = time.perf_counter() + seconds
         while len(times) < least or (time.perf_counter() < end and len(times) < most):
             begun = time.perf_counter()
             self.subject.step()
             times.append(time.perf_counter() - begun)
-        return {"seconds": times}
+        return {"seconds": times, "cpu": (time.process_time() - cpu) / len(times)}
 
 
 if __name__ == "__main__":
