@@ -125,6 +125,12 @@ def _generate(
     token = choose(last, 0)
     done = jnp.isin(token, ends) | (jnp.arange(b) >= real)
     out = jnp.zeros((b, room - t), jnp.int32)
+    layers = None
+    if jax.default_backend() == "cpu":
+        # A scan copies each layer's weights and cache out of their stacks for every token. Taken
+        # apart once, before the loop, they are read where they lie; it costs a second copy of the
+        # weights, which a CPU has room for.
+        layers, cache = model.unstack(), cache.unstack()
 
     def going(carry):
         step, _, done, *_ = carry
@@ -134,7 +140,7 @@ def _generate(
         step, token, done, counts, out, cache = carry
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
         counts = counts + ~done
-        hidden, cache = model.decode(token, cache)
+        hidden, cache = model.decode(token, cache, layers)
         token = choose(hidden, step + 1)
         return step + 1, token, done | jnp.isin(token, ends), counts, out, cache
 

@@ -52,7 +52,12 @@ class Model(Protocol):
     def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
         """Run right-padded prompts; returns hidden states [b, t, d] and the filled cache."""
 
-    def decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+    def unstack(self) -> tuple[Any, ...]:
+        """Return the layers one by one, for ``decode`` without a scan."""
+
+    def decode(
+        self, tokens: Array, cache: Cache, layers: tuple[Any, ...] | None = None
+    ) -> tuple[Array, Cache]:
         """Run one token a row, int32[b]; returns hidden states [b, d] and the grown cache."""
 
 

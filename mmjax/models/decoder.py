@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from mmjax.nn.embed import Embed
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.mlp import MLP
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.stack import scan, stack
+from mmjax.nn.stack import scan, stack, unstack
 from mmjax.parallel.sharding import constrain
 
 
@@ -110,6 +111,7 @@ class Decoder(nnx.Module):
         k_end: Array | None = None,
         cache: Cache | None = None,
         decode: bool = False,
+        layers: Sequence[Layer] | None = None,
     ) -> tuple[Array, Cache | None]:
         """Run the layers and the final norm on embedded tokens.
 
@@ -117,6 +119,7 @@ class Decoder(nnx.Module):
             ``mmjax.ops.attention``.
         cache: when given, keys and values are written into it: all t at 0 (a prefill; the caller
             sets ``length``), or with ``decode`` the one token of each row at its ``length``.
+        layers: with ``decode``, the layers of ``unstack()`` and an unstacked cache: no scan then.
         Returns the normed hidden states [b, t, d] and the updated cache.
         """
         c = self.config
@@ -130,12 +133,24 @@ class Decoder(nnx.Module):
             )
             return self.final_norm(x), None
 
+        if layers is not None:
+            pairs = []
+            for layer, *pair in zip(layers, cache.k, cache.v, strict=True):
+                x, pair = layer(x, context, 0, tuple(pair))
+                pairs.append(pair)
+            k, v = zip(*pairs, strict=True)
+            return self.final_norm(x), Cache(k, v, cache.length + 1)
+
         def step(layer, carry, i):
             return layer(carry[0], context, i, carry[1])
 
         x, (k, v) = scan(self.layers, c.num_layers, step, (x, (cache.k, cache.v)))
         length = cache.length + 1 if decode else cache.length
         return self.final_norm(x), Cache(k, v, length)
+
+    def unstack(self) -> tuple[Layer, ...]:
+        """Return the layers one by one, for decoding without a scan."""
+        return unstack(self.layers, self.config.num_layers)
 
     def logits(self, hidden: Array) -> Array:
         """Return float32 logits [..., v] of hidden states [..., d]."""

@@ -14,11 +14,11 @@ class Cache:
 
     k, v: [l, b, k, s, h], heads before length, as ``mmjax.ops.decode`` reads them.
     length: int32[b], how many keys of a row are filled. Rows are filled from 0; what lies beyond
-    ``length`` is never attended to.
+    ``length`` is never attended to. Unstacked, k and v are tuples of l buffers [1, b, k, s, h].
     """
 
-    k: Array
-    v: Array
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
     length: Array
 
     @classmethod
@@ -27,6 +27,11 @@ class Cache:
         shape = (layers, b, heads, s, h)
         zeros = jnp.zeros((b,), jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros)
+
+    def unstack(self) -> "Cache":
+        """Return the cache with a buffer for each layer."""
+        k, v = (tuple(x[i : i + 1] for i in range(x.shape[0])) for x in (self.k, self.v))
+        return Cache(k, v, self.length)
 
 
 def write(buffer: Array, layer: Array, at: Array | None, new: Array) -> Array:

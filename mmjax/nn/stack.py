@@ -22,6 +22,12 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.split_rngs(splits=layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
+def unstack(layers: nnx.Module, count: int) -> tuple[nnx.Module, ...]:
+    """Return stacked layers as ``count`` modules, each with parameters of its own."""
+    graphdef, state = nnx.split(layers)
+    return tuple(nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(count))  # noqa: B023
+
+
 def scan(layers: nnx.Module, count: int, step: Callable, carry, *, remat: str = "none"):
     """Run ``carry = step(layer, carry, index)`` over stacked layers.
 

@@ -211,11 +211,20 @@ class Fuyu(nnx.Module):
         hidden, cache = self.decoder(self.embed(batch), batch["positions"], cache=cache)
         return hidden, Cache(cache.k, cache.v, lengths.astype(jnp.int32))
 
-    def decode(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Run one text token per row, int32[b], at the end of the cache; returns [b, d]."""
+    def decode(self, tokens: Array, cache: Cache, layers=None) -> tuple[Array, Cache]:
+        """Run one text token per row, int32[b], at the end of the cache; returns [b, d].
+
+        layers: those of ``unstack()``, beside an unstacked cache; None scans the stacked ones.
+        """
         x = self.decoder.embed(tokens[:, None])
-        hidden, cache = self.decoder(x, cache.length[:, None], cache=cache, decode=True)
+        hidden, cache = self.decoder(
+            x, cache.length[:, None], cache=cache, decode=True, layers=layers
+        )
         return hidden[:, 0], cache
+
+    def unstack(self):
+        """Return the decoder's layers one by one; see ``Decoder.unstack``."""
+        return self.decoder.unstack()
 
     def init_cache(self, b: int, s: int, dtype=None) -> Cache:
         """Return an empty cache for b rows of s tokens."""
