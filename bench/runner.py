@@ -40,7 +40,11 @@ class Side:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise BenchError(f"the {self.name} side ended without an answer to {do!r}")
+            code = self.process.wait(timeout=60)  # negative: the signal that ended it
+            raise BenchError(
+                f"the {self.name} side ended with code {code} before it answered {do!r}; its own "
+                "message stands above"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise BenchError(f"{self.name} side, {do}: {answer['error']}")
@@ -64,13 +68,12 @@ def run_cases(
     has torchvision; without one the peers that need it are left out.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for key in dict.fromkeys((c.suite, c.threads) for c in cases):
-            group = [c for c in cases if (c.suite, c.threads) == key]
-            sides = {"ours": Side("ours", cores=key[1])}
+        for (suite, cores), group in _groups(cases, quick).items():
+            sides = {"ours": Side("ours", cores=cores)}
             if peer:
-                sides["peer"] = Side("peer", cores=key[1])
-            if peer and torchvision_python and key[0] == "input":
-                sides["torchvision"] = Side("peer", python=torchvision_python, cores=key[1])
+                sides["peer"] = Side("peer", cores=cores)
+            if peer and torchvision_python and suite in ("input", "all"):
+                sides["torchvision"] = Side("peer", python=torchvision_python, cores=cores)
             try:
                 versions = {n: s.call("versions") for n, s in sides.items()}
                 where = environment.describe(versions)
@@ -79,6 +82,14 @@ def run_cases(
             finally:
                 for side in sides.values():
                     side.close()
+
+
+def _groups(cases: list[Case], quick: bool) -> dict[tuple[str, int], list[Case]]:
+    """Group cases by what shares processes: a suite and its cores, or everything when quick."""
+    groups: dict[tuple[str, int], list[Case]] = {}
+    for case in cases:
+        groups.setdefault(("all" if quick else case.suite, case.threads), []).append(case)
+    return groups
 
 
 def _run_case(case: Case, sides: dict[str, Side], folder: Path, quick: bool, where: dict):
@@ -108,7 +119,7 @@ def _row(case: Case, pair, model: Path, folder: Path, quick: bool, where: dict) 
         file = folder / f"{'ours' if side is ours else 'peer'}.npz"
         prepared[side] = side.call(
             "prepare", case=case.to_json(), folder=str(model), impl=variant, outputs=str(file),
-            warmup=1 if quick else 3,
+            warmup=1 if quick else 3, tune=not quick,
         )  # fmt: skip
         with np.load(file) as arrays:
             outputs[side] = dict(arrays)

@@ -62,13 +62,18 @@ class Worker:
         self.module.write_model(Size(**size), folder)
         return {}
 
-    def prepare(self, case: dict, folder: str, impl: str, outputs: str, warmup: int) -> dict:
-        """Build the case, write its outputs as .npz, and warm up."""
+    def prepare(
+        self, case: dict, folder: str, impl: str, outputs: str, warmup: int, tune: bool
+    ) -> dict:
+        """Build the case, write its outputs as .npz, and warm up.
+
+        tune: let the peer choose its fastest settings.
+        """
         self.subject = None  # frees the previous one first
         found = Case.from_json(case)
         self.subject = self.module.SIDES[found.suite](found, folder, impl)
-        threads = self._tune_threads() if found.threads == 0 else ""
-        if hasattr(self.subject, "tune"):
+        threads = self._tune_threads() if tune and found.threads == 0 else ""
+        if tune and hasattr(self.subject, "tune"):
             self.subject.tune()
         np.savez(outputs, **self.subject.outputs())
         for _ in range(warmup):
