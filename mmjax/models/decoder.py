@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.nn import rope
 from mmjax.nn.attention import Context, SelfAttention, rope_dims
@@ -75,7 +76,7 @@ class Layer(nnx.Module):
         out = self.attn(self.attn_norm(x), context, layer, cached)
         if cached is not None:
             out, cached = out
-        x = constrain(x + out, "batch", "length", "embed")
+        x = checkpoint_name(constrain(x + out, "batch", "length", "embed"), "attn_sum")
         x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
         return x if cached is None else (x, cached)
 
@@ -90,7 +91,7 @@ class Decoder(nnx.Module):
         dtypes: DTypes,
         rngs: nnx.Rngs,
         lora: LoRA | None = None,
-        remat: str = "none",
+        remat: str = "names",
     ):
         c = self.config = config
         self.remat, self.dtypes = remat, dtypes

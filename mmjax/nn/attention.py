@@ -64,12 +64,12 @@ class SelfAttention(nnx.Module):
 
         cached: (k, v), each [l, b, k, s, h], or None; with it also returns the updated pair.
         """
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        # Named before norm and rotation: those are cheap to compute again, a projection is not.
+        q, k, v = (checkpoint_name(a, "qkv") for a in (self.q(x), self.k(x), self.v(x)))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = constrain(rope.rotate(q, context.cos, context.sin), "batch", "length", "heads", None)
         k = rope.rotate(k, context.cos, context.sin)
-        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
         if cached is not None:
             cached = tuple(
                 kv_cache.write(buffer, layer, context.length, new)

@@ -1,5 +1,8 @@
 """Normalisation layers; statistics in float32."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -18,7 +21,30 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalise [..., d]; returns the compute dtype."""
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
+        out = _layer_norm(x.astype(jnp.float32), self.scale[...], self.bias[...], self.eps)
+        return out.astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    return _layer_norm_fwd(x, scale, bias, eps)[0]
+
+
+def _layer_norm_fwd(x, scale, bias, eps):
+    mean = x.mean(-1, keepdims=True)
+    rstd = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+    return (x - mean) * rstd * scale + bias, (x, mean, rstd, scale)
+
+
+def _layer_norm_bwd(eps, residuals, grad):
+    # By hand, because the derivative that JAX writes keeps three arrays of x's size, not one.
+    x, mean, rstd, scale = residuals
+    normed = (x - mean) * rstd
+    tokens = tuple(range(x.ndim - 1))
+    d_scale, d_bias = (grad * normed).sum(tokens), grad.sum(tokens)
+    grad = grad * scale
+    along = (grad * normed).mean(-1, keepdims=True)
+    return rstd * (grad - grad.mean(-1, keepdims=True) - normed * along), d_scale, d_bias
+
+
+_layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)

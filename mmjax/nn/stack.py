@@ -9,8 +9,9 @@ from jax import checkpoint_policies as policies
 
 # What the backward pass finds saved; everything else is computed again.
 REMAT = {
-    "none": None,  # save all: fastest, most memory
-    "names": policies.save_only_these_names("qkv", "attn_out", "attn_lse", "mlp_up"),
+    "none": None,  # save all: most memory, and its traffic costs more than the recomputation saves
+    # What matmuls and attention return, nothing else: no matmul runs twice.
+    "names": policies.save_only_these_names("qkv", "attn_out", "attn_lse", "attn_sum", "mlp_up"),
     "dots": policies.dots_with_no_batch_dims_saveable,
     "full": policies.nothing_saveable,
 }

@@ -1,10 +1,10 @@
 """Blockwise attention in plain XLA: the reference, and the path for CPUs.
 
-Queries are cut into static chunks and keys into static slabs; a slab that causality hides is never
-computed. The softmax is the online one (Milakov & Gimelshein 2018; Dao 2022), and the backward
+Queries are cut into static chunks, each against the keys that causality leaves it. The backward
 pass recomputes the probabilities from the saved log-sum-exp, so memory is O(t) in both directions.
-Long sequences run the same block functions inside ``lax`` loops whose bounds come from the ranges:
-compile time stays flat, and slabs outside every range are skipped.
+Long sequences also cut the keys, with the online softmax (Milakov & Gimelshein 2018; Dao 2022),
+inside ``lax`` loops whose bounds come from the ranges: compile time stays flat, and blocks outside
+every range are skipped.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 BLOCK_Q = 128
-BLOCK_K = 1024
+BLOCK_K = 512  # in loops; an unrolled chunk of queries takes all its keys in one block
 # On a CPU, rows (one kv head of one sample) are taken a few at a time, so that a block of scores
 # stays in the cache between its matmuls: 2 to 3 times faster than all rows at once.
 CPU_BLOCK_BYTES = 2**20
@@ -32,7 +32,9 @@ def flash_attention(q, k, v, ranges, alibi_slopes, *, causal: bool, scale: float
     qr = qr.reshape(b * kv, n // kv, t, h)
     kr, vr = (x.transpose(0, 2, 1, 3).reshape(b * kv, s, h) for x in (k, v))
     if ranges is not None:
-        ranges = tuple(jnp.repeat(r, kv, axis=0) for r in ranges)
+        start, end = (jnp.repeat(r, kv, axis=0) for r in ranges)
+        # Two comparisons per score instead of three: with ranges, causality is part of them.
+        ranges = (start, jnp.minimum(end, jnp.arange(1, t + 1)) if causal else end)
     slopes = None if alibi_slopes is None else jnp.tile(alibi_slopes.reshape(kv, -1), (b, 1))
     out = _flash(qr, kr, vr, ranges, slopes, causal)
     return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
@@ -64,7 +66,8 @@ _flash.defvjp(_flash_fwd, _flash_bwd)
 def _few_rows(fn, args):
     """Call ``fn(*args)`` on all rows, or on a CPU on as many at a time as the cache holds."""
     rows, groups, t = args[0].shape[:3]
-    block = groups * min(BLOCK_Q, t) * min(BLOCK_K, args[1].shape[1]) * 4
+    keys = args[1].shape[1]
+    block = groups * min(BLOCK_Q, t) * (keys if keys <= UNROLL_LIMIT else BLOCK_K) * 4
     few = max(1, CPU_BLOCK_BYTES // block)
     few = max(n for n in range(1, min(few, rows) + 1) if rows % n == 0)
     if jax.default_backend() != "cpu" or few == rows:
@@ -80,19 +83,25 @@ def _few_rows(fn, args):
 def _scores(q, k, ranges, slopes, i0, j0, causal):
     """Return float32 scores [r, g, bq, bk] of the block at (i0, j0), -inf where hidden."""
     s = jnp.einsum("rgqh,rsh->rgqs", q, k, preferred_element_type=jnp.float32)
-    bq, bk = s.shape[-2:]
-    i, j = i0 + jnp.arange(bq)[:, None], j0 + jnp.arange(bk)[None]
+    i, j = i0 + jnp.arange(q.shape[2])[:, None], j0 + jnp.arange(k.shape[1])[None]
     if slopes is not None:
         s -= slopes[:, :, None, None] * (i - j).astype(jnp.float32)
-    seen = None
-    if causal and not (isinstance(i0, int) and isinstance(j0, int) and j0 + bk <= i0 + 1):
-        seen = j <= i
     if ranges is not None:
-        start, end = ranges
-        inside = (j >= start[:, :, None]) & (j < end[:, :, None])
-        seen = inside if seen is None else seen & inside
-        seen = seen[:, None]
+        ranges = tuple(r[:, None, :, None] for r in ranges)
+    seen = _seen(i, j, ranges, causal and _may_hide(i0, j0, k.shape[1]))
     return s if seen is None else jnp.where(seen, s, -jnp.inf)
+
+
+def _may_hide(i0, j0, bk):
+    """Tell whether causality may hide any of the keys [j0, j0 + bk) from the query i0."""
+    return not (isinstance(i0, int) and isinstance(j0, int) and j0 + bk <= i0 + 1)
+
+
+def _seen(i, j, ranges, causal):
+    """Return which pairs of query i and key j see each other, or None if all do."""
+    if ranges is None:
+        return j <= i if causal else None
+    return (j >= ranges[0]) & (j < ranges[1])
 
 
 def _finite(m):
@@ -129,24 +138,31 @@ def _finish(carry, dtype):
 
 
 def _backward_block(q, k, v, ranges, slopes, lse, delta, grad, i0, j0, causal):
-    """Return (dq, dk, dv) of one block, in float32."""
-    s = _scores(q, k, ranges, slopes, i0, j0, causal)
-    p = jnp.exp(s - lse[..., None])
-    dp = jnp.einsum("rgqh,rsh->rgqs", grad, v, preferred_element_type=jnp.float32)
-    ds = (p * (dp - delta[..., None])).astype(q.dtype)
+    """Return (dq, dk, dv) of one block, in float32.
+
+    Everything [t, s] is kept as [s, t]: then each of the five matmuls reads its operands as they
+    lie, and only the small ones (k, dq) are ever transposed.
+    """
     f32 = jnp.float32
-    dv = jnp.einsum("rgqs,rgqh->rsh", p.astype(q.dtype), grad, preferred_element_type=f32)
-    dq = jnp.einsum("rgqs,rsh->rgqh", ds, k, preferred_element_type=f32)
-    dk = jnp.einsum("rgqs,rgqh->rsh", ds, q, preferred_element_type=f32)
-    return dq, dk, dv
+    s = jnp.einsum("rsh,rgqh->rsgq", k, q, preferred_element_type=f32)
+    i = i0 + jnp.arange(q.shape[2])[None, None]
+    j = j0 + jnp.arange(k.shape[1])[:, None, None]
+    if slopes is not None:
+        s -= slopes[:, None, :, None] * (i - j).astype(f32)
+    if ranges is not None:
+        ranges = tuple(r[:, None, None] for r in ranges)
+    seen = _seen(i, j, ranges, causal and _may_hide(i0, j0, k.shape[1]))
+    s = s if seen is None else jnp.where(seen, s, -jnp.inf)
+    p = jnp.exp(s - lse[:, None])
+    dp = jnp.einsum("rsh,rgqh->rsgq", v, grad, preferred_element_type=f32)
+    ds = (p * (dp - delta[:, None])).astype(q.dtype)
+    dv = jnp.einsum("rsgq,rgqh->rsh", p.astype(q.dtype), grad, preferred_element_type=f32)
+    dk = jnp.einsum("rsgq,rgqh->rsh", ds, q, preferred_element_type=f32)
+    dq = jnp.einsum("rhs,rsgq->rhgq", k.swapaxes(1, 2), ds, preferred_element_type=f32)
+    return dq.transpose(0, 2, 3, 1), dk, dv
 
 
 # --- All blocks --------------------------------------------------------------------------------
-
-
-def _blocks(q, k):
-    t, s = q.shape[2], k.shape[1]
-    return min(BLOCK_Q, t), min(BLOCK_K, s), t, s
 
 
 def _rows(ranges, i0, bq):
@@ -156,19 +172,15 @@ def _rows(ranges, i0, bq):
 
 
 def _forward(q, k, v, ranges, slopes, causal):
-    bq, bk, t, s = _blocks(q, k)
+    t, s = q.shape[2], k.shape[1]
     if max(t, s) > UNROLL_LIMIT and t > 1:
         return _forward_loop(q, k, v, ranges, slopes, causal)
     outs, lses = [], []
-    for i0 in range(0, t, bq):
-        i1 = min(i0 + bq, t)
-        qi, ri = q[:, :, i0:i1], _rows(ranges, i0, i1 - i0)
-        carry = None
-        for j0 in range(0, min(s, i1) if causal else s, bk):
-            j1 = min(j0 + bk, s, i1 if causal else s)
-            block = (qi, k[:, j0:j1], v[:, j0:j1], ri, slopes, i0, j0, causal)
-            carry = _first_block(*block) if carry is None else _forward_block(*block, carry)
-        out, lse = _finish(carry, q.dtype)
+    for i0 in range(0, t, BLOCK_Q):
+        i1 = min(i0 + BLOCK_Q, t)
+        stop = min(s, i1) if causal else s
+        block = (q[:, :, i0:i1], k[:, :stop], v[:, :stop], _rows(ranges, i0, i1 - i0))
+        out, lse = _finish(_first_block(*block, slopes, i0, 0, causal), q.dtype)
         outs.append(out)
         lses.append(lse)
     return jnp.concatenate(outs, 2), jnp.concatenate(lses, 2)
@@ -176,30 +188,20 @@ def _forward(q, k, v, ranges, slopes, causal):
 
 def _backward(q, k, v, ranges, slopes, out, lse, grad, causal):
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), -1)
-    bq, bk, t, s = _blocks(q, k)
+    t, s = q.shape[2], k.shape[1]
     if max(t, s) > UNROLL_LIMIT:
         return _backward_loop(q, k, v, ranges, slopes, lse, delta, grad, causal)
     dqs, dk, dv = [], None, None
     # From the last chunk of queries to the first: the first one touched sees every key, so the
     # later, shorter ones are added into a prefix of what is there.
-    for i0 in reversed(range(0, t, bq)):
-        i1 = min(i0 + bq, t)
-        rows = slice(i0, i1)
-        qi, ri = q[:, :, rows], _rows(ranges, i0, i1 - i0)
-        dq, dks, dvs = 0.0, [], []
-        stop = min(s, i1) if causal else s
-        for j0 in range(0, stop, bk):
-            j1 = min(j0 + bk, stop)
-            dq_j, dk_j, dv_j = _backward_block(
-                qi, k[:, j0:j1], v[:, j0:j1], ri, slopes,
-                lse[:, :, rows], delta[:, :, rows], grad[:, :, rows], i0, j0, causal,
-            )  # fmt: skip
-            dq = dq + dq_j
-            dks.append(dk_j)
-            dvs.append(dv_j)
+    for i0 in reversed(range(0, t, BLOCK_Q)):
+        rows = slice(i0, min(i0 + BLOCK_Q, t))
+        stop = min(s, rows.stop) if causal else s
+        dq, dk_i, dv_i = _backward_block(
+            q[:, :, rows], k[:, :stop], v[:, :stop], _rows(ranges, i0, rows.stop - i0), slopes,
+            lse[:, :, rows], delta[:, :, rows], grad[:, :, rows], i0, 0, causal,
+        )  # fmt: skip
         dqs.append(dq)
-        dk_i = dks[0] if len(dks) == 1 else jnp.concatenate(dks, 1)
-        dv_i = dvs[0] if len(dvs) == 1 else jnp.concatenate(dvs, 1)
         if dk is None:
             tail = ((0, 0), (0, s - stop), (0, 0))
             dk, dv = jnp.pad(dk_i, tail), jnp.pad(dv_i, tail)
@@ -220,15 +222,14 @@ def _pad_to(x, size, axis, value=0):
 
 def _loop_setup(q, k, v, ranges, causal):
     """Pad to whole blocks and return them with each query block's first and last key block."""
-    bq, _, t, s = _blocks(q, k)
-    bk = min(512, s)
+    t, s = q.shape[2], k.shape[1]
+    bq, bk = min(BLOCK_Q, t), min(BLOCK_K, s)
     tp, sp = -(-t // bq) * bq, -(-s // bk) * bk
     b = q.shape[0]
     if ranges is None:
-        ranges = (jnp.zeros((b, t), jnp.int32), jnp.full((b, t), s, jnp.int32))
+        end = jnp.arange(1, t + 1) if causal else jnp.full(t, s)
+        ranges = (jnp.zeros((b, t), jnp.int32), jnp.broadcast_to(end, (b, t)).astype(jnp.int32))
     start, end = (_pad_to(r, tp, 1) for r in ranges)  # padded queries: empty range [0, 0)
-    if causal:
-        end = jnp.minimum(end, jnp.arange(1, tp + 1)[None])
     seen = start < end
     lo = jnp.where(seen, start, sp).reshape(b, tp // bq, bq).min((0, 2)) // bk
     hi = -(-jnp.where(seen, end, 0).reshape(b, tp // bq, bq).max((0, 2)) // bk)

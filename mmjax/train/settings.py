@@ -29,7 +29,7 @@ class ModelSettings:
     param_dtype: str = "float32"
     frozen_dtype: str = "bfloat16"
     dtype: str = "bfloat16"
-    remat: str = "none"
+    remat: str = "names"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,7 +153,7 @@ class Fuyu(nnx.Module):
         rngs: nnx.Rngs,
         dtypes: DTypes = DTypes(),  # noqa: B008
         lora: LoRA | None = None,
-        remat: str = "none",
+        remat: str = "names",
     ):
         self.config = config
         self.decoder = Decoder(config.decoder, dtypes=dtypes, rngs=rngs, lora=lora, remat=remat)
