@@ -44,5 +44,8 @@ def write(buffer: Array, layer: Array, at: Array | None, new: Array) -> Array:
         return jax.lax.dynamic_update_slice(buffer, new[None], (layer, 0, 0, 0, 0))
     if new.shape[2] != 1:
         raise ValueError(f"decoding writes one key a row, got {new.shape[2]}")
-    # One scatter: an update for each row makes XLA's CPU backend copy the buffer between them.
-    return buffer.at[layer, jnp.arange(new.shape[0]), :, at].set(new[:, :, 0])
+    # One scatter of single heads: XLA's CPU backend would turn fewer, larger updates into dynamic
+    # slices, and copy the buffer for each of them.
+    rows, heads = jnp.arange(new.shape[0])[:, None], jnp.arange(new.shape[1])
+    to = buffer.at[layer, rows, heads, at[:, None]]
+    return to.set(new[:, :, 0], mode="promise_in_bounds")
