@@ -3,6 +3,7 @@
     python -m bench                                  everything, beside torch
     python -m bench --suite train --out bench/results/train.jsonl
     python -m bench --report bench/results/*.jsonl   write the document from raw rows again
+    python -m bench.convert                          conversions: memory and time
 
 The document is written only by a full run or by --report.
 """
@@ -48,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = ROOT / "docs" / "benchmarks.md"
     if args.report:
         rows = [json.loads(line) for f in args.report for line in f.read_text().splitlines()]
-        report.write(rows, _command(rows), _short(args.report[0]), document)
-        report.print_table(rows)
+        raw = "`, `".join(str(_short(file)) for file in args.report)
+        report.write(rows, _command(rows), raw, document)
+        report.print_table([r for r in rows if r["suite"] != "convert"])
         return 0
     from bench.runner import run_cases
 
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("  ".join(report.table([row])[1]), file=sys.stderr, flush=True)
     report.print_table(rows)
     if peer and not args.quick and not args.case and set(args.suites) == set(SUITES):
-        report.write(rows, _command(rows), _short(args.out), document)
+        report.write(rows, _command(rows), str(_short(args.out)), document)
         print(f"wrote {_short(document)} and {_short(args.out)}")
     return int(any(r["parity_ok"] is False for r in rows))
 

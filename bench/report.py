@@ -51,6 +51,15 @@ SUITES = {
 }
 
 
+CONVERT = """## Conversion
+
+`python -m bench.convert`: a checkpoint in the hub's layout with random bfloat16 weights, converted
+by `convert_weights.to_jax` and written back by `convert_weights.to_hf`, each in a process of its
+own. Peak is the resident memory that the kernel reports for that process, mapped files included.
+*Changed* counts tensors that came back with any bit different. There is no peer here.
+"""
+
+
 def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return the cells of a table, header first."""
     return [HEADER, *map(_cells, rows)]
@@ -85,6 +94,21 @@ def _rate(value: float | None) -> str:
     return format(value, ",.0f" if value >= 1000 else ".4g")
 
 
+def convert_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of conversions."""
+    head = ("layers", "parameters", "checkpoint", "to_jax", "peak", "to_hf", "peak", "changed")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in rows:
+        there, back = r["to_jax"], r["to_hf"]
+        cells = (
+            r["layers"], f"{r['parameters']:,}", f"{r['checkpoint_gb']} GB",
+            f"{there['seconds']} s", f"{there['peak_gb']} GB",
+            f"{back['seconds']} s", f"{back['peak_gb']} GB", len(r["changed"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as one aligned table."""
     cells = table(rows)
@@ -95,6 +119,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def markdown(rows: Sequence[dict[str, Any]], command: str, raw: str) -> str:
     """Return docs/benchmarks.md for the rows of one or several runs."""
+    conversions = [r for r in rows if r["suite"] == "convert"]
+    rows = [r for r in rows if r["suite"] != "convert"]
     parts = [INTRO.format(command=command, raw=raw)]
     if any(r["quick"] for r in rows):
         parts.append("**These rows are of a `--quick` run: toy sizes, no statement on speed.**\n")
@@ -110,6 +136,8 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, raw: str) -> str:
             *_about(some),
             "\n".join(lines) + "\n",
         ]
+    if conversions:
+        parts += [CONVERT, "\n".join(convert_table(conversions)) + "\n"]
     parts += [_missed(rows), _environment(rows), _not_measured(rows)]
     return "\n".join(p for p in parts if p)
 
@@ -184,6 +212,6 @@ def _not_measured(rows: Sequence[dict[str, Any]]) -> str:
     return "## Not measured\n\n" + "\n".join(f"- {m}" for m in missing) + "\n"
 
 
-def write(rows: Sequence[dict[str, Any]], command: str, raw: Path, file: Path) -> None:
+def write(rows: Sequence[dict[str, Any]], command: str, raw: str, file: Path) -> None:
     """Write docs/benchmarks.md."""
-    file.write_text(markdown(rows, command, str(raw)))
+    file.write_text(markdown(rows, command, raw))
