@@ -41,9 +41,8 @@ PIECE = 2**26
 class RandomWeights:
     """Parameters as a Reader: slices of one block of random numbers, made when they are read."""
 
-    files: list[Path] = []
-
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self.files: list[Path] = []
         self.shapes = shapes
         draws = np.random.default_rng(0).standard_normal(BLOCK, np.float32) * 0.02
         self.block = draws.astype(ml_dtypes.bfloat16)
