@@ -1,11 +1,14 @@
 """Generation: with the cache as without, batched as alone."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.generate.loop import Generator, bucket
+from mmjax.generate.loop import Generator, _generate, bucket, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.types import MMJaxError
 from tests import tiny
@@ -50,6 +53,26 @@ def test_cached_equals_uncached_and_batched_equals_single(model):
         alone = generate(params, [example], 12, rows=4)[0]
         assert tokens.tolist() == alone.tolist()
     assert batched[0].tolist() == greedy_without_cache(model, examples()[0], 12)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_decoding_on_a_cpu_copies_no_cache(model, rows):
+    """Every step would read and write the whole cache once more; one row did, four times."""
+    graphdef, params = nnx.split(model)
+    batch, lengths = pad_batch(examples()[:rows])
+    draws = (jax.random.key(0), np.zeros(rows, np.int32))
+    room = bucket(batch["tokens"].shape[1] + 4)
+    text = (
+        _generate.lower(
+            graphdef, params, batch, lengths, draws, jnp.int32(4), rows, (), Sampling(), room, None
+        )
+        .compile()
+        .as_text()
+    )
+    c = model.config.decoder
+    buffer = rf"f32\[1,{rows},{c.num_kv_heads},{room},{c.head_dim}\]"
+    assert len(re.findall(rf"= {buffer}\S* get-tuple-element\(", text)) >= 2 * c.num_layers
+    assert not re.findall(rf"= {buffer}\S* copy\(", text)
 
 
 def test_a_row_stops_at_the_end_token_and_the_others_go_on(model):

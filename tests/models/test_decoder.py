@@ -108,6 +108,18 @@ def test_remat_changes_neither_values_nor_gradients():
             np.testing.assert_allclose(grads[name], grad, atol=1e-5 * scale, err_msg=name)
 
 
+def test_remat_by_names_runs_no_matmul_twice():
+    def matmuls(remat):
+        graphdef, params = decoder(remat=remat)
+
+        def loss(params):
+            return jnp.sum(nnx.merge(graphdef, params)(stream(), POSITIONS)[0] ** 2)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+    assert matmuls("names") == matmuls("none") < matmuls("full")
+
+
 def test_an_unknown_remat_policy_is_named():
     with pytest.raises(ValueError, match=r"'most' is unknown; one of none, names, dots, full"):
         forward(decoder(remat="most"), stream(), POSITIONS)
