@@ -12,7 +12,7 @@ the rest of ``mmjax.data`` is numpy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,17 @@ import numpy as np
 
 from mmjax.data.mixture import Mixture
 from mmjax.data.packing import BatchBuilder, BatchShape
-from mmjax.data.resizing import at_resolution, check_resolutions, draw_resolution
+from mmjax.data.resizing import (
+    Resolutions,
+    at_resolution,
+    draw_resolution,
+    list_resolutions,
+    squash_first,
+)
 from mmjax.data.skips import Skip, SkipLog
 from mmjax.data.sources import Source
-from mmjax.data.templates import Template, get_template
-from mmjax.types import BadSample, Batch, Example, MMJaxError
+from mmjax.data.templates import Template, fuyu_chat, fuyu_legacy_otter, get_template
+from mmjax.types import BadSample, Batch, Example, MMJaxError, Record
 
 _FLUSH = 256  # bad samples after which a batch goes out, however full, to have them counted
 _LOOKAHEAD = 8  # samples set aside for the next batch before this one counts as full
@@ -43,7 +49,8 @@ def make_train_iterator(
     seed: int = 0,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     epochs: int | None = None,
-    resolutions: Sequence[int | None] | None = None,
+    resolutions: Resolutions | None = None,
+    legacy_otter: bool = False,
     pack: bool = True,
     process_index: int = 0,
     process_count: int = 1,
@@ -59,7 +66,8 @@ def make_train_iterator(
     template: a name or a function; processor: has ``encode(segments, images, max_tokens=)``.
     seq_len, max_patches, max_targets: what one row holds; batch_size: rows of this process.
     epochs: how often each source is gone through (None: for ever). resolutions: longest sides to
-    draw from for each sample (images are only reduced). pack: False gives every sample its own
+    draw from for each sample (images are only reduced). legacy_otter: OtterHD's own way, which
+    ``legacy_loading`` describes. pack: False gives every sample its own
     row. num_workers: processes that read and pack, each its own batches; 0 packs in this process.
     read_threads: threads a worker reads with (for slow disks). prefetch: batches made ahead, by
     every worker, or by a thread where there are none. max_bad_share, min_bad_samples: see
@@ -68,10 +76,13 @@ def make_train_iterator(
     """
     if not 0 <= process_index < process_count:
         raise MMJaxError(f"process_index {process_index} of process_count {process_count}")
-    check_resolutions(resolutions)
     mixture = Mixture.of(sources, weights)
     shape = BatchShape(batch_size, seq_len, max_patches, max_targets)
-    load = LoadExample(mixture, get_template(template), processor, shape, seed, resolutions)
+    sides = list_resolutions(resolutions)
+    lay_out, resize = get_template(template), at_resolution
+    if legacy_otter:
+        lay_out, resize = legacy_loading(lay_out, sides)
+    load = LoadExample(mixture, lay_out, processor, shape, seed, sides, resize)
     draws = draw_records(mixture, seed, epochs)[process_index::process_count]
     reading = grain.ReadOptions(
         num_threads=read_threads, prefetch_buffer_size=4 * read_threads if read_threads else 0
@@ -95,7 +106,8 @@ def make_train_iterator(
         "epochs": epochs,
         "pack": pack,
         "shape": list(dataclasses.astuple(shape)),
-        "resolutions": None if resolutions is None else list(resolutions),
+        "resolutions": None if sides is None else list(sides),
+        "legacy_otter": legacy_otter,
         "sources": {
             name: [len(source), weight]
             for name, source, weight in zip(
@@ -104,6 +116,28 @@ def make_train_iterator(
         },
     }
     return TrainIterator(iter(dataset), SkipLog(path, max_bad_share, min_bad_samples), fixed)
+
+
+def legacy_loading(
+    template: Template, resolutions: tuple[int | None, ...] | None
+) -> tuple[Template, Callable[[Record, int], Record]]:
+    """Return the template and the resizing of OtterHD's own code, behind ``legacy_otter``.
+
+    ``templates.fuyu_legacy_otter`` and ``resizing.squash_first`` say what they do and why. Raises
+    MMJaxError where another template is asked for, or a size that is no square's.
+    """
+    if template is not fuyu_chat:
+        raise MMJaxError(
+            f"legacy_otter reproduces OtterHD's training, whose template is 'fuyu_chat', not "
+            f"{getattr(template, '__name__', template)!r}; set template to it, or legacy_otter to "
+            "False"
+        )
+    if not resolutions or None in resolutions:
+        raise MMJaxError(
+            f"legacy_otter squashes every picture to a square, and resolutions is {resolutions}; "
+            "give its sides, such as (448, 512, 768)"
+        )
+    return fuyu_legacy_otter, squash_first
 
 
 def draw_records(mixture: Mixture, seed: int, epochs: int | None = None) -> grain.MapDataset:
@@ -136,7 +170,8 @@ class LoadExample:
     processor: Any
     shape: BatchShape
     seed: int
-    resolutions: Sequence[int | None] | None = None
+    resolutions: tuple[int | None, ...] | None = None  # of ``list_resolutions``
+    resize: Callable[[Record, int | None], Record] = at_resolution
 
     def __call__(self, draw: tuple[int, int, int]) -> Example | Skip:
         source, index, epoch = draw
@@ -145,7 +180,7 @@ class LoadExample:
             record = self.mixture.sources[source][index]
             if self.resolutions:
                 rng = np.random.default_rng((self.seed, source, index, epoch))
-                record = at_resolution(record, draw_resolution(self.resolutions, rng))
+                record = self.resize(record, draw_resolution(self.resolutions, rng))
             segments = self.template(record)
             example = self.processor.encode(segments, record.images, max_tokens=self.shape.seq_len)
             self.shape.check(example)

@@ -7,7 +7,9 @@ name. Labels are decided here and nowhere else: a token is a target exactly when
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 
 from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
@@ -17,6 +19,36 @@ IMAGE_MARK = "<image>"
 Template = Callable[[Record], list[Segment]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """The words of a dialogue format; <answer> and <eos> are the tokenizer's own marks.
+
+    question: what stands before a question; prompt: between it and <answer>. images_inside: the
+    images that open the prompt stand behind the first ``question`` text instead of before <bos>,
+    and ``after_images`` closes them. eos_after_question: so does Idefics. between: before every
+    turn but the first.
+    """
+
+    question: str
+    prompt: str
+    images_inside: bool = False
+    after_images: str = ""
+    eos_after_question: bool = False
+    between: str = ""
+
+
+# The formats of Otter's pipeline/mimicit_utils/mimicit_dataset.py (process_text_formatting). Its
+# <answer> is the tokenizer's begin-of-answer token here, <|endofchunk|> and <end_of_utterance> are
+# <eos>, and <fake_token_around_image> is left out: Fuyu closes an image by its row ends.
+FUYU = Dialogue("User:", " Assistant:")
+FUYU_SPACED = Dialogue("User: ", " Assistant:")
+SIMPLE = Dialogue("User:", " GPT:")
+LLAMA2 = Dialogue("[INST]", "[/INST]", images_inside=True, after_images="\n")
+IDEFICS = Dialogue(
+    "User:", "\nAssistant:", images_inside=True, eos_after_question=True, between="\n"
+)
+
+
 def fuyu_chat(record: Record) -> list[Segment]:
     """Lay a conversation out for training, as OtterHD does: every answer and its eos is a target.
 
@@ -24,13 +56,7 @@ def fuyu_chat(record: Record) -> list[Segment]:
     that open the prompt. A system message is a line of its own before the first turn. Raises
     BadSample ``empty_answer`` (also when there is no answer at all) and ``image_count``.
     """
-    if not record.messages or record.messages[-1].role != "assistant":
-        raise BadSample(
-            "empty_answer",
-            f"{_name(record)}: the conversation does not end with an assistant turn, so there is "
-            "nothing to train on; use the template 'fuyu_prompt' for inference",
-        )
-    return _fuyu(record, record.messages, supervised=True)
+    return _chat(record, FUYU)
 
 
 def fuyu_prompt(record: Record) -> list[Segment]:
@@ -38,12 +64,54 @@ def fuyu_prompt(record: Record) -> list[Segment]:
 
     Ends with the <answer> token; a conversation that already ends with the user is taken whole.
     """
-    messages = record.messages
-    if messages and messages[-1].role == "assistant":
-        messages = messages[:-1]
-    if not messages or messages[-1].role != "user":
-        raise BadSample("bad_record", f"{_name(record)}: there is no question to answer")
-    return _fuyu(record, messages, supervised=False)
+    return _prompt(record, FUYU)
+
+
+def fuyu_spaced_chat(record: Record) -> list[Segment]:
+    """Lay out as ``fuyu_chat`` with a space before the question: ``User: {q} Assistant:``."""
+    return _chat(record, FUYU_SPACED)
+
+
+def fuyu_spaced_prompt(record: Record) -> list[Segment]:
+    """Lay out a prompt as OtterHD's benchmarks and demos ask: ``User: {q} Assistant:`` <answer>.
+
+    The peer's training has no such space (benchmarks/models/otterhd.py against
+    mimicit_dataset.py); ask a model the way it was trained.
+    """
+    return _prompt(record, FUYU_SPACED)
+
+
+def simple_chat(record: Record) -> list[Segment]:
+    """Lay out Otter's simple format: ``User:{q} GPT:`` <answer> ``{a}`` <eos>."""
+    return _chat(record, SIMPLE)
+
+
+def simple_prompt(record: Record) -> list[Segment]:
+    """Lay out what stands before the last answer of ``simple_chat``, no targets."""
+    return _prompt(record, SIMPLE)
+
+
+def llama2_chat(record: Record) -> list[Segment]:
+    """Lay out ``[INST]{q}[/INST]`` <answer> ``{a}`` <eos>, images and a line end behind [INST]."""
+    return _chat(record, LLAMA2)
+
+
+def llama2_prompt(record: Record) -> list[Segment]:
+    """Lay out what stands before the last answer of ``llama2_chat``, no targets."""
+    return _prompt(record, LLAMA2)
+
+
+def idefics_chat(record: Record) -> list[Segment]:
+    """Lay out ``User:{images}{q}`` <eos>, then on a new line ``Assistant:`` <answer> ``{a}`` <eos>.
+
+    The <eos> behind the question is no target.
+    """
+    return _chat(record, IDEFICS)
+
+
+def idefics_prompt(record: Record) -> list[Segment]:
+    """Lay out what stands before the last answer of ``idefics_chat``, no targets."""
+    return _prompt(record, IDEFICS)
 
 
 def plain(record: Record) -> list[Segment]:
@@ -60,11 +128,58 @@ def plain(record: Record) -> list[Segment]:
     return segments
 
 
+def fuyu_legacy_otter(record: Record) -> list[Segment]:
+    """Lay out ``fuyu_chat`` with the faults of OtterHD's own code, for its published numbers.
+
+    Text loses its symbols (``strip_symbols``). Answers but the last have no <eos>. Targets are what
+    ``get_labels`` of Otter's src/otter_ai/models/fuyu/processing_fuyu.py takes, the tokens behind
+    the first <answer> up to and with the second, and the last <eos>: with several turns that is the
+    first answer, then the second *question*; no later answer is ever learnt. A single turn comes
+    out as in ``fuyu_chat``, symbols aside.
+    """
+    _need_answer(record)
+    stripped = tuple(
+        m if m.role == "system" else dataclasses.replace(m, text=strip_symbols(m.text))
+        for m in record.messages
+    )
+    record = dataclasses.replace(record, messages=stripped)
+    front, turns = _place_images(record, record.messages)
+    segments = [*front, Segment("special", "bos")]
+    answers = 0
+    for message, parts in zip(record.messages, turns, strict=True):
+        if message.role == "system":
+            segments += [*parts, Segment("text", "\n")]
+            continue
+        if message.role == "assistant":
+            answers += 1
+            segments += _answer(record, message, supervised=answers == 1)[:1]
+            continue
+        turn = [Segment("text", "User:"), *parts, Segment("text", " Assistant:")]
+        turn.append(Segment("special", "answer"))
+        segments += [dataclasses.replace(s, loss=answers == 1 and s.kind != "image") for s in turn]
+    return _join_text([*segments, Segment("special", "eos", True)])
+
+
+def strip_symbols(text: str) -> str:
+    """Remove all but letters, digits, white space and ``.,?!()"'``, as Otter did by default.
+
+    Reproduces ``pre_question`` and ``pre_answer`` of Otter's
+    pipeline/mimicit_utils/mimicit_dataset.py without ``--keep_symbols``: code, formulas, dates
+    and markdown are damaged, and every run of white space becomes one space. Image marks stay.
+    """
+    parts = (re.sub(r"[^\w\s.,?!()\"']", "", part) for part in text.split(IMAGE_MARK))
+    return IMAGE_MARK.join(re.sub(r"\s{2,}", " ", part).strip(" \n") for part in parts)
+
+
 TEMPLATES: dict[str, Template] = {
-    "fuyu_chat": fuyu_chat,
-    "fuyu_prompt": fuyu_prompt,
-    "plain": plain,
+    template.__name__: template
+    for template in (
+        *(fuyu_chat, fuyu_prompt, fuyu_spaced_chat, fuyu_spaced_prompt, fuyu_legacy_otter),
+        *(simple_chat, simple_prompt, llama2_chat, llama2_prompt, idefics_chat, idefics_prompt),
+        plain,
+    )
 }
+"""Every template by its name: ``*_chat`` to train on, ``*_prompt`` to generate from."""
 
 
 def get_template(name: str | Template) -> Template:
@@ -78,19 +193,59 @@ def get_template(name: str | Template) -> Template:
     return TEMPLATES[name]
 
 
-def _fuyu(record: Record, messages: tuple[Message, ...], supervised: bool) -> list[Segment]:
-    """Write messages out in the Fuyu dialogue format; a last user turn ends with <answer>."""
+def _chat(record: Record, words: Dialogue) -> list[Segment]:
+    """Write a whole conversation out, every answer a target."""
+    _need_answer(record)
+    return _dialogue(record, record.messages, words, supervised=True)
+
+
+def _prompt(record: Record, words: Dialogue) -> list[Segment]:
+    """Write out what stands before the last answer."""
+    messages = record.messages
+    if messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1].role != "user":
+        raise BadSample("bad_record", f"{_name(record)}: there is no question to answer")
+    return _dialogue(record, messages, words, supervised=False)
+
+
+def _need_answer(record: Record) -> None:
+    if not record.messages or record.messages[-1].role != "assistant":
+        raise BadSample(
+            "empty_answer",
+            f"{_name(record)}: the conversation does not end with an assistant turn, so there is "
+            "nothing to train on; use the template 'fuyu_prompt' for inference",
+        )
+
+
+def _dialogue(
+    record: Record, messages: tuple[Message, ...], words: Dialogue, supervised: bool
+) -> list[Segment]:
+    """Write messages out in a format; a last user turn ends with <answer>."""
     front, turns = _place_images(record, messages)
-    segments = [*front, Segment("special", "bos")]
+    segments = [] if words.images_inside else front
+    opening = front if words.images_inside else []
+    segments = [*segments, Segment("special", "bos")]
+    asked = False
     for message, parts in zip(messages, turns, strict=True):
         if message.role == "system":
             segments += [*parts, Segment("text", "\n")]
         elif message.role == "user":
-            segments += [Segment("text", "User:"), *parts, Segment("text", " Assistant:")]
-            segments.append(Segment("special", "answer"))
+            segments.append(Segment("text", words.between * asked + words.question))
+            segments += _close_images([*opening, *parts], words.after_images)
+            opening, asked = [], True
+            if words.eos_after_question:
+                segments.append(Segment("special", "eos"))
+            segments += [Segment("text", words.prompt), Segment("special", "answer")]
         else:
             segments += _answer(record, message, supervised)
     return _join_text(segments)
+
+
+def _close_images(parts: list[Segment], text: str) -> list[Segment]:
+    """Put a text behind the images that a turn begins with."""
+    images = next((i for i, part in enumerate(parts) if part.kind != "image"), len(parts))
+    return [*parts[:images], *([Segment("text", text)] if images and text else []), *parts[images:]]
 
 
 def _answer(record: Record, message: Message, supervised: bool) -> list[Segment]:

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mmjax.data.resizing import at_resolution
 from mmjax.evals.pictures import picture_size, save_picture
 from mmjax.evals.results import (
     blind_baselines,
@@ -148,7 +149,9 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
                 return None
             mine += _ask_batch(task, source, batch, resolution, generate_fn)
         rows += mine
-        side = min(resolution, native) if resolution and native else resolution or native
+        side = resolution or native
+        if resolution and native and not task.enlarge:
+            side = min(resolution, native)
         unreadable = sum("error" in r for r in mine)
         entries[key] = {
             **summarise(mine),
@@ -186,6 +189,8 @@ def _ask_batch(
         except BadSample as e:
             rows[index] = _row(task, index, None, resolution) | {"error": str(e)}
     asked = [ask(task, r) for r in records.values()]
+    if task.enlarge:
+        asked = [_enlarged(record, resolution) for record in asked]
     texts = generate_fn(asked, resolution, task.max_new_tokens) if asked else []
     if len(texts) != len(asked):
         raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")
@@ -194,6 +199,14 @@ def _ask_batch(
         row = _row(task, index, record, resolution)
         rows[index] = row | {"prediction": text, "score": value, "correct": value >= 0.5}
     return [rows[i] for i in batch]
+
+
+def _enlarged(record: Record, resolution: int | None) -> Record:
+    """Scale the pictures of a record up; one that cannot be read fails where it is encoded."""
+    try:
+        return at_resolution(record, resolution, enlarge=True)
+    except BadSample:
+        return record
 
 
 def _row(task: Task, index: int, record: Record | None, resolution: int | None) -> dict[str, Any]:

@@ -21,7 +21,10 @@ class Task:
     scorer: a name in ``scorers.SCORERS``. prompt: how the question is asked, such as
         ``"{question} Answer with one word."``; None asks it as it is.
     resolutions: longest sides in pixels at which the same questions are asked, None for the
-        pictures as they are. limit: questions, spread evenly over the source; None for all.
+        pictures as they are. They need not be among those of training, and may be larger.
+        enlarge: scale smaller pictures up to the resolution; without it they stay as they are, and
+        a resolution above their size is their size.
+    limit: questions, spread evenly over the source; None for all.
     train: training records (or their description), from which blind baselines are made: the most
         frequent answer, and the most frequent answer to the same question.
     chance: accuracy of guessing; None works it out for multiple choice. group: the key of
@@ -34,6 +37,7 @@ class Task:
     scorer: str = "exact_match"
     prompt: str | None = None
     resolutions: tuple[int | None, ...] = (None,)
+    enlarge: bool = False
     max_new_tokens: int = 16
     limit: int | None = None
     train: Any = None

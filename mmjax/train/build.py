@@ -148,3 +148,4 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
         max_bad_share=data.max_bad_share,
         workdir=workdir,
     )
+        legacy_otter=data.legacy_otter,

@@ -52,7 +52,10 @@ class DataSettings:
     sources: name -> {kind, arguments}; see ``mmjax.data.catalog``. weights: name -> how often it
     is drawn, by default its length. seq_len, max_patches, max_targets: what one row holds.
     batch_size: rows of a step over all devices. resolutions: longest sides in pixels, one drawn
-    for each sample; None keeps every image. workers: processes that read and pack.
+    for each sample, as a set or a range ``{"min": 224, "max": 1024, "multiple": 32}``; None keeps
+    every image. template: a name in ``mmjax.data.templates.TEMPLATES``. legacy_otter: OtterHD's
+    squashed pictures, labels and stripped symbols, to compare with its numbers.
+    workers: processes that read and pack.
     max_bad_share: the run fails when more of its samples than this cannot be used.
     """
 
@@ -63,7 +66,8 @@ class DataSettings:
     max_patches: int = 2048
     max_targets: int = 256
     batch_size: int = 8
-    resolutions: tuple[int | None, ...] | None = None
+    resolutions: tuple[int | None, ...] | dict[str, int] | None = None
+    legacy_otter: bool = False
     pack: bool = True
     workers: int = 0
     max_bad_share: float = 0.05

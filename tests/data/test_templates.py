@@ -1,6 +1,14 @@
 import pytest
 
-from mmjax.data.templates import fuyu_chat, fuyu_prompt, get_template, plain
+from mmjax.data.templates import (
+    TEMPLATES,
+    fuyu_chat,
+    fuyu_legacy_otter,
+    fuyu_prompt,
+    get_template,
+    plain,
+    strip_symbols,
+)
 from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
 
 
@@ -69,6 +77,86 @@ def test_plain_is_bare_text():
     assert flat(plain(record(("u", "1+1="), ("a", "2"), images=1))) == [
         *(("image", 0), BOS, "1+1=", "2", EOS)
     ]
+
+
+TWO_TURNS = (("u", "<image>\nq1"), ("a", "a1"), ("u", "q2"), ("a", "a2"))
+IMAGE = ("image", 0)
+# What stands between <bos> or an image and <answer>, in the first turn and in the second.
+FORMS = {
+    "fuyu": [IMAGE, BOS, "User:q1 Assistant:", ANSWER, "a1", EOS, "User:q2 Assistant:", ANSWER],
+    "fuyu_spaced": [
+        *(IMAGE, BOS, "User: q1 Assistant:", ANSWER, "a1", EOS, "User: q2 Assistant:", ANSWER)
+    ],
+    "simple": [IMAGE, BOS, "User:q1 GPT:", ANSWER, "a1", EOS, "User:q2 GPT:", ANSWER],
+    "llama2": [
+        *(BOS, "[INST]", IMAGE, "\nq1[/INST]", ANSWER, "a1", EOS, "[INST]q2[/INST]", ANSWER)
+    ],
+    "idefics": [
+        *(BOS, "User:", IMAGE, "q1", EOS, "\nAssistant:", ANSWER, "a1", EOS),
+        *("\nUser:q2", EOS, "\nAssistant:", ANSWER),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_each_format_is_laid_out_as_the_peer_writes_it(name):
+    chat, prompt = TEMPLATES[f"{name}_chat"], TEMPLATES[f"{name}_prompt"]
+    full = record(*TWO_TURNS, images=1)
+    assert flat(chat(full)) == [*FORMS[name], "a2", EOS]
+    assert flat(prompt(full)) == FORMS[name]
+    assert [s.value for s in chat(full) if s.loss] == ["a1", "eos", "a2", "eos"]
+    assert not any(s.loss for s in prompt(full))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_formats_do_without_images_and_take_a_system_message(name):
+    chat = TEMPLATES[f"{name}_chat"]
+    words = [x for x in FORMS[name] if x != IMAGE]
+    bare = "".join(str(x) for x in words).replace("\nq1", "q1")
+    got = flat(chat(record(("u", "q1"), *TWO_TURNS[1:])))
+    assert "".join(map(str, got[:-2])) == bare
+    system = flat(chat(record(("s", "Be brief."), *TWO_TURNS, images=1)))
+    joined = "".join(x for x in system if isinstance(x, str))
+    assert joined.startswith("Be brief.\n") and system.count(IMAGE) == 1
+
+
+def test_the_legacy_template_is_the_right_one_for_a_single_turn():
+    one = record(("u", "<image>\nWhat?"), ("a", " A cat "), images=1)
+    assert fuyu_legacy_otter(one) == fuyu_chat(one)
+
+
+def test_the_legacy_template_learns_the_second_question_instead_of_the_second_answer():
+    """The same sample both ways: processing_fuyu.py takes what lies between two <answer>."""
+    talk = record(*TWO_TURNS, ("u", "q3"), ("a", "a3"), images=1)
+    right = [(s.value, s.loss) for s in fuyu_chat(talk)]
+    assert [v for v, loss in right if loss] == ["a1", "eos", "a2", "eos", "a3", "eos"]
+    legacy = fuyu_legacy_otter(talk)
+    assert [(s.value, s.loss) for s in legacy] == [
+        (0, False),
+        ("bos", False),
+        ("User:q1 Assistant:", False),
+        ("answer", False),
+        ("a1User:q2 Assistant:", True),
+        ("answer", True),
+        ("a2User:q3 Assistant:", False),
+        ("answer", False),
+        ("a3", False),
+        ("eos", True),
+    ]
+
+
+def test_the_legacy_template_strips_symbols():
+    assert strip_symbols("f(x) = 2*x  # {a: 'b'}\n\nOK, 50%?") == "f(x) 2x a 'b' OK, 50?"
+    assert strip_symbols("<image>\nIs 1 < 2?") == "<image>Is 1 2?"
+    talk = record(("u", "<image>\n2*3?"), ("a", "**6**"), images=1)
+    assert flat(fuyu_legacy_otter(talk)) == [IMAGE, BOS, "User:23? Assistant:", ANSWER, "6", EOS]
+    assert flat(fuyu_chat(talk))[2:5:2] == ["User:2*3? Assistant:", "**6**"]
+    task = record(("s", "Task: a*b"), ("u", "q"), ("a", "b"))  # the peer cleans turns alone
+    assert flat(fuyu_legacy_otter(task))[1] == "Task: a*b\nUser:q Assistant:"
+    with pytest.raises(BadSample, match="an assistant turn is empty"):
+        fuyu_legacy_otter(record(("u", "q"), ("a", "***")))
+    with pytest.raises(BadSample, match="does not end with an assistant turn"):
+        fuyu_legacy_otter(record(("u", "q")))
 
 
 @pytest.mark.parametrize(

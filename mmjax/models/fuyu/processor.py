@@ -391,15 +391,21 @@ def check_vocabulary(processor: FuyuProcessor, vocab_size: int, image_token_id: 
 
 
 def _check_answers(segments: Sequence[Segment]) -> None:
-    """Refuse supervised stretches that hold no text: they would train the end mark alone."""
+    """Refuse supervised stretches that hold no text: they would train the end mark alone.
+
+    An end mark that closes a text which is no target is meant so (``fuyu_legacy_otter``).
+    """
     stretch: list[Segment] = []
+    before: Segment | None = None
     for segment in [*segments, None]:
         if segment is not None and segment.loss:
             stretch.append(segment)
             continue
-        if stretch and not "".join(str(s.value) for s in stretch if s.kind == "text").strip():
+        texts = [str(s.value) for s in stretch if s.kind == "text"]
+        closes_text = not texts and before is not None and before.kind == "text"
+        if stretch and not closes_text and not "".join(texts).strip():
             raise BadSample("empty_answer", "an answer is empty; drop the record or fill it in")
-        stretch = []
+        stretch, before = [], segment
 
 
 def _ids_of(tokenizer: Any) -> dict[str, int]:
