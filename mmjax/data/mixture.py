@@ -1,33 +1,47 @@
-"""Mixtures: several sources drawn from by weight."""
+"""Mixtures: several sources, and how many records an epoch draws of each."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from mmjax.data.sources import Source
 from mmjax.types import MMJaxError
 
+Weights = Sequence[float] | Mapping[str, float] | Literal["size", "sqrt"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Named sources and how often each is drawn from; weights need not sum to 1."""
+    """Named sources and how often each is drawn from.
+
+    weights: shares, which need not sum to 1. counts: draws of each source in one epoch of the
+    mixture, whole numbers. A source is gone through in a shuffled order, and shuffled anew when it
+    is through, whatever its count: no record is drawn twice before each was drawn once.
+    """
 
     names: tuple[str, ...]
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
+    counts: tuple[int, ...]
 
     @classmethod
     def of(
         cls,
         sources: Source | Sequence[Source] | Mapping[str, Source] | Mixture,
-        weights: Sequence[float] | Mapping[str, float] | None = None,
+        weights: Weights | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> Mixture:
         """Make a mixture of one source, a list of them, or a mapping from name to source.
 
-        Without weights each source counts by its length, so that all records are equally likely.
-        Raises MMJaxError for an empty source, or weights that do not match the sources.
+        weights: a share for each source, ``"sqrt"`` for the square root of its size, or ``"size"``
+        (the default): then an epoch is every record once. With shares an epoch draws as many
+        records as there are. counts: draws of each source in an epoch instead; -1 for its size. A
+        source may have a size to count by other than its length, ``draws``.
+        Raises MMJaxError for an empty source, and weights or counts that do not match the sources.
         """
         if isinstance(sources, Mixture):
             return sources
@@ -37,17 +51,90 @@ class Mixture:
             named = {f"{i}": s for i, s in enumerate(sources)}
         else:
             named = {"0": sources}
+        if not named:
+            raise MMJaxError("a mixture of no sources; name at least one")
         for name, source in named.items():
             if len(source) == 0:
                 raise MMJaxError(f"source {name!r} is empty; remove it or check its path")
-        if isinstance(weights, Mapping):
-            if set(weights) != set(named):
-                raise MMJaxError(f"weights for {sorted(weights)}, but sources {sorted(named)}")
-            weights = [weights[name] for name in named]
-        if weights is None:
-            weights = [len(s) for s in named.values()]
-        if not named or len(weights) != len(named):
-            raise MMJaxError(f"{len(weights)} weights for {len(named)} sources; give one each")
-        if not all(w > 0 and math.isfinite(w) for w in weights):
-            raise MMJaxError(f"weights {list(weights)} must all be positive; drop a source instead")
-        return cls(tuple(named), tuple(named.values()), tuple(float(w) for w in weights))
+        sizes = {name: int(getattr(s, "draws", len(s))) for name, s in named.items()}
+        if counts is not None and weights is not None:
+            raise MMJaxError("weights and counts are both given; keep one of them")
+        if counts is not None:
+            chosen = _counts(counts, sizes)
+            shares = list(map(float, chosen))
+        else:
+            shares = _shares(weights, sizes)
+            chosen = apportion(shares, sum(sizes.values()))
+        return cls(tuple(named), tuple(named.values()), tuple(shares), tuple(chosen))
+
+    @property
+    def epoch(self) -> int:
+        """Draws of one epoch."""
+        return sum(self.counts)
+
+    def pick(self, place: int) -> tuple[int, int]:
+        """Return (source, how many of that source came before) of a draw; places count from 0.
+
+        Draws are interleaved evenly, and each epoch holds exactly ``counts`` of each source.
+        """
+        epoch, place = divmod(place, self.epoch)
+        rest = self.epoch
+        for source, count in enumerate(self.counts):
+            # Of the first n draws left for this source and those after it, n * count // rest are
+            # its own; the others go on to the next.
+            before = place * count // rest
+            if (place + 1) * count // rest > before:
+                return source, epoch * count + before
+            place -= before
+            rest -= count
+        raise AssertionError("the last source takes all that is left")
+
+
+def apportion(shares: Sequence[float], total: int) -> list[int]:
+    """Divide a whole number by shares: at least 1 each, largest remainders first."""
+    exact = [share / sum(shares) * total for share in shares]
+    counts = [max(1, math.floor(x)) for x in exact]
+    order = sorted(range(len(exact)), key=lambda i: math.floor(exact[i]) - exact[i])
+    for i in order[: max(0, total - sum(counts))]:
+        counts[i] += 1
+    return counts
+
+
+def _shares(weights: Weights | None, sizes: Mapping[str, int]) -> list[float]:
+    """Return a share for each source."""
+    if weights is None or weights == "size":
+        return [float(size) for size in sizes.values()]
+    if weights == "sqrt":
+        return [math.sqrt(size) for size in sizes.values()]
+    if isinstance(weights, str):
+        raise MMJaxError(f"weights {weights!r} is unknown; give 'size', 'sqrt', or shares by name")
+    if isinstance(weights, Mapping):
+        weights = [_matched("weights", weights, sizes)[name] for name in sizes]
+    if len(weights) != len(sizes):
+        raise MMJaxError(f"{len(weights)} weights for {len(sizes)} sources; give one each")
+    if not all(w > 0 and math.isfinite(w) for w in weights):
+        shown = ", ".join(f"{n} {w}" for n, w in zip(sizes, weights, strict=True))
+        raise MMJaxError(f"weights ({shown}) must all be positive; drop a source instead")
+    return [float(w) for w in weights]
+
+
+def _counts(counts: Mapping[str, int], sizes: Mapping[str, int]) -> list[int]:
+    """Return the draws of each source; -1 is its size."""
+    found = _matched("counts", counts, sizes)
+    wrong = {n: c for n, c in found.items() if not isinstance(c, int) or (c < 1 and c != -1)}
+    if wrong:
+        raise MMJaxError(
+            f"counts {wrong}: each is a number of records an epoch draws, at least 1, or -1 for all; "
+            "drop a source that is not to be drawn"
+        )
+    return [sizes[n] if found[n] == -1 else found[n] for n in sizes]
+
+
+def _matched(what: str, given: Mapping[str, float], sizes: Mapping[str, int]) -> Mapping:
+    """Raise MMJaxError unless the names are those of the sources, naming the nearest."""
+    if set(given) == set(sizes):
+        return given
+    strange = sorted(set(given) - set(sizes))
+    near = difflib.get_close_matches(strange[0], sizes, n=1) if strange else []
+    hint = f"; did you mean {near[0]!r} by {strange[0]!r}?" if near else "; give one for each"
+    raise MMJaxError(f"{what} for {sorted(given)}, but sources {sorted(sizes)}{hint}")

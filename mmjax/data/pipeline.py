@@ -109,9 +109,9 @@ def make_train_iterator(
         "resolutions": None if sides is None else list(sides),
         "legacy_otter": legacy_otter,
         "sources": {
-            name: [len(source), weight]
-            for name, source, weight in zip(
-                mixture.names, mixture.sources, mixture.weights, strict=True
+            name: [len(source), count]
+            for name, source, count in zip(
+                mixture.names, mixture.sources, mixture.counts, strict=True
             )
         },
     }
@@ -141,24 +141,29 @@ def legacy_loading(
 
 
 def draw_records(mixture: Mixture, seed: int, epochs: int | None = None) -> grain.MapDataset:
-    """Return the dataset of draws (source, record, epoch): shuffled anew every epoch, mixed."""
-    parts = []
+    """Return the dataset of draws (source, record, epoch of the source), mixed and shuffled.
+
+    epochs: of the mixture, each of exactly ``mixture.counts`` draws; None goes on for ever.
+    """
+    orders = []
     for number, source in enumerate(mixture.sources):
         order = np.random.SeedSequence([seed, number]).generate_state(1)[0] % (2**31)
-        part = grain.MapDataset.range(len(source)).seed(int(order)).shuffle().repeat(epochs)
-        parts.append(part.map_with_index(_Draw(number, len(source))))
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(mixture.weights))
+        # Repeating shuffles anew, so a source is gone through whole before it begins again.
+        orders.append(grain.MapDataset.range(len(source)).seed(int(order)).shuffle().repeat())
+    draw = _Draw(mixture, tuple(orders))
+    return grain.MapDataset.range(mixture.epoch).repeat(epochs).map_with_index(draw)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Draw:
-    """Turn (place in the repeated order, record) into (source, record, epoch)."""
+    """Turn a place in the mixture into (source, record, epoch of the source)."""
 
-    source: int
-    length: int
+    mixture: Mixture
+    orders: tuple[grain.MapDataset, ...]
 
-    def __call__(self, place: int, record: int) -> tuple[int, int, int]:
-        return self.source, int(record), place // self.length
+    def __call__(self, place: int, _: int) -> tuple[int, int, int]:
+        source, place = self.mixture.pick(place)
+        return source, int(self.orders[source][place]), place // len(self.mixture.sources[source])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""How often each source is drawn, and that no record is drawn twice before all were drawn once."""
+
+import collections
+
+import pytest
+
+from mmjax.data.mixture import Mixture, apportion
+from mmjax.data.pipeline import draw_records
+from mmjax.types import MMJaxError
+
+SIZES = {"a": 37, "b": 1000, "c": 4}
+
+
+class Sized:
+    """A source of which only the length is asked."""
+
+    def __init__(self, count, draws=None):
+        self.count = count
+        if draws is not None:
+            self.draws = draws
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        raise AssertionError("drawing reads nothing")
+
+
+SOURCES = {name: Sized(n) for name, n in SIZES.items()}
+
+
+def draws(mixture, epochs=1, seed=0):
+    dataset = draw_records(mixture, seed, epochs)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def test_an_epoch_by_size_is_every_record_once():
+    mixture = Mixture.of(SOURCES)
+    found = draws(mixture)
+    assert mixture.counts == (37, 1000, 4) and len(found) == len(set(found)) == 1041
+    assert found == draws(Mixture.of(SOURCES, "size"))
+    two = draws(mixture, 2)
+    assert two[:1041] == found and {d[2] for d in two[1041:]} == {1}
+    assert [d[:2] for d in two[1041:]] != [d[:2] for d in found]
+    assert sorted(d[:2] for d in two[1041:]) == sorted(d[:2] for d in found)
+    assert found != draws(mixture, seed=1)
+
+
+@pytest.mark.parametrize(
+    "options, counts",
+    [
+        (dict(weights="sqrt"), None),
+        (dict(weights={"a": 1, "b": 1, "c": 2}), (260, 260, 521)),
+        (dict(weights=[1, 1, 0.001]), (520, 520, 1)),
+        (dict(counts={"a": 100, "b": 20, "c": -1}), (100, 20, 4)),
+    ],
+)
+def test_shares_and_counts_are_kept_exactly_in_every_epoch(options, counts):
+    mixture = Mixture.of(SOURCES, **options)
+    assert mixture.epoch == sum(mixture.counts)
+    if "sqrt" in options.values():
+        roots = [n**0.5 for n in SIZES.values()]
+        counts = tuple(apportion(roots, 1041))
+        for count, root in zip(counts, roots, strict=True):
+            assert abs(count - 1041 * root / sum(roots)) < 1
+    assert mixture.counts == counts
+    found = draws(mixture, 3)
+    for epoch in range(3):
+        part = found[epoch * mixture.epoch : (epoch + 1) * mixture.epoch]
+        assert tuple(collections.Counter(d[0] for d in part)[i] for i in range(3)) == counts
+
+
+@pytest.mark.parametrize("weights", ["size", "sqrt", {"a": 5, "b": 1, "c": 3}])
+def test_every_record_is_seen_once_before_any_is_seen_twice(weights):
+    mixture = Mixture.of(SOURCES, weights)
+    seen = [collections.Counter() for _ in SIZES]
+    for source, record, epoch in draws(mixture, 7):
+        seen[source][record] += 1
+        size = list(SIZES.values())[source]
+        assert 0 <= record < size and seen[source][record] == epoch + 1
+    for counter, size in zip(seen, SIZES.values(), strict=True):
+        often = [counter[i] for i in range(size)]
+        assert max(often) - min(often) <= 1
+
+
+def test_draws_are_spread_evenly_over_an_epoch():
+    mixture = Mixture.of(SOURCES, counts={"a": 30, "b": 60, "c": 10})
+    order = [d[0] for d in draws(mixture)]
+    for start in range(0, 100, 10):
+        part = order[start : start + 10]
+        assert [part.count(i) for i in range(3)] == [3, 6, 1]
+
+
+def test_a_source_may_ask_for_more_draws_than_it_has_records():
+    mixture = Mixture.of({"a": Sized(10, draws=25), "b": Sized(5)})
+    assert mixture.counts == (25, 5)
+    often = collections.Counter(d[1] for d in draws(mixture) if d[0] == 0)
+    assert sorted(often.values()) == [2] * 5 + [3] * 5
+
+
+def test_one_source_for_ever():
+    dataset = draw_records(Mixture.of(Sized(5)), 3)
+    assert sorted(dataset[i][1] for i in range(5)) == list(range(5))
+    assert dataset[5 * 10**9 + 2][2] == 10**9
+
+
+@pytest.mark.parametrize(
+    "sources, options, says",
+    [
+        ({}, {}, "no sources"),
+        ({"a": Sized(3), "b": Sized(0)}, {}, "source 'b' is empty"),
+        (SOURCES, dict(weights={"a": 1, "b": 0, "c": 2}), r"a 1, b 0, c 2\) must all be positive"),
+        (SOURCES, dict(weights=[1, float("nan"), 1]), "must all be positive"),
+        (SOURCES, dict(weights=[1, 2]), "2 weights for 3 sources"),
+        (SOURCES, dict(weights="sqr"), "weights 'sqr' is unknown; give 'size', 'sqrt'"),
+        ({"LADD": Sized(3)}, dict(weights={"LADB": 1}), "did you mean 'LADD' by 'LADB'"),
+        (SOURCES, dict(counts={"a": 1, "b": 1}), "counts for .*give one for each"),
+        (SOURCES, dict(counts={"a": 1, "b": 0, "c": 1}), "counts {'b': 0}: .* at least 1"),
+        (SOURCES, dict(counts={"a": 1, "b": 1.5, "c": 1}), "counts {'b': 1.5}"),
+        (SOURCES, dict(weights="size", counts={"a": 1, "b": 1, "c": 1}), "both given"),
+    ],
+)
+def test_mistakes_are_named(sources, options, says):
+    with pytest.raises(MMJaxError, match=says):
+        Mixture.of(sources, **options)
