@@ -141,6 +141,7 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
         batch_size=data.batch_size // count,
         seed=settings.seed,
         resolutions=data.resolutions,
+        legacy_otter=data.legacy_otter,
         pack=data.pack,
         process_index=jax.process_index(),
         process_count=count,
@@ -148,4 +149,3 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
         max_bad_share=data.max_bad_share,
         workdir=workdir,
     )
-        legacy_otter=data.legacy_otter,
