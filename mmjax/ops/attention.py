@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from mmjax.ops import flash_xla
+from mmjax.parallel import context
 from mmjax.parallel.sharding import spec
 
 IMPLEMENTATIONS = ("auto", "xla")
@@ -59,26 +60,48 @@ def attention(
         end = jnp.full((b, t), s, jnp.int32) if k_end is None else k_end
         ranges = (jnp.clip(start, 0, s).astype(jnp.int32), jnp.clip(end, 0, s).astype(jnp.int32))
     scale = h**-0.5 if scale is None else scale
-    run = functools.partial(flash_xla.flash_attention, causal=causal, scale=scale)
-    return _on_each_device(run, q, k, v, ranges, alibi_slopes)
+    run = functools.partial(flash_xla.flash_attention, scale=scale)
+    return _on_each_device(run, q, k, v, ranges, alibi_slopes, causal)
 
 
-def _on_each_device(run, q, k, v, ranges, slopes):
+def _on_each_device(run, q, k, v, ranges, slopes, causal):
     """Run on each device's own rows and heads: a loop over rows must not cross devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return run(q, k, v, ranges, slopes)
+        return run(q, k, v, ranges, slopes, causal=causal)
     (batch, *_, heads, _), kv_heads = spec("batch", None, "heads", None), spec("kv_heads")[0]
     ways = math.prod(mesh.shape[axis] for axis in batch)
     if q.shape[0] % ways or k.shape[2] % mesh.shape[kv_heads]:
-        return run(q, k, v, ranges, slopes)  # a generation batch smaller than the mesh
-    q_spec, kv_spec = P(batch, None, heads, None), P(batch, None, kv_heads, None)
-    row_spec = None if ranges is None else (P(batch, None),) * 2
+        # a generation batch smaller than the mesh
+        return run(q, k, v, ranges, slopes, causal=causal)
+    length, local = None, functools.partial(run, causal=causal)
+    if q.shape[1] == k.shape[1] and context.length_shards(q.shape[1], q.shape[0]) > 1:
+        length, local = context.AXIS, functools.partial(_with_all_keys, run, causal=causal)
+        if ranges is None:
+            ends = jnp.full(q.shape[:2], k.shape[1], jnp.int32)
+            ranges = (jnp.zeros_like(ends), ends)
+    q_spec, kv_spec = P(batch, length, heads, None), P(batch, length, kv_heads, None)
+    row_spec = None if ranges is None else (P(batch, length),) * 2
     slope_spec = None if slopes is None else P(heads)
     mapped = jax.shard_map(
-        run,
+        local,
         in_specs=(q_spec, kv_spec, kv_spec, row_spec, slope_spec),
         out_specs=q_spec,
         check_vma=False,
     )
     return mapped(q, k, v, ranges, slopes)
+
+
+def _with_all_keys(run, q, k, v, ranges, slopes, *, causal: bool):
+    """Run a device's share of the queries against the keys of all shares.
+
+    The ranges count keys from the start of the row, so they hold as they are; causality, which
+    counts queries from the start of the share, goes into their ends. A slope's ``i`` is off by the
+    share's start, the same for all keys of a query: softmax does not see it.
+    """
+    start, end = ranges
+    if causal:
+        i = context.shard_start(q.shape[1]) + jnp.arange(q.shape[1], dtype=jnp.int32)
+        end = jnp.minimum(end, i + 1)
+    k, v = (jax.lax.all_gather(x, context.AXIS, axis=1, tiled=True) for x in (k, v))
+    return run(q, k, v, (start, end), slopes, causal=False)

@@ -1,6 +1,9 @@
 """Logical axes to mesh axes: the one table, and the one place that constrains activations."""
 
+import math
+
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -25,6 +28,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 # An activation's model axis is whole on every device: fsdp already cuts its batch axis.
 _ACTIVATION_RULES = {**dict(RULES), "embed": None}
 
+ON_LENGTH = ("tokens", "positions", "visual_index", "segment_ids")
+"""The arrays of a batch whose second axis is the length; patches and targets are not cut on it."""
+
 
 def spec(*axes: str | None) -> PartitionSpec:
     """Return the mesh axes of an activation whose axes have these logical names."""
@@ -35,16 +41,74 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the mesh by the logical names of its axes; a no-op without a mesh."""
+    """Pin an activation to the mesh by the logical names of its axes; a no-op without a mesh.
+
+    An axis that its mesh axes do not divide stays whole: a decode step has one token.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    return jax.lax.with_sharding_constraint(x, _dividing(mesh, x.shape, spec(*axes)))
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Return the sharding of a batch: rows over data and fsdp, everything else whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def _dividing(mesh, shape: tuple[int, ...], axes: PartitionSpec) -> PartitionSpec:
+    """Return the spec without the mesh axes that do not divide the shape."""
+    return PartitionSpec(
+        *(
+            a if size % _ways(mesh, a) == 0 else None
+            for a, size in zip(axes, shape[: len(axes)], strict=True)
+        )
+    )
+
+
+def _ways(mesh, axis: str | tuple[str, ...] | None) -> int:
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, name: str | None = None) -> NamedSharding:
+    """Return the sharding of a batch: rows over data and fsdp.
+
+    name: of an array of the batch; those in ``ON_LENGTH`` are cut on their length by context too.
+    """
+    axes = ("batch", "length") if name in ON_LENGTH else ("batch",)
+    return NamedSharding(mesh, spec(*axes))
+
+
+def batch_shardings(mesh: jax.sharding.Mesh, batch) -> dict[str, NamedSharding]:
+    """Return the sharding of every array of a batch, by name."""
+    return {name: batch_sharding(mesh, name) for name in batch}
+
+
+def process_rows(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
+    """Return which rows of a global batch the devices of this process hold, in order.
+
+    Processes that share rows (tensor or context reaches across them) get the same ones.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (cut,) in held for row in range(*cut.indices(rows))})
+
+
+def put_batch(batch: dict, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
+    """Make the global arrays of a batch from the rows of this process.
+
+    batch: numpy arrays [r, ...], the rows that ``process_rows`` names, in that order, each whole
+        in its length. rows: of the global batch.
+    """
+    place = {row: i for i, row in enumerate(process_rows(mesh, rows))}
+
+    def put(name: str, value: np.ndarray) -> jax.Array:
+        def cut(index):
+            wanted = [place[row] for row in range(*index[0].indices(rows))]
+            first = wanted[0]
+            if wanted == list(range(first, first + len(wanted))):  # a view where it can be one
+                return value[(slice(first, first + len(wanted)), *index[1:])]
+            return value[wanted][(slice(None), *index[1:])]
+
+        shape = (rows, *value.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, name), cut)
+
+    return {name: put(name, value) for name, value in batch.items()}
 
 
 def parameter_shardings(abstract: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
