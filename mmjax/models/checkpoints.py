@@ -115,19 +115,14 @@ def _open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
     family = registry.family(about["family"])
     reader = StoreReader(path / PARAMS)
     lora = about.get("lora")
-    lora = LoRA(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora else None
+    lora = LoRA(**{**lora, "targets": tuple(lora["targets"])}) if lora else None
     same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
     config = family.Config.from_hf(hf)
     return Checkpoint(path, "mmjax", family, hf, config, reader, same, (), lora, (path,))
 
 
 def _open_adapter(folder: Path, raw: Reader, base: str | Path | None) -> Checkpoint:
-    about = read_json(folder / "adapter_config.json")
-    if not about:
-        raise MMJaxError(
-            f"{folder}: LoRA weights without adapter_config.json, which holds their scale; "
-            "copy it beside them"
-        )
+    about = _adapter_config(folder)
     named = about.get("base_model_name_or_path")
     base = base or (named if named and Path(named).is_dir() else None)
     if base is None:
@@ -138,7 +133,34 @@ def _open_adapter(folder: Path, raw: Reader, base: str | Path | None) -> Checkpo
     under = open_checkpoint(base)
     if under.lora is not None or under.kind == "mmjax":
         raise MMJaxError(f"{base}: the base of an adapter has to be a PyTorch checkpoint")
-    weights = under.family.weights
+    pairs, rules, lora = _adapter_pairs(raw, about, under.family, under.config)
+    return dataclasses.replace(
+        under,
+        path=folder,
+        kind="peft",
+        # Whole tensors in an adapter (modules_to_save, biases) replace the base's.
+        reader=Overlay(under.reader, pairs),
+        rules=(*under.rules, *rules),
+        lora=lora,
+        folders=(folder, *under.folders),
+    )
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    about = read_json(folder / "adapter_config.json")
+    if not about:
+        raise MMJaxError(
+            f"{folder}: LoRA weights without adapter_config.json, which holds their scale; "
+            "copy it beside them"
+        )
+    return about
+
+
+def _adapter_pairs(
+    raw: Reader, about: Mapping[str, Any], family: registry.Family, config: Any
+) -> tuple[peft.AdapterReader, list[R.Rule], LoRA]:
+    """Return a PEFT adapter's pairs, the rules that read them, and what they amount to."""
+    weights = family.weights
 
     def rename(key: str) -> str:
         # An adapted head or embedding is also saved whole, under its wrapper's name.
@@ -146,20 +168,49 @@ def _open_adapter(folder: Path, raw: Reader, base: str | Path | None) -> Checkpo
         layout = weights.detect_layout([key])
         return weights.to_hub(key, layout) if layout else key
 
-    adapter = Renamed(raw, rename)
-    layers = under.config.decoder.num_layers
-    pairs = peft.AdapterReader(adapter, about, under.rules, layers)
+    layers = config.decoder.num_layers
+    pairs = peft.AdapterReader(Renamed(raw, rename), about, weights.RULES, layers)
+    stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
+    rules = [r for r in peft.adapter_rules(weights.RULES) if r.ours.startswith(stems)]
     targets = tuple(weights.lora_target(kernel) for kernel in pairs.kernels)
-    return dataclasses.replace(
-        under,
-        path=folder,
-        kind="peft",
-        # Whole tensors in an adapter (modules_to_save, biases) replace the base's.
-        reader=Overlay(under.reader, pairs),
-        rules=(*under.rules, *peft.adapter_rules(under.rules)),
-        lora=LoRA(pairs.rank, pairs.alpha, targets),
-        folders=(folder, *under.folders),
-    )
+    return pairs, rules, LoRA(pairs.rank, pairs.alpha, targets, pairs.rslora, pairs.dropout)
+
+
+def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Checkpoint:
+    """Open the adapters alone of a PEFT folder or of a converted folder that has some.
+
+    family, config: of the model they stand beside; its own weights are not needed.
+    """
+    path = Path(path)
+    hf = read_json(path / "config.json")
+    if path.is_dir() and ("mmjax" in hf or (path / PARAMS).is_dir()):
+        found = _open_converted(path, hf)
+        if found.lora is None:
+            raise MMJaxError(f"{path}: holds no adapters")
+        rules = tuple(rule for rule in found.rules if _is_lora(rule.ours))
+        reader = Subset(found.reader, [rule.theirs for rule in rules])
+        return dataclasses.replace(found, reader=reader, rules=rules)
+    refuse_incomplete(path)
+    raw, folder = open_reader(path), path if path.is_dir() else path.parent
+    pairs, rules, lora = _adapter_pairs(raw, _adapter_config(folder), family, config)
+    if not pairs.kernels:
+        raise MMJaxError(f"{path}: holds no adapters of a {family.name} model")
+    return Checkpoint(path, "peft", family, {}, config, pairs, tuple(rules), (), lora, (folder,))
+
+
+def merged(ckpt: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose adapters are added to its kernels, piece by piece as it is read.
+
+    Raises MMJaxError when it has none. Call inside a mesh.
+    """
+    if ckpt.lora is None:
+        raise MMJaxError(f"{ckpt.path}: holds no adapters to merge")
+    abstract = abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    reader = Merged(Canonical(ckpt, shapes), ckpt.lora)
+    same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
+    return dataclasses.replace(ckpt, reader=reader, rules=same, ignore=(), lora=None)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -407,6 +458,8 @@ def plan_export(
             Subset(source, [name for name in shapes if _is_lora(name)]),
             rank=ckpt.lora.rank,
             alpha=ckpt.lora.alpha,
+            rslora=ckpt.lora.rslora,
+            dropout=ckpt.lora.dropout,
             rename=lambda key: weights.from_hub(key, layout),
         )
         return tensors, {"adapter_config.json": about}

@@ -1,7 +1,11 @@
 """Linear maps between groups of axes, with an optional low-rank adapter beside the kernel."""
 
+import contextlib
+import contextvars
 import dataclasses
 import math
+import zlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +23,48 @@ class DTypes:
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Low-rank adaptation of the linear maps whose path matches (Hu et al. 2021).
+    """Low-rank adaptation of the linear maps that ``targets`` names (Hu et al. 2021).
 
-    rank: of the update. alpha: the update is scaled by alpha / rank.
-    targets: names of linear maps, such as ``attn.q`` or ``mlp.up``; see ``mmjax.lora``.
+    rank: of the update. alpha: the update is scaled by alpha / rank, or with ``rslora`` by
+    alpha / sqrt(rank), which keeps its size when the rank grows (Kalajdzievski 2023).
+    targets: names of linear maps, such as ``attn.q`` or ``mlp.up``. dropout: the share of an
+    adapter's inputs that is dropped in training; see ``adapter_dropout``.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    rslora: bool = False
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+_DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout", default=None)
+
+
+@contextlib.contextmanager
+def adapter_dropout(key: Array | None) -> Iterator[None]:
+    """Drop inputs of adapters while a model is traced inside; None, the default, drops nothing.
+
+    key: a traced PRNG key, a function of seed and step: one program serves all steps. A scan over
+        layers folds the layer's index in, and every map its name, so a mask is a function of
+        (seed, step, layer, map) on any mesh, and rematerialisation draws it again. Chunks of the
+        loss share the mask of the head.
+    """
+    token = _DROPOUT.set(key)
+    try:
+        yield
+    finally:
+        _DROPOUT.reset(token)
+
+
+def layer_dropout(index: Array) -> contextlib.AbstractContextManager[None]:
+    """Return the scope of one layer: its own masks where any are drawn."""
+    key = _DROPOUT.get()
+    return adapter_dropout(None if key is None else jax.random.fold_in(key, index))
 
 
 class Linear(nnx.Module):
@@ -63,7 +96,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d_out, param), out_sharding=bias_axes) if bias else None
         if lora is None or name not in lora.targets:
             self.lora_a = self.lora_b = None
-            self.lora_scale = 0.0
+            self.lora_scale = self.dropout = 0.0
         else:
             # The adapter is trained: float32 masters whatever the frozen kernel's dtype.
             bound = 1.0 / math.sqrt(math.prod(d_in))
@@ -71,19 +104,30 @@ class Linear(nnx.Module):
             self.lora_a = nnx.LoRAParam(a, out_sharding=(*axes[: self.n_in], "lora"))
             b = jnp.zeros((lora.rank, *d_out))
             self.lora_b = nnx.LoRAParam(b, out_sharding=("lora", *out_axes))
-            self.lora_scale = lora.scale
+            self.lora_scale, self.dropout = lora.scale, lora.dropout
+            # Maps of one block with the same input draw one mask: q, k and v, which are one fused
+            # map in the peer.
+            self.stream = zlib.crc32(f"{name.split('.')[0]}{d_in}".encode())
 
     def __call__(self, x: Array) -> Array:
         """Map [..., *d_in] to [..., *d_out] in the compute dtype."""
         x = x.astype(self.dtype)
         y = _contract(x, self.kernel[...].astype(self.dtype), self.n_in)
         if self.lora_a is not None:
-            low = _contract(x, self.lora_a[...].astype(self.dtype), self.n_in)
+            low = _contract(self._drop(x), self.lora_a[...].astype(self.dtype), self.n_in)
             up = _contract(low, self.lora_b[...].astype(self.dtype), 1)
             y = y + up * self.lora_scale
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y
+
+    def _drop(self, x: Array) -> Array:
+        key = _DROPOUT.get()
+        if key is None or not self.dropout:
+            return x
+        key = jax.random.fold_in(key, self.stream)
+        keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+        return jnp.where(keep, x * (1.0 / (1.0 - self.dropout)), 0)
 
 
 def _contract(x: Array, kernel: Array, n: int) -> Array:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import checkpoint_policies as policies
 
+from mmjax.nn.linear import layer_dropout
+
 # What the backward pass finds saved; everything else is computed again.
 REMAT = {
     "none": None,  # save all: most memory, and its traffic costs more than the recomputation saves
@@ -40,7 +42,8 @@ def scan(layers: nnx.Module, count: int, step: Callable, carry, *, remat: str = 
 
     def body(carry, xs):
         index, leaves = xs
-        return step(nnx.merge(graphdef, leaves), carry, index), None
+        with layer_dropout(index):
+            return step(nnx.merge(graphdef, leaves), carry, index), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
+from mmjax.train import adapters
 from mmjax.train import state as train_state
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
@@ -28,6 +30,7 @@ class Blueprint:
     """A model that has not been allocated: everything known before a device is touched.
 
     source: the opened folder its weights will be read from, or None for a random start.
+    lora_init: where its adapters start, or None for fresh ones or those of ``source``.
     """
 
     family: str
@@ -36,6 +39,7 @@ class Blueprint:
     source: checkpoints.Checkpoint | None
     make: Callable[[], nnx.Module]
     lora: LoRA | None = None
+    lora_init: str | None = None
 
     def names(self) -> list[str]:
         """Dotted names of all parameters."""
@@ -66,29 +70,28 @@ def blueprint(settings: ModelSettings, lora: LoRASettings, seed: int) -> Bluepri
         config = family.Config.from_hf({**settings.config, **processor.token_ids()})
     processor = processor.with_options(**settings.processor)
     processor.check(config)
-    adapter = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+    make, adapter = maker(settings, lora, config, seed)
+    if source is not None and source.lora is not None:
+        adapters.check_continues(source.lora, adapter, f"model.init {settings.init}")
+    return Blueprint(settings.family, config, processor, source, make, adapter, lora.init)
+
+
+def maker(
+    settings: ModelSettings, lora: LoRASettings, config: Config, seed: int
+) -> tuple[Callable[[], nnx.Module], LoRA | None]:
+    """Return the function that makes the model of a config, and the adapters it gets."""
+    family = registry.family(settings.family)
     dtypes = DTypes(settings.param_dtype, settings.dtype)
 
-    def make() -> nnx.Module:
+    def make(adapter: LoRA | None = None) -> nnx.Module:
         rngs = nnx.Rngs(seed)
         return family.Model(config, rngs=rngs, dtypes=dtypes, lora=adapter, remat=settings.remat)
 
-    found = Blueprint(settings.family, config, processor, source, make, adapter)
-    if adapter:
-        check_targets(adapter, found.names())
-    return found
-
-
-def check_targets(lora: LoRA, names: list[str]) -> None:
-    """Raise MMJaxError for an adapter target that no linear map has, naming those there are."""
-    # decoder.layers.attn.q.kernel is the target attn.q; head and patch_embed have no parent block.
-    linear = {".".join(n.split(".")[:-1]) for n in names if n.endswith(".kernel")}
-    known = sorted(n.split("layers.")[-1].removeprefix("decoder.") for n in linear)
-    for target in lora.targets:
-        if target not in known:
-            raise MMJaxError(
-                f"lora target {target!r} is no linear map of this model; it has {', '.join(known)}"
-            )
+    if not lora.rank and not lora.init:
+        return make, None
+    names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
+    adapter = adapters.make_lora(lora, adapters.linear_maps(names))
+    return partial(make, adapter), adapter
 
 
 def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mesh):
@@ -101,11 +104,16 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
     frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen
     )
+    wanted = {**paths.flatten(abstract.params), **paths.flatten(frozen)}
+    earlier = {}
+    if plan.lora_init:
+        earlier = adapters.read(plan.lora_init, plan.lora, plan.family, plan.config, wanted)
     if plan.source is None:
         graphdef, state, rest = train_state.init(plan.make, chosen, tx, mesh)
-        return graphdef, state, jax.tree.map(lambda x: x.astype(dtype), rest)
-    wanted = {**paths.flatten(abstract.params), **paths.flatten(frozen)}
-    values = checkpoints.read_params(plan.source, wanted)  # without adapters it does not have
+        rest = jax.tree.map(lambda x: x.astype(dtype), rest)
+        return graphdef, *train_state.with_params(state, rest, earlier)
+    # Without adapters that neither the earlier run nor the model has: those start fresh.
+    values = checkpoints.read_params(plan.source, wanted) | earlier
     if missing := {n: x for n, x in wanted.items() if n not in values}:
         values |= _fresh(plan, missing)
     params = paths.replace(abstract.params, {n: values[n] for n in paths.flatten(abstract.params)})

@@ -76,8 +76,8 @@ class AdapterReader:
     """An adapter with every module at one rank and one scale, and every layer present.
 
     ``rank_pattern`` is evened out with zeros, differing scales go into B, and layers the adapter
-    leaves out get a pair of zeros: exactly what PEFT computes. ``rank``, ``alpha`` and ``kernels``
-    (our adapted kernels) say what it amounts to.
+    leaves out get a pair of zeros: exactly what PEFT computes. ``rank``, ``alpha``, ``rslora``,
+    ``dropout`` and ``kernels`` (our adapted kernels) say what it amounts to.
     """
 
     def __init__(
@@ -103,7 +103,9 @@ class AdapterReader:
         # The common scale, so that an ordinary adapter keeps its B as it is.
         values = list(self._scales.values()) or [1.0]
         self.scale = max(set(values), key=values.count)
-        self.alpha = self.scale * self.rank
+        self.rslora = bool(config.get("use_rslora"))
+        self.dropout = float(config.get("lora_dropout") or 0.0)
+        self.alpha = self.scale * (math.sqrt(self.rank) if self.rslora else self.rank)
         self._claimed = {f"{name}.lora_{side}.weight" for name in self._like for side in ("A", "B")}
 
     def keys(self) -> Iterable[str]:
@@ -165,13 +167,15 @@ def export_adapter(
     rank: int,
     alpha: float,
     rename: Callable[[str], str],
+    rslora: bool = False,
+    dropout: float = 0.0,
     base: str | None = None,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Return the tensors and the adapter_config.json of our LoRA leaves in ``source``.
 
     rename: their key to the name the exported adapter shall carry. The result computes exactly
     what ours does: q, k and v that no longer share one A become a pair of rank 3 r, whose
-    ``rank_pattern`` and ``alpha_pattern`` keep the scale.
+    ``rank_pattern`` and ``alpha_pattern`` keep the scale alpha / r, or alpha / sqrt(r) with rslora.
     """
     adapted = [
         key.removesuffix("lora_a") + "kernel"
@@ -191,7 +195,8 @@ def export_adapter(
     for theirs, group in groups.items():
         if group in blocks:
             name = _module(theirs)
-            ranks[name], alphas[name] = rank * len(group), _number(alpha * len(group))
+            more = math.sqrt(len(group)) if rslora else len(group)
+            ranks[name], alphas[name] = rank * len(group), _number(alpha * more)
     return tensors, {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -200,7 +205,7 @@ def export_adapter(
         "lora_alpha": _number(alpha),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "bias": "none",
         "target_modules": sorted({_module(theirs) for theirs in groups}),
         "modules_to_save": None,
@@ -208,7 +213,7 @@ def export_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": rslora,
     }
 
 

@@ -1,0 +1,44 @@
+"""Add a model's LoRA adapters to its kernels: the result is an ordinary converted folder.
+
+python -m convert_weights.merge SRC DST [--base DIR] [--overwrite]
+
+SRC is a model folder with adapters (what train.py exports) or a PEFT adapter (then --base is the
+model it belongs to). The sum is taken in float32, piece by piece, and kept in the kernel's dtype.
+To merge for PyTorch, use convert_weights.to_hf, which merges by itself.
+"""
+
+import argparse
+import sys
+
+from convert_weights.progress import bar, gigabytes
+from mmjax.cli import run_guarded
+from mmjax.models import checkpoints
+from mmjax.parallel.mesh import use
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="convert_weights.merge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source")
+    parser.add_argument("destination")
+    parser.add_argument("--base", help="the model folder of an adapter")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+
+    ckpt = checkpoints.open_checkpoint(args.source, base=args.base)
+    with use():
+        ckpt = checkpoints.merged(ckpt)
+        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
+    plan = checkpoints.plan_conversion(ckpt, abstract)
+    with bar(f"{ckpt.family.name}, merged", plan.nbytes) as progress:
+        checkpoints.write_converted(
+            ckpt, plan, args.destination, overwrite=args.overwrite, progress=progress
+        )
+    print(f"{args.destination}: {len(abstract)} parameters, {gigabytes(plan.nbytes)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))
