@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             name="quickstart",
             seed=0,
-            steps=20 if quick else 1200,
+            steps=20 if quick else 1500,
             model=dict(
                 family="fuyu",
                 config=dict(
