@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         RunSettings,
         dict(
             name="easyvqa",
-            steps=20 if quick else 2400,
+            steps=20 if quick else 3000,
             model=dict(
                 config=dict(
                     hidden_size=32 if quick else 128,
