@@ -13,9 +13,15 @@ from mmjax.types import MMJaxError
 KINDS = {
     "json": "mmjax.data.sources:JsonSource",
     "tfds": "mmjax.data.sources:TfdsSource",
+    "mimicit": "mmjax.data.mimicit:MimicitSource",
+    "parquet": "mmjax.data.parquet:ParquetSource",
+    "array_record": "mmjax.data.array_record:ArrayRecordSource",
     "easyvqa": "mmjax.data.easyvqa:EasyVQASource",
     "magnifier": "mmjax.data.magnifier:MagnifierSource",
+    "sums": "mmjax.data.sums:SumsSource",
 }
+LISTS = {"mimicit_yaml": "mmjax.data.mimicit_yaml:expand_yaml"}
+"""Kinds that stand for several sources: a function from arguments to name -> specification."""
 
 
 def make_source(spec: Mapping[str, Any]) -> Source:
@@ -23,13 +29,51 @@ def make_source(spec: Mapping[str, Any]) -> Source:
 
     Raises MMJaxError for an unknown kind or argument, naming the nearest.
     """
+    if spec.get("kind") in LISTS:
+        raise MMJaxError(
+            f"data source kind {spec['kind']!r} stands for several sources; it can be named in "
+            "data.sources, and here only one of its datasets, with kind='mimicit'"
+        )
+    return _call(spec, KINDS)
+
+
+def make_sources(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Source]:
+    """Build the sources of ``data.sources``, name -> specification; lists are expanded.
+
+    A kind that stands for several sources adds each under its own name. Raises MMJaxError naming
+    the source that is wrong, empty, or of a name that is taken.
+    """
+    single: dict[str, Mapping[str, Any]] = {}
+    for name, spec in specs.items():
+        expanded = _call(spec, LISTS) if spec.get("kind") in LISTS else {name: spec}
+        for inner, one in expanded.items():
+            if inner in single:
+                raise MMJaxError(
+                    f"two data sources are called {inner!r} (one is from data.sources.{name}); "
+                    "rename one"
+                )
+            single[inner] = one
+    return {name: _named(name, spec) for name, spec in single.items()}
+
+
+def _named(name: str, spec: Mapping[str, Any]) -> Source:
+    """Build one source; an error says which it was."""
+    try:
+        return make_source(spec)
+    except MMJaxError as error:
+        raise MMJaxError(f"data.sources.{name}: {error}") from error
+
+
+def _call(spec: Mapping[str, Any], kinds: Mapping[str, str]) -> Any:
+    """Import what a kind names and call it with the specification's other values."""
     arguments = dict(spec)
     kind = arguments.pop("kind", None)
-    if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+    if kind not in kinds:
+        every = [*KINDS, *LISTS]
+        near = difflib.get_close_matches(str(kind), every, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise MMJaxError(f"data source kind {kind!r} is unknown, one of {', '.join(KINDS)}{hint}")
-    module, name = KINDS[kind].split(":")
+        raise MMJaxError(f"data source kind {kind!r} is unknown, one of {', '.join(every)}{hint}")
+    module, name = kinds[kind].split(":")
     try:
         return getattr(importlib.import_module(module), name)(**arguments)
     except TypeError as error:

@@ -8,16 +8,15 @@ when its index is built, and never again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmjax.data.index_cache import cached_index
 from mmjax.types import BadSample, MMJaxError
 
 _CHUNK = 1 << 24
@@ -77,21 +76,11 @@ class IndexedJson:
 
 def load_index(path: Path, index_dir: str | os.PathLike | None = None) -> np.ndarray:
     """Return int64[n,3] (first byte, end byte, line) of each record, from the cache if it holds."""
-    stat = path.stat()
-    stamp = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
-    caches = _cache_paths(path, index_dir)
-    for cache in caches:
-        try:
-            with np.load(cache) as saved:
-                if np.array_equal(saved["stamp"], stamp):
-                    return saved["index"]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            continue  # absent or damaged: build it again
-    index = index_array(path) if path.suffix == ".json" else index_lines(path)
-    for cache in caches:
-        if _write_cache(cache, stamp, index):
-            break
-    return index
+
+    def build() -> dict[str, np.ndarray]:
+        return {"index": index_array(path) if path.suffix == ".json" else index_lines(path)}
+
+    return cached_index(path, [path], build, index_dir)["index"]
 
 
 def index_lines(path: Path) -> np.ndarray:
@@ -118,7 +107,7 @@ def index_array(path: Path) -> np.ndarray:
     # latin-1 maps bytes to characters one to one, so that character offsets are byte offsets;
     # JSON's structure is ASCII, and every record is decoded as UTF-8 when it is read.
     text = path.read_bytes().decode("latin-1")
-    position = _skip_space(text, len(_BOM) if text.startswith(_BOM) else 0)
+    position = skip_space(text, len(_BOM) if text.startswith(_BOM) else 0)
     if text[position : position + 1] != "[":
         seen = text[position : position + 20]
         raise MMJaxError(
@@ -128,7 +117,7 @@ def index_array(path: Path) -> np.ndarray:
     decoder = json.JSONDecoder()
     rows: list[tuple[int, int, int]] = []
     line, counted = 1, 0
-    position = _skip_space(text, position + 1)
+    position = skip_space(text, position + 1)
     while text[position : position + 1] != "]":
         try:
             _, end = decoder.raw_decode(text, position)
@@ -136,9 +125,9 @@ def index_array(path: Path) -> np.ndarray:
             raise MMJaxError(f"{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}") from e
         line, counted = line + text.count("\n", counted, position), position
         rows.append((position, end, line))
-        position = _skip_space(text, end)
+        position = skip_space(text, end)
         if text[position : position + 1] == ",":
-            position = _skip_space(text, position + 1)
+            position = skip_space(text, position + 1)
         elif text[position : position + 1] != "]":
             line += text.count("\n", counted, position)
             raise MMJaxError(
@@ -148,31 +137,9 @@ def index_array(path: Path) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def _skip_space(text: str, position: int) -> int:
+def skip_space(text: str, position: int) -> int:
+    """Return the place of the next character that is no JSON white space."""
     return _SPACE.match(text, position).end()
-
-
-def _cache_paths(path: Path, index_dir: str | os.PathLike | None) -> list[Path]:
-    """Return where the index may lie: in ``index_dir``, or beside the file, else in the cache."""
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    name = f"{path.name}.{digest}.index.npz"
-    if index_dir is not None:
-        return [Path(index_dir) / name]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [path.with_name(f".{path.name}.index.npz"), home / "mmjax" / "index" / name]
-
-
-def _write_cache(cache: Path, stamp: np.ndarray, index: np.ndarray) -> bool:
-    """Write an index whole or not at all; False where the folder cannot be written."""
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, stamp=stamp, index=index)
-        os.replace(temporary, cache)
-    except OSError:
-        return False
-    return True
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _counts(counts: Mapping[str, int], sizes: Mapping[str, int]) -> list[int]:
     wrong = {n: c for n, c in found.items() if not isinstance(c, int) or (c < 1 and c != -1)}
     if wrong:
         raise MMJaxError(
-            f"counts {wrong}: each is a number of records an epoch draws, at least 1, or -1 for all; "
+            f"counts {wrong}: each is how many records an epoch draws, at least 1, or -1 for all; "
             "drop a source that is not to be drawn"
         )
     return [sizes[n] if found[n] == -1 else found[n] for n in sizes]

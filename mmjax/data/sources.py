@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mmjax.data.jsonl import IndexedJson
 from mmjax.data.templates import IMAGE_MARK
-from mmjax.types import BadSample, Message, MMJaxError, Record
+from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
 
 
 @runtime_checkable
@@ -32,6 +32,7 @@ _ROLES = {
     "messages": {"system": "system", "user": "user", "assistant": "assistant"},
 }
 _FIELDS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+_IMAGE_PATH = "<img_path>"
 _KEPT = ("answers", "choices", "answer", "group", "split")  # fields a task may score with
 
 
@@ -60,10 +61,19 @@ class JsonSource:
         return parse_record(value, str(self.path), line, self.image_root)
 
 
-def parse_record(value: Mapping[str, Any], path: str, line: int, image_root: Path) -> Record:
-    """Read one JSON object of any accepted form; raises BadSample naming file, line and field."""
+def parse_record(
+    value: Mapping[str, Any],
+    path: str,
+    line: int,
+    image_root: Path,
+    encoded: tuple[ImageSource, ...] | None = None,
+) -> Record:
+    """Read one JSON object of any accepted form; raises BadSample naming file, line and field.
+
+    encoded: the images where they are at hand, instead of the names in ``image`` or ``images``.
+    """
     where = f"{path}:{line}"
-    forms = [f for f in ("conversations", "messages", "question") if f in value]
+    forms = [f for f in ("conversations", "messages", "question", "output") if f in value]
     if len(forms) != 1:
         found = ", ".join(map(repr, value)) or "no field at all"
         reason = f"has both {' and '.join(forms)}" if forms else "misses 'conversations'"
@@ -72,10 +82,12 @@ def parse_record(value: Mapping[str, Any], path: str, line: int, image_root: Pat
         raise _bad(
             where,
             f"the record {reason} (found {found}){hint}; give exactly one of 'conversations', "
-            "'messages' or 'question'",
+            "'messages', 'question', or 'input' with 'output'",
         )
-    images = _images(value, where, image_root)
-    if forms[0] == "question":
+    images = encoded if encoded is not None else _images(value, where, image_root)
+    if forms[0] == "output":
+        messages, images = _instruct(value, where, image_root)
+    elif forms[0] == "question":
         messages = _question(value, where)
     else:
         messages = _turns(value[forms[0]], forms[0], where)
@@ -207,6 +219,31 @@ def _question(value: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     if answers:
         messages.append(Message("assistant", answers[0]))
     return tuple(messages)
+
+
+def _instruct(
+    value: Mapping[str, Any], where: str, root: Path
+) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Read the form of Open Flamingo's instruction data: its images are named inside the text."""
+    texts = {name: value.get(name, "") for name in ("instruction", "input", "output")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise _bad(where, f"field {name!r} is {_show(text)}, not a string")
+    prompt = texts["instruction"] + texts["input"]
+    pieces = prompt.split(_IMAGE_PATH)
+    if len(pieces) % 2 == 0:
+        raise _bad(
+            where,
+            f"field 'input' holds {len(pieces) - 1} {_IMAGE_PATH} marks; a file name stands "
+            "between two of them",
+        )
+    names = [name.strip() for name in pieces[1::2]]
+    if "" in names or IMAGE_MARK in prompt:
+        raise _bad(where, f"field 'input' holds an empty file name or a bare {IMAGE_MARK}")
+    # Every second piece is a file name; the mark stands where it was.
+    text = "".join(piece if i % 2 == 0 else IMAGE_MARK for i, piece in enumerate(pieces))
+    messages = (Message("user", text), Message("assistant", texts["output"]))
+    return messages, tuple(str(root / name) for name in names)
 
 
 def _images(value: Mapping[str, Any], where: str, root: Path) -> tuple[str, ...]:

@@ -68,6 +68,29 @@ def test_other_forms_and_image_fields(tmp_path):
     assert len(s[2].messages) == 1 and "answers" not in s[2].meta
 
 
+def test_images_named_inside_the_text(tmp_path):
+    named = "<img_path>a b.png<img_path>Which is older, this or <img_path>/abs/c.png<img_path>?"
+    items = [
+        {"input": named, "output": "The first."},
+        {"instruction": "Think. ", "input": "Why?", "output": "So.", "id": "x"},
+        {"input": "<img_path>a.png", "output": "o"},
+        {"input": "<img_path> <img_path>", "output": "o"},
+        {"input": "<image>", "output": "o"},
+        {"input": 3, "output": "o"},
+    ]
+    s = JsonSource(write(tmp_path / "a.json", items), image_root="/img")
+    assert s[0].messages == (
+        Message("user", "<image>Which is older, this or <image>?"),
+        Message("assistant", "The first."),
+    )
+    assert s[0].images == ("/img/a b.png", "/abs/c.png") and s[0].meta["answers"] == ["The first."]
+    assert s[1].messages[0].text == "Think. Why?" and s[1].images == ()
+    wanted = ["holds 1 <img_path> marks", "an empty file name", "a bare <image>", "'input' is 3"]
+    for i, says in enumerate(wanted):
+        with pytest.raises(BadSample, match=says):
+            s[2 + i]
+
+
 @pytest.mark.parametrize("chunk", [3, 1 << 24])
 def test_index_is_cached_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(jsonl, "_CHUNK", chunk)

@@ -1,0 +1,158 @@
+"""Random access to the values of one large JSON object, ``{id: value, ...}``, by id or by place.
+
+The file is read whole once, while its index is built (``index_cache``); after that a value is read
+from its bytes when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
+from mmjax.data.jsonl import skip_space
+from mmjax.types import BadSample, MMJaxError
+
+_BOM = "\xef\xbb\xbf"  # a UTF-8 byte order mark, read as latin-1
+Gather = Callable[[list[str], list[Any]], Arrays]
+
+
+class KeyedJson:
+    """The members of a JSON object in file order: ``len(f)``, ``f[i] -> (line, id, value)``.
+
+    inside: the member that holds the object (``"data"``); None for the whole file. gather: makes
+    further arrays of all ids and values while the index is built, found in ``arrays``. ``ids``
+    finds the place of an id. Raises MMJaxError for a missing or broken file (naming the line), an
+    object that is not there, and ids that are given twice.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        inside: str | None = None,
+        gather: Gather | None = None,
+        index_dir: str | os.PathLike | None = None,
+    ):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise MMJaxError(f"{self.path}: no such file; check the path of this data source")
+        self.arrays = cached_index(
+            self.path, [self.path], lambda: index_object(self.path, inside, gather), index_dir
+        )
+        self.ids = IdIndex(self.arrays.pop("ids"), self.arrays.pop("order"))
+        self._rows = self.arrays.pop("rows")
+        self._fd: int | None = None
+        if twice := self.ids.twice():
+            shown = ", ".join(map(repr, twice[:3])) + (", ..." if len(twice) > 3 else "")
+            raise MMJaxError(
+                f"{self.path}: {len(twice)} ids are given more than once: {shown}; give each entry "
+                "an id of its own, or remove the repetitions"
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> tuple[int, str, Any]:
+        start, end, line = (int(x) for x in self._rows[i])
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        raw = os.pread(self._fd, end - start, start)
+        try:
+            ((key, value),) = json.loads(b"{" + raw + b"}").items()
+        except (UnicodeDecodeError, json.JSONDecodeError, ValueError) as e:
+            raise BadSample("bad_json", f"{self.path}:{line}: cannot be read as JSON: {e}") from e
+        return line, key, value
+
+    def __getstate__(self):
+        return {**self.__dict__, "_fd": None}
+
+    def __del__(self):
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)
+
+
+def index_object(path: Path, inside: str | None = None, gather: Gather | None = None) -> Arrays:
+    """Find the members of an object: rows int64[n,3] (first byte, end byte, line), ids and order.
+
+    Raises MMJaxError with line and column if the file is broken or holds no such object.
+    """
+    # latin-1 maps bytes to characters one to one, so character offsets are byte offsets.
+    text = path.read_bytes().decode("latin-1")
+    position = skip_space(text, len(_BOM) if text.startswith(_BOM) else 0)
+    ids: list[str] = []
+    values: list[Any] = []
+    rows: list[tuple[int, int, int]] = []
+    if inside is not None:
+        others = []
+        for key, _, end, _ in _members(path, text, position, stop=inside):
+            others.append(key)
+            if key == inside:
+                position = end
+                break
+        else:
+            raise MMJaxError(
+                f"{path}: there is no member {inside!r} (found {', '.join(others[:5]) or 'none'}); "
+                f'expected {{"{inside}": {{id: entry, ...}}}}'
+            )
+    line, counted = 1, 0
+    for key, start, end, value in _members(path, text, position):
+        line, counted = line + text.count("\n", counted, start), start
+        rows.append((start, end, line))
+        ids.append(key)
+        if gather is not None:
+            values.append(value)
+    index = IdIndex(as_bytes(ids))
+    made = {"ids": index.names, "order": index.order}
+    made["rows"] = np.array(rows, np.int64).reshape(-1, 3)
+    return made | (gather(ids, values) if gather is not None else {})
+
+
+def _members(
+    path: Path, text: str, position: int, stop: str | None = None
+) -> Iterator[tuple[str, int, int, Any]]:
+    """Yield (key, first byte, end byte, value) of the object that begins at ``position``.
+
+    The value of the member ``stop`` is not read: the end byte is where it begins, and the last.
+    """
+    decoder = json.JSONDecoder()
+
+    def fail(at: int, problem: str) -> MMJaxError:
+        line = text.count("\n", 0, at) + 1
+        column = at - text.rfind("\n", 0, at)
+        return MMJaxError(f"{path}:{line}: {problem} at column {column}: {text[at : at + 20]!r}")
+
+    if text[position : position + 1] != "{":
+        raise fail(position, "expected an object of entries by id, found something else")
+    position = skip_space(text, position + 1)
+    while text[position : position + 1] != "}":
+        start = position
+        if text[start : start + 1] != '"':
+            raise fail(start, "expected an id in quotes (is the file cut off?)")
+        try:
+            _, end = decoder.raw_decode(text, start)
+            colon = skip_space(text, end)
+            if text[colon : colon + 1] != ":":
+                raise fail(colon, "expected ':' behind an id")
+            begin = skip_space(text, colon + 1)
+            if stop is not None and json.loads(text[start:end].encode("latin-1")) == stop:
+                yield stop, start, begin, None
+                return
+            value, end = decoder.raw_decode(text, begin)
+        except json.JSONDecodeError as e:
+            raise fail(e.pos, f"not JSON ({e.msg})") from e
+        raw = text[start:end]
+        if raw.isascii():
+            key = decoder.raw_decode(raw)[0]
+        else:
+            ((key, value),) = json.loads(f"{{{raw}}}".encode("latin-1")).items()
+        yield key, start, end, value
+        position = skip_space(text, end)
+        if text[position : position + 1] == ",":
+            position = skip_space(text, position + 1)
+        elif text[position : position + 1] != "}":
+            raise fail(position, "expected ',' or '}' behind an entry")

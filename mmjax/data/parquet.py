@@ -1,0 +1,319 @@
+"""Parquet files: images by id, and rows as records; read by row group, never whole.
+
+A row group is what parquet can read at once. Written with few rows in each, a file gives random
+access to its images; one group of many gigabytes does not, and is refused, with the command that
+writes such a file anew (``mmjax.data.regroup_parquet``).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
+from mmjax.data.sources import parse_record
+from mmjax.types import BadSample, MMJaxError, Record
+
+MAX_GROUP_BYTES = 256 * 2**20
+"""Bytes of a row group's columns above which a file is refused: so much is held to read one row."""
+
+_KEPT_GROUPS = 2  # row groups a process keeps: neighbouring records often share one
+
+
+class ParquetFiles:
+    """The rows of one parquet file or of all ``*.parquet`` of a folder, in the order of names.
+
+    ``read(row, columns)`` gives one row as Python values. Raises MMJaxError for a missing or broken
+    file, and for a row group too large to be read for the sake of one row.
+    """
+
+    def __init__(self, path: str | os.PathLike, columns: Sequence[str] | None = None):
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.files = sorted(self.path.rglob("*.parquet"))
+            if not self.files:
+                raise MMJaxError(f"{self.path}: this folder holds no file *.parquet")
+        elif self.path.is_file():
+            self.files = [self.path]
+        else:
+            raise MMJaxError(f"{self.path}: no such file or folder; check the path of this source")
+        self._open: dict[int, Any] = {}
+        self._kept: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
+        self._lock = threading.Lock()
+        groups = []  # (file, group, rows)
+        for number, file in enumerate(self.files):
+            found = self.file(number)
+            if number and found.schema_arrow.names != self.columns:
+                raise MMJaxError(
+                    f"{file}: has the columns {found.schema_arrow.names}, and {self.files[0].name} "
+                    f"has {self.columns}; put files of one kind into a folder"
+                )
+            self.columns = found.schema_arrow.names
+            for g in range(found.metadata.num_row_groups):
+                groups.append((number, g, found.metadata.row_group(g).num_rows))
+        self._groups = np.array(groups, np.int64).reshape(-1, 3)
+        self._ends = np.cumsum(self._groups[:, 2])
+        if columns is not None:
+            self.check_groups(columns)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}, "_kept": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        self._lock = threading.Lock()
+
+    def file(self, number: int) -> Any:
+        """Open a file in this process; handles do not travel to others."""
+        if number not in self._open:
+            pq = _pyarrow_parquet()
+            try:
+                self._open[number] = pq.ParquetFile(self.files[number])
+            except Exception as e:  # pyarrow raises its own and Python's errors for broken files
+                raise MMJaxError(
+                    f"{self.files[number]}: cannot be read as parquet ({e}); is it cut off?"
+                ) from e
+        return self._open[number]
+
+    def check_groups(self, columns: Sequence[str]) -> None:
+        """Raise MMJaxError when a row group of these columns is too large to hold."""
+        for file, group, _ in self._groups:
+            meta = self.file(int(file)).metadata.row_group(int(group))
+            parts = [meta.column(c) for c in range(meta.num_columns)]
+            size = sum(
+                p.total_uncompressed_size
+                for p in parts
+                if p.path_in_schema.split(".")[0] in columns
+            )
+            if size > MAX_GROUP_BYTES:
+                name = self.files[int(file)]
+                raise MMJaxError(
+                    f"{name}: row group {group} holds {size / 2**20:.0f} MiB, and reading one row "
+                    f"reads them all (limit {MAX_GROUP_BYTES // 2**20} MiB); write it anew with "
+                    f"small groups: python -m mmjax.data.regroup_parquet {name} NEW.parquet"
+                )
+
+    def column(self, name: str) -> list[Any]:
+        """Read one small column whole, row group by row group."""
+        values: list[Any] = []
+        for file, group, _ in self._groups:
+            table = self.file(int(file)).read_row_group(int(group), columns=[name])
+            values += table.column(0).to_pylist()
+        return values
+
+    def read(self, row: int, columns: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Return (file:row, values) of one row."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        place = int(np.searchsorted(self._ends, row, side="right"))
+        file, group, rows = (int(x) for x in self._groups[place])
+        inside = row - int(self._ends[place]) + rows
+        with self._lock:
+            table = self._group(file, group, tuple(columns))
+        values = {name: table.column(name)[inside].as_py() for name in columns}
+        return f"{self.files[file]}:{row}", values
+
+    def _group(self, file: int, group: int, columns: tuple[str, ...]) -> Any:
+        """Read the columns of a row group, or take them from the few that are kept."""
+        table = self._kept.get((file, group, columns))
+        if table is None:
+            try:
+                table = self.file(file).read_row_group(group, columns=list(columns))
+            except (OSError, ValueError) as e:
+                raise BadSample(
+                    "bad_record", f"{self.files[file]}: row group {group} cannot be read ({e})"
+                ) from e
+            self._kept[file, group, columns] = table
+            while len(self._kept) > _KEPT_GROUPS:
+                self._kept.popitem(last=False)
+        return table
+
+
+class ParquetImages:
+    """Images by id: the pandas index (or a column ``id``) and a column ``base64``.
+
+    The ids are read once and kept in an index beside the files (see ``index_cache``). Both base64
+    alphabets are read; a column of bytes is taken as it is. Raises MMJaxError for missing columns,
+    and ids given twice.
+    """
+
+    def __init__(self, path: str | os.PathLike, index_dir: str | os.PathLike | None = None):
+        self._files = ParquetFiles(path)
+        self.path, names = self._files.path, self._files.columns
+        self._column = "base64"
+        id_column = _id_column(self._files)
+        if id_column is None or self._column not in names:
+            raise MMJaxError(
+                f"{self.path}: has the columns {names}; image files need 'base64' and the ids as "
+                "the pandas index (__index_level_0__) or as a column 'id'"
+            )
+        self._files.check_groups([self._column])
+
+        def build() -> Arrays:
+            index = IdIndex(as_bytes(map(str, self._files.column(id_column))))
+            return {"ids": index.names, "order": index.order}
+
+        found = cached_index(self.path, self._files.files, build, index_dir)
+        self.ids = IdIndex(found["ids"], found["order"])
+        if twice := self.ids.twice():
+            raise MMJaxError(
+                f"{self.path}: {len(twice)} image ids are given more than once, first "
+                f"{twice[0]!r}; keep one image for each id"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: int) -> bytes:
+        where, values = self._files.read(place, [self._column])
+        return decode_base64(values[self._column], where)
+
+
+class ParquetSource:
+    """Records of parquet files as datasets on the Hugging Face hub have them.
+
+    fields: our name -> theirs, for columns called otherwise. Images are ``image`` or ``images``:
+    bytes, structs {bytes, path}, or lists of these; a path is relative to image_root (default: the
+    folder of the files). Texts are ``question`` with ``answer`` or ``answers``, or ``messages`` or
+    ``conversations``: lists of structs, or JSON text.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fields: Mapping[str, str] | None = None,
+        image_root: str | os.PathLike | None = None,
+    ):
+        self._files = ParquetFiles(path)
+        self.path = self._files.path
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self.image_root = Path(folder if image_root is None else image_root)
+        there = self._files.columns
+        fields = dict(fields or {})
+        unknown = sorted(set(fields) - set(_COLUMNS))
+        absent = sorted(set(fields.values()) - set(there))
+        if unknown or absent:
+            raise MMJaxError(
+                f"{self.path}: fields {fields}: "
+                + (f"{unknown} are none of {', '.join(_COLUMNS)}; " if unknown else "")
+                + (f"there are no columns {absent}; " if absent else "")
+                + f"the columns are {', '.join(there)}"
+            )
+        self.fields = {n: fields.get(n, n) for n in _COLUMNS if fields.get(n, n) in there}
+        if not {"question", "messages", "conversations"} & set(self.fields):
+            raise MMJaxError(
+                f"{self.path}: none of the columns {', '.join(there)} is 'question', 'messages' or "
+                "'conversations'; say which is with fields={'question': ...}"
+            )
+        self._files.check_groups(list(self.fields.values()))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Record:
+        where, found = self._files.read(index, list(self.fields.values()))
+        value = {name: found[column] for name, column in self.fields.items()}
+        value = {k: v for k, v in value.items() if v is not None}
+        images = [*_listed(value.pop("image", None)), *_listed(value.pop("images", None))]
+        for form in ("messages", "conversations"):
+            if isinstance(value.get(form), str):
+                try:
+                    value[form] = json.loads(value[form])
+                except json.JSONDecodeError as e:
+                    raise BadSample("bad_record", f"{where}: {form!r} is not JSON: {e}") from e
+        encoded = tuple(self._image(image, where) for image in images)
+        name, _, row = where.rpartition(":")
+        value.setdefault("id", row)
+        return parse_record(value, name, int(row), self.image_root, encoded)
+
+    def _image(self, image: Any, where: str) -> bytes | str:
+        """Return the bytes of an image column's value, or the path it names."""
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str) and image:
+            return str(self.image_root / image)
+        if not isinstance(image, bytes) or not image:
+            raise BadSample(
+                "missing_image", f"{where}: an image is {type(image).__name__}, not bytes or a path"
+            )
+        return image
+
+
+_COLUMNS = (
+    *("id", "image", "images", "question", "answer", "answers", "messages", "conversations"),
+    *("choices", "group", "split"),
+)
+
+
+def decode_base64(text: str | bytes, where: str) -> bytes:
+    """Decode base64 in either alphabet, padded or not; raises BadSample naming the place."""
+    raw = text.encode("ascii", "replace") if isinstance(text, str) else bytes(text or b"")
+    raw = raw.rsplit(b"base64,", 1)[-1].translate(_TO_STANDARD, b"\r\n \t=")
+    try:
+        data = base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
+    except binascii.Error as e:
+        raise BadSample("corrupt_image", f"{where}: not base64 ({e})") from e
+    if not data:
+        raise BadSample("corrupt_image", f"{where}: the image is empty")
+    return data
+
+
+_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
+
+
+def regroup(source: str | os.PathLike, target: str | os.PathLike, rows: int = 32) -> int:
+    """Copy a parquet file with ``rows`` rows in each group, holding few at a time; returns rows.
+
+    The target appears under its name only when it is whole.
+    """
+    pq = _pyarrow_parquet()
+    if rows < 1:
+        raise MMJaxError(f"--rows {rows}: a row group holds at least one row")
+    temporary = f"{os.fspath(target)}.{os.getpid()}.tmp"
+    # Without pre-buffering and with a buffered stream the pages are read one after another;
+    # by default pyarrow would read the whole group into memory first.
+    file = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
+    count = 0
+    with pq.ParquetWriter(temporary, file.schema_arrow) as writer:
+        for batch in file.iter_batches(batch_size=rows):
+            writer.write_batch(batch, row_group_size=rows)
+            count += batch.num_rows
+    os.replace(temporary, target)
+    return count
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _id_column(files: ParquetFiles) -> str | None:
+    """Find the column that holds the ids: pandas tells of its index in the file's metadata."""
+    metadata = files.file(0).schema_arrow.metadata or {}
+    if b"pandas" in metadata:
+        index = json.loads(metadata[b"pandas"]).get("index_columns", [])
+        if len(index) == 1 and index[0] in files.columns:
+            return index[0]
+    known = ("__index_level_0__", "id", "image_id")
+    return next((name for name in known if name in files.columns), None)
+
+
+def _pyarrow_parquet() -> Any:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise MMJaxError("parquet files need pyarrow: pip install 'mmjax[formats]'") from e
+    return pq

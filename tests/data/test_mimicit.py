@@ -1,0 +1,329 @@
+"""MIMIC-IT datasets and their training YAML, read from real files."""
+
+import base64
+import io
+import json
+import pickle
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmjax.data.catalog import make_source, make_sources
+from mmjax.data.images import load_rgb
+from mmjax.data.mimicit import MimicitSource
+from mmjax.data.mimicit_yaml import expand_yaml
+from mmjax.data.mixture import Mixture
+from mmjax.data.templates import fuyu_chat
+from mmjax.types import BadSample, Message, MMJaxError
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), (value, 0, 255 - value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def entry(number, images=None, related=(), **more):
+    images = [f"LA_IMG_{number}"] if images is None else images
+    return {
+        "instruction": f"What is {number}?",
+        "answer": f"It is {number}.",
+        "image_ids": images,
+        "rel_ins_ids": list(related),
+    } | more
+
+
+def write_images(path, ids, alphabet=base64.b64encode, group=2, index="__index_level_0__"):
+    """A parquet file as pandas writes it: the index is a column that the metadata names."""
+    table = pa.table(
+        {
+            "base64": [alphabet(png(int(i.rsplit("_", 1)[1]))).decode() for i in ids],
+            index: ids,
+        }
+    )
+    pandas = {"index_columns": [index], "columns": [], "pandas_version": "2.2.0"}
+    if index == "__index_level_0__":
+        table = table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def write(path, value):
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), "utf-8")
+    return path
+
+
+def instructions(path, entries):
+    return write(path, {"meta": {"version": "0.0.1", "data": {}}, "data": entries})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five entries with an image each; the last two have related ones."""
+    entries = {f"LA_INS_{i}": entry(i) for i in range(3)}
+    entries["LA_INS_3"] = entry(3, related=["LA_INS_0", "LA_INS_1"])
+    entries["LA_INS_ü"] = entry(4, ["LA_IMG_4", "LA_IMG_2"], ["LA_INS_3"], answer="Fünf — 五.")
+    instructions(tmp_path / "ins.json", entries)
+    write_images(tmp_path / "images.parquet", [f"LA_IMG_{i}" for i in (4, 0, 2, 3, 1)])
+    return tmp_path
+
+
+def red(image):
+    return int(load_rgb(image)[0, 0, 0])
+
+
+@pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])
+@pytest.mark.parametrize("form", ["parquet", "folder", "column id", "json"])
+def test_images_in_every_form(folder, form, alphabet):
+    ids = [f"LA_IMG_{i}" for i in (4, 0, 2, 3, 1)]
+    path = folder / "images.parquet"
+    if form == "folder":
+        path = folder / "many"
+        path.mkdir()
+        write_images(path / "part.0.parquet", ids[:3], alphabet)
+        write_images(path / "part.1.parquet", ids[3:], alphabet)
+    elif form == "json":
+        path = folder / "images.json"
+        write(path, {i: alphabet(png(int(i[-1]))).decode() for i in ids})
+    else:
+        index = "id" if form == "column id" else "__index_level_0__"
+        write_images(path, ids, alphabet, index=index)
+    opened = MimicitSource(folder / "ins.json", path)
+    for source in (opened, pickle.loads(pickle.dumps(opened))):
+        assert len(source) == source.draws == 5
+        assert [red(source[i].images[0]) for i in range(5)] == [0, 1, 2, 3, 4]
+    assert source[1].messages == (Message("user", "What is 1?"), Message("assistant", "It is 1."))
+    meta = source[4].meta
+    assert (meta["id"], meta["answers"]) == ("LA_INS_ü", ["Fünf — 五."])
+    text = (folder / "ins.json").read_text("utf-8")
+    assert meta["line"] == 1 + text[: text.index('"LA_INS_ü"')].count("\n")
+    assert [red(i) for i in source[4].images] == [4, 2]
+
+
+def test_the_index_is_built_once_and_again_when_files_change(folder, monkeypatch):
+    args = folder / "ins.json", folder / "images.parquet"
+    MimicitSource(*args, populate_rel_ins=True)
+    with monkeypatch.context() as patched:
+        for name in ("keyed_json.index_object", "parquet.ParquetFiles.column"):
+            patched.setattr(f"mmjax.data.{name}", lambda *a: pytest.fail("built again"))
+        again = MimicitSource(*args, populate_rel_ins=True)
+    assert red(again[3].images[0]) == 3
+    instructions(args[0], {"LA_INS_9": entry(2)})
+    assert MimicitSource(*args)[0].meta["id"] == "LA_INS_9"
+
+
+def test_related_entries_are_turns_or_examples(folder):
+    args = folder / "ins.json", folder / "images.parquet"
+    assert len(MimicitSource(*args)[3].messages) == 2
+    turns = MimicitSource(*args, populate_rel_ins=True)[3]
+    assert [m.text for m in turns.messages] == [
+        *("What is 0?", "It is 0.", "What is 1?", "It is 1.", "What is 3?", "It is 3.")
+    ]
+    assert [red(i) for i in turns.images] == [3]
+    context = dict(group="IMAGE_TEXT_IN_CONTEXT")
+    examples = MimicitSource(*args, populate_rel_ins=True, **context)[3]
+    assert [red(i) for i in examples.images] == [0, 1, 3]
+    assert [m.text for m in examples.messages[::2]] == [f"<image>What is {i}?" for i in (0, 1, 3)]
+    kinds = [s.value if s.kind == "image" else s.kind for s in fuyu_chat(examples)]
+    assert [k for k in kinds if isinstance(k, int)] == [0, 1, 2]
+    train = write(folder / "train.json", {"LA_INS_1": ["LA_INS_2"], "LA_INS_0": []})
+    chosen = MimicitSource(*args, train, **context)
+    assert [red(i) for i in chosen[1].images] == [2, 1]
+    assert [len(chosen[i].messages) for i in range(5)] == [2, 4, 2, 2, 2]
+
+
+def test_frames_are_spread_and_text_has_no_images(folder):
+    frames = [f"LA_IMG_{i % 5}" for i in range(9)]
+    path = instructions(folder / "video.json", {"V": entry(0, frames)})
+    video = MimicitSource(path, folder / "images.parquet", group="VIDEO_TEXT", max_frames=3)
+    assert [red(i) for i in video[0].images] == [0, 4, 3]  # frames 0, 4 and 8
+    assert len(MimicitSource(path, folder / "images.parquet", group="VIDEO_TEXT")[0].images) == 9
+    text = MimicitSource(path, group="TEXT_ONLY")[0]
+    assert text.images == () and len(text.messages) == 2
+
+
+@pytest.mark.parametrize("count, length, draws", [(-1, 5, 5), (0, 5, 5), (5, 5, 5), (12, 5, 12)])
+def test_num_samples_takes_all_or_asks_for_more(folder, count, length, draws):
+    source = MimicitSource(folder / "ins.json", folder / "images.parquet", num_samples=count)
+    assert (len(source), source.draws) == (length, draws)
+    assert [source[i].meta["id"] for i in range(3)] == [f"LA_INS_{i}" for i in range(3)]
+    assert Mixture.of({"a": source}).counts == (draws,)
+
+
+def test_fewer_samples_are_those_that_otter_takes(folder):
+    names = [f"LA_INS_{i}" for i in range(4)] + ["LA_INS_ü"]
+    random.seed(0)
+    wanted = random.sample(names, 3)
+    args = folder / "ins.json", folder / "images.parquet"
+    source = MimicitSource(*args, num_samples=3, seed=7)
+    assert [r.meta["id"] for r in (source[0], source[1], source[2])] == wanted
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_a_task_description_is_drawn_by_seed_and_entry(folder):
+    args = folder / "ins.json", folder / "images.parquet"
+    lines = [f"Task {i}." for i in range(4)]
+    told = {}
+    for seed in (0, 1, 0):
+        source = MimicitSource(*args, task_description=lines, seed=seed)
+        found = [source[i].messages[0] for i in range(5)]
+        assert all(m.role == "system" and m.text in lines for m in found)
+        assert told.setdefault(seed, found) == found
+    assert told[0] != told[1] and len({m.text for m in told[0]}) > 1
+    one = MimicitSource(*args, task_description="Look.")[2]
+    texts = [s.value for s in fuyu_chat(one) if s.kind == "text"]
+    assert texts[0] == "Look.\nUser:What is 2? Assistant:"
+
+
+def test_symbols_are_kept_unless_asked(folder):
+    text = 'a+b=c; `x` [1] {2} <3> it\'s (5) "q"?!\n'
+    path = instructions(folder / "t.json", {"T": entry(0, [], instruction=text, answer=text)})
+    assert MimicitSource(path)[0].messages[0].text == text
+    stripped = MimicitSource(path, keep_symbols=False)[0]
+    assert {m.text for m in stripped.messages} == {'abc x 1 2 3 it\'s (5) "q"?!\n'}
+
+
+@pytest.mark.parametrize(
+    "entries, options, says",
+    [
+        ({"A": entry(7)}, {}, r"1 image ids have no image .*'LA_IMG_7' of entry 'A' \(the nearest"),
+        ({"A": entry(7)}, dict(images_path=None), "1 of 1 entries have image_ids .*TEXT_ONLY"),
+        ({}, {}, "'data' holds no entry"),
+        ({"A": entry(1, related=["B"])}, dict(populate_rel_ins=True), "1 related ids .* first 'B'"),
+        ({"A": entry(1)}, dict(group="IMAGE_TXT"), "'IMAGE_TXT'.*IMAGE_TEXT, TEXT_ONLY"),
+        ({"A": entry(1)}, dict(num_samples=-2), "num_samples -2"),
+        ({"A": entry(1)}, dict(images_path="x.tar"), "x.tar: images are a .parquet"),
+        ({"A": entry(1)}, dict(images_path="gone.parquet"), "gone.parquet: no such file"),
+    ],
+)
+def test_what_is_wrong_as_a_whole_is_said_when_opened(folder, entries, options, says):
+    path = instructions(folder / "bad.json", entries)
+    with pytest.raises(MMJaxError, match=says):
+        MimicitSource(path, **({"images_path": folder / "images.parquet"} | options))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('{"data": {"A": {}, "B": {}, "A": {}}}', "1 ids are given more than once: 'A'"),
+        ('{"meta": {}, "dat": {}}', r"no member 'data' \(found meta, dat\)"),
+        ('{"data": {"A": {},\n "B": {"instruction": }}}', ":2: not JSON"),
+        ('{"data": {"A": {}', "expected ',' or '}' behind an entry"),
+        ("[1]", "expected an object of entries by id"),
+        ('{"data": [1]}', "expected an object of entries by id"),
+    ],
+)
+def test_broken_instructions_are_named_with_their_line(tmp_path, text, says):
+    (tmp_path / "ins.json").write_text(text)
+    with pytest.raises(MMJaxError, match=says):
+        MimicitSource(tmp_path / "ins.json", group="TEXT_ONLY")
+
+
+def test_images_given_twice_or_without_columns(folder):
+    path = write_images(folder / "twice.parquet", ["I_1", "I_2", "I_1"])
+    with pytest.raises(MMJaxError, match="1 image ids are given more than once, first 'I_1'"):
+        MimicitSource(folder / "ins.json", path)
+    pq.write_table(pa.table({"picture": ["x"]}), folder / "other.parquet")
+    with pytest.raises(MMJaxError, match=r"columns \['picture'\]; image files need 'base64'"):
+        MimicitSource(folder / "ins.json", folder / "other.parquet")
+
+
+def test_one_bad_entry_is_a_bad_sample(folder):
+    entries = {"A": entry(1, answer=None), "B": entry(7), "C": "text", "D": entry(1, "LA_IMG_1")}
+    path = instructions(folder / "bad.json", entries)
+    source = MimicitSource(path, folder / "images.parquet", missing="skip")
+    wanted = ["'answer' is missing", "'LA_IMG_7' is not in", "'instruction' is missing", "no list"]
+    for i, says in enumerate(wanted):
+        with pytest.raises(BadSample, match=says) as error:
+            source[i]
+        assert error.value.reason == ("missing_image" if i == 1 else "bad_record")
+    write(folder / "i.json", {"LA_IMG_1": "!!!", "LA_IMG_7": 5})
+    source = MimicitSource(path, folder / "i.json", missing="skip")
+    with pytest.raises(BadSample, match="is no base64 text"):
+        source[1]
+
+
+YAML = """
+IMAGE_TEXT:
+  LADD:
+    mimicit_path: ins.json
+    images_path: images.parquet
+    num_samples: 2
+    task_description: ["Look.", "See."]
+TEXT_ONLY:
+  LIMA:
+    mimicit_path: ins.json
+    images_path:
+"""
+
+
+def test_a_training_yaml_becomes_named_sources(folder):
+    (folder / "train.yaml").write_text(YAML)
+    specs = {
+        "otter": dict(kind="mimicit_yaml", path=str(folder / "train.yaml"), keep_symbols=False),
+        "more": dict(kind="magnifier", split="train"),
+    }
+    sources = make_sources(specs)
+    assert [(name, len(sources[name])) for name in list(sources)[:2]] == [("LADD", 2), ("LIMA", 5)]
+    assert list(sources) == ["LADD", "LIMA", "more"]
+    assert sources["LIMA"][0].images == () and not sources["LIMA"].keep_symbols
+    assert sources["LADD"][0].messages[0].role == "system"
+    plain = expand_yaml(folder / "train.yaml", with_task_description=False)
+    assert "task_description" not in plain["LADD"] and plain["LADD"]["group"] == "IMAGE_TEXT"
+    with pytest.raises(MMJaxError, match="two data sources are called 'LADD'"):
+        make_sources(specs | {"LADD": specs["more"]})
+    with pytest.raises(MMJaxError, match="stands for several sources"):
+        make_source(specs["otter"])
+
+
+def test_everything_wrong_in_a_yaml_is_said_at_once(folder):
+    (folder / "train.yaml").write_text(
+        YAML.replace("TEXT_ONLY", "TXT_ONLY")
+        .replace("images_path: images.parquet", "image_path: images.parquet")
+        .replace("num_samples: 2", "num_samples: all")
+        .replace("ins.json", "inz.json")
+    )
+    with pytest.raises(MMJaxError) as error:
+        expand_yaml(folder / "train.yaml")
+    lines = str(error.value).splitlines()
+    for line, part in zip(
+        lines,
+        [
+            "train.yaml:",
+            "LADD: mimicit_path 'inz.json' does not exist; did you mean 'ins.json'?",
+            "LADD: unknown key 'image_path'; did you mean 'images_path'?",
+            "LADD: num_samples is 'all'",
+            "unknown group 'TXT_ONLY'; did you mean 'TEXT_ONLY'?",
+        ],
+        strict=True,
+    ):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("IMAGE_TEXT: {}", "no group holds a dataset"),
+        ("", "expected groups"),
+        ("a: [", "cannot be read as YAML"),
+        ("TEXT_ONLY:\n  A: {mimicit_path: ins.json}\n  A: {}", "'A' is given twice"),
+        ("TEXT_ONLY:\n  A: {num_samples: 3}", "A: mimicit_path is missing"),
+        ("TEXT_ONLY:\n  A: 3", "TEXT_ONLY.A: expected keys"),
+    ],
+)
+def test_yaml_that_is_none(folder, text, says):
+    (folder / "train.yaml").write_text(text)
+    with pytest.raises(MMJaxError, match=says):
+        expand_yaml(folder / "train.yaml")
+
+
+def test_a_wrong_dataset_is_named_by_its_source(folder):
+    instructions(folder / "ins.json", {"A": entry(9)})
+    spec = dict(kind="mimicit", mimicit_path=str(folder / "ins.json"))
+    spec["images_path"] = str(folder / "images.parquet")
+    with pytest.raises(MMJaxError, match=r"data\.sources\.coco: .*1 image ids have no image"):
+        make_sources({"coco": spec})

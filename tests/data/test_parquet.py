@@ -1,0 +1,159 @@
+"""Parquet as the Hugging Face hub has it: rows as records, read by row group."""
+
+import io
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmjax.data import parquet
+from mmjax.data.catalog import make_source
+from mmjax.data.images import load_rgb
+from mmjax.data.parquet import ParquetFiles, ParquetSource, decode_base64, regroup
+from mmjax.data.regroup_parquet import main as regroup_command
+from mmjax.types import BadSample, MMJaxError
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def vqa(count=7):
+    return {
+        "image": [{"bytes": png(i), "path": f"{i}.png"} for i in range(count)],
+        "question": [f"q{i}?" for i in range(count)],
+        "answers": [[f"a{i}", "b"] for i in range(count)],
+    }
+
+
+def write(path, columns, group=3):
+    pq.write_table(pa.table(columns), path, row_group_size=group)
+    return path
+
+
+def test_rows_of_one_file_or_a_folder(tmp_path):
+    whole = ParquetSource(write(tmp_path / "a.parquet", vqa()))
+    assert len(whole) == 7
+    for i in (6, 0, 3, 2):
+        record = whole[i]
+        assert [m.text for m in record.messages] == [f"q{i}?", f"a{i}"]
+        assert load_rgb(record.images[0])[0, 0, 0] == i
+        assert record.meta["answers"] == [f"a{i}", "b"] and record.meta["id"] == str(i)
+        assert (record.meta["source"], record.meta["line"]) == (str(tmp_path / "a.parquet"), i)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for k in range(3):
+        write(folder / f"train-{k}.parquet", {n: v[k * 2 : k * 2 + 2] for n, v in vqa().items()})
+    many = pickle.loads(pickle.dumps(make_source({"kind": "parquet", "path": str(folder)})))
+    assert [many[i].messages[0].text for i in range(6)] == [f"q{i}?" for i in range(6)]
+    with pytest.raises(IndexError):
+        many[6]
+
+
+def test_only_the_row_groups_that_are_asked_for_are_read(tmp_path, monkeypatch):
+    source = ParquetSource(write(tmp_path / "a.parquet", vqa(), group=2))
+    read = []
+    plain = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, group, columns: read.append(group) or plain(self, group, columns=columns),
+    )
+    for i in (4, 5, 0, 1, 4, 6):
+        source[i]
+    assert read == [2, 0, 3]  # two groups are kept
+    assert {len(t) for t in source._files._kept.values()} == {2, 1}
+
+
+def test_threads_read_what_they_ask_for(tmp_path):
+    source = ParquetSource(write(tmp_path / "a.parquet", vqa(40), group=3))
+    order = np.random.default_rng(0).integers(0, 40, 200).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: source[i].messages[0].text, order))
+    assert found == [f"q{i}?" for i in order]
+
+
+def test_other_forms_and_names_of_columns(tmp_path):
+    turns = [{"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "A"}]
+    chat = {"images": [[png(1), png(2)]], "messages": [turns], "id": ["x1"]}
+    record = ParquetSource(write(tmp_path / "chat.parquet", chat))[0]
+    assert [m.role for m in record.messages] == ["user", "assistant"] and record.meta["id"] == "x1"
+    assert [load_rgb(i)[0, 0, 0] for i in record.images] == [1, 2]
+    llava = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    text = {"conversations": [json.dumps(llava), "["], "image": ["x.png", None]}
+    source = ParquetSource(write(tmp_path / "text.parquet", text), image_root="/img")
+    assert source[0].images == ("/img/x.png",) and source[0].messages[1].text == "a"
+    with pytest.raises(BadSample, match="'conversations' is not JSON"):
+        source[1]
+    named = {"img": [png(5)], "query": ["q"], "label": ["a"]}
+    fields = {"image": "img", "question": "query", "answer": "label"}
+    record = ParquetSource(write(tmp_path / "named.parquet", named), fields)[0]
+    assert record.messages[1].text == "a" and load_rgb(record.images[0])[0, 0, 0] == 5
+
+
+def test_bad_rows_are_bad_samples(tmp_path):
+    rows = {"image": [{"bytes": b"", "path": None}], "question": ["q"], "answer": ["a"]}
+    with pytest.raises(BadSample, match="an image is NoneType") as error:
+        ParquetSource(write(tmp_path / "a.parquet", rows))[0]
+    assert error.value.reason == "missing_image"
+
+
+def test_large_row_groups_are_refused_and_written_anew(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "big.parquet", vqa(20), group=20)
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 1000)
+    with pytest.raises(MMJaxError, match=r"row group 0 holds .*regroup_parquet .*big\.parquet NEW"):
+        ParquetSource(path)
+    assert regroup_command([str(path), str(tmp_path / "small.parquet"), "--rows", "4"]) == 0
+    assert "20 rows, 4 in each group" in capsys.readouterr().out
+    source = ParquetSource(tmp_path / "small.parquet")
+    assert source._files._groups[:, 2].tolist() == [4] * 5
+    assert [source[i].messages[1].text for i in range(20)] == [f"a{i}" for i in range(20)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.parquet", "small.parquet"]
+    with pytest.raises(MMJaxError, match="--rows 0"):
+        regroup(path, tmp_path / "x", 0)
+
+
+@pytest.mark.parametrize(
+    "columns, options, says",
+    [
+        ({"text": ["a"]}, {}, "none of the columns text is 'question'"),
+        ({"question": ["a"]}, dict(fields={"questin": "question"}), r"\['questin'\] are none of"),
+        ({"question": ["a"]}, dict(fields={"answer": "b"}), r"no columns \['b'\]; the columns are"),
+    ],
+)
+def test_columns_that_do_not_fit(tmp_path, columns, options, says):
+    with pytest.raises(MMJaxError, match=says):
+        ParquetSource(write(tmp_path / "a.parquet", columns), **options)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(MMJaxError, match="no such file or folder"):
+        ParquetFiles(tmp_path / "a.parquet")
+    with pytest.raises(MMJaxError, match=r"holds no file \*.parquet"):
+        ParquetFiles(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(MMJaxError, match="cannot be read as parquet"):
+        ParquetFiles(tmp_path / "a.parquet")
+    write(tmp_path / "a.parquet", {"x": [1]})
+    write(tmp_path / "b.parquet", {"y": [1]})
+    with pytest.raises(MMJaxError, match=r"has the columns \['y'\], and a.parquet has \['x'\]"):
+        ParquetFiles(tmp_path)
+
+
+def test_base64_of_both_alphabets():
+    data = bytes(range(256))
+    standard = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8gISIjJCUmJygpKissLS4v"
+    assert decode_base64(standard, "x") == data[:48]
+    for text in ("-_-_", "+/+/", "+/\n+/", "data:image/png;base64,+/+/"):
+        assert decode_base64(text, "x") == b"\xfb\xff\xbf"
+    assert decode_base64("-w", "x") == decode_base64("+w==", "x") == b"\xfb"
+    for text in ("!?", "ä", "", None, "A"):
+        with pytest.raises(BadSample, match="here: "):
+            decode_base64(text, "here")
