@@ -10,12 +10,14 @@ flags.DEFINE_string("workdir", None, "the folder this run lives in; one that exi
 
 def main(config) -> None:
     from mmjax.config import to_dataclass
+    from mmjax.parallel.distributed import joined
     from mmjax.train.loop import run
     from mmjax.train.settings import RunSettings
 
     if not flags.FLAGS.workdir:
         raise MMJaxError("give --workdir=DIR, the folder this run lives in")
-    run(to_dataclass(RunSettings, config), flags.FLAGS.workdir)
+    with joined():
+        run(to_dataclass(RunSettings, config), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,25 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     )
 
 
+def check_batch(mesh: Mesh, rows: int, length: int, accumulate: int = 1) -> None:
+    """Raise MMJaxError when the rows of a microbatch, or their length, do not divide over a mesh.
+
+    rows, length: of the global batch; accumulate: microbatches in it.
+    """
+    data, fsdp, context = (mesh.shape[axis] for axis in ("data", "fsdp", "context"))
+    ways = accumulate * data * fsdp
+    if rows % ways:
+        raise MMJaxError(
+            f"data.batch_size {rows} does not divide into accumulate {accumulate} x data {data} x "
+            f"fsdp {fsdp}; choose a multiple of {ways}"
+        )
+    if length % context:
+        raise MMJaxError(
+            f"data.seq_len {length} does not divide over context {context}; choose a multiple of "
+            f"{context}, such as {-(-length // context) * context}, or change mesh.context"
+        )
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh | None = None) -> Iterator[Mesh]:
     """Enter a mesh and the logical axis rules; None makes a mesh of one device.

@@ -1,11 +1,14 @@
 """Logical axes to mesh axes: the one table, and the one place that constrains activations."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+
+from mmjax.types import MMJaxError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -109,6 +112,24 @@ def put_batch(batch: dict, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.
         return jax.make_array_from_callback(shape, batch_sharding(mesh, name), cut)
 
     return {name: put(name, value) for name, value in batch.items()}
+
+
+def check_divides(abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raise MMJaxError for the first parameter with an axis that its mesh axes do not divide.
+
+    abstract: by name, with their shardings. Covers heads, mlp and vocabulary over tensor, and
+    widths over fsdp.
+    """
+    for name, leaf in abstract.items():
+        mesh = leaf.sharding.mesh
+        for axis, (size, names) in enumerate(zip(leaf.shape, leaf.sharding.spec, strict=False)):
+            if size % _ways(mesh, names):
+                names = (names,) if isinstance(names, str) else names
+                over = " x ".join(f"{n} {mesh.shape[n]}" for n in names)
+                raise MMJaxError(
+                    f"parameter {name} has shape {leaf.shape}, and its axis {axis} of {size} does "
+                    f"not divide over {over}; set mesh.{names[0]} to a divisor of {size}"
+                )
 
 
 def parameter_shardings(abstract: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:

@@ -3,16 +3,24 @@
 import signal
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class StopFlag:
-    """True once SIGTERM or SIGINT has arrived; a second SIGINT interrupts at once."""
+    """True once SIGTERM or SIGINT has arrived; a second SIGINT interrupts at once.
+
+    Several processes have to stop after the same step: there JAX's preemption service hears a
+    SIGTERM in any of them, and ``agreed`` tells all of them when. SIGINT interrupts at once.
+    """
 
     def __init__(self):
         self.signal: str | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopFlag":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # A handler of ours would take SIGTERM away from the preemption service.
+        for number in () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -22,6 +30,12 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def agreed(self, step: int) -> bool:
+        """Tell whether to stop after this step, the same in every process; ask at every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM.name
+        return bool(self)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:

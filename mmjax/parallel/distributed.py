@@ -1,0 +1,157 @@
+"""Several processes as one run: joining them, checking that they agree, ending together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import mmjax
+from mmjax.parallel.cluster import find_cluster
+from mmjax.types import MMJaxError
+
+HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process counts as dead
+_SHUTDOWN_SECONDS = 60
+_FACT_BYTES = 2**16  # what a process tells the others about itself
+_SHOWN = 64  # longer values are compared, and shown, by their hash
+
+# What a collective, the checkpoint's barrier or the coordinator say when another process is gone.
+_LOST = ("Gloo", "gloo", "NCCL", "heartbeat", "UNAVAILABLE", "coordination service", "Connection")
+
+
+@contextlib.contextmanager
+def joined(env: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Join the processes of this run for the time of a block; with one process do nothing.
+
+    What the launcher gave is printed: SLURM, Open MPI, or JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. An error ends this process at once, so that those that
+    wait for it notice: Python's own exit would wait for them.
+    """
+    cluster = find_cluster(env)
+    if cluster is None:
+        yield
+        return
+    print(cluster, flush=True)
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.count,
+            cluster.index,
+            cluster.devices,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+        yield
+        jax.distributed.shutdown()
+    except BaseException as error:
+        code = _report(error, f"process {cluster.index} of {cluster.count}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _report(error: BaseException, who: str) -> int:
+    """Print why a process ends; returns its exit code."""
+    if isinstance(error, MMJaxError):
+        print(f"error: {who}: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{who}: stopped by the keyboard", file=sys.stderr)
+        return 130
+    traceback.print_exception(error)
+    if isinstance(error, RuntimeError | ValueError) and any(w in str(error) for w in _LOST):
+        print(
+            f"error: {who}: another process has ended, and the run cannot go on without it. Its "
+            "own output says why. Start all processes again: the run continues from the last "
+            "checkpoint in its workdir",
+            file=sys.stderr,
+        )
+        return 3
+    return 1
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raise MMJaxError, in every process, unless all processes have the same facts.
+
+    facts: name -> JSON-able value. One small collective; the error names the facts that differ,
+    their values and the processes that have them.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = json.dumps({name: _short(value) for name, value in facts.items()}).encode()
+    if len(mine) > _FACT_BYTES:
+        raise MMJaxError(f"{len(mine)} bytes of facts to compare, and {_FACT_BYTES} can be sent")
+    told = multihost_utils.process_allgather(
+        np.frombuffer(mine.ljust(_FACT_BYTES), np.uint8), tiled=False
+    )
+    if differences := compare([json.loads(bytes(row)) for row in np.asarray(told)]):
+        raise MMJaxError(
+            "the processes of this run do not agree: "
+            + "; ".join(differences)
+            + ". Start all of them with the same command, the same code and the same files"
+        )
+
+
+def compare(told: list[dict[str, str]]) -> list[str]:
+    """Describe the facts in which processes differ; told: of every process, in order."""
+    found = []
+    for name in dict.fromkeys(name for facts in told for name in facts):
+        values: dict[str, list[int]] = {}
+        for process, facts in enumerate(told):
+            values.setdefault(facts.get(name, "missing"), []).append(process)
+        if len(values) > 1:
+            each = (
+                f"{value} in process{'es' if len(who) > 1 else ''} {', '.join(map(str, who[:8]))}"
+                + (f" and {len(who) - 8} more" if len(who) > 8 else "")
+                for value, who in values.items()
+            )
+            found.append(f"{name} is {' and '.join(each)}")
+    return found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} more"]
+
+
+def facts_of(config: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the processes of a run must agree on: config, code, versions, data.
+
+    config: nested; lengths: records of each source.
+    """
+    return {
+        **_flatten(config, "config"),
+        **{f"records of data.sources.{name}": n for name, n in lengths.items()},
+        "the code of mmjax": code_hash(),
+        "versions": f"mmjax {mmjax.__version__}, jax {jax.__version__}",
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+    }
+
+
+def code_hash() -> str:
+    """Return a hash of the source files of this package."""
+    root = Path(mmjax.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flatten(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{name}.{key}")
+    return flat

@@ -1,0 +1,117 @@
+"""What a launcher's environment says, and what half of one is answered with."""
+
+import pytest
+
+from mmjax.parallel.cluster import Cluster, find_cluster
+from mmjax.parallel.distributed import check_same, compare, facts_of, joined
+from mmjax.types import MMJaxError
+
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "node1:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "gpu[007-009,012]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+}
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}
+
+
+def without(env, *names, **more):
+    return {k: v for k, v in env.items() if k not in names} | more
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        (EXPLICIT, Cluster("environment", "node1:1234", 3, 4)),
+        (
+            without(EXPLICIT, "JAX_PROCESS_ID", JOB_COMPLETION_INDEX="2"),
+            Cluster("Kubernetes indexed job", "node1:1234", 2, 4),
+        ),
+        (SLURM, Cluster("SLURM", "gpu007:61441", 2, 4)),
+        (
+            SLURM | {"SLURM_STEP_NODELIST": "login,gpu3", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+            Cluster("SLURM", "login:61441", 2, 4, (0,)),
+        ),
+        (
+            SLURM
+            | {
+                "SLURM_LOCALID": "1",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+            },
+            Cluster("SLURM", "gpu007:61441", 2, 4, (4, 5, 6, 7)),
+        ),
+        # srun --gpus-per-task=1 shows each task the one GPU that it has.
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "3"},
+            Cluster("SLURM", "gpu007:61441", 2, 4),
+        ),
+        (MPI, Cluster("Open MPI", "10.96.0.1:62624", 5, 8, (1,))),
+        (
+            without(MPI, "OMPI_MCA_orte_hnp_uri", JAX_COORDINATOR_ADDRESS="node9:99"),
+            Cluster("Open MPI", "node9:99", 5, 8, (1,)),
+        ),
+        (SLURM | EXPLICIT, Cluster("environment", "node1:1234", 3, 4)),
+        ({}, None),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        ({"JOB_COMPLETION_INDEX": "7"}, None),  # indexed jobs need not be one run
+        (without(SLURM, "SLURM_STEP_NODELIST", SLURM_NTASKS="1"), None),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_launchers_are_understood(env, expected):
+    assert find_cluster(env) == expected
+
+
+@pytest.mark.parametrize(
+    "env, says",
+    [
+        (without(EXPLICIT, "JAX_PROCESS_ID"), "JAX_NUM_PROCESSES=4 is set and JAX_PROCESS_ID"),
+        (without(EXPLICIT, "JAX_COORDINATOR_ADDRESS"), "and JAX_COORDINATOR_ADDRESS not"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is 4 and there are 4 processes"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a num"),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "node1"}, "'node1'; it must be host:port"),
+        (without(SLURM, "SLURM_STEP_NODELIST"), "not started by srun"),
+        (without(MPI, "OMPI_MCA_orte_hnp_uri"), "mpirun -x JAX_COORDINATOR_ADDRESS=host:port"),
+    ],
+)
+def test_half_an_environment_is_explained(env, says):
+    with pytest.raises(MMJaxError) as error:
+        find_cluster(env)
+    assert says in str(error.value)
+
+
+def test_a_process_alone_joins_nobody(capsys):
+    with joined({}):
+        check_same({"anything": object()})
+    assert capsys.readouterr().out == ""
+
+
+def test_differences_name_processes_keys_and_values():
+    told = [{"config.lr": "0.1", "records": "10"}, {"config.lr": "0.2", "records": "10"}]
+    assert compare(told) == ["config.lr is 0.1 in process 0 and 0.2 in process 1"]
+    told = [{"a": "1"}, {"a": "1"}, {}]
+    assert compare(told) == ["a is 1 in processes 0, 1 and missing in process 2"]
+    assert compare([{"a": "1"}] * 20) == []
+    assert "and 12 more" in compare([{"a": "1"}] * 20 + [{"a": "2"}])[0]
+
+
+def test_facts_are_config_code_versions_and_data():
+    facts = facts_of({"optim": {"lr": 1e-3}, "lora": {}}, {"vqa": 12})
+    assert facts["config.optim.lr"] == 1e-3 and facts["config.lora"] == {}
+    assert facts["records of data.sources.vqa"] == 12
+    assert {"the code of mmjax", "versions", "devices"} <= set(facts)
