@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-312 parity bench lint format clean
+.PHONY: quickstart test test-312 parity faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -39,6 +39,9 @@ test-312:  ## import, step, generation and a quick run on Python 3.12
 
 parity: .venv/installed-test  ## every comparison with a peer's own code
 	$(PY) -m pytest tests/parity -v
+
+faults: .venv/installed-test  ## 50 random kills of a training run, also during saves: nothing may be lost
+	$(PY) -m tests.e2e.faults --kills=50
 
 bench: .venv/installed-test  ## benchmarks beside the PyTorch peers; writes docs/benchmarks.md
 	$(PY) -m bench

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from mmjax.monitor.terminal import human_bytes
 from mmjax.nn import paths
 from mmjax.train.state import TrainState
 from mmjax.types import MMJaxError
@@ -33,48 +37,96 @@ class CheckpointSettings:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir; saving goes on in the background."""
+    """The checkpoints of one workdir; saving goes on in the background.
 
-    def __init__(self, workdir: str | Path, settings: CheckpointSettings, *, about: Mapping):
-        self.settings = settings
+    A save that cannot be written, because the disk is full or fails, is told to ``warn`` and
+    dropped; the checkpoints before it stay, and the next save is tried as if nothing had been.
+    notes: what was saved beside the restored step.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        settings: CheckpointSettings,
+        *,
+        about: Mapping,
+        warn: Callable[[str], None] = print,
+    ):
+        self.settings, self.warn = settings, warn
         self.about = dict(about)
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(settings.keep)]
-        if settings.best:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda m: m.get(settings.best, float("-inf")),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self.notes: dict[str, Any] = {}
         self.directory = Path(workdir).absolute() / FOLDER
-        self._manager = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,  # what a killed save left behind
-        )
+        self._manager = self._open()
+        self._saving: tuple[int, int, Any] | None = None  # step, bytes and response of a save
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The newest step, finished or being saved, or None."""
         newest = self._manager.latest
         return None if newest is None else newest.step
+
+    def newest(self) -> int | None:
+        """Wait for what is being saved; return the newest step on disk, or None."""
+        self.wait()
+        return self.latest
 
     def due(self, step: int) -> bool:
         """Tell whether a checkpoint is to be saved after ``step`` steps."""
         return step % self.settings.every == 0 and step != self.latest
 
-    def save(self, step: int, state: TrainState, data: Any, metrics: Mapping[str, float]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: Any,
+        metrics: Mapping[str, float],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start saving; returns when the arrays are copied. Call before the next batch is taken.
 
         data: the data iterator, stored as it stands: a restart continues with its next batch.
+        notes: small JSON values to find again in ``notes`` after ``restore``.
         """
+        self.wait()
         items = {"params": paths.flatten(state.params), "opt": _flat(state.opt), "data": data}
-        self._manager.save_checkpointables_async(
-            step, items, force=True, metrics=dict(metrics) or None, custom_metadata=self.about
-        )
+        size = sum(x.nbytes for x in jax.tree.leaves((items["params"], items["opt"])))
+        try:
+            response = self._manager.save_checkpointables_async(
+                step,
+                items,
+                force=True,
+                metrics=dict(metrics) or None,
+                custom_metadata=self.about | {"notes": dict(notes or {})},
+            )
+            self._saving = (step, size, response)
+        except Exception as error:
+            self._drop(step, size, error)
+
+    def check(self) -> None:
+        """Report a save that has failed, without waiting for one that is under way."""
+        # Several processes have to find it at the same step, or they would wait for one another.
+        if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what is being saved is on disk, or could not be written."""
+        if self._saving is None:
+            return
+        (step, size, response), self._saving = self._saving, None
+        try:
+            response.result()
+            self._manager.wait()
+        except Exception as error:
+            self._drop(step, size, error)
+
+    def require(self, step: int) -> None:
+        """Wait for the last save; raises MMJaxError if ``step`` is not on disk afterwards."""
+        if step and self.newest() != step:
+            raise MMJaxError(
+                f"the run ends at step {step}, which could not be saved; the last good checkpoint "
+                f"in {self.directory} is {self._name(self.latest)}. Make room and start again: the "
+                "run goes on from there"
+            )
 
     def restore(self, abstract: TrainState, data: Any, step: int | None = None) -> TrainState:
         """Load a step, the newest by default, onto the shardings of ``abstract``.
@@ -90,18 +142,71 @@ class Checkpoints:
                 f"checkpoint {self.directory}/{step} does not fit this config: {error}. Continue "
                 "with the config it was trained with, or choose another --workdir"
             ) from error
+        about = self._manager.checkpointables_metadata(step).custom_metadata or {}
+        self.notes = dict(about.get("notes", {}))
         params = paths.replace(abstract.params, got["params"])
         opt = _unflat(abstract.opt, got["opt"])
         count = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
         return TrainState(count, params, opt)
 
-    def wait(self) -> None:
-        """Wait until what is being saved is on disk."""
-        self._manager.wait()
-
     def close(self) -> None:
         """Wait for the last save and release the workdir."""
+        self.wait()
         self._manager.close()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(self.settings.keep)]
+        if self.settings.best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda m: m.get(self.settings.best, float("-inf")),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,  # what a killed or failed save left behind
+        )
+
+    def _drop(self, step: int, size: int, error: Exception) -> None:
+        """Report a save that the disk did not take, and forget it; raise any other error."""
+        reason = _disk_trouble(error)
+        if reason is None:
+            raise error
+        for _ in range(2):  # closing raises the failure of the save once more
+            with contextlib.suppress(Exception):
+                self._manager.close()
+        # The manager believes in what it was about to write and to delete. A new one looks, and
+        # takes away the half-written folder, which would keep the room that the next save needs.
+        self._manager = self._open()
+        disk = shutil.disk_usage(self.directory)
+        self.warn(
+            f"step {step} ({human_bytes(size)}) could not be saved to {self.directory}/{step}: "
+            f"{reason} ({human_bytes(disk.free)} of {human_bytes(disk.total)} are free). The last "
+            f"good checkpoint is {self._name(self.latest)}; training goes on and the next save is "
+            "tried"
+        )
+
+    def _name(self, step: int | None) -> str:
+        return "none yet" if step is None else f"step {step}"
+
+
+def _disk_trouble(error: BaseException | None) -> str | None:
+    """Return what the disk has to say if it made a save fail, else None."""
+    known = ("No space left", "Disk quota exceeded", "File too large", "Input/output error",
+             "Read-only file system")  # fmt: skip
+    while error is not None:
+        for text in known:
+            if text in str(error):
+                return text
+        if isinstance(error, OSError) and error.errno is not None:
+            return os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _flat(tree) -> dict[str, Any]:

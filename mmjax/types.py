@@ -62,7 +62,8 @@ tokens int32[t]; positions int32[t], counted from 0 over text and image tokens a
 loss_mask bool[t], True where token t is a training target;
 visual_index int32[t], the row of the visual stream that stands at t, -1 for text;
 patches uint8[p, pixels], pixels = rows, columns, channels of one patch, channel fastest, grey
-levels before normalisation (float arrays are taken as already normalised).
+levels before normalisation (float arrays are taken as already normalised). In training
+``origin``, an ``mmjax.data.packing.Origin``, says where it came from; it stays on the host.
 """
 
 Batch = dict[str, Any]
@@ -70,7 +71,8 @@ Batch = dict[str, Any]
 
 tokens, positions, visual_index int32[b, t]; segment_ids int32[b, t], 1, 2, ... for the samples
 packed in a row, 0 for padding; patches uint8[b, p, pixels];
-target_index int32[b, targets], positions of the target tokens in their row, -1 for padding.
+target_index int32[b, targets], positions of the target tokens in their row, -1 for padding;
+target_source int32[b, targets], the number of the source each of them came from, -1 for padding.
 """
 
 

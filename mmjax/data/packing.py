@@ -43,6 +43,20 @@ class BatchShape:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where an example came from; travels on the host beside the batch.
+
+    source: its number in the mixture; name: that source's name; id: the record's own.
+    images: how many the record has.
+    """
+
+    source: int
+    name: str
+    id: str
+    images: int = 0
+
+
 def example_sizes(example: Example) -> tuple[int, int, int]:
     """Return how many tokens, patches and targets an example needs."""
     return len(example["tokens"]), len(example["patches"]), len(_targets(example))
@@ -52,6 +66,7 @@ class BatchBuilder:
     """Fill one batch, sample by sample, each into the row where it leaves the least room.
 
     samples_per_row: 1 puts every sample into a row of its own (right-padded, no packing).
+    origins: of the examples that have one, row by row.
     """
 
     def __init__(self, shape: BatchShape, samples_per_row: int | None = None):
@@ -59,6 +74,7 @@ class BatchBuilder:
         self.samples_per_row = samples_per_row or shape.seq_len
         self.used = np.zeros((shape.rows, 3), np.int64)  # tokens, patches, targets of each row
         self.samples = np.zeros(shape.rows, np.int64)
+        self.origins: list[list[Origin]] = [[] for _ in range(shape.rows)]
         self._limits = np.array([shape.seq_len, shape.max_patches, shape.max_targets])
         self._batch: Batch | None = None
 
@@ -89,7 +105,12 @@ class BatchBuilder:
         batch["visual_index"][row, span] = np.where(visual >= 0, visual + first_patch, -1)
         batch["segment_ids"][row, span] = self.samples[row] + 1
         batch["patches"][row, first_patch : first_patch + patches] = example["patches"]
-        batch["target_index"][row, first_target : first_target + len(targets)] = targets + start
+        places = slice(first_target, first_target + len(targets))
+        batch["target_index"][row, places] = targets + start
+        origin = example.get("origin")
+        batch["target_source"][row, places] = 0 if origin is None else origin.source
+        if origin is not None:
+            self.origins[row].append(origin)
         self.used[row] += (tokens, patches, len(targets))
         self.samples[row] += 1
 
@@ -125,4 +146,5 @@ def _empty(shape: BatchShape, patches: np.ndarray) -> Batch:
         "segment_ids": np.zeros((rows, t), np.int32),
         "patches": np.zeros((rows, shape.max_patches, patches.shape[-1]), patches.dtype),
         "target_index": np.full((rows, shape.max_targets), -1, np.int32),
+        "target_source": np.full((rows, shape.max_targets), -1, np.int32),
     }

@@ -5,8 +5,8 @@ record is only read, laid out by its template and encoded by its processor in th
 it. Everything random is a function of (seed, source, record, epoch). The iterator's state says
 where each worker stands; the next batch after ``set_state`` is the very next one.
 
-This module alone imports grain (which imports jax where it finds it, without starting a device);
-the rest of ``mmjax.data`` is numpy.
+This module and ``mmjax.data.iterator`` alone import grain (which imports jax where it finds it,
+without starting a device); the rest of ``mmjax.data`` is numpy.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from mmjax.data.iterator import PackDataset, TrainIterator
 from mmjax.data.mixture import Mixture
-from mmjax.data.packing import BatchBuilder, BatchShape
+from mmjax.data.packing import BatchShape, Origin
 from mmjax.data.resizing import (
     Resolutions,
     at_resolution,
@@ -31,10 +32,8 @@ from mmjax.data.resizing import (
 from mmjax.data.skips import Skip, SkipLog
 from mmjax.data.sources import Source
 from mmjax.data.templates import Template, fuyu_chat, fuyu_legacy_otter, get_template
-from mmjax.types import BadSample, Batch, Example, MMJaxError, Record
-
-_FLUSH = 256  # bad samples after which a batch goes out, however full, to have them counted
-_LOOKAHEAD = 8  # samples set aside for the next batch before this one counts as full
+from mmjax.data.workers import prepare_worker
+from mmjax.types import BadSample, Example, MMJaxError, Record
 
 
 def make_train_iterator(
@@ -91,7 +90,7 @@ def make_train_iterator(
     dataset = PackDataset(dataset, shape, None if pack else 1)
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(1, prefetch))
-        dataset = dataset.mp_prefetch(options)
+        dataset = dataset.mp_prefetch(options, prepare_worker)
     elif prefetch:
         dataset = grain.experimental.ThreadPrefetchIterDataset(
             dataset, prefetch_buffer_size=prefetch
@@ -115,7 +114,8 @@ def make_train_iterator(
             )
         },
     }
-    return TrainIterator(iter(dataset), SkipLog(path, max_bad_share, min_bad_samples), fixed)
+    skips = SkipLog(path, max_bad_share, min_bad_samples)
+    return TrainIterator(dataset, skips, fixed, mixture.names)
 
 
 def legacy_loading(
@@ -192,139 +192,6 @@ class LoadExample:
         except BadSample as error:
             meta = record.meta if record is not None else None
             return Skip.of(error, self.mixture.names[source], index, meta)
-        return example
-
-
-class PackDataset(grain.IterDataset):
-    """Pack a stream of examples and skips into batches.
-
-    Yields ``{"batch": Batch, "seen": n, "skips": (...)}``; without ``batch`` when nothing but bad
-    samples came for a while, or at the end.
-    """
-
-    def __init__(self, parent: grain.IterDataset, shape: BatchShape, samples_per_row: int | None):
-        super().__init__(parent)
-        self._shape, self._samples_per_row = shape, samples_per_row
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _PackIterator(iter(self._parent), self._shape, self._samples_per_row)
-
-
-class _PackIterator(grain.DatasetIterator):
-    """Fill batch after batch, setting aside what does not fit for the next one.
-
-    The state is where the oldest sample set aside stood in the parent, and which of the samples
-    from there on were used already: no example is ever written into a checkpoint.
-    """
-
-    def __init__(self, parent, shape: BatchShape, samples_per_row: int | None):
-        super().__init__(parent)
-        self._shape, self._samples_per_row = shape, samples_per_row
-        self._restart(parent.get_state(), [], 0)
-
-    def _restart(self, origin: Any, used: list[int], replay: int) -> None:
-        # A place counts the samples pulled since the iterator stood at ``origin``.
-        self._origin, self._origin_place, self._place = origin, 0, 0
-        self._used = set(used)  # places at or behind the origin that are in batches already
-        self._replay = replay  # places below it were counted as seen before
-        self._waiting: list[tuple[int, Any, Example]] = []  # (place, state before it, example)
-
-    def __next__(self) -> dict[str, Any]:
-        builder = BatchBuilder(self._shape, self._samples_per_row)
-        skips: list[Skip] = []
-        seen = 0
-        ended = False
-        self._waiting = [w for w in self._waiting if not self._take(builder, w[0], w[2])]
-        while len(self._waiting) < _LOOKAHEAD and len(skips) < _FLUSH:
-            before = self._parent.get_state()
-            try:
-                sample = next(self._parent)
-            except StopIteration:
-                ended = True
-                break
-            place = self._place
-            self._place += 1
-            if place in self._used:
-                continue
-            seen += place >= self._replay
-            if isinstance(sample, Skip):
-                self._used.add(place)
-                if place >= self._replay:
-                    skips.append(sample)
-            elif not self._take(builder, place, sample):
-                self._waiting.append((place, before, sample))
-        self._settle()
-        if ended and not builder and not seen:
-            raise StopIteration
-        item = {"seen": seen, "skips": tuple(skips)}
-        return {**item, "batch": builder.batch()} if builder else item
-
-    def get_state(self) -> dict[str, Any]:
-        used = sorted(p - self._origin_place for p in self._used)
-        replay = max(self._place, self._replay) - self._origin_place
-        return {"parent": self._origin, "used": used, "replay": replay}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["parent"])
-        self._restart(state["parent"], state["used"], state["replay"])
-
-    def _take(self, builder: BatchBuilder, place: int, example: Example) -> bool:
-        if not builder.try_add(example):
-            return False
-        self._used.add(place)
-        return True
-
-    def _settle(self) -> None:
-        """Move the origin up to the oldest sample still waiting."""
-        if self._waiting:
-            self._origin_place, self._origin = self._waiting[0][:2]
-        else:
-            self._origin_place, self._origin = self._place, self._parent.get_state()
-        self._used = {p for p in self._used if p >= self._origin_place}
-
-
-class TrainIterator(grain.DatasetIterator):
-    """Yield batches; count, list and limit the bad samples that were met on the way."""
-
-    def __init__(self, parent: grain.DatasetIterator, skips: SkipLog, fixed: dict[str, Any]):
-        super().__init__(parent)
-        self.skips = skips
-        self._fixed = fixed
-
-    def __next__(self) -> Batch:
-        while True:
-            try:
-                item = next(self._parent)
-            except StopIteration:
-                self.skips.finish()
-                raise
-            self.skips.add(item["seen"], item["skips"])
-            if "batch" in item:
-                return item["batch"]
-
-    def get_state(self) -> dict[str, Any]:
-        """Return a JSON-able state: where to go on, the counts, and what must not change."""
-        return {
-            "parent": self._parent.get_state(),
-            "skips": self.skips.state(),
-            "fixed": self._fixed,
-            "grain": grain.__version__,
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on behind the batch after which ``state`` was taken.
-
-        Raises MMJaxError naming the option if the pipeline was made with other options.
-        """
-        changed = [
-            f"{key} was {state['fixed'].get(key)!r} and is {value!r}"
-            for key, value in self._fixed.items()
-            if state["fixed"].get(key) != value
-        ]
-        if changed:
-            raise MMJaxError(
-                f"the saved data position belongs to other options: {'; '.join(changed)}. Restore "
-                "them, or start a new workdir"
-            )
-        self._parent.set_state(state["parent"])
-        self.skips.restore(state["skips"])
+        name = str(record.meta.get("id", index))
+        origin = Origin(source, self.mixture.names[source], name, len(record.images))
+        return {**example, "origin": origin}

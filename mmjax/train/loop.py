@@ -24,14 +24,15 @@ from mmjax.monitor.terminal import LiveLine, startup_table
 from mmjax.monitor.writers import make_writer
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
-from mmjax.parallel.mesh import make_mesh, use
-from mmjax.parallel.sharding import batch_sharding
+from mmjax.parallel.mesh import check_batch, make_mesh, use
+from mmjax.parallel.sharding import check_divides, put_batch
 from mmjax.train import evaluation, optim
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, init_state, train_iterator
 from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
+from mmjax.train.watch import StepWatch
 from mmjax.types import MMJaxError
 
 
@@ -47,7 +48,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     workdir.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     mesh = make_mesh(settings.mesh)
-    check_rows(settings, mesh)
+    check_batch(mesh, settings.data.batch_size, settings.data.seq_len, settings.accumulate)
     with use(mesh), StopFlag() as stop:
         # ---- The model, before anything is allocated ------------------------------------------
         plan = blueprint(settings.model, settings.lora, settings.seed)
@@ -56,6 +57,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         tx = optim.make_optimizer(settings.optim, settings.steps)
         schedule = optim.schedule(settings.optim, settings.steps)
         _, abstract, abstract_frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
+        check_divides(paths.flatten(abstract.params) | paths.flatten(abstract_frozen))
         lead = jax.process_index() == 0
         if lead:
             write_config(settings, workdir)
@@ -79,10 +81,12 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             make_train_step(
                 graphdef, tx, schedule,
                 accumulate=settings.accumulate, loss_chunk=settings.loss_chunk,
+                seed=settings.seed, num_sources=len(batches.source_names),
+                max_loss=settings.bad_steps.max_loss,
+                skip_bad=settings.bad_steps.action == "skip",
             ),
             abstract,
         )  # fmt: skip
-        rows = batch_sharding(mesh)
         writer = make_writer(
             workdir, tensorboard=settings.log.tensorboard, process=jax.process_index()
         )
@@ -90,8 +94,13 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
         meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
         line = LiveLine(settings.steps, enabled=lead)
+        batches.warn = checkpoints.warn = line.print
+        watch = StepWatch(
+            settings.bad_steps, workdir, every=settings.log.every, writer=writer, meter=meter,
+            line=line, source_names=batches.source_names, last_checkpoint=checkpoints.newest,
+            bad=checkpoints.notes.get("bad_steps", 0),
+        )  # fmt: skip
         metrics: dict[str, float] = {}
-        previous = None  # metrics of the step before, fetched when the next one is under way
 
         def live_model() -> LoadedModel:
             model = nnx.merge(graphdef, state.params, frozen)
@@ -105,44 +114,43 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         for step in range(first, settings.steps):
             with meter.wait():
                 local = next(batches)
-            batch = {
-                name: jax.make_array_from_process_local_data(rows, value)
-                for name, value in local.items()
-            }
+            batch = put_batch(local, mesh, settings.data.batch_size)
             state, now = step_fn(state, frozen, batch)
             done = step + 1
-            if previous is not None:
-                metrics |= read(previous, settings, writer, meter, line)
-            tokens = int(np.count_nonzero(local["segment_ids"])) * jax.process_count()
-            meter.step(tokens=tokens, flops=flops)
-            previous = (done, now)
+            metrics |= watch.settle()  # the step before, while this one is under way
+            watch.expect(done, now, batches.records)
+            parts = settings.data.batch_size // len(local["tokens"])  # like this process's
+            tokens = int(np.count_nonzero(local["segment_ids"])) * parts
+            images = batches.images * parts
+            meter.step(tokens=tokens, images=images, flops=flops)
             evaluating = settings.eval.every and done % settings.eval.every == 0
             evaluating = evaluating and done < settings.steps and settings.eval.tasks
-            saving = checkpoints.due(done) or stop
-            if evaluating or saving:
+            saving, stopping = checkpoints.due(done), stop.agreed(done)
+            if evaluating or saving or stopping or done == settings.steps:
                 jax.block_until_ready(state)  # or the pause would swallow steps under way
+                metrics |= watch.settle(last=done == settings.steps)  # no bad step is saved
+            if stopping:
+                break
             if evaluating:
                 with meter.pause():
                     got = evaluation.sample(live_model(), settings.eval, lambda: bool(stop))
                     metrics |= got
                     writer.scalars(done, got)
                     line.print(f"step {done}: {brief(got)}")
-            if saving or stop:
+            if saving:
                 with meter.pause():
-                    checkpoints.save(done, state, batches, metrics)
-            if stop:
-                checkpoints.wait()
-                line.print(f"{stop.signal}: saved step {done}; start again to continue")
-                break
-        if previous is not None:
-            metrics |= read(previous, settings, writer, meter, line, last=True)
+                    checkpoints.save(done, state, batches, metrics, {"bad_steps": watch.bad})
+            checkpoints.check()
         done = int(state.step)
 
         # ---- The end --------------------------------------------------------------------------
         line.close()
-        if not stop:
-            if checkpoints.latest != done and done:
-                checkpoints.save(done, state, batches, metrics)
+        if done and checkpoints.latest != done:
+            checkpoints.save(done, state, batches, metrics, {"bad_steps": watch.bad})
+        checkpoints.require(done)
+        if stop:
+            line.print(f"{stop.signal}: saved step {done}; start again to continue")
+        else:
             if settings.checkpoint.export:
                 export(live_model(), workdir, plan.lora)
             if settings.eval.tasks and settings.eval.final:
@@ -156,25 +164,6 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         writer.close()
         batches.close()
         return metrics
-
-
-def read(previous, settings: RunSettings, writer, meter: Meter, line, *, last=False) -> dict:
-    """Fetch a past step's metrics when it is time to log them; stop on a loss that is no number."""
-    step, values = previous
-    if step % settings.log.every and not last:
-        return {}
-    values = {k: float(v) for k, v in jax.device_get(values).items()}
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-        raise MMJaxError(
-            f"at step {step} the loss is {values['loss']} and the gradient norm "
-            f"{values['grad_norm']}; lower optim.lr or raise optim.warmup, and start again from "
-            "the last checkpoint in the workdir"
-        )
-    scalars = {f"train/{k}": v for k, v in values.items()}
-    scalars |= meter.report()
-    writer.scalars(step, scalars)
-    line.update(step, scalars, meter.eta())
-    return scalars
 
 
 def brief(metrics: dict[str, float]) -> str:
@@ -204,18 +193,6 @@ def check(settings: RunSettings) -> None:
     for name, value in positive.items():
         if value < 1:
             raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
-
-
-def check_rows(settings: RunSettings, mesh) -> None:
-    """Raise MMJaxError when the rows of a microbatch do not divide over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows, accumulate = settings.data.batch_size, settings.accumulate
-    if rows % (accumulate * ways):
-        raise MMJaxError(
-            f"data.batch_size {rows} does not divide into accumulate {accumulate} x data "
-            f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; choose a multiple of "
-            f"{accumulate * ways}"
-        )
 
 
 def print_startup(mesh, rows, settings: RunSettings, workdir: Path) -> None:

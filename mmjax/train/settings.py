@@ -7,6 +7,7 @@ from typing import Any
 
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.train.optim import OptimSettings
+from mmjax.train.watch import BadStepSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,18 @@ class ModelSettings:
 class LoRASettings:
     """Low-rank adapters instead of full training when ``rank`` is above 0.
 
-    targets: names of linear maps: attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down, head,
-    patch_embed.
+    alpha: the update is scaled by alpha / rank, with ``rslora`` by alpha / sqrt(rank). dropout: on
+    the adapters' inputs, in training alone. targets: glob patterns on the names of linear maps:
+    attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down, head, patch_embed; ``*`` is all of them.
+    init: adapters to go on from: a PEFT folder, a model folder with adapters, or a workdir.
     """
 
     rank: int = 0
     alpha: float = 16.0
-    targets: tuple[str, ...] = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attn.*", "mlp.*")
+    init: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,9 @@ class DataSettings:
     for each sample, as a set or a range ``{"min": 224, "max": 1024, "multiple": 32}``; None keeps
     every image. template: a name in ``mmjax.data.templates.TEMPLATES``. legacy_otter: OtterHD's
     squashed pictures, labels and stripped symbols, to compare with its numbers.
-    workers: processes that read and pack.
+    workers: processes that read and pack, of each stream.
+    streams: packers that share out records and rows; 0 for one a process. Runs with the same
+    number see the same rows in every step, however many processes they are.
     max_bad_share: the run fails when more of its samples than this cannot be used.
     """
 
@@ -70,6 +78,7 @@ class DataSettings:
     legacy_otter: bool = False
     pack: bool = True
     workers: int = 0
+    streams: int = 0
     max_bad_share: float = 0.05
 
 
@@ -119,3 +128,4 @@ class RunSettings:
     eval: EvalSettings = dataclasses.field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     log: LogSettings = dataclasses.field(default_factory=LogSettings)
+    bad_steps: BadStepSettings = dataclasses.field(default_factory=BadStepSettings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,8 +11,9 @@ import optax
 from flax import nnx
 from jax import Array
 
+from mmjax.nn.linear import adapter_dropout
 from mmjax.ops import xent
-from mmjax.train.loss import loss_sum
+from mmjax.train.loss import loss_by_source
 from mmjax.train.state import TrainState, shardings
 from mmjax.types import Batch
 
@@ -23,46 +25,75 @@ def make_train_step(
     *,
     accumulate: int = 1,
     loss_chunk: int = xent.CHUNK,
+    seed: int = 0,
+    num_sources: int = 1,
+    max_loss: float = math.inf,
+    skip_bad: bool = False,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return step(state, frozen, batch) -> (state, metrics).
 
     accumulate: microbatches a batch is cut into, row by row. Gradients and losses are summed over
         them and divided once by the number of target tokens of the whole batch, so the result
         does not depend on how targets fall into microbatches.
+    seed: of the adapters' dropout, whose masks are functions of (seed, step, microbatch, layer).
+    num_sources: datasets whose losses are told apart, by ``batch["target_source"]``.
+    max_loss: a loss above it, or a loss or gradient that is no number, makes a step bad.
+    skip_bad: a bad step leaves parameters and optimizer as they were.
+
+    The metrics are scalars, and ``source_loss``, ``source_targets`` float32[sources].
     """
 
-    def sums(params, frozen, batch):
-        return loss_sum(nnx.merge(graphdef, params, frozen), batch, chunk=loss_chunk)
+    def sums(params, frozen, batch, key):
+        with adapter_dropout(key):
+            model = nnx.merge(graphdef, params, frozen)
+            totals, counts = loss_by_source(model, batch, num_sources, chunk=loss_chunk)
+        return totals.sum(), (totals, counts)
 
     grad_fn = jax.value_and_grad(sums, has_aux=True)
 
-    def accumulated(params, frozen, batch):
+    def accumulated(params, frozen, batch, key):
         if accumulate == 1:
-            return grad_fn(params, frozen, batch)
+            return grad_fn(params, frozen, batch, key)
         # Strided, not blocked: each microbatch keeps its rows spread over all devices.
         micro = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
-        def body(total, piece):
-            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, piece)), None
+        def body(total, xs):
+            index, piece = xs
+            got = grad_fn(params, frozen, piece, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, got), None
 
         zero = jnp.zeros((), jnp.float32)
-        start = ((zero, zero), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(body, start, micro)[0]
+        each = jnp.zeros(num_sources, jnp.float32)
+        start = ((zero, (each, each)), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch):
-        (total, count), grads = accumulated(state.params, frozen, batch)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (total, (totals, counts)), grads = accumulated(state.params, frozen, batch, key)
+        count = counts.sum()
         scale = 1.0 / jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
+        loss, norm = total * scale, optax.tree.norm(grads)
+        good = (loss <= max_loss) & jnp.isfinite(loss) & jnp.isfinite(norm)
+        if skip_bad:
+            params, opt = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old), (params, opt), (state.params, state.opt)
+            )
+        tokens = jnp.sum(batch["segment_ids"] > 0)
         metrics = {
-            "loss": total * scale,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": loss,
+            "grad_norm": norm,
             "lr": schedule(state.step),
             "target_tokens": count,
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "tokens": tokens,
+            "padding": 1.0 - tokens / batch["segment_ids"].size,
+            "bad": ~good,
+            "source_loss": totals / jnp.maximum(counts, 1.0),
+            "source_targets": counts,
         }
         return TrainState(state.step + 1, params, opt), metrics
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mmjax.data.batching import bucket_batches, choose_buckets
-from mmjax.data.packing import BatchBuilder, BatchShape, pack
+from mmjax.data.packing import BatchBuilder, BatchShape, Origin, pack
 from mmjax.types import BadSample, MMJaxError
 
 
@@ -29,9 +29,19 @@ def test_pack_lays_two_samples_behind_one_another():
         "visual_index": [[0, 1, -1, -1, 2, -1, -1, -1, -1, -1]],
         "segment_ids": [[1, 1, 1, 1, 2, 2, 2, 2, 0, 0]],
         "target_index": [[3, 6, 7, -1, -1]],
+        "target_source": [[0, 0, 0, -1, -1]],
     }
     assert batch["patches"][0, :, 0].tolist() == [1, 2, 2, 0]
     assert [batch[k].dtype for k in ("tokens", "patches")] == [np.int32, np.uint8]
+
+
+def test_targets_name_their_source_and_rows_their_records():
+    builder = BatchBuilder(BatchShape(2, 6, 4, 3))
+    origins = [Origin(2, "caption", "a"), Origin(0, "vqa", "b"), Origin(1, "ocr", "c")]
+    for number, (origin, row) in enumerate(zip(origins, (0, 0, 1), strict=True)):
+        builder.add(example(number, 1, 2, 1 + number // 2) | {"origin": origin}, row)
+    assert builder.batch()["target_source"].tolist() == [[2, 0, -1], [1, 1, -1]]
+    assert builder.origins == [origins[:2], origins[2:]]
 
 
 def test_packing_keeps_every_sample_whole():

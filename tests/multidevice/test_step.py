@@ -19,7 +19,7 @@ from tests import tiny
 SETTINGS = optim.OptimSettings(lr=1e-2, warmup=0, schedule="constant")
 
 
-def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None):
+def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None, **options):
     def make():
         return tiny.Fuyu(tiny.CONFIG, rngs=nnx.Rngs(0), lora=lora)
 
@@ -28,7 +28,7 @@ def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None):
     tx = tx or optim.make_optimizer(SETTINGS, 100)
     graphdef, train, frozen = state.init(make, chosen, tx, mesh)
     rate = optim.schedule(SETTINGS, 100)
-    fn = step.make_train_step(graphdef, tx, rate, accumulate=accumulate)
+    fn = step.make_train_step(graphdef, tx, rate, accumulate=accumulate, **options)
     return step.compile_step(fn, train), train, frozen
 
 
@@ -74,6 +74,29 @@ def test_accumulation_averages_over_tokens_not_over_microbatches():
     _, cut, _, _ = run({}, accumulate=4, **GRADIENTS)
     for name, value in whole.items():
         np.testing.assert_allclose(cut[name], value, atol=2e-6, err_msg=name)
+
+
+def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
+    with use(make_mesh({}, jax.devices()[:1])) as mesh:
+        fn, train, frozen = build(mesh, skip_bad=True, max_loss=50.0)
+        nan = np.full_like(tiny.batch()["patches"], np.nan, np.float32)
+        good, bad = tiny.batch(), tiny.batch() | {"patches": nan}
+        train, metrics = fn(train, frozen, bad | {"patches": good["patches"]})
+        assert not metrics["bad"] and int(train.step) == 1
+        before = jax.device_get(train)
+        train, metrics = fn(train, frozen, bad)
+        assert metrics["bad"] and np.isnan(metrics["loss"]) and int(train.step) == 2
+        for name in ("params", "opt"):
+            pairs = zip(*(jax.tree.leaves(getattr(t, name)) for t in (before, train)), strict=True)
+            for old, new in pairs:
+                np.testing.assert_array_equal(old, new)
+        train, metrics = fn(train, frozen, good)
+        assert not metrics["bad"] and np.isfinite(metrics["loss"])
+        np.testing.assert_allclose(metrics["padding"], 0.0)
+        kernel = "decoder.layers.mlp.up.kernel"
+        assert np.any(paths.flatten(train.params)[kernel] != paths.flatten(before.params)[kernel])
+        strict, train, frozen = build(mesh, max_loss=1.0)
+        assert strict(train, frozen, good)[1]["bad"]  # exploded: above max_loss
 
 
 def test_lora_trains_adapters_alone():

@@ -27,6 +27,17 @@ def test_chunks_change_neither_loss_nor_gradients():
             np.testing.assert_allclose(ours, whole, atol=1e-5)
 
 
+def test_several_sums_come_from_one_pass():
+    keys = jax.random.split(jax.random.key(1), 4)
+    hidden, kernel = jax.random.normal(keys[0], (21, 8)), jax.random.normal(keys[1], (8, 50))
+    targets = jax.random.randint(keys[2], (21,), 0, 50)
+    weights = jax.random.uniform(keys[3], (21, 3))
+    for chunk in (4, 64):
+        sums = [xent.chunked_nll(lambda x: x @ kernel, hidden, targets, w, chunk=chunk)
+                for w in (weights, *weights.T)]  # fmt: skip
+        np.testing.assert_allclose(sums[0], sums[1:], rtol=1e-6)
+
+
 def test_the_logits_of_all_rows_never_exist():
     rows, d, v = 4096, 16, 8192
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, d), (d, v))]

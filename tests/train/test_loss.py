@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.train.loss import loss_sum
+from mmjax.train.loss import loss_by_source, loss_sum
 from tests import tiny
 
 
@@ -66,6 +66,16 @@ def test_packed_equals_the_sum_over_samples_alone(samples):
     np.testing.assert_allclose(packed, sum(alone), rtol=1e-5)
     want = sum(dense(model, pack([one], 16, 8, 10))[0] for one in samples)
     np.testing.assert_allclose(packed, want, rtol=1e-5)
+
+
+def test_the_loss_by_source_is_that_of_each_source_alone(samples):
+    model, row = tiny.model(), pack(samples, 32, 8, 10)
+    # Samples of 2, 3 and 2 targets, from sources 1, 0 and 1; source 2 gave none.
+    row["target_source"] = np.array([[1, 1, 0, 0, 0, 1, 1, -1, -1, -1]], np.int32)
+    alone = [float(loss_sum(model, pack([one], 32, 8, 10))[0]) for one in samples]
+    totals, counts = loss_by_source(model, row, 3, chunk=4)
+    np.testing.assert_allclose(totals, [alone[1], alone[0] + alone[2], 0], rtol=1e-5)
+    assert counts.tolist() == [3, 4, 0]
 
 
 def test_a_sample_does_not_see_its_neighbours(samples):
