@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from mmjax.nn import paths
+from mmjax.train import matrices
 from mmjax.types import MMJaxError
 
 
@@ -67,6 +68,23 @@ def abstract_state(
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
 
+    places = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ):
+        spec = nnx.get_named_sharding(leaf, mesh).get_value().spec
+        places[paths.name_of(path)] = (matrices.axes_of(leaf), leaf.shape, spec)
+
+    def beside(path, leaf):
+        """Place an optimizer's array where its parameter lies."""
+        name = paths.name_of(path)
+        own = name
+        while own and own not in places:
+            own = own.partition(".")[2]
+        spec = matrices.state_spec(name, leaf.shape, *places[own]) if own else replicated.spec
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     def with_sharding(tree):
         shardings = nnx.get_named_sharding(tree, mesh)
         return jax.tree.map(
@@ -79,7 +97,7 @@ def abstract_state(
 
     return (
         graphdef,
-        TrainState(step, with_sharding(params), with_sharding(opt)),
+        TrainState(step, with_sharding(params), jax.tree_util.tree_map_with_path(beside, opt)),
         with_sharding(frozen),
     )
 

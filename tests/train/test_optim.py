@@ -1,5 +1,6 @@
 """Schedules at the steps that matter, clipping and decay against torch's arithmetic."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from mmjax.nn import paths
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.train import state as train_state
 from mmjax.train.optim import OptimSettings, decays, make_optimizer, schedule
 from mmjax.types import MMJaxError
+from tests import tiny
 
 
 def values(steps=100, at=(), **kwargs):
@@ -102,3 +108,170 @@ def test_decay_is_decoupled_and_scaled_by_the_learning_rate():
     updates, _ = tx.update(zero, tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
+
+
+NAMES = ("adamw", "adafactor", "lion", "muon")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_decays_kernels_alone_and_by_the_learning_rate(name):
+    tx = make_optimizer(settings(name=name, weight_decay=0.5), 10)
+    params = {"kernel": jnp.full((2, 3), 3.0), "bias": jnp.full(2, 3.0)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def stacked(values):
+    """A kernel of the layers: muon leaves those before and after them to Adam."""
+    return nnx.Param(values, out_sharding=("layers", "embed", "mlp"))
+
+
+@pytest.mark.parametrize(
+    "name, mu_dtype, kinds",
+    [
+        ("adamw", "auto", {"float32": 2}),
+        ("adamw", "bfloat16", {"bfloat16": 1, "float32": 1}),
+        ("lion", "auto", {"float32": 1}),
+        ("lion", "bfloat16", {"bfloat16": 1}),
+        ("muon", "bfloat16", {"bfloat16": 1}),
+        ("adafactor", "auto", {"bfloat16": 1}),
+        ("adafactor", "float32", {"float32": 1}),
+    ],
+)
+def test_the_bytes_a_parameter_costs_are_those_of_the_docs(name, mu_dtype, kinds):
+    tx = make_optimizer(settings(name=name, mu_dtype=mu_dtype), 10)
+    shape = (1, 256, 512)
+    made = jax.eval_shape(lambda: tx.init({"kernel": stacked(jnp.zeros(shape))}))
+    leaves = jax.tree.leaves(made)
+    whole = [str(x.dtype) for x in leaves if x.shape == shape]
+    assert {kind: whole.count(kind) for kind in set(whole)} == kinds
+    rest = sum(math.prod(x.shape) for x in leaves if x.shape != shape)
+    assert rest <= 256 + 512 + 20  # rows, columns and counters
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(MMJaxError, match=r"'adam' is unknown; one of adamw, adafactor, lion, muon"):
+        make_optimizer(settings(name="adam"), 10)
+
+
+def test_lion_moves_by_the_sign():
+    tx = make_optimizer(settings(name="lion", b1=0.5, b2=0.5), 10)
+    params = {"kernel": jnp.ones(2)}
+    state = tx.init(params)
+    first, state = tx.update({"kernel": jnp.array([3.0, -1.0])}, state, params)
+    np.testing.assert_allclose(first["kernel"], [-0.1, 0.1], rtol=1e-6)
+    # The momentum is (1.5, -0.5) by now: a small gradient against it does not turn the sign.
+    second, _ = tx.update({"kernel": jnp.array([-1.0, -1.0])}, state, params)
+    np.testing.assert_allclose(second["kernel"], [-0.09, 0.09], rtol=1e-5)
+
+
+def test_adafactor_divides_by_the_row_and_column_means():
+    tx = make_optimizer(settings(name="adafactor", b1=0.0), 10)
+    rng = np.random.default_rng(0)
+    grad = rng.normal(size=(128, 256)) * np.exp(rng.normal(size=(128, 1)))
+    params = {"kernel": jnp.zeros((128, 256))}
+    updates, _ = tx.update({"kernel": jnp.asarray(grad, jnp.float32)}, tx.init(params), params)
+    square = grad**2
+    v = square.mean(1, keepdims=True) * square.mean(0, keepdims=True) / square.mean()
+    want = grad / np.sqrt(v)
+    want /= max(1.0, np.sqrt((want**2).mean()))
+    np.testing.assert_allclose(updates["kernel"], -0.1 * want, rtol=2e-4)
+
+
+def test_muon_makes_updates_orthogonal_and_as_large_as_those_of_adam():
+    tx = make_optimizer(settings(name="muon", b1=0.95), 10)
+    grad = np.random.default_rng(0).normal(size=(24, 64))
+    params = {"kernel": stacked(jnp.zeros((1, 24, 64))), "head": {"kernel": jnp.zeros((2, 4))}}
+    gradient = {"kernel": stacked(jnp.asarray(grad[None], jnp.float32))}
+    gradient["head"] = {"kernel": jnp.full((2, 4), 1e-3)}
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    size = 0.1 * 0.2 * np.sqrt(64)
+    singular = np.linalg.svd(np.asarray(updates["kernel"][...])[0] / size, compute_uv=False)
+    assert singular.min() > 0.6 and singular.max() < 1.3  # Newton-Schulz comes only near to 1
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.1, rtol=1e-4)
+
+
+def make(config=tiny.CONFIG, **kwargs):
+    return tiny.Fuyu(config, rngs=nnx.Rngs(0), **kwargs)
+
+
+WIDE = dataclasses.replace(
+    tiny.CONFIG,
+    decoder=dataclasses.replace(
+        tiny.CONFIG.decoder, d_model=128, num_heads=16, num_kv_heads=16, head_dim=8, d_mlp=256
+    ),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_optimizer_keeps_lies_where_its_parameter_lies(name):
+    """No array of a kernel's size is whole on a device, and none of its means is either."""
+    tx = make_optimizer(settings(name=name), 10)
+    with use(make_mesh({"fsdp": 4, "tensor": 2})) as mesh:
+        names = set(paths.flatten(nnx.state(nnx.eval_shape(lambda: make(WIDE)))))
+        _, abstract, _ = train_state.abstract_state(lambda: make(WIDE), names, tx, mesh)
+        found = {
+            paths.name_of(path): (leaf.shape, leaf.sharding.spec)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.opt)
+        }
+    ends = {}
+    for path, (shape, spec) in found.items():
+        for kernel in ("attn.q.kernel", "attn.o.kernel", "mlp.up.kernel"):
+            if path.endswith(kernel) and shape not in ((), (1,)):
+                field = path.split(".decoder")[0].rsplit(".", 1)[-1]
+                ends[field, kernel] = (shape, tuple(spec))
+    whole = {
+        "attn.q.kernel": ((2, 128, 16, 8), (None, "fsdp", "tensor", None)),
+        "attn.o.kernel": ((2, 16, 8, 128), (None, "tensor", None, "fsdp")),
+        "mlp.up.kernel": ((2, 128, 256), (None, "fsdp", "tensor")),
+    }
+    folded = whole | {
+        "attn.q.kernel": ((2, 128, 128), (None, "fsdp", "tensor")),
+        "attn.o.kernel": ((2, 128, 128), (None, "tensor", "fsdp")),
+    }
+    if name == "adafactor":
+        rows = {k: ((2, s[1]), (None, spec[1])) for k, (s, spec) in folded.items()}
+        columns = {k: ((2, s[2]), (None, spec[2])) for k, (s, spec) in folded.items()}
+        want = {("ema", k): v for k, v in whole.items()}
+        want |= {("v_row", k): v for k, v in rows.items()}
+        want |= {("v_col", k): v for k, v in columns.items()}
+        # The longest axis is averaged first: optax calls that of up's 128 x 256 its row.
+    elif name == "adamw":
+        want = {(f, k): v for f in ("mu", "nu") for k, v in whole.items()}
+    else:
+        want = {("mu", k): v for k, v in (folded if name == "muon" else whole).items()}
+    assert ends == want
+
+
+def place(abstract, seed):
+    """The same random numbers on any mesh."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), abstract
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_do_not_depend_on_the_mesh_and_their_state_keeps_its_place(name):
+    tx = make_optimizer(settings(name=name), 10)
+    small = dataclasses.replace(
+        WIDE, decoder=dataclasses.replace(WIDE.decoder, num_layers=1, vocab_size=32)
+    )
+    got = []
+    for shape, count in (({}, 1), ({"fsdp": 2, "tensor": 2}, 4)):
+        with use(make_mesh(shape, jax.devices()[:count])) as mesh:
+            chosen = {"decoder.layers.attn.o.kernel", "decoder.layers.mlp.up.bias"}
+            _, state, _ = train_state.abstract_state(lambda: make(small), chosen, tx, mesh)
+            params, gradient = (place(state.params, seed) for seed in (1, 2))
+            places = train_state.shardings(state)
+            opt = jax.jit(tx.init, out_shardings=places.opt)(params)
+            update = jax.jit(tx.update, out_shardings=(places.params, places.opt))
+            for _ in range(2):
+                updates, opt = update(gradient, opt, params)
+            assert update._cache_size() == 1
+            got.append(jax.device_get(paths.flatten(updates)))
+    for key, value in got[0].items():
+        assert np.abs(value).max() > 1e-3
+        np.testing.assert_allclose(got[1][key], value, rtol=2e-3, atol=1e-5, err_msg=key)
