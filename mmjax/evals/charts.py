@@ -9,6 +9,7 @@ from html import escape
 
 _WIDTH, _HEIGHT = 720, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 16, 48
+_NAMES = 30  # above a chart that stands alone
 # Series differ by mark as well as by colour.
 _MARKS = ("circle", "square", "diamond", "triangle")
 
@@ -89,6 +90,23 @@ def legend(series: Sequence[Series]) -> str:
         for i, s in enumerate(series)
     )
     return f'<ul class="legend">{items}</ul>'
+
+
+def standalone(chart: str, series: Sequence[Series], style: str) -> str:
+    """Make a chart an SVG file of its own: its style inside, the names of the series above it."""
+    head, rest = chart.split(">", 1)
+    old = f'viewBox="0 0 {_WIDTH} {_HEIGHT}"'
+    size = f'viewBox="0 {-_NAMES} {_WIDTH} {_HEIGHT + _NAMES}"'
+    head = head.replace(old, f'xmlns="http://www.w3.org/2000/svg" {size}')
+    ground = f'<rect y="{-_NAMES}" width="100%" height="100%" style="fill:var(--card)"/>'
+    names, x = [], float(_LEFT)
+    for i, one in enumerate(series):
+        names += [
+            _mark(x + 5, 14 - _NAMES, i, ""),
+            _text(x + 16, 18 - _NAMES, one.name, "", "start"),
+        ]
+        x += 34 + 7.5 * len(one.name)
+    return "\n".join([f"{head}>", f"<style>{style}</style>", ground, *names, rest.strip(), ""])
 
 
 def _draw_series(series: Series, index: int, px, py) -> list[str]:

@@ -190,7 +190,7 @@ def _ask_batch(
             rows[index] = _row(task, index, None, resolution) | {"error": str(e)}
     asked = [ask(task, r) for r in records.values()]
     if task.enlarge:
-        asked = [_enlarged(record, resolution) for record in asked]
+        asked = [_at_resolution(record, resolution) for record in asked]
     texts = generate_fn(asked, resolution, task.max_new_tokens) if asked else []
     if len(texts) != len(asked):
         raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")
@@ -201,8 +201,8 @@ def _ask_batch(
     return [rows[i] for i in batch]
 
 
-def _enlarged(record: Record, resolution: int | None) -> Record:
-    """Scale the pictures of a record up; one that cannot be read fails where it is encoded."""
+def _at_resolution(record: Record, resolution: int | None) -> Record:
+    """Bring pictures to a size, up or down; one that cannot be read fails where it is encoded."""
     try:
         return at_resolution(record, resolution, enlarge=True)
     except BadSample:
