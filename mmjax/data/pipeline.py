@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from mmjax.data.iterator import PackDataset, TrainIterator
-from mmjax.data.mixture import Mixture
+from mmjax.data.mixture import Mixture, Weights
 from mmjax.data.packing import BatchShape, Origin
 from mmjax.data.resizing import (
     Resolutions,
@@ -46,7 +46,7 @@ def make_train_iterator(
     max_targets: int,
     batch_size: int,
     seed: int = 0,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Weights | None = None,
     epochs: int | None = None,
     resolutions: Resolutions | None = None,
     legacy_otter: bool = False,
@@ -64,7 +64,7 @@ def make_train_iterator(
 
     template: a name or a function; processor: has ``encode(segments, images, max_tokens=)``.
     seq_len, max_patches, max_targets: what one row holds; batch_size: rows of this process.
-    epochs: how often each source is gone through (None: for ever). resolutions: longest sides to
+    epochs: of the mixture (None: for ever). resolutions: longest sides to
     draw from for each sample (images are only reduced). legacy_otter: OtterHD's own way, which
     ``legacy_loading`` describes. pack: False gives every sample its own
     row. num_workers: processes that read and pack, each its own batches; 0 packs in this process.
@@ -77,11 +77,8 @@ def make_train_iterator(
         raise MMJaxError(f"process_index {process_index} of process_count {process_count}")
     mixture = Mixture.of(sources, weights)
     shape = BatchShape(batch_size, seq_len, max_patches, max_targets)
-    sides = list_resolutions(resolutions)
-    lay_out, resize = get_template(template), at_resolution
-    if legacy_otter:
-        lay_out, resize = legacy_loading(lay_out, sides)
-    load = LoadExample(mixture, lay_out, processor, shape, seed, sides, resize)
+    load = make_loader(mixture, template, processor, shape, seed, resolutions, legacy_otter)
+    sides = load.resolutions
     draws = draw_records(mixture, seed, epochs)[process_index::process_count]
     reading = grain.ReadOptions(
         num_threads=read_threads, prefetch_buffer_size=4 * read_threads if read_threads else 0
@@ -116,6 +113,23 @@ def make_train_iterator(
     }
     skips = SkipLog(path, max_bad_share, min_bad_samples)
     return TrainIterator(dataset, skips, fixed, mixture.names)
+
+
+def make_loader(
+    mixture: Mixture,
+    template: str | Template,
+    processor: Any,
+    shape: BatchShape,
+    seed: int = 0,
+    resolutions: Resolutions | None = None,
+    legacy_otter: bool = False,
+) -> LoadExample:
+    """Make what turns a draw into an example; arguments as in ``make_train_iterator``."""
+    sides = list_resolutions(resolutions)
+    lay_out, resize = get_template(template), at_resolution
+    if legacy_otter:
+        lay_out, resize = legacy_loading(lay_out, sides)
+    return LoadExample(mixture, lay_out, processor, shape, seed, sides, resize)
 
 
 def legacy_loading(

@@ -11,14 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.data.catalog import make_source
+from mmjax.data.catalog import make_sources
 from mmjax.data.mixture import Mixture
-from mmjax.data.pipeline import TrainIterator, make_train_iterator
+from mmjax.data.packing import BatchShape
+from mmjax.data.pipeline import LoadExample, TrainIterator, make_loader, make_train_iterator
+from mmjax.data.streams import Streams, share_streams
+from mmjax.data.survey import require_some_good
 from mmjax.loading import first_processor
 from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
+from mmjax.parallel import distributed
+from mmjax.parallel.sharding import process_rows
 from mmjax.train import adapters
 from mmjax.train import state as train_state
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
@@ -133,14 +138,54 @@ def _fresh(plan: Blueprint, wanted: dict) -> dict[str, jax.Array]:
     return jax.jit(build, out_shardings={n: x.sharding for n, x in wanted.items()})()
 
 
-def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -> TrainIterator:
-    """Build this process's training batches."""
-    data, count = settings.data, jax.process_count()
+def train_loader(settings: RunSettings, processor: Processor) -> LoadExample:
+    """Open the sources of a run, and return what makes examples of their records.
+
+    Raises MMJaxError for a source, weight or template that is wrong; nothing is allocated.
+    """
+    data = settings.data
     if not data.sources:
         raise MMJaxError("data.sources is empty: name at least one source to train on")
-    sources = {name: make_source(spec) for name, spec in data.sources.items()}
+    mixture = Mixture.of(make_sources(data.sources), data.weights, data.counts)
+    shape = BatchShape(data.batch_size, data.seq_len, data.max_patches, data.max_targets)
+    return make_loader(
+        mixture,
+        data.template,
+        processor,
+        shape,
+        settings.seed,
+        data.resolutions,
+        data.legacy_otter,
+    )
+
+
+def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -> Streams:
+    """Build this process's training batches, once all processes see the same config and data."""
+    data = settings.data
+    load = train_loader(settings, processor)
+    mixture = load.mixture
+    rows = process_rows(jax.sharding.get_mesh(), data.batch_size)
+    mine, count = share_streams(rows, data.batch_size, data.streams)
+    lengths = dict(zip(mixture.names, map(len, mixture.sources), strict=True))
+    facts = distributed.facts_of(dataclasses.asdict(settings), lengths)
+    distributed.check_same({**facts, "--workdir": str(workdir.absolute())})
+    require_some_good(mixture, load)
+    return Streams(
+        {i: _stream(i, count, mixture, settings, processor, workdir) for i in mine}, count
+    )
+
+
+def _stream(
+    number: int,
+    count: int,
+    mixture: Mixture,
+    settings: RunSettings,
+    processor: Processor,
+    workdir: Path,
+) -> TrainIterator:
+    data = settings.data
     return make_train_iterator(
-        Mixture.of(sources, data.weights),
+        mixture,
         data.template,
         processor,
         seq_len=data.seq_len,
@@ -151,7 +196,7 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
         resolutions=data.resolutions,
         legacy_otter=data.legacy_otter,
         pack=data.pack,
-        process_index=jax.process_index(),
+        process_index=number,
         process_count=count,
         num_workers=data.workers,
         max_bad_share=data.max_bad_share,

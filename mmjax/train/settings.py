@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.train.optim import OptimSettings
@@ -55,8 +55,10 @@ class LoRASettings:
 class DataSettings:
     """What is trained on, and the static shape it is packed into.
 
-    sources: name -> {kind, arguments}; see ``mmjax.data.catalog``. weights: name -> how often it
-    is drawn, by default its length. seq_len, max_patches, max_targets: what one row holds.
+    sources: name -> {kind, arguments}; see ``mmjax.data.catalog``. weights: name -> share of the
+    draws, ``sqrt`` of the sizes, or ``size`` (the default). counts: name -> draws of it in an
+    epoch, -1 for its size, instead of weights. No record of a source is drawn twice before each
+    was drawn once. seq_len, max_patches, max_targets: what one row holds.
     batch_size: rows of a step over all devices. resolutions: longest sides in pixels, one drawn
     for each sample, as a set or a range ``{"min": 224, "max": 1024, "multiple": 32}``; None keeps
     every image. template: a name in ``mmjax.data.templates.TEMPLATES``. legacy_otter: OtterHD's
@@ -68,7 +70,8 @@ class DataSettings:
     """
 
     sources: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    weights: dict[str, float] | None = None
+    weights: dict[str, float] | Literal["size", "sqrt"] | None = None
+    counts: dict[str, int] | None = None
     template: str = "fuyu_chat"
     seq_len: int = 2048
     max_patches: int = 2048
