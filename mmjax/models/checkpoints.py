@@ -325,16 +325,22 @@ def save_model(
     """Write parameters in memory, by dotted name, as a folder that ``mmjax.load`` reads.
 
     folders: where to copy tokenizer and processor files from; the first that has one wins.
+    Of several processes all must call it: they bring the slices together, and the first writes.
     """
-    source, arrays = Arrays(params), {}
+    source, arrays, slices = Arrays(params), {}, []
     for name in params:
         shape, dtype = source.shape(name), source.dtype(name)
-        arrays[name] = (shape, dtype, R.Rule(name, name).chunk(shape, dtype.itemsize))
+        chunk = R.Rule(name, name).chunk(shape, dtype.itemsize)
+        arrays[name] = (shape, dtype, chunk)
+        slices += [(name, index) for index in R.grid(tuple(slice(0, n) for n in shape), chunk)]
+    if jax.process_index() > 0:
+        for name, index in slices:
+            source.read(name, index)
+        return
     with atomic_folder(destination, overwrite=overwrite) as folder:
         store = StoreWriter(folder / PARAMS, arrays)
-        for name, (shape, _, chunk) in arrays.items():
-            for index in R.grid(tuple(slice(0, n) for n in shape), chunk):
-                store.write(name, index, source.read(name, index))
+        for name, index in slices:
+            store.write(name, index, source.read(name, index))
         store.close()
         copy_companions(folders, folder)
         _write_config(folder, family, config, lora)

@@ -39,7 +39,7 @@ class Arrays:
         return np.dtype(self.arrays[key].dtype)
 
     def read(self, key: str, index: Any = ...) -> np.ndarray:
-        """Bring one slice to the host."""
+        """Bring one slice to the host; of arrays spread over processes, each asks for the same."""
         array = self.arrays[key]
         mesh = getattr(getattr(array, "sharding", None), "mesh", None)
         if mesh is None:
@@ -47,7 +47,11 @@ class Arrays:
         import jax
 
         with jax.set_mesh(mesh):  # slicing is a program of the array's devices, not of the caller's
-            return np.asarray(array[index])
+            part = array[index]
+            if not part.is_fully_addressable:
+                whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+                part = jax.jit(lambda x: x, out_shardings=whole)(part)
+            return np.asarray(part)
 
 
 @contextlib.contextmanager

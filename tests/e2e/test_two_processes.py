@@ -1,0 +1,125 @@
+"""Two real processes through jax.distributed: the curve of one, and what ends or parts them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.e2e.faults import ROOT, assert_equal_runs, logged, saved_steps
+
+STEPS, EVERY = 40, 5
+SMALL = ("model.config.hidden_size=32", "model.config.intermediate_size=32")
+
+
+def command(workdir, *more):
+    settings = (
+        f"steps={STEPS}", f"checkpoint.every={EVERY}", "log.every=1", "log.tensorboard=False",
+        "eval.final=False", "data.batch_size=4", "data.streams=2", *SMALL, *more,
+    )  # fmt: skip
+    command = [sys.executable, "train.py", "--config=configs/quickstart.py:quick"]
+    return [*command, f"--workdir={workdir}", *(f"--config.{s}" for s in settings)]
+
+
+def losses(workdir):
+    """The loss of every step; of steps that ran twice, the last."""
+    return {step: values["train/loss"] for step, values in logged(workdir)}
+
+
+def start(workdir, processes, *each):
+    """Start a run of one process with two devices, or of two with one; each: own arguments."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = []
+    for i in range(processes):
+        env = os.environ | {"XDG_CACHE_HOME": str(ROOT / ".cache"), "PYTHONUNBUFFERED": "1"}
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        env["JAX_NUM_CPU_DEVICES"] = str(2 // processes)
+        if processes > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+            env["JAX_PROCESS_ID"] = str(i)
+        started.append(
+            subprocess.Popen(
+                command(workdir, *(each[i] if each else ())), cwd=ROOT, env=env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    return started
+
+
+def finish(started):
+    """Wait for all; returns their exit codes and what they printed."""
+    out = [process.communicate(timeout=120)[0] for process in started]
+    return [process.returncode for process in started], out
+
+
+def wait_for_save(started, workdir, step):
+    """Wait until a finished checkpoint at or behind ``step`` is on disk."""
+    while not any(s >= step for s in saved_steps(workdir)):
+        for process in started:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)  # polling a real process; nothing is asserted about time
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    codes, out = finish(start(workdir, 1))
+    assert codes == [0], out
+    assert len(losses(workdir)) == STEPS
+    return workdir
+
+
+def test_two_processes_train_like_one(one, tmp_path):
+    codes, out = finish(start(tmp_path, 2))
+    assert codes == [0, 0], out
+    assert "process 1 of 2 (environment)" in out[1]
+    mine, theirs = losses(tmp_path), losses(one)
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    files = sorted(p.name for p in (tmp_path / f"checkpoints/{STEPS}/data").glob("*.json"))
+    assert files == ["stream_0-of-2.json", "stream_1-of-2.json"]
+    for file in files:  # each stream stands where it does in one process: the same records
+        place = f"checkpoints/{STEPS}/data/{file}"
+        assert (tmp_path / place).read_text() == (one / place).read_text()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_a_restart_goes_on(victim, one, tmp_path):
+    started = start(tmp_path, 2)
+    wait_for_save(started, tmp_path, EVERY)
+    started[victim].send_signal(signal.SIGKILL)
+    codes, out = finish(started)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
+    # Ours when a collective breaks, JAX's own when its coordinator, process 0, is the one killed.
+    assert "another process has ended" in out[1 - victim] or "another task died" in out[1 - victim]
+    stood = saved_steps(tmp_path)[-1]
+    assert stood < STEPS
+    codes, out = finish(start(tmp_path, 2))
+    assert codes == [0, 0] and f"continuing at step {stood}" in out[0], out
+    assert losses(tmp_path) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_sigterm_to_one_stops_both_and_one_process_goes_on(one, tmp_path):
+    started = start(tmp_path, 2)
+    wait_for_save(started, tmp_path, EVERY)
+    started[1].send_signal(signal.SIGTERM)
+    codes, out = finish(started)
+    assert codes == [0, 0] and "SIGTERM: saved step" in out[0], out
+    stood = saved_steps(tmp_path)[-1]
+    assert max(losses(tmp_path)) == stood < STEPS
+    codes, out = finish(start(tmp_path, 1))
+    assert codes == [0] and f"continuing at step {stood}" in out[0], out
+    assert_equal_runs(tmp_path, one)
+
+
+def test_processes_that_differ_are_told_apart_before_anything_is_made(tmp_path):
+    own = ["optim.lr=1e-3"], ["optim.lr=1e-4"]
+    codes, out = finish(start(tmp_path, 2, *own))
+    assert codes == [2, 2], out
+    for text in out:
+        assert "config.optim.lr is 0.001 in process 0 and 0.0001 in process 1" in text
+    assert not (tmp_path / "checkpoints").exists()
