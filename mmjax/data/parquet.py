@@ -274,7 +274,7 @@ _TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
 def regroup(source: str | os.PathLike, target: str | os.PathLike, rows: int = 32) -> int:
-    """Copy a parquet file with ``rows`` rows in each group, holding few at a time; returns rows.
+    """Copy a parquet file with ``rows`` rows in each group, page by page; returns all rows.
 
     The target appears under its name only when it is whole.
     """
@@ -282,8 +282,8 @@ def regroup(source: str | os.PathLike, target: str | os.PathLike, rows: int = 32
     if rows < 1:
         raise MMJaxError(f"--rows {rows}: a row group holds at least one row")
     temporary = f"{os.fspath(target)}.{os.getpid()}.tmp"
-    # Without pre-buffering and with a buffered stream the pages are read one after another;
-    # by default pyarrow would read the whole group into memory first.
+    # Without pre-buffering and with a buffered stream the pages are read one after another, of
+    # 1,024 rows as pyarrow writes them; by default it would read the whole group first.
     file = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
     count = 0
     with pq.ParquetWriter(temporary, file.schema_arrow) as writer:
