@@ -34,6 +34,7 @@ from mmjax.parallel.mesh import use
 from mmjax.weights import rules, writer
 from mmjax.weights.reader import open_reader
 
+TINY = dict(vocab_size=512, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_mlp=128)
 BLOCK = 2**20
 PIECE = 2**26
 
@@ -63,13 +64,14 @@ class RandomWeights:
         return np.resize(np.roll(self.block, -start), math.prod(shape)).reshape(shape)
 
 
-def write_checkpoint(folder: Path, layers: int) -> int:
-    """Write a Fuyu checkpoint in the hub's layout; returns its bytes."""
+def write_checkpoint(folder: Path, **decoder: int) -> int:
+    """Write a Fuyu checkpoint in the hub's layout; returns its bytes.
+
+    decoder: sizes other than the published ones.
+    """
     fuyu = registry.family("fuyu")
     config = fuyu.Config()
-    config = dataclasses.replace(
-        config, decoder=dataclasses.replace(config.decoder, num_layers=layers)
-    )
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **decoder))
     with use():
         abstract = checkpoints.abstract_params(fuyu, config)
     source = RandomWeights({name: tuple(leaf.shape) for name, leaf in abstract.items()})
@@ -113,20 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
     parser.add_argument(
         "--dir", type=Path, help="where the checkpoints go, default a temporary one"
     )
     parser.add_argument("--out", type=Path, help="append the row to this file")
     args = parser.parse_args(argv)
+    sizes = {"num_layers": args.layers, **(TINY if args.quick else {})}
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         theirs, converted, back = (Path(folder) / name for name in ("hub", "mmjax", "back"))
         begun = time.perf_counter()
-        nbytes = write_checkpoint(theirs, args.layers)
+        nbytes = write_checkpoint(theirs, **sizes)
         written = round(time.perf_counter() - begun, 1)
         print(f"wrote {nbytes / 1e9:.2f} GB in {written} s", file=sys.stderr, flush=True)
         row = {
             "suite": "convert",
             "layers": args.layers,
+            "quick": args.quick,
             "parameters": nbytes // 2,
             "checkpoint_gb": round(nbytes / 1e9, 2),
             "write_s": written,

@@ -56,7 +56,8 @@ CONVERT = """## Conversion
 `python -m bench.convert`: a checkpoint in the hub's layout with random bfloat16 weights, converted
 by `convert_weights.to_jax` and written back by `convert_weights.to_hf`, each in a process of its
 own. Peak is the resident memory that the kernel reports for that process, mapped files included.
-*Changed* counts tensors that came back with any bit different. There is no peer here.
+*Changed* counts tensors that came back with any bit different. Load average is that at the end, of
+this and other programs: above 1 the times say little. There is no peer here.
 """
 
 
@@ -96,7 +97,10 @@ def _rate(value: float | None) -> str:
 
 def convert_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of the table of conversions."""
-    head = ("layers", "parameters", "checkpoint", "to_jax", "peak", "to_hf", "peak", "changed")
+    head = (
+        "layers", "parameters", "checkpoint", "to_jax", "peak", "to_hf", "peak", "changed",
+        "load average",
+    )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         there, back = r["to_jax"], r["to_hf"]
@@ -104,6 +108,7 @@ def convert_table(rows: Sequence[dict[str, Any]]) -> list[str]:
             r["layers"], f"{r['parameters']:,}", f"{r['checkpoint_gb']} GB",
             f"{there['seconds']} s", f"{there['peak_gb']} GB",
             f"{back['seconds']} s", f"{back['peak_gb']} GB", len(r["changed"]),
+            r["env"]["load_at_start"],
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
