@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -155,6 +156,8 @@ class Checkpoints:
         self._manager.close()
 
     def _open(self) -> ocp.training.Checkpointer:
+        # Each of Orbax's threads logs the traceback of a failure that comes back to us anyway.
+        logging.getLogger("absl").addFilter(_not_from_orbax)
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(self.settings.keep)]
         if self.settings.best:
@@ -193,6 +196,10 @@ class Checkpoints:
 
     def _name(self, step: int | None) -> str:
         return "none yet" if step is None else f"step {step}"
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 def _disk_trouble(error: BaseException | None) -> str | None:

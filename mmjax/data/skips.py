@@ -112,10 +112,13 @@ class SkipLog:
         key = (skip.source, skip.id, skip.reason)
         if key in self._listed:
             return
-        self._listed.add(key)
         if len(self._first) < 5:
             self._first.append(f"{skip.reason}: {skip.message}")
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(skip), ensure_ascii=False) + "\n")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(skip), ensure_ascii=False) + "\n")
+            except OSError:
+                return  # the disk is full: it is counted, and listed when it is met again
+        self._listed.add(key)

@@ -121,6 +121,10 @@ class LiveLine:
         if self.enabled:
             self.console.print(*what)
 
+    def warn(self, text: str) -> None:
+        """Print a warning above the live line, from any process, on one line for a log file."""
+        self.console.print(Text(text, style="yellow"), soft_wrap=True)
+
     def close(self) -> None:
         """Leave the last line standing."""
         if self._live is not None:

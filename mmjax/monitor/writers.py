@@ -1,12 +1,21 @@
-"""Where scalars go: JSON lines, TensorBoard, or several places at once."""
+"""Where scalars and pictures go: JSON lines, TensorBoard, W&B, under the same names."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+
+from mmjax.types import MMJaxError
 
 
 class Writer(Protocol):
@@ -18,6 +27,9 @@ class Writer(Protocol):
     def text(self, step: int, name: str, text: str) -> None:
         """Write a piece of text, such as the configuration or a generated answer."""
 
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Write a picture, uint8[h,w,3]."""
+
     def close(self) -> None:
         """Flush and release the files; writing afterwards is an error."""
 
@@ -25,16 +37,15 @@ class Writer(Protocol):
 class JsonlWriter:
     """Append one JSON object a call to a file, flushed at once: ``{"step": 3, "train/loss": ..}``.
 
-    A run that was killed leaves at most one torn line; the next writer starts on a fresh one and
-    ``read_metrics`` passes over it. Not-a-number and infinities are written as strings, because
-    JSON has no others.
+    A run that was killed, or a disk that was full, leaves at most one torn line; the next one is
+    written on a fresh line and ``read_metrics`` passes over it. Not-a-number and infinities are
+    written as strings, because JSON has no others. Pictures are not for this file.
     """
 
     def __init__(self, path: str | os.PathLike):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
-        if self._file.tell() and not _ends_with_newline(self._file):
-            self._file.write(b"\n")
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self._torn = bool(self._file.tell()) and not _ends_with_newline(self._file)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         self._write({"step": int(step)} | {k: _json_number(v) for k, v in values.items()})
@@ -42,62 +53,154 @@ class JsonlWriter:
     def text(self, step: int, name: str, text: str) -> None:
         self._write({"step": int(step), name: text})
 
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Write nothing."""
+
     def close(self) -> None:
         self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        self._file.flush()
+        data = ("\n" if self._torn else "").encode()
+        data += (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self._torn = True
+        while data:  # a nearly full disk takes a part, and then raises
+            data = data[self._file.write(data) :]
+        self._torn = False
 
 
 class TensorboardWriter:
-    """Write TensorBoard event files into a folder, through tensorboardX."""
+    """Write TensorBoard event files into a folder, with tensorboardX's formats.
+
+    Its SummaryWriter writes from a thread, which dies on a full disk and then blocks the run for
+    ever; here every event is written by the caller, who gets the OSError.
+    """
 
     def __init__(self, folder: str | os.PathLike):
-        import tensorboardX
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
 
-        self._writer = tensorboardX.SummaryWriter(os.fspath(folder))
+        os.makedirs(folder, exist_ok=True)
+        self._summary, self._event = summary, event_pb2.Event
+        prefix, suffix = os.path.join(folder, "events"), f".{os.getpid()}"
+        self._writer = event_file_writer.EventsWriter(prefix, suffix)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, float(value), int(step))
-        self._writer.flush()
+        self._write(step, *(self._summary.scalar(k, float(v)) for k, v in values.items()))
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._writer.add_text(name, text, int(step))
+        self._write(step, self._summary.text(name, text))
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._write(step, self._summary.image(name, pixels, dataformats="HWC"))
 
     def close(self) -> None:
         self._writer.close()
 
+    def _write(self, step: int, *summaries: Any) -> None:
+        for one in summaries:
+            event = self._event(wall_time=time.time(), step=int(step), summary=one)
+            self._writer.write_event(event)
+        self._writer.flush()
 
-class MultiWriter:
-    """Pass everything on to several writers; without any, write nothing."""
 
-    def __init__(self, writers: Sequence[Writer] = ()):
-        self.writers = tuple(writers)
+class WandbWriter:
+    """Report to Weights & Biases; a run that is continued goes on in the same W&B run.
+
+    project: its name there. name: of the run. config: what the run was told. Steps are an axis of
+    their own, ``step``, because a restarted run reports some of them again.
+    """
+
+    def __init__(self, folder: str | os.PathLike, project: str, name: str, config: Mapping):
+        try:
+            import wandb
+        except ImportError as error:
+            raise MMJaxError(
+                f"log.wandb is {project!r} and wandb is not installed: pip install 'mmjax[wandb]', "
+                "or set log.wandb=None"
+            ) from error
+        self._wandb = wandb
+        file = Path(folder) / "wandb_id"
+        if not file.exists():
+            file.write_text(secrets.token_hex(8))
+        self._run = wandb.init(
+            project=project, name=name, id=file.read_text(), resume="allow", dir=os.fspath(folder),
+            config=dict(config),
+        )  # fmt: skip
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        for writer in self.writers:
-            writer.scalars(step, values)
+        self._run.log({"step": int(step)} | {k: float(v) for k, v in values.items()})
 
     def text(self, step: int, name: str, text: str) -> None:
-        for writer in self.writers:
-            writer.text(step, name, text)
+        self._run.log({"step": int(step), name: text})
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._run.log({"step": int(step), name: self._wandb.Image(pixels)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MultiWriter:
+    """Pass everything on to several writers; without any, write nothing.
+
+    A writer whose disk is full must not end a run: the first trouble of each is told to ``warn``,
+    what it could not write is lost, and it is tried again with the next call.
+    """
+
+    def __init__(self, writers: Sequence[Writer] = (), warn: Callable[[str], None] | None = None):
+        self.writers = tuple(writers)
+        self.warn = warn or (lambda text: print(text, file=sys.stderr))
+        self._told: set[int] = set()
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        self._each("scalars", step, values)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._each("text", step, name, text)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._each("picture", step, name, pixels)
 
     def close(self) -> None:
         for writer in self.writers:
-            writer.close()
+            with contextlib.suppress(OSError):  # told before, or nothing was left to write
+                writer.close()
+
+    def _each(self, method: str, step: int, *args: Any) -> None:
+        for number, writer in enumerate(self.writers):
+            try:
+                getattr(writer, method)(step, *args)
+            except OSError as error:
+                if number not in self._told:
+                    self._told.add(number)
+                    self.warn(
+                        f"{type(writer).__name__} could not write step {step}: {error}. Training "
+                        "goes on; it writes again when there is room"
+                    )
 
 
 def make_writer(
-    workdir: str | os.PathLike, *, tensorboard: bool = True, process: int = 0
+    workdir: str | os.PathLike,
+    *,
+    tensorboard: bool = True,
+    wandb: str | None = None,
+    name: str = "run",
+    config: Mapping[str, Any] | None = None,
+    process: int = 0,
 ) -> MultiWriter:
-    """Write ``metrics.jsonl`` and ``tensorboard/`` under a workdir, from process 0 alone."""
+    """Write ``metrics.jsonl`` and ``tensorboard/`` under a workdir, from process 0 alone.
+
+    wandb: a W&B project that gets the same, as the run ``name`` with ``config``.
+    """
     if process != 0:
         return MultiWriter()
     writers: list[Writer] = [JsonlWriter(os.path.join(workdir, "metrics.jsonl"))]
     if tensorboard:
         writers.append(TensorboardWriter(os.path.join(workdir, "tensorboard")))
+    if wandb:
+        writers.append(WandbWriter(workdir, wandb, name, config or {}))
     return MultiWriter(writers)
 
 

@@ -88,13 +88,14 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             abstract,
         )  # fmt: skip
         writer = make_writer(
-            workdir, tensorboard=settings.log.tensorboard, process=jax.process_index()
-        )
+            workdir, tensorboard=settings.log.tensorboard, wandb=settings.log.wandb,
+            name=settings.name, config=dataclasses.asdict(settings), process=jax.process_index(),
+        )  # fmt: skip
         flops = step_flops(plan.config, settings)
         peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
         meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
         line = LiveLine(settings.steps, enabled=lead)
-        batches.warn = checkpoints.warn = line.print
+        batches.warn = checkpoints.warn = writer.warn = line.warn
         watch = StepWatch(
             settings.bad_steps, workdir, every=settings.log.every, writer=writer, meter=meter,
             line=line, source_names=batches.source_names, last_checkpoint=checkpoints.newest,
@@ -258,7 +259,9 @@ def export(model: LoadedModel, workdir: Path, lora: LoRA | None) -> None:
 def write_config(settings: RunSettings, workdir: Path) -> None:
     """Write the settings as JSON, for the record and for eval.py's report."""
     text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
-    (workdir / "config.json").write_text(text + "\n")
+    part = workdir / "config.json.part"
+    part.write_text(text + "\n")
+    part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
 
 
 def enable_compilation_cache() -> None:

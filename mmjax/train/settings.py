@@ -103,10 +103,19 @@ class EvalSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LogSettings:
-    """every: steps between log lines. tensorboard: write event files beside metrics.jsonl."""
+    """What a run tells of itself, and where.
+
+    every: steps between log lines. tensorboard: write event files beside metrics.jsonl. wandb: a
+    project of Weights & Biases that gets the same, None for none. pictures: steps between pictures
+    of a batch as the model sees it, the first at the start, 0 for none. profile: (start, stop), the
+    steps between which a trace is written to the workdir's ``profile/``.
+    """
 
     every: int = 20
     tensorboard: bool = True
+    wandb: str | None = None
+    pictures: int = 1000
+    profile: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

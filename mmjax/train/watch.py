@@ -116,7 +116,7 @@ class StepWatch:
         with open(file, "a", encoding="utf-8") as out:
             out.write(json.dumps(row | {"records": records}, ensure_ascii=False) + "\n")
         if self.settings.action == "skip" and self.bad <= self.settings.limit:
-            self._line.print(f"skipped a bad step ({self.bad} of {self.settings.limit}): {what}")
+            self._line.warn(f"skipped a bad step ({self.bad} of {self.settings.limit}): {what}")
             return
         newest = self._last_checkpoint()
         stands = f"step {newest}" if newest else "none was saved yet"

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,22 @@ class Recipe:
         "log.tensorboard=False",
     )
 
-    def start(self, workdir: Path, *more: str) -> subprocess.Popen:
-        """Start (or continue) a run in a process of its own; its output goes to a file."""
+    def start(self, workdir: Path, *more: str, prefix: Sequence[str] = ()) -> subprocess.Popen:
+        """Start (or continue) a run in a process of its own; its output goes to a file.
+
+        prefix: words in front of the command, such as those of another program that runs it.
+        """
         overrides = (
             f"steps={self.steps}", f"checkpoint.every={self.every}", "eval.final=False",
             "log.every=1", *self.overrides, *more,
         )  # fmt: skip
-        command = [sys.executable, "train.py", f"--config={self.config}", f"--workdir={workdir}"]
+        command = [
+            *prefix,
+            sys.executable,
+            "train.py",
+            f"--config={self.config}",
+            f"--workdir={workdir}",
+        ]
         command += [f"--config.{o}" for o in overrides]
         environment = os.environ | {
             "XDG_CACHE_HOME": str(ROOT / ".cache"),

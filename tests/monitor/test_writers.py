@@ -1,10 +1,13 @@
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from mmjax.monitor import writers
+from mmjax.types import MMJaxError
 
 
 def test_jsonl_appends_after_a_torn_line_and_the_last_value_counts(tmp_path):
@@ -56,3 +59,77 @@ def test_read_metrics_of_a_run_without_any(tmp_path):
 def test_not_a_scalar_is_an_error(tmp_path):
     with pytest.raises(TypeError):
         writers.JsonlWriter(tmp_path / "m.jsonl").scalars(1, {"a": np.zeros(2)})
+
+
+def events(folder):
+    """(step, name, value) of every summary in a TensorBoard folder; the bytes of pictures."""
+    import struct
+
+    from tensorboardX.proto import event_pb2
+
+    found = []
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        while data:
+            size = struct.unpack("<Q", data[:8])[0]  # length, its checksum, event, its checksum
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            for value in event.summary.value:
+                picture = value.image.encoded_image_string
+                found.append((event.step, value.tag, picture or round(value.simple_value, 6)))
+    return found
+
+
+def test_all_places_get_the_same_names(tmp_path, monkeypatch):
+    """W&B is played by an object that keeps what it is given."""
+    told = []
+    run = types.SimpleNamespace(
+        log=told.append, define_metric=lambda *a, **k: None, finish=lambda: told.append("end")
+    )
+    started = []
+    fake = types.SimpleNamespace(
+        init=lambda **options: started.append(options) or run, Image=lambda pixels: pixels.shape
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        writer = writers.make_writer(tmp_path, wandb="lab", name="a", config={"lr": 0.1})
+        writer.scalars(3, {"train/loss": 0.5, "train/loss/vqa": 0.25})
+        writer.close()
+    assert told[0] == {"step": 3, "train/loss": 0.5, "train/loss/vqa": 0.25} and "end" in told
+    assert started[0] == started[1]  # the same id: the run is continued
+    assert (started[0]["project"], started[0]["name"], started[0]["resume"]) == (
+        "lab",
+        "a",
+        "allow",
+    )
+    wanted = [(3, "train/loss", 0.5), (3, "train/loss/vqa", 0.25)]
+    assert set(events(tmp_path / "tensorboard")) == set(wanted)
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0]) == told[0] and len(rows) == 2
+
+
+def test_wandb_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MMJaxError, match=r"log.wandb is 'lab'.*mmjax\[wandb\]"):
+        writers.make_writer(tmp_path, wandb="lab")
+
+
+def test_pictures_go_to_tensorboard(tmp_path):
+    writer = writers.make_writer(tmp_path)
+    writer.picture(5, "data/batch", np.zeros((4, 6, 3), np.uint8))
+    writer.close()
+    step, name, data = events(tmp_path / "tensorboard")[0]
+    assert (step, name) == (5, "data/batch") and data.startswith(b"\x89PNG")
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    told = []
+    writer = writers.make_writer(tmp_path)
+    writer.warn = told.append
+    for step in (1, 2):
+        writer.scalars(step, {"x": 1.0})
+    assert len(told) == 1 and "JsonlWriter could not write step 1" in told[0]
+    assert "No space left" in told[0]
+    assert events(tmp_path / "tensorboard") == [(1, "x", 1.0), (2, "x", 1.0)]
+    writer.close()
