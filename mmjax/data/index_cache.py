@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import platform
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -98,7 +99,8 @@ def _cache_paths(path: Path, index_dir: str | os.PathLike | None) -> list[Path]:
 
 def _write_cache(cache: Path, arrays: Arrays) -> bool:
     """Write an index whole or not at all; False where the folder cannot be written."""
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    # Processes of several hosts may build the same index in the same folder.
+    temporary = cache.with_name(f"{cache.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

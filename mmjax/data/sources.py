@@ -186,6 +186,8 @@ def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:
         field = f"{form}[{i}]"
         if not isinstance(turn, dict):
             raise _bad(where, f"{field!r} is {_show(turn)}; expected an object")
+        if form == "messages" and isinstance(turn.get(what), list):
+            turn = {**turn, what: _joined_parts(turn[what], f"{where}: field '{field}.{what}'")}
         for key in (who, what):
             if not isinstance(turn.get(key), str):
                 seen = f"is {_show(turn[key])}, not a string" if key in turn else "is missing"
@@ -206,6 +208,20 @@ def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:
                 "must stand: turns alternate and the user begins",
             )
     return tuple(messages)
+
+
+def _joined_parts(parts: list[Any], where: str) -> str:
+    """Join content given as parts, {type: text, text: ...} and {type: image}, into marked text."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image":
+            texts.append(IMAGE_MARK)
+        else:
+            raise _bad(where, f"a part is {_show(part)}; expected type 'text' or 'image'")
+    return "".join(texts)
 
 
 def _question(value: Mapping[str, Any], where: str) -> tuple[Message, ...]:

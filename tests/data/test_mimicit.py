@@ -1,6 +1,7 @@
 """MIMIC-IT datasets and their training YAML, read from real files."""
 
 import base64
+import collections
 import io
 import json
 import pickle
@@ -10,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from stub_processor import StubProcessor, text_of
 
 from mmjax.data.catalog import make_source, make_sources
 from mmjax.data.images import load_rgb
 from mmjax.data.mimicit import MimicitSource
 from mmjax.data.mimicit_yaml import expand_yaml
 from mmjax.data.mixture import Mixture
+from mmjax.data.pipeline import make_train_iterator
 from mmjax.data.templates import fuyu_chat
 from mmjax.types import BadSample, Message, MMJaxError
 
@@ -319,6 +322,40 @@ def test_yaml_that_is_none(folder, text, says):
     (folder / "train.yaml").write_text(text)
     with pytest.raises(MMJaxError, match=says):
         expand_yaml(folder / "train.yaml")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mixture_of_formats_trains_with_and_without_workers(folder, num_workers):
+    rows = [{"input": f"Hm {i}?", "output": f"Ha {i}."} for i in range(3)]
+    (folder / "train.yaml").write_text(YAML)
+    write(folder / "rows.json", rows)
+    sources = make_sources(
+        {
+            "otter": dict(kind="mimicit_yaml", path=str(folder / "train.yaml")),
+            "flamingo": dict(kind="json", path=str(folder / "rows.json")),
+        }
+    )
+    batches = make_train_iterator(
+        Mixture.of(sources, counts={"LADD": -1, "LIMA": -1, "flamingo": 6}),
+        "fuyu_chat",
+        StubProcessor(),
+        **dict(seq_len=96, max_patches=12, max_targets=40, batch_size=2),
+        epochs=1,
+        num_workers=num_workers,
+    )
+    found = collections.Counter()
+    for batch in batches:
+        for tokens, index in zip(batch["tokens"], batch["target_index"], strict=True):
+            # An end token, 3, closes each answer.
+            ends = [int(i) for i in index if i >= 0 and tokens[i] == 3]
+            starts = [-1, *ends]
+            for a, b in zip(starts, ends, strict=False):
+                found[text_of(tokens[[i for i in index if a < i < b]])] += 1
+    batches.close()
+    assert found == {
+        **{f"Ha {i}.": 2 for i in range(3)},
+        **{"It is 0.": 1, "It is 1.": 1, "It is 2.": 1, "Fünf — 五.": 2, "It is 3.": 2},
+    }
 
 
 def test_a_wrong_dataset_is_named_by_its_source(folder):

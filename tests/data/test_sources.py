@@ -68,6 +68,19 @@ def test_other_forms_and_image_fields(tmp_path):
     assert len(s[2].messages) == 1 and "answers" not in s[2].meta
 
 
+def test_content_may_be_a_list_of_parts(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "what?"}, {"type": "image", "text": None}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "this"}]}
+    items = [
+        {"messages": [{"role": "user", "content": parts}, answer], "images": ["a", "b"]},
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}, answer]},
+    ]
+    s = JsonSource(write(tmp_path / "a.json", items))
+    assert [m.text for m in s[0].messages] == ["<image>what?<image>", "this"]
+    with pytest.raises(BadSample, match=r"messages\[0\].content': a part is .*'audio'"):
+        s[1]
+
+
 def test_images_named_inside_the_text(tmp_path):
     named = "<img_path>a b.png<img_path>Which is older, this or <img_path>/abs/c.png<img_path>?"
     items = [
