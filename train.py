@@ -1,4 +1,8 @@
-"""Train: python train.py --config=configs/<recipe>.py[:args] --workdir=DIR [--config.key=value]."""
+"""Train: python train.py --config=configs/<recipe>.py[:args] --workdir=DIR [--config.key=value].
+
+With --plan nothing is trained: the memory of each device is printed, for the devices that are here,
+or with --plan_devices=8 --plan_memory=80 for eight of 80 GB, wherever they are.
+"""
 
 from absl import flags
 
@@ -6,6 +10,9 @@ from mmjax.cli import run_with_config
 from mmjax.types import MMJaxError
 
 flags.DEFINE_string("workdir", None, "the folder this run lives in; one that exists is continued")
+flags.DEFINE_bool("plan", False, "print the memory the run needs on each device, and exit")
+flags.DEFINE_integer("plan_devices", 0, "plan for so many devices; 0 for those that are here")
+flags.DEFINE_float("plan_memory", 0, "GB of each device; 0 for what the devices here have")
 
 
 def main(config) -> None:
@@ -14,10 +21,17 @@ def main(config) -> None:
     from mmjax.train.loop import run
     from mmjax.train.settings import RunSettings
 
-    if not flags.FLAGS.workdir:
+    given = flags.FLAGS
+    settings = to_dataclass(RunSettings, config)
+    if given.plan or given.plan_devices or given.plan_memory:
+        from mmjax.train.plan import print_plan
+
+        print_plan(settings, devices=given.plan_devices, memory=given.plan_memory)
+        return
+    if not given.workdir:
         raise MMJaxError("give --workdir=DIR, the folder this run lives in")
     with joined():
-        run(to_dataclass(RunSettings, config), flags.FLAGS.workdir)
+        run(settings, given.workdir)
 
 
 if __name__ == "__main__":
