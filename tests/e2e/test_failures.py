@@ -76,7 +76,8 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path):
         disk.fill()
         return re.search(
             r"step (\d+) \(([\d.]+) KiB\) could not be saved to (\S+): "
-            r"(?:No space left|File too large).* are free\)\. The last good checkpoint is step (\d+);",
+            r"(?:No space left|File too large).* are free\)\. "
+            r"The last good checkpoint is step (\d+);",
             faults.log_text(disk.workdir),
         )
 
