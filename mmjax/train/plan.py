@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,9 @@ from mmjax.types import MMJaxError
 
 USABLE = 0.92
 """The share of a device's memory that a run may fill: drivers and libraries need some too."""
+
+PREALLOCATED = 0.75
+"""The share of a GPU that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 PARTS = {
     "trained": "trained parameters",
@@ -290,9 +294,10 @@ def _gathered(settings: RunSettings, params, frozen, mesh) -> int:
 
 
 def table(plan: MemoryPlan) -> Table:
-    """Lay a plan out, in GB of 10**9 bytes on each device."""
-    shown = Table(title=f"Memory of {plan.name}, GB on each device", title_justify="left")
-    for column, side in (("part", "left"), ("GB", "right"), ("", "left")):
+    """Lay a plan out, in GB of 10**9 bytes on each device; a small one in MB."""
+    scale, unit = (1e9, "GB") if sum(plan.parts.values()) >= 1e9 else (1e6, "MB")
+    shown = Table(box=box.SIMPLE_HEAD)
+    for column, side in ((f"{plan.name}, on each device", "left"), (unit, "right"), ("", "left")):
         shown.add_column(column, justify=side)
     notes = dict(plan.kinds) | {
         "kept": f"remat {plan.remat}: {plan.parts['kept'] / plan.tokens / 1e6:.2f} MB a token",
@@ -301,11 +306,12 @@ def table(plan: MemoryPlan) -> Table:
         "gathered": "estimate",
     }
     for part, words in PARTS.items():
-        shown.add_row(words, f"{plan.parts[part] / 1e9:.2f}", notes.get(part, ""))
+        if plan.parts[part]:
+            shown.add_row(words, f"{plan.parts[part] / scale:.2f}", notes.get(part, ""))
     shown.add_section()
-    shown.add_row("sum", f"{sum(plan.parts.values()) / 1e9:.2f}", "")
+    shown.add_row("sum", f"{sum(plan.parts.values()) / scale:.2f}", "")
     if plan.compiled is not None:
-        shown.add_row("the compiled step, as XLA counts", f"{plan.compiled / 1e9:.2f}", "")
+        shown.add_row("the compiled step, as XLA counts", f"{plan.compiled / scale:.2f}", "")
     return shown
 
 
@@ -324,10 +330,13 @@ def verdict(plan: MemoryPlan, memory: float) -> str:
     """Say whether a plan fits into devices of ``memory`` GB, and if not, what would help."""
     need, room = plan.total / 1e9, memory * USABLE
     if need <= room:
-        return (
-            f"fits: {need:.1f} GB of {room:.1f} ({USABLE:.0%} of {memory:g} GB). JAX takes 75 % of "
-            f"a GPU by itself: set XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE:g}"
-        )
+        text = f"fits: {need:.1f} GB of {room:.1f} ({USABLE:.0%} of {memory:g} GB)"
+        if need > PREALLOCATED * memory:
+            text += (
+                f"; JAX takes {PREALLOCATED:.0%} of a GPU by itself, so set "
+                f"XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE:g}"
+            )
+        return text
     help_ = {
         "remat": ("model.remat=full", plan.parts["kept"] if plan.remat != "full" else 0),
         "rows": ("a smaller data.batch_size or data.seq_len", plan.parts["kept"]),

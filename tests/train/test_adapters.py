@@ -1,0 +1,135 @@
+"""Targets by pattern, and runs whose adapters go on from an earlier one's."""
+
+import dataclasses
+import json
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.checkpoint import Checkpoints, CheckpointSettings
+from mmjax.models import checkpoints, registry
+from mmjax.nn import paths
+from mmjax.nn.linear import LoRA
+from mmjax.parallel.mesh import use
+from mmjax.train import adapters, build, optim, state
+from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
+from mmjax.types import MMJaxError
+
+MAPS = ["attn.k", "attn.o", "attn.q", "attn.v", "head", "mlp.down", "mlp.up", "patch_embed"]
+SIZES = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, patch_size=8
+)
+MODEL = ModelSettings(config=SIZES, words=("what is it? red", "User: Assistant:"))
+ADAPTER = LoRASettings(rank=2, alpha=3.0, targets=("attn.q", "mlp.*"), rslora=True)
+
+
+@pytest.mark.parametrize(
+    "patterns, expected",
+    [
+        (("*",), MAPS),
+        (("attn.*",), MAPS[:4]),
+        (("mlp.up", "head"), ["head", "mlp.up"]),
+        (("attn.[qv]", "patch_*"), ["attn.q", "attn.v", "patch_embed"]),
+        (LoRASettings().targets, [*MAPS[:4], "mlp.down", "mlp.up"]),
+    ],
+)
+def test_targets_are_patterns(patterns, expected):
+    assert adapters.make_lora(LoRASettings(rank=4, targets=patterns), MAPS) == LoRA(
+        4, 16.0, tuple(expected)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(targets=("attn.*", "mpl.*")), ["'mpl.*' matches no linear map", *MAPS]),
+        (dict(targets=()), ["matches no linear map", "attn.q"]),
+        (dict(dropout=1.0), ["lora.dropout 1.0", "below 1"]),
+        (dict(rank=-1), ["lora.rank is -1"]),
+        (dict(alpha=0.0), ["lora.alpha 0.0"]),
+        (dict(rank=0, init="/runs/a"), ["/runs/a", "set lora.rank"]),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(settings, says):
+    with pytest.raises(MMJaxError) as error:
+        adapters.make_lora(LoRASettings(**{"rank": 4} | settings), MAPS)
+    for part in says:
+        assert part in str(error.value)
+
+
+def begin(lora, model=MODEL):
+    """The state a run begins with, and its parts."""
+    settings = RunSettings(model=model, lora=lora)
+    with use() as mesh:
+        plan = build.blueprint(model, lora, 0)
+        chosen = state.trainable_names(plan.names(), (), True)
+        tx = optim.make_optimizer(settings.optim, 10)
+        return plan, *build.init_state(plan, settings, chosen, tx, mesh)[1:]
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """A workdir and a model folder of one run, whose adapters have moved to 0.5."""
+    root = tmp_path_factory.mktemp("earlier")
+    plan, train, frozen = begin(ADAPTER)
+    moved = {name: jnp.full(x.shape, 0.5) for name, x in paths.flatten(train.params).items()}
+    train = dataclasses.replace(train, params=paths.replace(train.params, moved))
+    workdir = root / "workdir"
+    workdir.mkdir()
+    settings = dataclasses.asdict(RunSettings(model=MODEL, lora=ADAPTER))
+    (workdir / "config.json").write_text(json.dumps(settings))
+    saver = Checkpoints(workdir, CheckpointSettings(), about={"name": "test"})
+    saver.save(7, train, iter(grain.MapDataset.range(3).to_iter_dataset()), {})
+    saver.close()
+    plan.processor.save_pretrained(root / "processor")
+    checkpoints.save_model(
+        root / "model", {**moved, **paths.flatten(frozen)}, family=registry.family("fuyu"),
+        config=plan.config, lora=plan.lora, folders=(root / "processor",),
+    )  # fmt: skip
+    return root
+
+
+@pytest.mark.parametrize("kind", ["workdir", "workdir/checkpoints/7", "model"])
+def test_a_run_goes_on_from_an_earlier_runs_adapters(earlier, kind):
+    """With one map more than that run had: it begins fresh."""
+    lora = dataclasses.replace(
+        ADAPTER, init=str(earlier / kind), targets=("attn.q", "attn.k", "mlp.*")
+    )
+    _, train, _ = begin(lora)
+    for name, value in paths.flatten(train.params).items():
+        if ".attn.k." in name:
+            assert np.any(value) == name.endswith("lora_a"), name
+        else:
+            np.testing.assert_array_equal(value, np.full(value.shape, 0.5), err_msg=name)
+
+
+def test_a_run_goes_on_from_a_model_folder_with_adapters(earlier):
+    model = dataclasses.replace(MODEL, init=str(earlier / "model"), config={}, words=())
+    _, train, frozen = begin(ADAPTER, model)
+    assert all(np.all(np.asarray(v) == 0.5) for v in paths.flatten(train.params).values())
+    assert not any(".lora_" in name for name in paths.flatten(frozen))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(rank=4), ["rank 2", "this run has rank 4", "lora.rank=2"]),
+        (dict(rslora=False), ["scale 2.12", "scale 1.5", "lora.rslora=True"]),
+        (dict(targets=("head",)), ["mlp.down", "targets that include those"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["workdir", "model"])
+def test_adapters_that_mean_something_else_are_refused(earlier, kind, change, says):
+    lora = dataclasses.replace(ADAPTER, init=str(earlier / kind), **change)
+    with pytest.raises(MMJaxError) as error:
+        begin(lora)
+    for part in (*says, str(earlier / kind)):
+        assert part in str(error.value)
+
+
+def test_full_training_of_a_model_with_adapters_says_to_merge_them(earlier):
+    model = dataclasses.replace(MODEL, init=str(earlier / "model"), config={}, words=())
+    with pytest.raises(MMJaxError, match=r"lora\.rank=2 to go on.*convert_weights\.merge"):
+        build.blueprint(model, LoRASettings(), 0)
