@@ -8,8 +8,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmjax.nn import paths
-from mmjax.parallel.mesh import make_mesh, use
-from mmjax.parallel.sharding import RULES, batch_sharding, constrain, parameter_shardings, spec
+from mmjax.parallel.mesh import check_batch, make_mesh, use
+from mmjax.parallel.sharding import (
+    RULES,
+    batch_sharding,
+    check_divides,
+    constrain,
+    parameter_shardings,
+    process_rows,
+    put_batch,
+    spec,
+)
 from mmjax.types import MMJaxError
 from tests import tiny
 
@@ -72,3 +81,67 @@ def test_every_parameter_has_a_sharding_and_large_ones_are_cut():
         least = 4 if name.endswith(("kernel", "embedding")) else 1
         assert cut >= least, f"{name}: {shape} -> {local}"
     assert {axis for axis, _ in RULES} >= {"batch", "embed", "layers"}
+
+
+@pytest.mark.parametrize(
+    "rows, length, accumulate, says",
+    [
+        (
+            6,
+            8,
+            1,
+            "data.batch_size 6 does not divide into accumulate 1 x data 1 x fsdp 4; choose a",
+        ),
+        (8, 8, 4, "accumulate 4 x data 1 x fsdp 4; choose a multiple of 16"),
+        (
+            8,
+            9,
+            1,
+            "data.seq_len 9 does not divide over context 2; choose a multiple of 2, such as 10",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_explained(rows, length, accumulate, says):
+    mesh = make_mesh({"fsdp": 4, "context": 2})
+    check_batch(mesh, 16, 8, 4)
+    with pytest.raises(MMJaxError) as error:
+        check_batch(mesh, rows, length, accumulate)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shape, says",
+    [
+        (
+            {"tensor": 8},
+            "its axis 1 of 4 does not divide over tensor 8; set mesh.tensor to a divisor",
+        ),
+        (
+            {"fsdp": 6},
+            "its axis 1 of 32 does not divide over fsdp 6; set mesh.fsdp to a divisor of 32",
+        ),
+    ],
+)
+def test_parameters_that_do_not_divide_are_named(shape, says):
+    with use(make_mesh(shape, jax.devices()[: shape.get("fsdp", 8)])) as mesh:
+        abstract = nnx.state(nnx.eval_shape(lambda: tiny.Fuyu(tiny.CONFIG, rngs=nnx.Rngs(0))))
+        cuts = paths.flatten(parameter_shardings(abstract, mesh))
+    leaves = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cuts[name])
+        for name, x in paths.flatten(abstract).items()
+    }
+    with pytest.raises(MMJaxError) as error:
+        check_divides(leaves)
+    assert says in str(error.value)
+
+
+def test_a_batch_is_put_where_the_mesh_wants_it():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
+    assert process_rows(mesh, 8) == list(range(8))
+    batch = tiny.batch()
+    put = put_batch(batch, mesh, 8)
+    shards = {name: x.sharding.shard_shape(x.shape) for name, x in put.items()}
+    assert shards["tokens"] == shards["segment_ids"] == (2, 8)
+    assert shards["patches"] == (2, 3, 48) and shards["target_index"] == (2, 4)
+    for name, value in put.items():
+        np.testing.assert_array_equal(value, batch[name])
