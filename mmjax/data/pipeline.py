@@ -12,6 +12,7 @@ without starting a device); the rest of ``mmjax.data`` is numpy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from mmjax.data.sources import Source
 from mmjax.data.templates import Template, fuyu_chat, fuyu_legacy_otter, get_template
 from mmjax.data.workers import prepare_worker
 from mmjax.types import BadSample, Example, MMJaxError, Record
+
+_SMALL = 4096  # records up to which a source's order is a table
 
 
 def make_train_iterator(
@@ -161,11 +164,37 @@ def draw_records(mixture: Mixture, seed: int, epochs: int | None = None) -> grai
     """
     orders = []
     for number, source in enumerate(mixture.sources):
-        order = np.random.SeedSequence([seed, number]).generate_state(1)[0] % (2**31)
-        # Repeating shuffles anew, so a source is gone through whole before it begins again.
-        orders.append(grain.MapDataset.range(len(source)).seed(int(order)).shuffle().repeat())
+        order = int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % (2**31))
+        orders.append(_Order(order, len(source)))
     draw = _Draw(mixture, tuple(orders))
     return grain.MapDataset.range(mixture.epoch).repeat(epochs).map_with_index(draw)
+
+
+class _Order:
+    """The shuffled order of a source, for ever: ``order[place] -> (record, epoch)``.
+
+    Every epoch is a permutation of its own, so a source is gone through whole before it begins
+    again. Large sources are shuffled by grain, which keeps no table; it walks through numbers up to
+    65,536 at least, which is milliseconds a draw for a handful of records, so small ones have one.
+    """
+
+    def __init__(self, seed: int, length: int):
+        self.seed, self.length = seed, length
+        self.shuffled = None
+        if length > _SMALL:
+            self.shuffled = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        epoch, within = divmod(place, self.length)
+        if self.shuffled is not None:
+            return int(self.shuffled[place]), epoch
+        return int(_permutation(self.seed, epoch, self.length)[within]), epoch
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Return int32[length], the order of one epoch of a small source."""
+    return np.random.default_rng((seed, epoch)).permutation(np.arange(length, dtype=np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +202,11 @@ class _Draw:
     """Turn a place in the mixture into (source, record, epoch of the source)."""
 
     mixture: Mixture
-    orders: tuple[grain.MapDataset, ...]
+    orders: tuple[_Order, ...]
 
     def __call__(self, place: int, _: int) -> tuple[int, int, int]:
         source, place = self.mixture.pick(place)
-        return source, int(self.orders[source][place]), place // len(self.mixture.sources[source])
+        return source, *self.orders[source][place]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,15 @@ def test_a_source_may_ask_for_more_draws_than_it_has_records():
     assert sorted(often.values()) == [2] * 5 + [3] * 5
 
 
+def test_large_and_small_sources_are_shuffled_alike():
+    for size in (4096, 4097):
+        found = draws(Mixture.of(Sized(size)), 2)
+        assert sorted(found[:size]) == [(0, i, 0) for i in range(size)]
+        assert sorted(found[size:]) == [(0, i, 1) for i in range(size)]
+        orders = [d[1] for d in found[:size]], [d[1] for d in found[size:]]
+        assert orders[0] != orders[1] and all(o != sorted(o) for o in orders)
+
+
 def test_one_source_for_ever():
     dataset = draw_records(Mixture.of(Sized(5)), 3)
     assert sorted(dataset[i][1] for i in range(5)) == list(range(5))
