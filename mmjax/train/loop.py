@@ -20,6 +20,8 @@ from mmjax.models import checkpoints as model_checkpoints
 from mmjax.models import registry
 from mmjax.monitor.flops import find_peak
 from mmjax.monitor.meter import Meter
+from mmjax.monitor.pictures import draw_batch, save_picture
+from mmjax.monitor.profile import ProfileWindow
 from mmjax.monitor.terminal import LiveLine, startup_table
 from mmjax.monitor.writers import make_writer
 from mmjax.nn import paths
@@ -45,6 +47,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     """
     workdir = Path(workdir)
     check(settings)
+    profile = ProfileWindow(settings.log.profile, workdir / "profile")
     workdir.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     mesh = make_mesh(settings.mesh)
@@ -113,8 +116,12 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         if first and first < settings.steps:
             line.print(f"continuing at step {first}")
         for step in range(first, settings.steps):
+            profile.before(step, state)
             with meter.wait():
                 local = next(batches)
+            if lead and settings.log.pictures and step % settings.log.pictures == 0:
+                with meter.pause():
+                    show_batch(local, batches.records, plan.processor, step, workdir, writer)
             batch = put_batch(local, mesh, settings.data.batch_size)
             state, now = step_fn(state, frozen, batch)
             done = step + 1
@@ -146,6 +153,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
 
         # ---- The end --------------------------------------------------------------------------
         line.close()
+        profile.close(state)
         if done and checkpoints.latest != done:
             checkpoints.save(done, state, batches, metrics, {"bad_steps": watch.bad})
         checkpoints.require(done)
@@ -165,6 +173,20 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         writer.close()
         batches.close()
         return metrics
+
+
+def show_batch(batch, records, processor, step: int, workdir: Path, writer) -> None:
+    """Draw a batch as the model sees it into the workdir's ``pictures/`` and for the writers."""
+
+    def token_text(token: int) -> str:
+        return str(processor.tokenizer.convert_ids_to_tokens(token)).replace("\u2581", " ")
+
+    pixels = draw_batch(batch, records, token_text)
+    try:
+        save_picture(workdir / "pictures" / f"step_{step:07}.png", pixels)
+    except OSError as error:
+        writer.warn(f"the picture of step {step} could not be written: {error}")
+    writer.picture(step, "data/batch", pixels)
 
 
 def brief(metrics: dict[str, float]) -> str:
