@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.generate.sampling import Sampling
+from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, Example, MMJaxError
 
 
@@ -146,4 +147,5 @@ def _generate(
 
     start = (jnp.int32(0), token, done, jnp.zeros((b,), jnp.int32), out, cache)
     _, _, _, counts, out, _ = jax.lax.while_loop(going, body, start)
-    return out, counts
+    # Whole on every device: each process of a run reads them.
+    return constrain(out, None, None), constrain(counts, None)
