@@ -34,6 +34,7 @@ from mmjax.train.build import blueprint, init_state, train_iterator
 from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
+from mmjax.train.validation import ValidationLoss
 from mmjax.train.watch import StepWatch
 from mmjax.types import MMJaxError
 
@@ -104,6 +105,8 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             line=line, source_names=batches.source_names, last_checkpoint=checkpoints.newest,
             bad=checkpoints.notes.get("bad_steps", 0),
         )  # fmt: skip
+        tasks = evaluation.tasks_of(settings.eval)
+        validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
         metrics: dict[str, float] = {}
 
         def live_model() -> LoadedModel:
@@ -142,6 +145,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             if evaluating:
                 with meter.pause():
                     got = evaluation.sample(live_model(), settings.eval, lambda: bool(stop))
+                    got |= validation(state.params, frozen)
                     metrics |= got
                     writer.scalars(done, got)
                     line.print(f"step {done}: {brief(got)}")
@@ -167,6 +171,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
                     live_model(), settings, workdir, step=done,
                     checkpoint_name=str(workdir), stop=lambda: bool(stop),
                 )  # fmt: skip
+                got |= validation(state.params, frozen)
                 metrics |= got
                 writer.scalars(done, got)
         checkpoints.close()
@@ -193,8 +198,8 @@ def brief(metrics: dict[str, float]) -> str:
     """Write accuracies in a line: ``vqa 91.0%``, those of lower resolutions in brackets."""
     parts = []
     for name, value in metrics.items():
-        task, _, kind = name.removeprefix("eval/").partition("/accuracy")
-        if not kind:
+        if name.endswith("/accuracy"):
+            task = name.removeprefix("eval/").removesuffix("/accuracy")
             rest = [
                 f"{other.rpartition('_')[2]}: {v:.1%}"
                 for other, v in metrics.items()

@@ -22,7 +22,7 @@ from mmjax.train.watch import BadStepSettings
 from mmjax.types import MMJaxError
 from tests.e2e import faults
 
-RECIPE = faults.Recipe(steps=150)
+RECIPE = faults.Recipe(steps=90)
 
 
 class SmallDisk:
