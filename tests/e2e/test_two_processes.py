@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from tests.e2e.faults import ROOT, logged, saved_steps
+from tests.e2e.faults import ROOT, logged, parameters, saved_steps
 
 STEPS, EVERY = 20, 5
 # The rate is the same at every step, so that losses do not depend on how many there are to be.
@@ -86,6 +87,10 @@ def test_two_processes_train_like_one(one, tmp_path):
     assert "process 1 of 2 (environment)" in out[1]
     mine, theirs = losses(tmp_path), losses(one)
     assert mine == pytest.approx(theirs, rel=1e-5)
+    ours, exported = parameters(tmp_path), parameters(one)
+    assert ours.keys() == exported.keys()
+    for name, value in exported.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     files = sorted(p.name for p in (tmp_path / f"checkpoints/{STEPS}/data").glob("*.json"))
     assert files == ["stream_0-of-2.json", "stream_1-of-2.json"]
     for file in files:  # each stream stands where it does in one process: the same records
