@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flax import nnx
 
 import mmjax
 from mmjax.models import registry
+from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.types import MMJaxError
@@ -187,7 +188,7 @@ def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Che
         found = _open_converted(path, hf)
         if found.lora is None:
             raise MMJaxError(f"{path}: holds no adapters")
-        rules = tuple(rule for rule in found.rules if _is_lora(rule.ours))
+        rules = tuple(rule for rule in found.rules if is_lora(rule.ours))
         reader = Subset(found.reader, [rule.theirs for rule in rules])
         return dataclasses.replace(found, reader=reader, rules=rules)
     refuse_incomplete(path)
@@ -208,7 +209,7 @@ def merged(ckpt: Checkpoint) -> Checkpoint:
     abstract = abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
-    reader = Merged(Canonical(ckpt, shapes), ckpt.lora)
+    reader = Merged(Canonical(ckpt.reader, ckpt.rules, shapes), ckpt.lora)
     same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
     return dataclasses.replace(ckpt, reader=reader, rules=same, ignore=(), lora=None)
 
@@ -251,12 +252,8 @@ def read_params(
     from its own initial values. Raises WeightsMismatch when keys or shapes differ otherwise.
     """
     have = {rule.ours for rule in ckpt.rules} if ckpt.lora else set()
-    wanted = {name: leaf for name, leaf in abstract.items() if not _is_lora(name) or name in have}
+    wanted = {name: leaf for name, leaf in abstract.items() if not is_lora(name) or name in have}
     return load_params(ckpt.reader, ckpt.rules, wanted, ignore=ckpt.ignore, progress=progress)
-
-
-def _is_lora(name: str) -> bool:
-    return name.endswith((".lora_a", ".lora_b"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +279,7 @@ def plan_conversion(
     arrays = {}
     for name, rule in R.by_ours(ckpt.rules, shapes).items():
         kind = np.dtype(np.float32)
-        if not _is_lora(name):
+        if not is_lora(name):
             own = ckpt.reader.dtype(rule.keys(shapes[name])[0])
             kind = np.dtype(own if dtype == "keep" else dtype)
         arrays[name] = (shapes[name], kind, rule.chunk(shapes[name], kind.itemsize))
@@ -365,80 +362,6 @@ def copy_companions(folders: Sequence[Path], destination: Path) -> list[str]:
     return copied
 
 
-class Canonical:
-    """A checkpoint's parameters by our names, read through its rules: a Reader of ours."""
-
-    def __init__(self, ckpt: Checkpoint, shapes: Mapping[str, R.Shape]):
-        self.ckpt, self.shapes, self.files = ckpt, dict(shapes), ckpt.reader.files
-        self.table = R.by_ours(ckpt.rules, shapes)
-
-    def keys(self) -> Iterable[str]:
-        return self.shapes.keys()
-
-    def shape(self, key: str) -> R.Shape:
-        return self.shapes[key]
-
-    def dtype(self, key: str) -> np.dtype:
-        return np.dtype(self.ckpt.reader.dtype(self.table[key].keys(self.shapes[key])[0]))
-
-    def read(self, key: str, index: Any = ...) -> np.ndarray:
-        shape = self.shapes[key]
-        index = () if index is ... else index
-        index = (*index, *[slice(None)] * (len(shape) - len(index)))
-        index = R.whole(index, shape)
-        return R.read_piece(self.table[key], self.ckpt.reader, shape, index, self.dtype(key))
-
-
-class Subset:
-    """Some of a reader's arrays."""
-
-    def __init__(self, reader: Reader, names: Sequence[str]):
-        self.reader, self.names, self.files = reader, list(names), reader.files
-
-    def keys(self) -> Iterable[str]:
-        return self.names
-
-    def shape(self, key: str) -> R.Shape:
-        return self.reader.shape(key)
-
-    def dtype(self, key: str) -> np.dtype:
-        return self.reader.dtype(key)
-
-    def read(self, key: str, index: Any = ...) -> np.ndarray:
-        return self.reader.read(key, index)
-
-
-class Merged(Subset):
-    """A reader whose kernels have their low-rank update added, in float32, layer by layer."""
-
-    def __init__(self, reader: Reader, lora: LoRA):
-        super().__init__(reader, [k for k in reader.keys() if not _is_lora(k)])  # noqa: SIM118
-        self.scale = lora.scale
-        self.adapted = {k.removesuffix("lora_a") + "kernel" for k in reader.keys() if _is_lora(k)}  # noqa: SIM118
-
-    def read(self, key: str, index: Any = ...) -> np.ndarray:
-        kernel = self.reader.read(key, index)
-        if key not in self.adapted:
-            return kernel
-        stem, shape = key.removesuffix("kernel"), self.shape(key)
-        a, b = self.reader.shape(f"{stem}lora_a"), self.reader.shape(f"{stem}lora_b")
-        index = () if index is ... else index
-        index = R.whole((*index, *[slice(None)] * (len(shape) - len(index))), shape)
-        # With one leading layers axis: a [l, *in, r], b [l, r, *out]; without it the same, bare.
-        lead = int(len(a) - 1 + len(b) - 1 > len(shape))
-        n_in = len(a) - 1 - lead
-        low = self.reader.read(f"{stem}lora_a", index[: lead + n_in])
-        high = self.reader.read(
-            f"{stem}lora_b", (*index[:lead], slice(None), *index[lead + n_in :])
-        )
-        r = low.shape[-1]
-        layers = low.shape[0] if lead else 1
-        low = low.astype(np.float32).reshape(layers, -1, r)
-        high = high.astype(np.float32).reshape(layers, r, -1)
-        update = np.matmul(low, high).reshape(kernel.shape) * np.float32(self.scale)
-        return (kernel.astype(np.float32) + update).astype(kernel.dtype)
-
-
 def plan_export(
     ckpt: Checkpoint,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
@@ -454,14 +377,14 @@ def plan_export(
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
-    source: Reader = Canonical(ckpt, shapes)
+    source: Reader = Canonical(ckpt.reader, ckpt.rules, shapes)
     weights = ckpt.family.weights
     if adapter:
         if ckpt.lora is None:
             raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
         tensors, about = peft.export_adapter(
             weights.RULES,
-            Subset(source, [name for name in shapes if _is_lora(name)]),
+            Subset(source, [name for name in shapes if is_lora(name)]),
             rank=ckpt.lora.rank,
             alpha=ckpt.lora.alpha,
             rslora=ckpt.lora.rslora,

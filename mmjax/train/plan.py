@@ -24,6 +24,7 @@ from rich.table import Table
 
 from mmjax.models import registry
 from mmjax.nn import paths
+from mmjax.nn.linear import adapter_dropout
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import RULES, batch_sharding
 from mmjax.train import matrices, optim
@@ -221,7 +222,8 @@ def _residuals(
 
         def forward(params, frozen, batch):
             def loss(params):
-                return loss_sum(nnx.merge(graphdef, params, frozen), batch, chunk=chunk)[0]
+                with adapter_dropout(jax.random.key(0)):  # its masks may be kept as well
+                    return loss_sum(nnx.merge(graphdef, params, frozen), batch, chunk=chunk)[0]
 
             return jax.vjp(loss, params)[1]
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from mmjax.models import checkpoints, registry
+from mmjax.models.views import Merged
 from mmjax.nn import paths, stack
 from mmjax.nn.linear import DTypes, Linear, LoRA, adapter_dropout
 from mmjax.train.loss import loss_sum
@@ -61,7 +62,7 @@ def test_merged_equals_unmerged(adapted, rslora):
     graphdef, _ = nnx.split(tiny.model(lora=lora))
     flat = {k: v * (0.2 if ".lora_" in k else 0.5) for k, v in paths.flatten(adapted[1]).items()}
     unmerged = run((graphdef, paths.replace(adapted[1], flat)), BATCH)
-    merged = checkpoints.Merged(Arrays(flat), lora)
+    merged = Merged(Arrays(flat), lora)
     plain_graph, plain = nnx.split(tiny.model())
     values = {name: jnp.asarray(merged.read(name)) for name in merged.keys()}  # noqa: SIM118
     got = run((plain_graph, paths.replace(plain, values)), BATCH)

@@ -1,0 +1,91 @@
+"""Readers that show a checkpoint in another way: by our names, in part, or merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.nn.linear import LoRA
+from mmjax.weights import rules as R
+from mmjax.weights.reader import Reader
+
+
+def is_lora(name: str) -> bool:
+    """Tell whether a parameter of this dotted name is half of an adapter."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+class Canonical:
+    """A checkpoint's parameters by our names, read through its rules."""
+
+    def __init__(self, reader: Reader, rules: Sequence[R.Rule], shapes: Mapping[str, R.Shape]):
+        self.reader, self.shapes, self.files = reader, dict(shapes), reader.files
+        self.table = R.by_ours(rules, shapes)
+
+    def keys(self) -> Iterable[str]:
+        return self.shapes.keys()
+
+    def shape(self, key: str) -> R.Shape:
+        return self.shapes[key]
+
+    def dtype(self, key: str) -> np.dtype:
+        return np.dtype(self.reader.dtype(self.table[key].keys(self.shapes[key])[0]))
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        shape = self.shapes[key]
+        index = () if index is ... else index
+        index = (*index, *[slice(None)] * (len(shape) - len(index)))
+        index = R.whole(index, shape)
+        return R.read_piece(self.table[key], self.reader, shape, index, self.dtype(key))
+
+
+class Subset:
+    """Some of a reader's arrays."""
+
+    def __init__(self, reader: Reader, names: Sequence[str]):
+        self.reader, self.names, self.files = reader, list(names), reader.files
+
+    def keys(self) -> Iterable[str]:
+        return self.names
+
+    def shape(self, key: str) -> R.Shape:
+        return self.reader.shape(key)
+
+    def dtype(self, key: str) -> np.dtype:
+        return self.reader.dtype(key)
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        return self.reader.read(key, index)
+
+
+class Merged(Subset):
+    """A reader whose kernels have their low-rank update added, in float32, layer by layer."""
+
+    def __init__(self, reader: Reader, lora: LoRA):
+        super().__init__(reader, [k for k in reader.keys() if not is_lora(k)])  # noqa: SIM118
+        self.scale = lora.scale
+        self.adapted = {k.removesuffix("lora_a") + "kernel" for k in reader.keys() if is_lora(k)}  # noqa: SIM118
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        kernel = self.reader.read(key, index)
+        if key not in self.adapted:
+            return kernel
+        stem, shape = key.removesuffix("kernel"), self.shape(key)
+        a, b = self.reader.shape(f"{stem}lora_a"), self.reader.shape(f"{stem}lora_b")
+        index = () if index is ... else index
+        index = R.whole((*index, *[slice(None)] * (len(shape) - len(index))), shape)
+        # With one leading layers axis: a [l, *in, r], b [l, r, *out]; without it the same, bare.
+        lead = int(len(a) - 1 + len(b) - 1 > len(shape))
+        n_in = len(a) - 1 - lead
+        low = self.reader.read(f"{stem}lora_a", index[: lead + n_in])
+        high = self.reader.read(
+            f"{stem}lora_b", (*index[:lead], slice(None), *index[lead + n_in :])
+        )
+        r = low.shape[-1]
+        layers = low.shape[0] if lead else 1
+        low = low.astype(np.float32).reshape(layers, -1, r)
+        high = high.astype(np.float32).reshape(layers, r, -1)
+        update = np.matmul(low, high).reshape(kernel.shape) * np.float32(self.scale)
+        return (kernel.astype(np.float32) + update).astype(kernel.dtype)
