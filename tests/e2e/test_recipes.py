@@ -14,9 +14,11 @@ import mmjax
 from convert_weights import to_hf
 from mmjax.config import resolve_recipe, to_dataclass
 from mmjax.data.catalog import make_source
+from mmjax.data.resizing import list_resolutions
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import evaluation, loop
 from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings
+from mmjax.types import MMJaxError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name[0] != "_")
@@ -67,6 +69,30 @@ def test_a_recipe_resolves_at_its_full_size(file):
     loop.check(settings)
     assert settings.name == file.stem
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]  # its command
+
+
+@pytest.mark.parametrize(
+    "arg, resolutions",
+    [("low", (32,)), ("high,quick", (56,)), ("dynamic", {"min": 32, "max": 56, "multiple": 8})],
+)
+def test_the_magnifier_is_asked_at_a_size_above_all_of_training(arg, resolutions):
+    recipe = resolve_recipe(f"{ROOT}/configs/magnifier_resolution.py:{arg}")
+    settings = to_dataclass(RunSettings, recipe)
+    assert settings.data.resolutions == resolutions
+    sizes = settings.eval.tasks[0]["resolutions"]
+    assert len(sizes) == 4 and max(sizes) > max(list_resolutions(resolutions))
+    with pytest.raises(MMJaxError, match="takes one of low, high, dynamic"):
+        resolve_recipe(f"{ROOT}/configs/magnifier_resolution.py:low,high")
+
+
+def test_resolutions_can_be_set_from_the_command_line():
+    def given(recipe, override):
+        recipe = resolve_recipe(f"{ROOT}/configs/{recipe}.py", [override])
+        return to_dataclass(RunSettings, recipe).data.resolutions
+
+    assert given("otterhd_8b", "data.resolutions=(448,512,768)") == (448, 512, 768)
+    assert given("magnifier_resolution", "data.resolutions.max=40")["max"] == 40
+    assert given("fuyu_8b", "data.resolutions={'min': 8, 'max': 9}") == {"min": 8, "max": 9}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
