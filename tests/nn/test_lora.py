@@ -10,6 +10,8 @@ from mmjax.models import checkpoints, registry
 from mmjax.models.views import Merged
 from mmjax.nn import paths, stack
 from mmjax.nn.linear import DTypes, Linear, LoRA, adapter_dropout
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import batch_sharding
 from mmjax.train.loss import loss_sum
 from mmjax.weights.writer import Arrays
 from tests import tiny
@@ -22,8 +24,6 @@ BATCH = tiny.batch(b=2)
 @pytest.fixture(scope="module")
 def adapted():
     """Every map adapted, every parameter random: graph and state."""
-    from mmjax.parallel.mesh import use
-
     with use():
         return nnx.split(tiny.model(lora=ALL))
 
@@ -36,8 +36,6 @@ def run(parts, batch):
 
 @pytest.fixture(scope="module")
 def gradients(adapted):
-    from mmjax.parallel.mesh import use
-
     graphdef, state = adapted
     with use():
         grads = jax.jit(jax.grad(lambda p: loss_sum(nnx.merge(graphdef, p), BATCH)[0]))(state)
@@ -105,10 +103,22 @@ def test_q_k_and_v_share_a_mask_and_others_do_not():
     assert np.any(np.asarray(q) != np.asarray(up))
 
 
+def test_masks_do_not_depend_on_the_mesh():
+    layer = linear(0.5)
+
+    def run(x):
+        with adapter_dropout(jax.random.key(5)):
+            return layer(x)
+
+    want = jax.jit(run)(jnp.ones((8, 256)))
+    with use(make_mesh({"fsdp": 4, "tensor": 2})) as mesh:
+        x = jax.device_put(jnp.ones((8, 256)), batch_sharding(mesh))
+        np.testing.assert_array_equal(jax.jit(run)(x), want)
+
+
 @pytest.fixture(scope="module")
 def dropped():
     """The gradients of a tiny Fuyu with dropout, by remat policy, as a function of a key."""
-    from mmjax.parallel.mesh import use
 
     def build(remat):
         lora = LoRA(3, 6.0, ("attn.q", "mlp.up"), dropout=0.5)
