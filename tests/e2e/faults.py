@@ -6,8 +6,9 @@ COMMAND
 
 An undisturbed run comes first. Then runs of the same recipe are killed by SIGKILL and SIGTERM at
 moments drawn from the seed: while the process starts, between two steps, in the middle of a save,
-or right behind one. Each killed run is started again until it is done, and must equal the
-undisturbed one bit for bit: the metrics of every step, however often it ran, and the parameters.
+right behind one, or while the end is saved and exported. Each killed run is started again until it
+is done, and must equal the undisturbed one bit for bit: the metrics of every step, however often
+it ran, and the parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-MOMENTS = ("start", "step", "save", "saved")
+MOMENTS = ("start", "step", "save", "saved", "end")
 TIMEOUT = 240  # seconds without an end after which a process counts as hanging
 
 
@@ -158,6 +159,10 @@ def wait_for_moment(moment: str, recipe: Recipe, workdir: Path, process, rng, st
         until = time.monotonic() + rng.uniform(0, startup)
         return wait_for(lambda: time.monotonic() >= until, process)
     first = stood[-1] if stood else 0
+    if moment == "end":  # the last save, or the export of the model
+        found = wait_for(lambda: last_step(workdir) >= recipe.steps, process)
+        time.sleep(rng.uniform(0, 0.5))
+        return found and process.poll() is None
     if moment == "step":
         aim = first + rng.randint(1, 2 * recipe.every)
         before = len(logged(workdir))
@@ -165,7 +170,10 @@ def wait_for_moment(moment: str, recipe: Recipe, workdir: Path, process, rng, st
     aim = first + recipe.every * rng.randint(1, 2)
     folder = workdir / "checkpoints"
     if moment == "save":
-        found = wait_for(lambda: any(folder.glob(f"{aim}.*tmp*")), process)
+        begun = time.time_ns()  # what an earlier kill has left behind is no save of this process
+        found = wait_for(
+            lambda: any(_made(p) > begun for p in folder.glob(f"{aim}.*tmp*")), process
+        )
     else:
         found = wait_for(lambda: any(step >= aim for step in saved_steps(workdir)), process)
     if found:
@@ -173,13 +181,21 @@ def wait_for_moment(moment: str, recipe: Recipe, workdir: Path, process, rng, st
     return found
 
 
+def _made(path: Path) -> int:
+    """When a folder was last changed, in nanoseconds; 0 if it is gone by now."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def check_loss(recipe: Recipe, workdir: Path, stopped_cleanly: bool) -> int:
     """Check what a kill has cost; returns the steps that have to be run again."""
     stands = max(saved_steps(workdir), default=0)
     reached = last_step(workdir)
-    # A save goes on in the background, but the next one waits for it: at most one is under way.
-    # The metrics of a step are read while the next one runs.
-    due = (reached // recipe.every - 1) * recipe.every
+    # A save goes on in the background; the next one, which starts when the metrics of its step are
+    # written, waits for it. So behind step 10, saved every 5, at least step 5 is on disk.
+    due = ((reached - 1) // recipe.every - 1) * recipe.every
     assert stands >= due, f"{workdir}: step {reached} was reached and only {stands} is saved"
     if stopped_cleanly:
         assert stands >= reached, f"{workdir}: stopped at step {reached}, saved only {stands}"
