@@ -8,11 +8,12 @@ COMMAND
     python -m mmjax.evals.compare low=runs/magnifier_low high=runs/magnifier_high \\
         dynamic=runs/magnifier_dynamic --out docs/resolution.md
 
-The pictures are 64x64 pixels here, with the digit at one of four places. ``:low`` trains at 32,
-``:high`` at 56, and ``:dynamic``, the default, at 32, 40, 48 or 56, drawn for each sample. All
-three take the same number of steps over rows of the same length: smaller pictures are packed
-closer. Every run is asked about the same held-out digits at 32, 48, 56 and 64 pixels; the last is
-larger than anything in training. The last command writes what came out into docs/resolution.md.
+The digit stands at one of four places of a 96x96 picture, so that its corner is on the patch grid
+at every size used here and sizes differ by how large it is. ``:low`` trains at 48, ``:high`` at 80,
+and ``:dynamic``, the default, at 48, 64 or 80, drawn for each sample. All three take the same
+number of steps over rows of the same length: smaller pictures are packed closer. Every run is asked
+about the same held-out digits at 48, 64, 80 and 96 pixels; the last is larger than anything in
+training. The last command writes what came out into docs/resolution.md.
 """
 
 from ml_collections import ConfigDict
@@ -23,11 +24,11 @@ from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
 RESOLUTIONS = {
-    "low": (32,),
-    "high": (56,),
-    "dynamic": {"min": 32, "max": 56, "multiple": 8},
+    "low": (48,),
+    "high": (80,),
+    "dynamic": {"min": 48, "max": 80, "multiple": 16},
 }
-SIZES = (32, 48, 56, 64)
+SIZES = (48, 64, 80, 96)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -37,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = [name for name in RESOLUTIONS if getattr(options, name)] or ["dynamic"]
     if len(chosen) > 1:
         raise MMJaxError(f"magnifier_resolution takes one of {', '.join(RESOLUTIONS)}, got {arg!r}")
-    source = dict(kind="magnifier", mc_share=0.0, image_size=64, align=32)
+    source = dict(kind="magnifier", mc_share=0.0, align=48)
     task = dict(
         name="magnifier",
         source=source | dict(split="test", size=16 if quick else 718),
@@ -49,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         RunSettings,
         dict(
             name="magnifier_resolution",
-            steps=20 if quick else 1200,
+            steps=20 if quick else 1500,
             model=dict(
                 config=dict(
                     hidden_size=96,
@@ -67,10 +68,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             data=dict(
                 sources=dict(magnifier=source | dict(split="train")),
                 resolutions=RESOLUTIONS[chosen[0]],
-                seq_len=192,
-                max_patches=160,
+                seq_len=256,
+                max_patches=224,
                 max_targets=16,
-                batch_size=4 if quick else 24,
+                batch_size=4 if quick else 18,
             ),
             optim=dict(lr=2e-3, warmup=0.05, schedule="cosine", b2=0.98, weight_decay=0.1),
             eval=dict(tasks=(task,), every=0 if quick else 300, limit=100, batch_size=32),

@@ -73,7 +73,7 @@ def test_a_recipe_resolves_at_its_full_size(file):
 
 @pytest.mark.parametrize(
     "arg, resolutions",
-    [("low", (32,)), ("high,quick", (56,)), ("dynamic", {"min": 32, "max": 56, "multiple": 8})],
+    [("low", (48,)), ("high,quick", (80,)), ("dynamic", {"min": 48, "max": 80, "multiple": 16})],
 )
 def test_the_magnifier_is_asked_at_a_size_above_all_of_training(arg, resolutions):
     recipe = resolve_recipe(f"{ROOT}/configs/magnifier_resolution.py:{arg}")
