@@ -11,7 +11,7 @@ from mmjax.nn.linear import layer_dropout
 
 # What the backward pass finds saved; everything else is computed again.
 REMAT = {
-    "none": None,  # save all: most memory, and its traffic costs more than the recomputation saves
+    "off": None,  # save all: most memory, and its traffic costs more than the recomputation saves
     # What matmuls and attention return, nothing else: no matmul runs twice.
     "names": policies.save_only_these_names("qkv", "attn_out", "attn_lse", "attn_sum", "mlp_up"),
     "dots": policies.dots_with_no_batch_dims_saveable,
@@ -31,7 +31,7 @@ def unstack(layers: nnx.Module, count: int) -> tuple[nnx.Module, ...]:
     return tuple(nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(count))  # noqa: B023
 
 
-def scan(layers: nnx.Module, count: int, step: Callable, carry, *, remat: str = "none"):
+def scan(layers: nnx.Module, count: int, step: Callable, carry, *, remat: str = "off"):
     """Run ``carry = step(layer, carry, index)`` over stacked layers.
 
     The carry may hold the stacked cache: as scan inputs and outputs it would be copied each step.
@@ -45,6 +45,6 @@ def scan(layers: nnx.Module, count: int, step: Callable, carry, *, remat: str = 
         with layer_dropout(index):
             return step(nnx.merge(graphdef, leaves), carry, index), None
 
-    if remat != "none":
+    if remat != "off":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(body, carry, (jnp.arange(count), state))[0]

@@ -191,7 +191,7 @@ def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int)
     trace = dict(rows=rows, chunk=max(1, targets // 2) if chunked else targets)
     cut = _Cut(settings, params, frozen, mesh, rows)
     kept = _residuals(settings, settings.model, config, **trace)
-    everything = dataclasses.replace(settings.model, remat="none")
+    everything = dataclasses.replace(settings.model, remat="off")
     every = _residuals(settings, everything, config, **trace)
     saved, whole = (sum(cut.bytes(r) for r in some if cut.in_layers(r)) for some in (kept, every))
     tensor = mesh.shape["tensor"]

@@ -19,7 +19,7 @@ class ModelSettings:
     the family's config.json. words: texts whose words make a small tokenizer, for random starts.
     param_dtype: of trained parameters; frozen_dtype: of the others. dtype: of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
-    remat: a policy of ``mmjax.nn.stack``: none, names, dots or full.
+    remat: a policy of ``mmjax.nn.stack``: off, names, dots or full.
     """
 
     family: str = "fuyu"

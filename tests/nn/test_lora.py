@@ -136,7 +136,7 @@ def dropped():
         return fn
 
     with use():
-        return {remat: build(remat) for remat in ("none", "names")}
+        return {remat: build(remat) for remat in ("off", "names")}
 
 
 def test_masks_are_a_function_of_the_key_in_forward_and_backward_pass(dropped):
@@ -147,7 +147,7 @@ def test_masks_are_a_function_of_the_key_in_forward_and_backward_pass(dropped):
     assert first[0] != other[0]
     assert dropped["names"]._cache_size() == 1  # a new step is no new program
     # Without rematerialisation the masks are kept; with it they are drawn again: the same.
-    saved = dropped["none"](keys[0])
+    saved = dropped["off"](keys[0])
     np.testing.assert_allclose(saved[0], first[0], rtol=1e-6)
     np.testing.assert_allclose(saved[1], first[1], rtol=1e-4, atol=1e-6)
 

@@ -107,7 +107,7 @@ def test_lora_on_one_gpu_of_141_gb():
     # and two layer inputs of 8 kB each are (docs/memory.md).
     assert got == pytest.approx(MB_A_TOKEN - 36 * (32_768 - 16_384) / 1e6, rel=0.02)
     assert "fits" in plan.verdict(made, 141)
-    none = recipe("fuyu_8b_lora", 1, remat="none")
+    none = recipe("fuyu_8b_lora", 1, remat="off")
     assert none.parts["kept"] / none.tokens / 1e6 == pytest.approx(2 * MB_A_TOKEN, rel=0.1)
 
 
@@ -147,7 +147,7 @@ def outputs(jaxpr):
                     yield from outputs(inner)
 
 
-@pytest.mark.parametrize("remat, copies", [("names", 0), ("full", 0), ("none", 6)])
+@pytest.mark.parametrize("remat, copies", [("names", 0), ("full", 0), ("off", 6)])
 def test_masters_are_cast_layer_by_layer(remat, copies):
     """No kernel of all layers exists in bfloat16, unless the policy keeps everything."""
 
