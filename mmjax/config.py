@@ -13,6 +13,7 @@ import difflib
 import importlib.util
 import inspect
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -175,6 +176,7 @@ def _set(config: Any, name: str, text: str) -> None:
     from ml_collections import config_flags
     from ml_collections.config_flags import config_path
 
+    name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name)  # ml_collections writes an index in brackets
     old = config_path.get_value(name, config)
     if old is None or text.lower() == "none":
         value = None if text.lower() == "none" else _literal(text)
@@ -188,6 +190,11 @@ def _set(config: Any, name: str, text: str) -> None:
         flag_values(argv)
         value = config_path.get_value(name, flag_values["config"].value)
         config_path.set_value(name, config, value)
+    except IndexError as e:
+        raise MMJaxError(
+            f"config.{name}: one value of a list is not set alone; give the whole of it, "
+            f"--config.{name.rpartition('[')[0]}='(...)'"
+        ) from e
     except (flags.Error, ValueError, TypeError, SyntaxError) as e:
         raise MMJaxError(
             f"config.{name}={text}: expected {type(old).__name__} (now {old!r}), got {text!r}"

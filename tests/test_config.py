@@ -157,3 +157,11 @@ def test_keyboard_interrupt_is_exit_code_130(capsys):
 
     assert cli.run_guarded(interrupt) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_a_value_inside_a_list_of_groups_can_be_overridden():
+    recipe = "configs/quickstart.py:quick"
+    made = config.resolve_recipe(recipe, ["eval.tasks.1.limit=7", "eval.tasks.0.name=x"])
+    assert (made.eval.tasks[1]["limit"], made.eval.tasks[0]["name"]) == (7, "x")
+    with pytest.raises(MMJaxError, match=r"give the whole of it, --config\.data\.resolutions="):
+        config.resolve_recipe(recipe, ["data.resolutions.0=48"])

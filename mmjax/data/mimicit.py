@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ import numpy as np
 from mmjax.data.index_cache import Arrays, as_bytes
 from mmjax.data.keyed_json import KeyedJson
 from mmjax.data.parquet import ParquetImages, decode_base64
-from mmjax.data.templates import IMAGE_MARK
+from mmjax.data.templates import IMAGE_MARK, strip_symbols
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 GROUPS = ("IMAGE_TEXT", "TEXT_ONLY", "VIDEO_TEXT", "IMAGE_TEXT_IN_CONTEXT")
-
-_SYMBOLS = re.compile(r"[^\w\s.,?!()\"']")
 
 
 class MimicitSource:
@@ -150,7 +147,7 @@ class MimicitSource:
         if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
             raise BadSample("bad_record", f"{where}: field {field!r} is missing or is no text")
         text = entry[field]
-        return text if self.keep_symbols else _SYMBOLS.sub("", text)
+        return text if self.keep_symbols else strip_symbols(text)
 
     def _read_images(self, names: list[str], where: str) -> tuple[bytes, ...]:
         if not names:

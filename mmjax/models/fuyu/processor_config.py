@@ -88,6 +88,7 @@ class ProcessorConfig:
             patch_size=sides[0],
             max_height=height,
             max_width=width,
+            max_image_tokens=data.get("max_image_tokens"),
             resample=int(data.get("resample", cls.resample)),
             padding_value=data.get("padding_value", cls.padding_value),
             image_mean=_number_or_tuple(data.get("image_mean", cls.image_mean)),
@@ -98,7 +99,7 @@ class ProcessorConfig:
         """Write the preprocessor_config.json that transformers 4 and 5 both load.
 
         A box without limits has no word there: transformers then gets Fuyu's own 1080x1920, and
-        mmjax reads its own key back.
+        mmjax reads its own key back, as it does ``max_image_tokens``.
         """
         height = ProcessorConfig.max_height if self.max_height is None else self.max_height
         width = ProcessorConfig.max_width if self.max_width is None else self.max_width
@@ -120,6 +121,8 @@ class ProcessorConfig:
         }
         if None in (self.max_height, self.max_width):
             data[_OPEN_KEY] = [self.max_height, self.max_width]
+        if self.max_image_tokens is not None:
+            data["max_image_tokens"] = self.max_image_tokens
         return data
 
     @classmethod

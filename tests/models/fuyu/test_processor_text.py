@@ -1,5 +1,6 @@
 """Coordinates, decoding, tokenizers and the configuration files of Fuyu's processor."""
 
+import dataclasses
 import json
 import pickle
 
@@ -221,6 +222,8 @@ def test_hub_files_are_read(tmp_path, file, data, want):
     config = ProcessorConfig.from_folder(tmp_path)
     assert (config.patch_size, config.max_height, config.max_width) == want
     assert config == ProcessorConfig.from_hf(json.loads(json.dumps(config.to_hf())))
+    bounded = dataclasses.replace(config, max_image_tokens=600)
+    assert bounded == ProcessorConfig.from_hf(json.loads(json.dumps(bounded.to_hf())))
 
 
 @pytest.mark.parametrize(
