@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -82,15 +81,29 @@ def write_checkpoint(folder: Path, **decoder: int) -> int:
     return sum(t.nbytes for t in tensors)
 
 
+# The child tells its own peak: what the kernel tells a parent (ru_maxrss) begins with the size that
+# the parent had when it forked.
+CHILD = """
+import pathlib, runpy, sys
+report = pathlib.Path(sys.argv.pop(1))
+sys.argv.pop(0)
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    status = pathlib.Path("/proc/self/status").read_text().splitlines()
+    report.write_text(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
+
+
 def run(module: str, *arguments: str) -> dict[str, float]:
     """Run a command of convert_weights; returns its seconds and peak resident memory in GB."""
-    begun = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=environment.ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{module} ended with status {os.waitstatus_to_exitcode(status)}")
-    seconds = time.perf_counter() - begun
-    return {"seconds": round(seconds, 1), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 3)}
+    with tempfile.TemporaryDirectory() as folder:
+        peak = Path(folder) / "peak"
+        command = [sys.executable, "-c", CHILD, str(peak), module, *arguments]
+        begun = time.perf_counter()
+        subprocess.run(command, cwd=environment.ROOT, check=True)
+        seconds = time.perf_counter() - begun
+        return {"seconds": round(seconds, 1), "peak_gb": round(int(peak.read_text()) * 1024 / 1e9, 3)}
 
 
 def different(a: Path, b: Path) -> list[str]:

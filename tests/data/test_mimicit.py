@@ -187,7 +187,7 @@ def test_symbols_are_kept_unless_asked(folder):
     path = instructions(folder / "t.json", {"T": entry(0, [], instruction=text, answer=text)})
     assert MimicitSource(path)[0].messages[0].text == text
     stripped = MimicitSource(path, keep_symbols=False)[0]
-    assert {m.text for m in stripped.messages} == {'abc x 1 2 3 it\'s (5) "q"?!\n'}
+    assert {m.text for m in stripped.messages} == {'abc x 1 2 3 it\'s (5) "q"?!'}
 
 
 @pytest.mark.parametrize(
