@@ -103,7 +103,10 @@ def run(module: str, *arguments: str) -> dict[str, float]:
         begun = time.perf_counter()
         subprocess.run(command, cwd=environment.ROOT, check=True)
         seconds = time.perf_counter() - begun
-        return {"seconds": round(seconds, 1), "peak_gb": round(int(peak.read_text()) * 1024 / 1e9, 3)}
+        return {
+            "seconds": round(seconds, 1),
+            "peak_gb": round(int(peak.read_text()) * 1024 / 1e9, 3),
+        }
 
 
 def different(a: Path, b: Path) -> list[str]:
