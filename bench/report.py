@@ -56,9 +56,9 @@ CONVERT = """## Conversion
 `python -m bench.convert`: a checkpoint in the hub's layout with random bfloat16 weights, converted
 by `convert_weights.to_jax` and written back by `convert_weights.to_hf`, each in a process of its
 own. Peak is the resident memory that the kernel reports for that process, mapped files included;
-"at most" marks a row whose peak may be that of the process that started it. *Changed* counts tensors
-that came back with any bit different. Load average is that at the end, of this and other programs:
-above 1 the times say little. There is no peer here.
+"at most" marks a row whose peak may be that of the process that started it. *Changed* counts the
+tensors that came back with any bit different. Load average is that at the end, of this and other
+programs: above 1 the times say little. There is no peer here.
 """
 
 
