@@ -19,7 +19,7 @@ training. The last command writes what came out into docs/resolution.md.
 from ml_collections import ConfigDict
 
 from mmjax.config import fill, recipe_options
-from mmjax.recipes import WORDS
+from mmjax.recipes import MAGNIFIER_MODEL
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
@@ -51,20 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             name="magnifier_resolution",
             steps=20 if quick else 1500,
-            model=dict(
-                config=dict(
-                    hidden_size=96,
-                    intermediate_size=192,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    patch_size=8,
-                    initializer_range=0.05,
-                    max_position_embeddings=1024,
-                ),
-                words=WORDS,
-                dtype="float32",
-                frozen_dtype="float32",
-            ),
+            model=MAGNIFIER_MODEL,
             data=dict(
                 sources=dict(magnifier=source | dict(split="train")),
                 resolutions=RESOLUTIONS[chosen[0]],

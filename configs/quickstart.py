@@ -12,7 +12,7 @@ draws a resolution for each sample; evaluation shows the same pictures at four r
 from ml_collections import ConfigDict
 
 from mmjax.config import fill, recipe_options
-from mmjax.recipes import WORDS
+from mmjax.recipes import MAGNIFIER_MODEL
 from mmjax.train.settings import RunSettings
 
 
@@ -34,21 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             name="quickstart",
             seed=0,
             steps=20 if quick else 1500,
-            model=dict(
-                family="fuyu",
-                config=dict(
-                    hidden_size=96,
-                    intermediate_size=192,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    patch_size=8,
-                    initializer_range=0.05,
-                    max_position_embeddings=1024,
-                ),
-                words=WORDS,
-                dtype="float32",
-                frozen_dtype="float32",
-            ),
+            model=MAGNIFIER_MODEL,
             data=dict(
                 sources=dict(magnifier=dict(kind="magnifier", split="train")),
                 resolutions=(96, 96, 96, 96, 48),

@@ -1,4 +1,4 @@
-"""What recipes share: the toy that stands in for a large model where ``:quick`` is asked for."""
+"""What recipes share: the magnifier's model, and the toy behind ``:quick`` of large models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from mmjax.data.magnifier import LETTERS, QUESTION
 
 WORDS = (QUESTION, "User: Assistant:", " ".join("0123456789"), " ".join(f"{a}." for a in LETTERS))
 """Every word of the magnifier's prompts and answers."""
+
+MAGNIFIER_MODEL: dict[str, Any] = dict(
+    family="fuyu",
+    config=dict(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        patch_size=8,
+        initializer_range=0.05,
+        max_position_embeddings=1024,
+    ),
+    words=WORDS,
+    dtype="float32",
+    frozen_dtype="float32",
+)
+"""A Fuyu that a CPU trains to read the magnifier's digits in minutes."""
 
 
 def toy_fuyu(recipe: dict[str, Any]) -> dict[str, Any]:
