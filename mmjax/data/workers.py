@@ -1,7 +1,8 @@
-"""What a data worker process does about signals, and about a trainer that is no more."""
+"""Data worker processes: their signals, a trainer that is no more, and a death at the start."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -20,6 +21,28 @@ def prepare_worker(index: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     watcher = threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True)
     watcher.start()
+
+
+@functools.cache
+def tell_of_early_deaths() -> None:
+    """Make grain raise, not wait for ever, when a worker dies before it has taken up its state.
+
+    A worker answers when it stands where ``set_state`` wants it. grain 0.2.18 drops what comes
+    before that answer, and with it the error by which it tells of the worker's death.
+    """
+    from grain._src.python.dataset.transformations.process_prefetch import (
+        ProcessPrefetchDatasetIterator,
+    )
+
+    has_died = ProcessPrefetchDatasetIterator._process_failed
+
+    def process_failed(iterator) -> bool:
+        died = has_died(iterator)
+        if died:
+            iterator._set_state_count = 0  # answers still to come: there will be none
+        return died
+
+    ProcessPrefetchDatasetIterator._process_failed = process_failed
 
 
 def _end_with(parent: int) -> None:

@@ -32,6 +32,15 @@ class Deadly:
         )
 
 
+class Stillborn(Deadly):
+    """Every worker is killed before it has read where to start."""
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        if os.getpid() != self.trainer:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Broken(Deadly):
     """Record 7 raises what no source should."""
 
@@ -63,8 +72,9 @@ def test_a_killed_worker_is_started_again_and_no_batch_is_lost_or_repeated(tmp_p
     assert len(told) == 1 and "died and is started again" in told[0] and "-9" in told[0]
 
 
-def test_a_worker_that_dies_every_time_ends_the_run(tmp_path):
-    ours = train(Deadly(tmp_path / "died", once=False), 1)
+@pytest.mark.parametrize("kind", [Deadly, Stillborn])
+def test_a_worker_that_dies_every_time_ends_the_run(kind, tmp_path):
+    ours = train(kind(tmp_path / "died", once=False), 1)
     ours.warn = lambda text: None
     with pytest.raises(MMJaxError, match="died 4 times .*-9.*lower data.workers"):
         for _ in range(20):
