@@ -4,6 +4,7 @@
     python -m bench --suite train --out bench/results/train.jsonl
     python -m bench --report bench/results/*.jsonl   write the document from raw rows again
     python -m bench.convert                          conversions: memory and time
+    python -m bench.pipeline                         the training pipeline: rate and memory
 
 The document is written only by a full run or by --report.
 """
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [json.loads(line) for f in args.report for line in f.read_text().splitlines()]
         raw = "`, `".join(str(_short(file)) for file in args.report)
         report.write(rows, _command(rows), raw, document)
-        report.print_table([r for r in rows if r["suite"] != "convert"])
+        report.print_table([r for r in rows if r["suite"] in SUITES])
         return 0
     from bench.runner import run_cases
 

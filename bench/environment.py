@@ -43,12 +43,13 @@ def load() -> float:
 
 def busy_cores(seconds: float = 0.5) -> float:
     """Measure how many cores other programs use right now; 0 where /proc does not say."""
-    before = _busy_seconds()
+    before = busy_seconds()
     time.sleep(seconds)
-    return round(max(0.0, (_busy_seconds() - before) / seconds), 2)
+    return round(max(0.0, (busy_seconds() - before) / seconds), 2)
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
+    """Return the seconds that all cores were busy since the machine began; 0 without /proc."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0

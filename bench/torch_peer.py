@@ -159,7 +159,7 @@ class Input:
 
         from mmjax.data.tokenizers_small import build_word_tokenizer
 
-        make = _pillow_processor if impl == "Pillow" else _torchvision_processor
+        make = pillow_processor if impl == "Pillow" else _torchvision_processor
         self.processor = FuyuProcessor(make(), build_word_tokenizer([cases.PROMPT]))
         self.image = Image.fromarray(cases.picture(case))
         self.compile_s = 0.0
@@ -178,7 +178,8 @@ class Input:
         return {"tokens": out["input_ids"][0].numpy(), "levels": levels}
 
 
-def _pillow_processor():
+def pillow_processor():
+    """Return the peer's image processor without torchvision."""
     from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 
     class Bridged(FuyuImageProcessorPil):

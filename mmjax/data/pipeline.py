@@ -33,7 +33,7 @@ from mmjax.data.resizing import (
 from mmjax.data.skips import Skip, SkipLog
 from mmjax.data.sources import Source
 from mmjax.data.templates import Template, fuyu_chat, fuyu_legacy_otter, get_template
-from mmjax.data.workers import prepare_worker, tell_of_early_deaths
+from mmjax.data.workers import parse_no_flags, prepare_worker, tell_of_early_deaths
 from mmjax.types import BadSample, Example, MMJaxError, Record
 
 _SMALL = 4096  # records up to which a source's order is a table
@@ -89,6 +89,7 @@ def make_train_iterator(
     dataset = draws.map(load).to_iter_dataset(reading)
     dataset = PackDataset(dataset, shape, None if pack else 1)
     if num_workers:
+        parse_no_flags()
         tell_of_early_deaths()
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(1, prefetch))
         dataset = dataset.mp_prefetch(options, prepare_worker)

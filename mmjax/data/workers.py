@@ -8,6 +8,8 @@ import signal
 import threading
 import time
 
+from absl import flags
+
 _LOOK_EVERY = 1.0  # seconds between looks for the parent process
 
 
@@ -43,6 +45,16 @@ def tell_of_early_deaths() -> None:
         return died
 
     ProcessPrefetchDatasetIterator._process_failed = process_failed
+
+
+def parse_no_flags() -> None:
+    """Let grain's absl flags take their defaults where no program has parsed a command line.
+
+    grain 0.2.18 reads one of them whenever it starts a worker, and absl refuses that in a script
+    or a notebook that never ran ``absl.app``.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 def _end_with(parent: int) -> None:

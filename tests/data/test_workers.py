@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from stub_processor import StubProcessor
 
 from mmjax.data.pipeline import make_train_iterator
@@ -70,6 +71,16 @@ def test_a_killed_worker_is_started_again_and_no_batch_is_lost_or_repeated(tmp_p
     ours.close()
     assert source.mark.exists()
     assert len(told) == 1 and "died and is started again" in told[0] and "-9" in told[0]
+
+
+def test_workers_start_in_a_script_that_parsed_no_flags(tmp_path):
+    flags.FLAGS.unparse_flags()
+    ours = train(Deadly(tmp_path, once=True), 1)
+    try:
+        assert next(ours)["tokens"].shape == (1, 96)
+    finally:
+        ours.close()
+        flags.FLAGS.mark_as_parsed()
 
 
 @pytest.mark.parametrize("kind", [Deadly, Stillborn])
