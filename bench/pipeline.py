@@ -18,11 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from bench import environment, ours, records, report
 from bench.runner import BenchError, parity
@@ -94,6 +96,21 @@ def growth(memory: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
+def settled(turn: dict[str, Any]) -> float:
+    """Return the images a core second of a turn behind its first batch: without the start."""
+    return (turn["images"] - turn["first_images"]) / max(turn["cpu_s"] - turn["first_cpu_s"], 0.01)
+
+
+def decode_ms(folder: Path, count: int = 200) -> float:
+    """Return the milliseconds of one core in which Pillow decodes a picture, on average."""
+    files = sorted((folder / "pictures").iterdir())[:count]
+    begun = time.process_time()
+    for file in files:
+        with Image.open(file) as image:
+            image.load()
+    return round((time.process_time() - begun) / len(files) * 1e3, 2)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.pipeline",
@@ -128,7 +145,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     peer = run("peer", folder, "peer", images=len(first), parity=True, workers=args.workers)
     full = run("ours", folder, "ours", images=args.records, **mine)
     errors = compare(folder / "ours-tenth.answer.npz", folder / "peer.answer.npz")
-    turns = [short["images_per_core_s"], full["images_per_core_s"]]
+    turns = [settled(turn) for turn in (short, full)]
     other = max(turn["other_cores"] for turn in (short, peer, full))
     return {
         "suite": "pipeline",
@@ -136,9 +153,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **size,
         "workers": args.workers,
         "shape": args.shape,
+        "decode_ms": decode_ms(folder),
         "ours": full | growth(full["memory"]),
         "ours_tenth": short,
-        "peer": peer,
+        "peer": peer | growth(peer["memory"]),
         "target": TARGET,
         "ratio": round(full["images_per_s"] / peer["images_per_s"], 2),
         "ratio_core": round(full["images_per_core_s"] / peer["images_per_core_s"], 2),

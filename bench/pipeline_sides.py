@@ -27,16 +27,19 @@ def drain(steps: Iterable[dict[str, int]], images: int) -> dict[str, Any]:
     """Take every step, or those of the first so many images; returns what it took.
 
     steps: each tells ``images``, and any other counts, which are summed. ``cpu_s`` is the processor
-    time of this process and its children since the call, ``other_cores`` what other programs kept
-    busy meanwhile.
+    time of this process and its children since the call, ``first_cpu_s`` of it up to the first
+    step, ``other_cores`` what other programs kept busy meanwhile.
     """
-    pid, look, memory = os.getpid(), 0.0, []
+    pid, look, memory, start = os.getpid(), 0.0, [], {}
     busy, cpu = environment.busy_seconds(), processes.cpu_seconds(pid)
     begun = time.perf_counter()
     found = {"images": 0}
-    first = 0.0
     for step in steps:
-        first = first or time.perf_counter() - begun
+        start = start or {
+            "first_s": round(time.perf_counter() - begun, 2),
+            "first_cpu_s": round(processes.cpu_seconds(pid) - cpu, 2),
+            "first_images": int(step["images"]),
+        }
         for name, count in step.items():
             found[name] = found.get(name, 0) + int(count)
         if found["images"] >= look or found["images"] >= images:
@@ -49,8 +52,8 @@ def drain(steps: Iterable[dict[str, int]], images: int) -> dict[str, Any]:
     cpu = processes.cpu_seconds(pid) - cpu
     other = (environment.busy_seconds() - busy - cpu) / seconds
     return found | {
+        **start,
         "seconds": round(seconds, 2),
-        "first_s": round(first, 2),
         "cpu_s": round(cpu, 2),
         "images_per_s": round(found["images"] / seconds, 2),
         "images_per_core_s": round(found["images"] / cpu, 2),
@@ -126,7 +129,6 @@ class Peer:
     """transformers' FuyuProcessor in the data set of a torch DataLoader, a sample at a time."""
 
     def __init__(self, spec: dict[str, Any]):
-        import torch
         from transformers import FuyuProcessor
 
         from bench import torch_peer
