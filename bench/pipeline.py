@@ -83,17 +83,25 @@ def compare(one: Path, other: Path) -> dict[str, float]:
 def growth(memory: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return how much memory grew from 20-40 % of the records to the last 20 %, by medians.
 
-    Batches come and go, so that a single look tells no more than one of them.
+    Batches come and go, so that a single look tells no more than one of them. ``own`` is without
+    shared memory, where batches wait for the trainer: their number is bounded, but it steps up when
+    one worker gets ahead of the other. ``shm_peak_mb`` is the most that waited.
     """
-    early = [m["own_mb"] + m["shm_mb"] for m in memory if 0.2 <= m["share"] <= 0.4]
-    late = [m["own_mb"] + m["shm_mb"] for m in memory if m["share"] > 0.8]
-    before, after = statistics.median(early), statistics.median(late)
-    return {
-        "early_mb": round(before, 1),
-        "late_mb": round(after, 1),
-        "growth_mb": round(after - before, 1),
-        "growth": round(after / before - 1, 4),
-    }
+    early = [m for m in memory if 0.2 <= m["share"] <= 0.4]
+    late = [m for m in memory if m["share"] > 0.8]
+    found = {}
+    for prefix, kinds in (("", ("own_mb", "shm_mb")), ("own_", ("own_mb",))):
+        before, after = (
+            statistics.median(sum(m[kind] for kind in kinds) for m in part)
+            for part in (early, late)
+        )
+        found |= {
+            f"{prefix}early_mb": round(before, 1),
+            f"{prefix}late_mb": round(after, 1),
+            f"{prefix}growth_mb": round(after - before, 1),
+            f"{prefix}growth": round(after / before - 1, 4),
+        }
+    return found | {"shm_peak_mb": max(m["shm_mb"] for m in memory)}
 
 
 def settled(turn: dict[str, Any]) -> float:

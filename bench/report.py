@@ -74,7 +74,9 @@ the process and its workers, their start included; *noise* is by how much that d
 first batch, between all records and a tenth of them before the peer's turn. *Padding* is the share
 of the tokens of all batches that are no sample's. Memory is resident, pages that several processes
 share counted once, shared memory included: medians over 20-40 % of the records and over the last
-20 %. Parity: share of token ids that differ and largest difference of grey levels, ours taken out
+20 %. *Own* is without shared memory, where finished batches wait for the trainer; their number is
+bounded by the workers' buffers, and steps between nearly none and all of them with who waits for
+whom. Parity: share of token ids that differ and largest difference of grey levels, ours taken out
 of the packed batches.
 """
 
@@ -166,7 +168,11 @@ def pipeline_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _memory(side: dict[str, Any]) -> str:
-    return f"{side['early_mb']:,.0f} MB, then {side['late_mb']:,.0f} MB ({side['growth']:+.1%})"
+    return (
+        f"{side['early_mb']:,.0f} MB, then {side['late_mb']:,.0f} MB ({side['growth']:+.1%}); own "
+        f"{side['own_early_mb']:,.0f} MB, then {side['own_late_mb']:,.0f} MB "
+        f"({side['own_growth']:+.1%}); waiting at most {side['shm_peak_mb']:,.0f} MB"
+    )
 
 
 def _pipeline_missed(row: dict[str, Any]) -> list[str]:

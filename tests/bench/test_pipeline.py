@@ -85,8 +85,11 @@ def test_growth_is_between_medians():
         for s in range(1, 11)
     ]
     # 154, 156, 158 MB early; 168 + 500 and 170 MB late
+    # and without shared memory 104, 106, 108 MB early, 118 and 120 MB late
     assert pipeline.growth(memory) == {
         "early_mb": 156.0, "late_mb": 419.0, "growth_mb": 263.0, "growth": 1.6859,
+        "own_early_mb": 106.0, "own_late_mb": 119.0, "own_growth_mb": 13.0, "own_growth": 0.1226,
+        "shm_peak_mb": 550.0,
     }  # fmt: skip
 
 
