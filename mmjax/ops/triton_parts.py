@@ -29,8 +29,8 @@ class Tile:
     stages: int
 
 
-# By padded head dim: (forward, backward). Not measured on a GPU; chosen so that ptxas for sm_90
-# spills next to no registers and a program's shared memory stays at 128 KiB or below.
+# By padded head dim: (forward, backward). Not measured on a GPU: block sizes common to Triton
+# kernels on Hopper, of which no program takes more than 128 KiB of shared memory.
 TILES = {
     16: (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
     32: (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
