@@ -4,6 +4,7 @@
 """
 
 import functools
+import logging
 import math
 
 import jax
@@ -15,7 +16,9 @@ from mmjax.ops import flash_xla
 from mmjax.parallel import context
 from mmjax.parallel.sharding import spec
 
-IMPLEMENTATIONS = ("auto", "xla")
+IMPLEMENTATIONS = ("auto", "xla", "triton")
+# Below this many queries a block of the kernel would be mostly padding.
+MIN_KERNEL_QUERIES = 16
 
 
 def attention(
@@ -38,9 +41,15 @@ def attention(
     causal: also hide keys j > i. The index is the place in q and k, not a position id.
     scale: factor on the scores, default ``h ** -0.5``.
     alibi_slopes: float32[n]; adds ``-slope * (i - j)`` to a score (Press et al. 2022).
+    implementation: "xla" everywhere; "triton", kernels for CUDA GPUs, interpreted elsewhere (slow,
+        for tests); "auto" is triton where it runs compiled and fits, xla otherwise.
 
-    Returns [b, t, n, h] in q's dtype. Softmax statistics are float32 whatever the dtype, and no
-    array of t x s elements exists, in the forward pass or in the backward one.
+    Returns [b, t, n, h] in q's dtype, zeros where s is 0. Softmax statistics are float32 whatever
+    the dtype, and no array of t x s elements exists, in the forward pass or in the backward one.
+    A NaN in a query or key reaches only outputs of queries that see the pair; one in a value
+    reaches all that see it, and may reach others of its row and head (0 * NaN). Gradients of a row
+    and head with a NaN in them mean nothing.
+    Raises ValueError for misfitting shapes and for an implementation that cannot do the call.
     """
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]
@@ -54,25 +63,89 @@ def attention(
             f"attention shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}; expected "
             "q [b, t, n, h] and k, v [b, s, k, h] with n a multiple of k"
         )
+    chosen = _choose(implementation, q, k, v)
+    if 0 in (b, t, s):
+        return jnp.zeros_like(q)
     ranges = None
     if k_start is not None or k_end is not None:
         start = jnp.zeros((b, t), jnp.int32) if k_start is None else k_start
         end = jnp.full((b, t), s, jnp.int32) if k_end is None else k_end
         ranges = (jnp.clip(start, 0, s).astype(jnp.int32), jnp.clip(end, 0, s).astype(jnp.int32))
     scale = h**-0.5 if scale is None else scale
-    run = functools.partial(flash_xla.flash_attention, scale=scale)
-    return _on_each_device(run, q, k, v, ranges, alibi_slopes, causal)
+    module = flash_xla if chosen == "xla" else _flash_triton()
+    run = functools.partial(module.flash_attention, scale=scale)
+    return _on_each_device(run, q, k, v, ranges, alibi_slopes, causal, chosen == "xla")
 
 
-def _on_each_device(run, q, k, v, ranges, slopes, causal):
-    """Run on each device's own rows and heads: a loop over rows must not cross devices."""
+def _choose(implementation: str, q: Array, k: Array, v: Array) -> str:
+    """Return the implementation to run; raise ValueError if the named one cannot."""
+    problem = None if implementation == "xla" else _triton_problem(q, k, v)
+    if implementation == "triton" and problem:
+        raise ValueError(f'attention implementation "triton" cannot run: {problem}')
+    if implementation != "auto":
+        return implementation
+    if not _on_cuda():
+        return _say("xla", f"the backend is {jax.default_backend()}")
+    if q.shape[1] < MIN_KERNEL_QUERIES:
+        problem = problem or f"fewer than {MIN_KERNEL_QUERIES} queries"
+    return _say("xla", problem) if problem else _say("triton", "the backend is a CUDA GPU")
+
+
+def _triton_problem(q: Array, k: Array, v: Array) -> str | None:
+    """Tell what keeps the Triton kernels from this call, and what would work; None if nothing."""
+    try:
+        triton = _flash_triton()
+    except ImportError as error:
+        return f'this jax ({jax.__version__}) has no Pallas Triton backend ({error}); use "xla"'
+    if q.shape[3] > triton.MAX_HEAD_DIM:
+        return f'head dim {q.shape[3]} is above {triton.MAX_HEAD_DIM}; use "xla"'
+    dtypes = [x.dtype.name for x in (q, k, v)]
+    if len(set(dtypes)) > 1 or dtypes[0] not in triton.DTYPES:
+        return (
+            f"q, k, v are {', '.join(dtypes)}; cast them to one of {', '.join(triton.DTYPES)}, or "
+            'use "xla"'
+        )
+    return None
+
+
+def _flash_triton():
+    """Return the module of the Triton kernels; imported here, for Pallas is slow to import."""
+    from mmjax.ops import flash_triton
+
+    return flash_triton
+
+
+@functools.cache
+def _on_cuda() -> bool:
+    """Tell whether the backend is CUDA on GPUs with bfloat16 tensor cores (Ampere and later)."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+
+
+@functools.cache
+def _say(chosen: str, reason: str) -> str:
+    """Return the choice; log it the first time it is made for this reason."""
+    logging.getLogger(__name__).info("attention runs as %s: %s", chosen, reason)
+    return chosen
+
+
+def _on_each_device(run, q, k, v, ranges, slopes, causal, partitions: bool):
+    """Run on each device's own rows and heads: a loop over rows must not cross devices.
+
+    partitions: XLA can cut ``run`` over devices by itself; for a kernel it would gather all.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(q, k, v, ranges, slopes, causal=causal)
     (batch, *_, heads, _), kv_heads = spec("batch", None, "heads", None), spec("kv_heads")[0]
     ways = math.prod(mesh.shape[axis] for axis in batch)
-    if q.shape[0] % ways or k.shape[2] % mesh.shape[kv_heads]:
-        # a generation batch smaller than the mesh
+    if q.shape[0] % ways:  # a generation batch smaller than the mesh
+        batch = None
+    if k.shape[2] % mesh.shape[kv_heads]:
+        heads = kv_heads = None
+    if partitions and (batch is None or heads is None):
         return run(q, k, v, ranges, slopes, causal=causal)
     length, local = None, functools.partial(run, causal=causal)
     if q.shape[1] == k.shape[1] and context.length_shards(q.shape[1], q.shape[0]) > 1:

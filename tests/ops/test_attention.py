@@ -8,45 +8,7 @@ import pytest
 from mmjax.ops import flash_xla, ranges
 from mmjax.ops.attention import attention
 from mmjax.ops.decode import decode_attention
-
-
-def reference(q, k, v, start, end, causal, slopes=None):
-    """Dense attention in float64 with explicit masks; rows that see nothing give 0."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    n, kv = q.shape[2], k.shape[2]
-    k, v = np.repeat(k, n // kv, 2), np.repeat(v, n // kv, 2)
-    scores = np.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
-    i, j = np.arange(q.shape[1])[:, None], np.arange(k.shape[1])[None]
-    if slopes is not None:
-        scores -= np.asarray(slopes, np.float64)[None, :, None, None] * (i - j)
-    seen = (j >= start[:, :, None]) & (j < end[:, :, None])
-    if causal:
-        seen &= j <= i
-    seen = seen[:, None]
-    scores = np.where(seen, scores, -np.inf)
-    top = np.where(seen.any(-1, keepdims=True), scores.max(-1, keepdims=True), 0)
-    p = np.exp(scores - top)
-    p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
-    return np.einsum("bnts,bsnh->btnh", p, v)
-
-
-def masks(kind, b, t, s):
-    """Return (k_start, k_end, causal) of a named mask."""
-    zero, full = np.zeros((b, t), np.int32), np.full((b, t), s, np.int32)
-    rng = np.random.default_rng(0)
-    if kind == "causal":
-        return zero, full, True
-    if kind == "full":
-        return zero, full, False
-    if kind == "packed":
-        segments = np.sort(rng.integers(0, 5, (b, t)), axis=1)[:, ::-1].copy()
-        return *(np.asarray(x) for x in ranges.from_segments(jnp.asarray(segments))), True
-    if kind == "window":
-        return np.maximum(np.arange(t)[None] - 6 + zero, 0), full, True
-    if kind == "media":  # blocks of keys by image, and rows before the first image see nothing
-        image = np.sort(rng.integers(0, 4, (b, t)), axis=1)
-        return (image - 1) * (s // 4), image * (s // 4), False
-    raise ValueError(kind)
+from tests.ops.reference import masks, reference
 
 
 @pytest.mark.parametrize("kind", ["causal", "full", "packed", "window", "media"])
