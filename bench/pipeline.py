@@ -81,13 +81,13 @@ def compare(one: Path, other: Path) -> dict[str, float]:
 
 
 def growth(memory: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return how much memory grew from 20-40 % of the records to the last 20 %, by medians.
+    """Return how much memory grew from 40-60 % of the records to the last 20 %, by medians.
 
     Batches come and go, so that a single look tells no more than one of them. ``own`` is without
-    shared memory, where batches wait for the trainer: their number is bounded, but it steps up when
-    one worker gets ahead of the other. ``shm_peak_mb`` is the most that waited.
+    shared memory, where batches wait for the trainer: their number is bounded, and fills up early
+    on, when one worker first gets ahead. ``shm_peak_mb`` is the most that waited.
     """
-    early = [m for m in memory if 0.2 <= m["share"] <= 0.4]
+    early = [m for m in memory if 0.4 <= m["share"] <= 0.6]
     late = [m for m in memory if m["share"] > 0.8]
     found = {}
     for prefix, kinds in (("", ("own_mb", "shm_mb")), ("own_", ("own_mb",))):

@@ -73,10 +73,9 @@ so the files come from the page cache on both sides. *Per core* divides by the p
 the process and its workers, their start included; *noise* is by how much that differs, behind the
 first batch, between all records and a tenth of them before the peer's turn. *Padding* is the share
 of the tokens of all batches that are no sample's. Memory is resident, pages that several processes
-share counted once, shared memory included: medians over 20-40 % of the records and over the last
+share counted once, shared memory included: medians over 40-60 % of the records and over the last
 20 %. *Own* is without shared memory, where finished batches wait for the trainer; their number is
-bounded by the workers' buffers, and steps between nearly none and all of them with who waits for
-whom. Parity: share of token ids that differ and largest difference of grey levels, ours taken out
+bounded by the workers' buffers, which fill early on. Parity: share of token ids that differ and largest difference of grey levels, ours taken out
 of the packed batches.
 """
 
