@@ -75,8 +75,8 @@ first batch, between all records and a tenth of them before the peer's turn. *Pa
 of the tokens of all batches that are no sample's. Memory is resident, pages that several processes
 share counted once, shared memory included: medians over 40-60 % of the records and over the last
 20 %. *Own* is without shared memory, where finished batches wait for the trainer; their number is
-bounded by the workers' buffers, which fill early on. Parity: share of token ids that differ and largest difference of grey levels, ours taken out
-of the packed batches.
+bounded by the workers' buffers, which fill early on. Parity: share of token ids that differ and
+largest difference of grey levels, ours taken out of the packed batches.
 """
 
 

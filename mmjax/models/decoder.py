@@ -20,7 +20,11 @@ from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.mlp import MLP
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.stack import scan, stack, unstack
+from mmjax.parallel.context import length_shards, take_on_length
 from mmjax.parallel.sharding import constrain
+
+TRIM_LIMIT = 2**28
+"""Weights of all layers, up to which a copy of them costs next to nothing: 1 GiB in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +50,35 @@ class DecoderConfig:
     max_positions: int = 16_384
     init_std: float = 0.02
 
-    def flops_per_token(self, length: int, *, head_share: float = 1.0) -> float:
+    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
         """Return the FLOPs of a forward pass per token in a causal row of ``length`` tokens.
 
-        head_share: the share of positions whose logits are computed. Norms, rotations and
-        activations are not counted: they are below one percent.
+        asked: the share of positions whose logits are computed; see ``trims_last_layer``. Norms,
+        rotations and activations are not counted: they are below one percent.
         """
-        attn = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        matmuls = self.num_layers * (attn + 2 * self.d_model * self.d_mlp)
-        head = head_share * self.d_model * self.vocab_size
         seen = (length + 1) / 2  # keys a query sees, on average
-        scores = self.num_layers * 2 * self.num_heads * self.head_dim * seen
-        return 2.0 * (matmuls + head + scores)
+        rest = self._query_side + 2 * self.num_heads * self.head_dim * seen
+        layers = self.num_layers - (1 - asked if self.trims_last_layer else 0)
+        head = asked * self.d_model * self.vocab_size
+        return 2.0 * (self.num_layers * self._key_side + layers * rest + head)
+
+    @property
+    def trims_last_layer(self) -> bool:
+        """Whether the last layer's queries, and what follows them, run only where states are asked.
+
+        It copies the weights of the other layers, so small models alone do it: TRIM_LIMIT.
+        """
+        return self.num_layers * (self._key_side + self._query_side) <= TRIM_LIMIT
+
+    @property
+    def _key_side(self) -> int:
+        """Weights of a layer's k and v."""
+        return 2 * self.d_model * self.head_dim * self.num_kv_heads
+
+    @property
+    def _query_side(self) -> int:
+        """Weights of a layer's q, o and MLP."""
+        return 2 * self.d_model * (self.head_dim * self.num_heads + self.d_mlp)
 
 
 class Layer(nnx.Module):
@@ -71,11 +92,17 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
         self.mlp = MLP(c.d_model, c.d_mlp, activation=c.activation, **shared)
 
-    def __call__(self, x: Array, context: Context, layer: Array, cached=None):
-        """Map [b, t, d] to [b, t, d]; with ``cached`` also returns the updated (k, v)."""
-        out = self.attn(self.attn_norm(x), context, layer, cached)
+    def __call__(
+        self, x: Array, context: Context, layer: Array, cached=None, at: Array | None = None
+    ):
+        """Map [b, t, d] to [b, t, d]; with ``cached`` also returns the updated (k, v).
+
+        at: int32[b, m], the positions whose outputs [b, m, d] are wanted; None for all.
+        """
+        out = self.attn(self.attn_norm(x), context, layer, cached, at)
         if cached is not None:
             out, cached = out
+        x = x if at is None else take_on_length(x, at)
         x = checkpoint_name(constrain(x + out, "batch", "length", "embed"), "attn_sum")
         x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
         return x if cached is None else (x, cached)
@@ -110,6 +137,7 @@ class Decoder(nnx.Module):
         *,
         k_start: Array | None = None,
         k_end: Array | None = None,
+        at: Array | None = None,
         cache: Cache | None = None,
         decode: bool = False,
         layers: Sequence[Layer] | None = None,
@@ -118,6 +146,8 @@ class Decoder(nnx.Module):
 
         x: [b, t, d]; positions: int32[b, t]; k_start, k_end: int32[b, t], see
             ``mmjax.ops.attention``.
+        at: int32[b, m], the positions whose hidden states are wanted, [b, m, d]; None for all t.
+            Not with a cache.
         cache: when given, keys and values are written into it: all t at 0 (a prefill; the caller
             sets ``length``), or with ``decode`` the one token of each row at its ``length``.
         layers: with ``decode``, the layers of ``unstack()`` and an unstacked cache: no scan then.
@@ -129,10 +159,16 @@ class Decoder(nnx.Module):
         context = Context(cos, sin, k_start, k_end, cache.length if decode else None)
         x = constrain(x, "batch", "length", "embed")
         if cache is None:
+            trim = at is not None and c.trims_last_layer and length_shards(*x.shape[1::-1]) == 1
             x = scan(
-                self.layers, c.num_layers, lambda m, x, i: m(x, context, i), x, remat=self.remat
+                self.layers,
+                c.num_layers,
+                lambda m, x, i: m(x, context, i),
+                x,
+                remat=self.remat,
+                last=(lambda m, x, i: m(x, context, i, at=at)) if trim else None,
             )
-            return self.final_norm(x), None
+            return self.final_norm(x if trim or at is None else take_on_length(x, at)), None
 
         if layers is not None:
             pairs = []

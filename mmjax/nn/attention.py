@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -13,6 +14,7 @@ from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import LayerNorm
 from mmjax.ops.attention import attention
 from mmjax.ops.decode import decode_attention
+from mmjax.parallel.context import take_on_length
 from mmjax.parallel.sharding import constrain
 
 
@@ -30,6 +32,15 @@ class Context:
     k_start: Array | None = None
     k_end: Array | None = None
     length: Array | None = None
+
+    def of_queries(self, at: Array) -> "Context":
+        """Return the context of queries taken at int32[b, m]; causality becomes part of k_end."""
+        cos, sin = take_on_length(self.cos, at), take_on_length(self.sin, at)
+        start, end = (
+            None if x is None else take_on_length(x, at) for x in (self.k_start, self.k_end)
+        )
+        end = at + 1 if end is None else jnp.minimum(end, at + 1)
+        return Context(cos, sin, start, end)
 
 
 class SelfAttention(nnx.Module):
@@ -59,16 +70,22 @@ class SelfAttention(nnx.Module):
         self.q_norm = LayerNorm(h, eps=eps, dtypes=dtypes) if qk_norm else None
         self.k_norm = LayerNorm(h, eps=eps, dtypes=dtypes) if qk_norm else None
 
-    def __call__(self, x: Array, context: Context, layer: Array, cached=None):
+    def __call__(
+        self, x: Array, context: Context, layer: Array, cached=None, at: Array | None = None
+    ):
         """Map [b, t, d] to [b, t, d].
 
         cached: (k, v), each [l, b, k, s, h], or None; with it also returns the updated pair.
+        at: int32[b, m], the positions whose outputs [b, m, d] are wanted; None for all.
         """
+        asking, queries = x, context
+        if at is not None:
+            asking, queries = take_on_length(x, at), context.of_queries(at)
         # Named before norm and rotation: those are cheap to compute again, a projection is not.
-        q, k, v = (checkpoint_name(a, "qkv") for a in (self.q(x), self.k(x), self.v(x)))
+        q, k, v = (checkpoint_name(a, "qkv") for a in (self.q(asking), self.k(x), self.v(x)))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = constrain(rope.rotate(q, context.cos, context.sin), "batch", "length", "heads", None)
+        q = constrain(rope.rotate(q, queries.cos, queries.sin), "batch", "length", "heads", None)
         k = rope.rotate(k, context.cos, context.sin)
         if cached is not None:
             cached = tuple(
@@ -76,7 +93,8 @@ class SelfAttention(nnx.Module):
                 for buffer, new in zip(cached, (k, v), strict=True)
             )
         if context.length is None:
-            out = attention(q, k, v, k_start=context.k_start, k_end=context.k_end, causal=True)
+            ends = dict(k_start=queries.k_start, k_end=queries.k_end)
+            out = attention(q, k, v, **ends, causal=at is None)
         else:  # one new token against the cache; its own key is in there by now
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in cached)
             k, v = k.astype(q.dtype), v.astype(q.dtype)

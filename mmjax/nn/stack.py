@@ -31,20 +31,38 @@ def unstack(layers: nnx.Module, count: int) -> tuple[nnx.Module, ...]:
     return tuple(nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(count))  # noqa: B023
 
 
-def scan(layers: nnx.Module, count: int, step: Callable, carry, *, remat: str = "off"):
+def scan(
+    layers: nnx.Module,
+    count: int,
+    step: Callable,
+    carry,
+    *,
+    remat: str = "off",
+    last: Callable | None = None,
+):
     """Run ``carry = step(layer, carry, index)`` over stacked layers.
 
     The carry may hold the stacked cache: as scan inputs and outputs it would be copied each step.
+    last: runs in place of ``step`` on the last layer, and may return a carry of another shape. The
+    weights of the layers before it are copied then.
     """
     if remat not in REMAT:
         raise ValueError(f"remat policy {remat!r} is unknown; one of {', '.join(REMAT)}")
     graphdef, state = nnx.split(layers)
 
-    def body(carry, xs):
-        index, leaves = xs
-        with layer_dropout(index):
-            return step(nnx.merge(graphdef, leaves), carry, index), None
+    def body_of(step):
+        def body(carry, xs):
+            index, leaves = xs
+            with layer_dropout(index):
+                return step(nnx.merge(graphdef, leaves), carry, index), None
 
-    if remat != "off":
-        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(body, carry, (jnp.arange(count), state))[0]
+        if remat == "off":
+            return body
+        return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+
+    xs = (jnp.arange(count), state)
+    if last is None:
+        return jax.lax.scan(body_of(step), carry, xs)[0]
+    if count > 1:
+        carry = jax.lax.scan(body_of(step), carry, jax.tree.map(lambda x: x[:-1], xs))[0]
+    return body_of(last)(carry, jax.tree.map(lambda x: x[-1], xs))[0]

@@ -24,16 +24,15 @@ def loss_by_source(
 ) -> tuple[Array, Array]:
     """Return the same sums for each source, both float32[sources], in one pass.
 
-    Hidden states are gathered at ``target_index - 1`` before the head, so that the head runs on
-    targets alone. ``batch["target_source"]`` is only read where there are several sources.
+    Hidden states are asked for at ``target_index - 1`` alone, so that the head, and where it pays
+    the last layer, run on targets alone. ``batch["target_source"]`` is only read where there are
+    several sources.
     """
     index = batch["target_index"]  # [b, targets]
     weights = (index > 0).astype(jnp.float32)[..., None]
     if num_sources > 1:
         weights *= batch["target_source"][..., None] == jnp.arange(num_sources)
-    hidden = model(batch)
-    at = jnp.maximum(index - 1, 0)
-    picked = constrain(take_on_length(hidden, at), "batch", None, "embed")
+    picked = constrain(model(batch, jnp.maximum(index - 1, 0)), "batch", None, "embed")
     labels = take_on_length(batch["tokens"], jnp.maximum(index, 0))
     weights = weights.reshape(-1, num_sources)
     totals = xent.chunked_nll(

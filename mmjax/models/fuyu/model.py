@@ -130,10 +130,10 @@ class FuyuConfig:
             "text_config": {"model_type": "persimmon", **sizes},
         }
 
-    def flops_per_token(self, length: int, *, head_share: float = 1.0) -> float:
+    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
         """Return the FLOPs of a forward pass per token; patches count like any other token."""
         patch = 2.0 * self.patch_dim * self.decoder.d_model
-        return self.decoder.flops_per_token(length, head_share=head_share) + patch
+        return self.decoder.flops_per_token(length, asked=asked) + patch
 
 
 def _theta(hf: dict, nested: dict, rope: dict, default: float) -> float:
@@ -192,11 +192,14 @@ class Fuyu(nnx.Module):
         mean, std = self.config.image_mean * 255.0, self.config.image_std * 255.0
         return (patches.astype(jnp.float32) - mean) / std
 
-    def __call__(self, batch: Batch) -> Array:
-        """Return hidden states [b, t, d] of a batch; see ``mmjax.types.Batch``."""
+    def __call__(self, batch: Batch, at: Array | None = None) -> Array:
+        """Return hidden states [b, t, d] of a batch; see ``mmjax.types.Batch``.
+
+        at: int32[b, m], the positions whose states [b, m, d] are wanted; None for all.
+        """
         k_start, k_end = ranges.from_segments(batch["segment_ids"])
         x = self.embed(batch)
-        return self.decoder(x, batch["positions"], k_start=k_start, k_end=k_end)[0]
+        return self.decoder(x, batch["positions"], k_start=k_start, k_end=k_end, at=at)[0]
 
     def logits(self, hidden: Array) -> Array:
         """Return float32 logits [..., v]."""

@@ -85,16 +85,49 @@ def test_flops_are_those_the_compiler_counts():
     np.testing.assert_allclose(config.flops_per_token(t) * b * t, cost["flops"], rtol=0.1)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_states_at_asked_positions_are_those_of_the_whole(layers, monkeypatch):
+    """The last layer trimmed or not, packed rows, an index twice, gradients too."""
+    config = dataclasses.replace(
+        tiny.CONFIG, decoder=dataclasses.replace(tiny.CONFIG.decoder, num_layers=layers)
+    )
+    batch = tiny.batch()
+    batch["segment_ids"][:, 9:] = 2
+    at = np.random.default_rng(0).integers(batch["tokens"].shape[1], size=(len(batch["tokens"]), 5))
+    at[:, 1] = at[:, 0]
+    graphdef, params = nnx.split(Fuyu(config, rngs=nnx.Rngs(0)))
+
+    def states(params, trim, at):
+        monkeypatch.setattr("mmjax.models.decoder.TRIM_LIMIT", 2**28 if trim else 0)
+        out = nnx.merge(graphdef, params)(batch, at)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.value_and_grad(states, has_aux=True), static_argnums=1)
+    (_, whole), _ = run(params, False, None)
+    found = {trim: run(params, trim, at) for trim in (True, False)}
+    (_, cut), grads = found[True]
+    np.testing.assert_allclose(cut, np.take_along_axis(whole, at[..., None], 1), atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(found[False][1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4)
+
+
 def test_flops_of_fuyu_8b():
     config = FuyuConfig()
     # Two for each weight that multiplies; embeddings and norms are looked up or cheap.
     matmuls = 2 * (9_408_238_592 - 262_144 * 4096)
     assert config.flops_per_token(1) == pytest.approx(matmuls, rel=1e-3)
     head = 2 * 262_144 * 4096
-    difference = config.flops_per_token(1024) - config.flops_per_token(1024, head_share=0.25)
+    difference = config.flops_per_token(1024) - config.flops_per_token(1024, asked=0.25)
     assert difference == pytest.approx(0.75 * head)
     longer = config.flops_per_token(2048) - config.flops_per_token(1024)
     assert longer == pytest.approx(36 * 2 * 2 * 4096 * 512)  # scores and values, 512 keys more
+
+
+def test_flops_of_a_model_that_trims_its_last_layer():
+    config = tiny.CONFIG
+    last = 2 * (2 * 32 * 32 + 2 * 32 * 64 + 2 * 32 * 8.5)  # all but keys and values
+    difference = config.flops_per_token(16) - config.flops_per_token(16, asked=0.25)
+    assert difference == pytest.approx(0.75 * (2 * 64 * 32 + last))
 
 
 def test_grey_levels_and_normalised_floats_give_the_same_logits(model):
