@@ -23,8 +23,8 @@ from mmjax.nn.stack import scan, stack, unstack
 from mmjax.parallel.context import length_shards, take_on_length
 from mmjax.parallel.sharding import constrain
 
-TRIM_LIMIT = 2**28
-"""Weights of all layers, up to which a copy of them costs next to nothing: 1 GiB in float32."""
+TRIM_LIMIT = 2**25
+"""Weights of all layers up to which a copy of them costs next to nothing: 128 MiB in float32."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def dense(model, batch):
 @pytest.mark.parametrize("chunk", [3, 8, 1024])
 def test_the_loss_is_that_of_all_logits_at_once(chunk):
     model, batch = tiny.model(), tiny.batch()
-    total, count = loss_sum(model, batch, chunk=chunk)
+    total, count = jax.jit(loss_sum, static_argnames="chunk")(model, batch, chunk=chunk)
     want, number = dense(model, batch)
     assert int(count) == number == 28  # 8 rows of 4, every other one of 3
     np.testing.assert_allclose(total, want, rtol=1e-5)
@@ -60,9 +60,10 @@ def samples():
 
 def test_packed_equals_the_sum_over_samples_alone(samples):
     model = tiny.model()
-    packed, count = loss_sum(model, pack(samples, 32, 8, 10))
+    loss = jax.jit(loss_sum)
+    packed, count = loss(model, pack(samples, 32, 8, 10))
     assert int(count) == 7
-    alone = [loss_sum(model, pack([one], 32, 8, 10))[0] for one in samples]
+    alone = [loss(model, pack([one], 32, 8, 10))[0] for one in samples]
     np.testing.assert_allclose(packed, sum(alone), rtol=1e-5)
     want = sum(dense(model, pack([one], 16, 8, 10))[0] for one in samples)
     np.testing.assert_allclose(packed, want, rtol=1e-5)
@@ -72,7 +73,8 @@ def test_the_loss_by_source_is_that_of_each_source_alone(samples):
     model, row = tiny.model(), pack(samples, 32, 8, 10)
     # Samples of 2, 3 and 2 targets, from sources 1, 0 and 1; source 2 gave none.
     row["target_source"] = np.array([[1, 1, 0, 0, 0, 1, 1, -1, -1, -1]], np.int32)
-    alone = [float(loss_sum(model, pack([one], 32, 8, 10))[0]) for one in samples]
+    loss = jax.jit(loss_sum)
+    alone = [float(loss(model, pack([one], 32, 8, 10))[0]) for one in samples]
     totals, counts = loss_by_source(model, row, 3, chunk=4)
     np.testing.assert_allclose(totals, [alone[1], alone[0] + alone[2], 0], rtol=1e-5)
     assert counts.tolist() == [3, 4, 0]
@@ -97,9 +99,11 @@ def test_padding_is_no_target_and_has_no_gradient(samples):
     model = tiny.model()
     row = pack(samples[:1], 16, 4, 6)
     longer = pack(samples[:1], 32, 8, 12)
-    np.testing.assert_allclose(loss_sum(model, row)[0], loss_sum(model, longer)[0], rtol=1e-5)
+    loss = jax.jit(loss_sum)
+    np.testing.assert_allclose(loss(model, row)[0], loss(model, longer)[0], rtol=1e-5)
     nothing = row | {"target_index": np.full((1, 6), -1, np.int32)}
-    (total, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(model, nothing)
+    run = jax.jit(jax.value_and_grad(loss_sum, has_aux=True))
+    (total, count), grads = run(model, nothing)
     assert (float(total), float(count)) == (0.0, 0.0)
     assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
@@ -108,6 +112,6 @@ def test_only_supervised_rows_reach_the_gradient_of_the_patches(samples):
     model = tiny.model()
     rows = pack(samples, 32, 8, 10)
     patches = jnp.asarray(rows["patches"], jnp.float32) / 255
-    grad = jax.grad(lambda p: loss_sum(model, rows | {"patches": p})[0])(patches)
+    grad = jax.jit(jax.grad(lambda p: loss_sum(model, rows | {"patches": p})[0]))(patches)
     used = np.any(np.asarray(grad[0]) != 0, axis=-1)
     assert used[:7].all() and not used[7:].any()  # 2 + 5 patches, the rest is padding
