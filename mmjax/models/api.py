@@ -31,17 +31,20 @@ class Config(Protocol):
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json that PyTorch's side reads."""
 
-    def flops_per_token(self, length: int, *, head_share: float = 1.0) -> float:
-        """Return forward FLOPs per token in rows of ``length`` tokens."""
+    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
+        """Return forward FLOPs per token in rows of ``length`` tokens.
+
+        asked: the share of positions whose logits are computed.
+        """
 
 
 class Model(Protocol):
-    """An NNX module built as ``Model(config, rngs=, dtypes=, lora=, remat=)``."""
+    """An NNX module built as ``Model(config, rngs=, dtypes=, lora=, remat=, attention=)``."""
 
     config: Config
 
-    def __call__(self, batch: Batch) -> Array:
-        """Return hidden states [b, t, d]."""
+    def __call__(self, batch: Batch, at: Array | None = None) -> Array:
+        """Return hidden states [b, t, d], or [b, m, d] at the positions ``at``, int32[b, m]."""
 
     def logits(self, hidden: Array) -> Array:
         """Return float32 logits [..., v] of hidden states [..., d]."""

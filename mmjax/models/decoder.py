@@ -119,9 +119,10 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         lora: LoRA | None = None,
         remat: str = "names",
+        attention: str = "auto",
     ):
         c = self.config = config
-        self.remat, self.dtypes = remat, dtypes
+        self.remat, self.attention, self.dtypes = remat, attention, dtypes
         shared = dict(dtypes=dtypes, init_std=c.init_std, rngs=rngs)
         self.embed = Embed(c.vocab_size, c.d_model, **shared)
         make = partial(_make_layer, c, dtypes, lora)
@@ -156,7 +157,8 @@ class Decoder(nnx.Module):
         c = self.config
         dims = rope_dims(c.head_dim, c.rope_fraction)
         cos, sin = rope.angles(positions, dims, c.rope_theta)
-        context = Context(cos, sin, k_start, k_end, cache.length if decode else None)
+        length = cache.length if decode else None
+        context = Context(cos, sin, k_start, k_end, length, self.attention)
         x = constrain(x, "batch", "length", "embed")
         if cache is None:
             trim = at is not None and c.trims_last_layer and length_shards(*x.shape[1::-1]) == 1

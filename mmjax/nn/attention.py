@@ -25,6 +25,7 @@ class Context:
 
     cos, sin: rotary angles, [b, t, dims / 2]. k_start, k_end: key ranges int32[b, t] or None.
     length: int32[b], the filled part of the cache when decoding one token, else None.
+    implementation: of attention, a name in ``mmjax.ops.attention.IMPLEMENTATIONS``.
     """
 
     cos: Array
@@ -32,6 +33,7 @@ class Context:
     k_start: Array | None = None
     k_end: Array | None = None
     length: Array | None = None
+    implementation: str = dataclasses.field(default="auto", metadata=dict(static=True))
 
     def of_queries(self, at: Array) -> "Context":
         """Return the context of queries taken at int32[b, m]; causality becomes part of k_end."""
@@ -40,7 +42,7 @@ class Context:
             None if x is None else take_on_length(x, at) for x in (self.k_start, self.k_end)
         )
         end = at + 1 if end is None else jnp.minimum(end, at + 1)
-        return Context(cos, sin, start, end)
+        return Context(cos, sin, start, end, implementation=self.implementation)
 
 
 class SelfAttention(nnx.Module):
@@ -93,8 +95,15 @@ class SelfAttention(nnx.Module):
                 for buffer, new in zip(cached, (k, v), strict=True)
             )
         if context.length is None:
-            ends = dict(k_start=queries.k_start, k_end=queries.k_end)
-            out = attention(q, k, v, **ends, causal=at is None)
+            out = attention(
+                q,
+                k,
+                v,
+                k_start=queries.k_start,
+                k_end=queries.k_end,
+                causal=at is None,
+                implementation=context.implementation,
+            )
         else:  # one new token against the cache; its own key is in there by now
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in cached)
             k, v = k.astype(q.dtype), v.astype(q.dtype)

@@ -22,6 +22,8 @@ from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
+from mmjax.nn.stack import REMAT
+from mmjax.ops.attention import IMPLEMENTATIONS
 from mmjax.parallel import distributed
 from mmjax.parallel.sharding import process_rows
 from mmjax.train import adapters
@@ -86,11 +88,14 @@ def maker(
 ) -> tuple[Callable[[], nnx.Module], LoRA | None]:
     """Return the function that makes the model of a config, and the adapters it gets."""
     family = registry.family(settings.family)
+    for key, known in (("remat", REMAT), ("attention", IMPLEMENTATIONS)):
+        if (name := getattr(settings, key)) not in known:
+            raise MMJaxError(f"model.{key} is {name!r}; choose one of {', '.join(known)}")
     dtypes = DTypes(settings.param_dtype, settings.dtype)
 
     def make(adapter: LoRA | None = None) -> nnx.Module:
-        rngs = nnx.Rngs(seed)
-        return family.Model(config, rngs=rngs, dtypes=dtypes, lora=adapter, remat=settings.remat)
+        run = dict(remat=settings.remat, attention=settings.attention)
+        return family.Model(config, rngs=nnx.Rngs(seed), dtypes=dtypes, lora=adapter, **run)
 
     if not lora.rank and not lora.init:
         return make, None

@@ -19,7 +19,8 @@ class ModelSettings:
     the family's config.json. words: texts whose words make a small tokenizer, for random starts.
     param_dtype: of trained parameters; frozen_dtype: of the others. dtype: of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
-    remat: a policy of ``mmjax.nn.stack``: off, names, dots or full.
+    remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. attention: which implementation
+    of ``mmjax.ops.attention`` runs: auto, xla or triton.
     """
 
     family: str = "fuyu"
@@ -31,6 +32,7 @@ class ModelSettings:
     frozen_dtype: str = "bfloat16"
     dtype: str = "bfloat16"
     remat: str = "names"
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The decoder: causal, the same in pieces as whole, whatever is saved for the backward pass."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,29 @@ def test_a_prefill_and_single_tokens_equal_the_whole():
         hidden, cache = one(parts, x[np.arange(2), at][:, None], cache)
         np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), at], atol=1e-5)
     assert cache.length.tolist() == [9, 12]
+
+
+def test_the_named_implementation_of_attention_runs():
+    """The Triton kernels, interpreted; the last layer asks a few queries alone."""
+    at = np.array([[3, 11, 0], [5, 5, 8]])
+    start = np.where(np.arange(12) < 7, 0, 7) * np.ones((2, 1), np.int32)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(name, params, x):
+        graphdef, _ = decoder(attention=name)
+
+        def loss(params):
+            hidden, _ = nnx.merge(graphdef, params)(x, POSITIONS, k_start=start, at=at)
+            return jnp.sum(jnp.sin(hidden))
+
+        return jax.value_and_grad(loss)(params)
+
+    params, x = decoder()[1], stream()
+    assert "pallas_call" in str(jax.make_jaxpr(partial(run, "triton"))(params, x))
+    (want, grads), (got, found) = run("xla", params, x), run("triton", params, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_remat_changes_neither_values_nor_gradients():

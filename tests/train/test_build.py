@@ -105,6 +105,8 @@ def test_frozen_parameters_of_a_random_start_have_their_own_dtype():
         (dict(words=()), {}, ["model.words", "model.init"]),
         (dict(family="fuyo"), {}, ["'fuyo' is unknown", "did you mean 'fuyu'"]),
         (dict(init="/nowhere/fuyu"), {}, ["/nowhere/fuyu: no such file or folder"]),
+        (dict(attention="flash"), {}, ["model.attention is 'flash'", "auto, xla, triton"]),
+        (dict(remat="most"), {}, ["model.remat is 'most'", "names"]),
         ({}, dict(rank=2, targets=("attn.z",)), ["'attn.z'", "attn.q", "mlp.up"]),
     ],
 )

@@ -154,9 +154,11 @@ class Fuyu(nnx.Module):
         dtypes: DTypes = DTypes(),  # noqa: B008
         lora: LoRA | None = None,
         remat: str = "names",
+        attention: str = "auto",
     ):
         self.config = config
-        self.decoder = Decoder(config.decoder, dtypes=dtypes, rngs=rngs, lora=lora, remat=remat)
+        run = dict(remat=remat, attention=attention)
+        self.decoder = Decoder(config.decoder, dtypes=dtypes, rngs=rngs, lora=lora, **run)
         self.patch_embed = Linear(
             (config.patch_dim,),
             (config.decoder.d_model,),
