@@ -52,7 +52,7 @@ def adapter_dropout(key: Array | None) -> Iterator[None]:
     key: a traced PRNG key, a function of seed and step: one program serves all steps. A scan over
         layers folds the layer's index in, and every map its name, so a mask is a function of
         (seed, step, layer, map) on any mesh, and rematerialisation draws it again. Chunks of the
-        loss share the mask of the head.
+        loss share one mask of the head, and there alone the mesh tells which rows they hold.
     """
     token = _DROPOUT.set(key)
     try:

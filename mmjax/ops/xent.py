@@ -5,15 +5,45 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax import checkpoint_policies as policies
+from jax.ad_checkpoint import checkpoint_name
+
+from mmjax.parallel.sharding import constrain, shards
 
 CHUNK = 1024
 
 
+@jax.custom_vjp
 def nll(logits: Array, targets: Array) -> Array:
-    """Return the negative log-likelihood, float32[...], of targets int[...] under [..., v]."""
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    """Return the negative log-likelihood, float32[...], of targets int[...] under [..., v].
+
+    The vocabulary may be cut over devices: what crosses them are maxima and sums, a number a row.
+    """
+    return _nll_forward(logits, targets)[0]
+
+
+def _nll_forward(logits, targets):
+    scores = logits.astype(jnp.float32)
+    lse = checkpoint_name(jax.nn.logsumexp(scores, axis=-1), "xent_lse")
+    # A sum under a comparison, not a gather: XLA would collect a cut vocabulary for one.
+    picked = jnp.sum(jnp.where(_is_target(scores, targets), scores, 0.0), axis=-1)
+    return lse - picked, (logits, targets, lse)
+
+
+def _nll_backward(residuals, grad):
+    logits, targets, lse = residuals
+    p = jnp.exp(logits.astype(jnp.float32) - lse[..., None])
+    d = grad[..., None] * jnp.where(_is_target(p, targets), p - 1.0, p)
+    return d.astype(logits.dtype), None
+
+
+nll.defvjp(_nll_forward, _nll_backward)
+
+
+def _is_target(scores: Array, targets: Array) -> Array:
+    return (
+        jax.lax.broadcasted_iota(targets.dtype, scores.shape, scores.ndim - 1) == targets[..., None]
+    )
 
 
 def chunked_nll(
@@ -29,27 +59,39 @@ def chunked_nll(
     head: maps [c, d] to logits [c, v]; its parameters may be traced, gradients reach them.
     hidden: [r, d]; targets: int32[r]; weights: float32[r], 0 for padding, gives one sum, and
         float32[r, sums] several of them in one pass.
-    chunk: rows whose logits exist at one time. They are computed again in the backward pass, one
-        chunk at a time, so [r, v] exists in neither direction. Chunks go over tokens and not over
-        the vocabulary: the matmuls stay large.
-    """
-    rows = hidden.shape[0]
-    if rows <= chunk:
-        return _weighted(nll(head(hidden), targets), weights)
-    pad = -rows % chunk
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
-    targets = jnp.pad(targets, (0, pad))
-    weights = jnp.pad(weights, ((0, pad), *[(0, 0)] * (weights.ndim - 1)))
+    chunk: rows of a device whose logits exist at one time. With more of them the logits are
+        computed again in the backward pass, one chunk at a time, so [r, v] exists in neither
+        direction; the log-sum-exp is kept. Chunks go over tokens and not over the vocabulary: the
+        matmuls stay large.
 
-    @jax.checkpoint
-    def one(h, t, w):
+    Rows are cut over the axes that cut a batch and its length, and each chunk takes as many from
+    every device: nobody waits, and the head's kernel travels, never the logits.
+    """
+    ways = shards("targets", len(hidden))
+
+    def loss(h, t, w):
+        h, t, w = (constrain(a.reshape(-1, *a.shape[2:]), "targets") for a in (h, t, w))
         return _weighted(nll(head(h), t), w)
+
+    hidden, targets, weights = (
+        a.reshape(ways, -1, *a.shape[1:]) for a in (hidden, targets, weights)
+    )
+    if hidden.shape[1] <= chunk:
+        return loss(hidden, targets, weights)
+    one = jax.checkpoint(loss, policy=policies.save_only_these_names("xent_lse"))
+    parts = [_chunks(a, chunk) for a in (hidden, targets, weights)]
 
     def body(total, xs):
         return total + one(*xs), None
 
-    parts = [a.reshape(-1, chunk, *a.shape[1:]) for a in (hidden, targets, weights)]
-    return jax.lax.scan(body, jnp.zeros(weights.shape[1:], jnp.float32), parts)[0]
+    return jax.lax.scan(body, jnp.zeros(weights.shape[2:], jnp.float32), parts)[0]
+
+
+def _chunks(a: Array, chunk: int) -> Array:
+    """Cut [ways, rows, ...] into [chunks, ways, chunk, ...], filled up with zeros."""
+    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % chunk), *[(0, 0)] * (a.ndim - 2)))
+    a = a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1)
+    return constrain(a, None, "targets")
 
 
 def _weighted(losses: Array, weights: Array) -> Array:

@@ -20,13 +20,17 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("vocab", "tensor"),
+    ("targets", ("data", "fsdp", "context")),
     ("head_dim", None),
     ("layers", None),
     ("norm", None),
     ("patch", None),
     ("lora", None),
 )
-"""Weights are cut on ``embed`` by fsdp and on heads, mlp or vocab by tensor."""
+"""Weights are cut on ``embed`` by fsdp and on heads, mlp or vocab by tensor.
+
+``targets`` are rows of the loss: supervised positions of all samples, one behind the other.
+"""
 
 # An activation's model axis is whole on every device: fsdp already cuts its batch axis.
 _ACTIVATION_RULES = {**dict(RULES), "embed": None}
@@ -52,6 +56,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _dividing(mesh, x.shape, spec(*axes)))
+
+
+def shards(axis: str, size: int) -> int:
+    """Return into how many shards the mesh in use cuts an activation's axis of this size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else _ways(mesh, _ACTIVATION_RULES[axis])
+    return ways if size % ways == 0 else 1
 
 
 def _dividing(mesh, shape: tuple[int, ...], axes: PartitionSpec) -> PartitionSpec:

@@ -185,9 +185,9 @@ def _bytes(tree) -> int:
 def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int) -> dict[str, int]:
     """Return what is kept for the backward pass, and what one layer and the head need."""
     data = settings.data
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    targets = rows * data.max_targets  # on one device
-    chunked = targets * ways > settings.loss_chunk
+    targets = rows * data.max_targets  # of one device's rows, which context shares
+    own = targets // mesh.shape["context"]
+    chunked = own > settings.loss_chunk
     trace = dict(rows=rows, chunk=max(1, targets // 2) if chunked else targets)
     cut = _Cut(settings, params, frozen, mesh, rows)
     kept = _residuals(settings, settings.model, config, **trace)
@@ -195,7 +195,7 @@ def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int)
     every = _residuals(settings, everything, config, **trace)
     saved, whole = (sum(cut.bytes(r) for r in some if cut.in_layers(r)) for some in (kept, every))
     tensor = mesh.shape["tensor"]
-    logits = min(targets * ways, settings.loss_chunk) if chunked else targets
+    logits = min(own, settings.loss_chunk)
     return {
         "kept": sum(map(cut.bytes, kept)),
         # What was not kept is there again while its layer is differentiated, and gradients of all.
