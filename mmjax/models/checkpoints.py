@@ -21,7 +21,7 @@ from mmjax.nn.linear import DTypes, LoRA
 from mmjax.types import MMJaxError
 from mmjax.weights import peft
 from mmjax.weights import rules as R
-from mmjax.weights.load import Progress, load_params
+from mmjax.weights.load import Each, Progress, load_params
 from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
 from mmjax.weights.store import StoreReader, StoreWriter
 from mmjax.weights.writer import Arrays, atomic_folder, refuse_incomplete, write_shards
@@ -245,15 +245,19 @@ def read_params(
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
     progress: Progress | None = None,
+    each: Each | None = None,
 ) -> dict[str, jax.Array]:
     """Load a checkpoint's parameters in the dtypes and onto the shardings of ``abstract``.
 
-    LoRA leaves that the checkpoint does not have are left out of the result: a new adapter starts
-    from its own initial values. Raises WeightsMismatch when keys or shapes differ otherwise.
+    each: as for ``load_params``. LoRA leaves that the checkpoint does not have are left out of the
+    result: a new adapter starts from its own initial values. Raises WeightsMismatch when keys or
+    shapes differ otherwise.
     """
     have = {rule.ours for rule in ckpt.rules} if ckpt.lora else set()
     wanted = {name: leaf for name, leaf in abstract.items() if not is_lora(name) or name in have}
-    return load_params(ckpt.reader, ckpt.rules, wanted, ignore=ckpt.ignore, progress=progress)
+    return load_params(
+        ckpt.reader, ckpt.rules, wanted, ignore=ckpt.ignore, progress=progress, each=each
+    )
 
 
 @dataclasses.dataclass(frozen=True)

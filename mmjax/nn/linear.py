@@ -12,13 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mmjax.nn import int8
+
 
 @dataclasses.dataclass(frozen=True)
 class DTypes:
-    """The two dtypes a model is given; softmax, norms, angles and loss are float32 anyway."""
+    """The dtypes a model is given; softmax, norms, angles and loss are float32 anyway.
+
+    kernel: of the kernels of linear maps, None for ``param``, or int8; see ``mmjax.nn.int8``.
+    """
 
     param: str = "float32"
     compute: str = "float32"
+    kernel: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +76,8 @@ def layer_dropout(index: Array) -> contextlib.AbstractContextManager[None]:
 class Linear(nnx.Module):
     """y = x kernel + bias, contracting the last ``len(d_in)`` axes of x.
 
-    kernel: [*d_in, *d_out]; bias: [*d_out]; lora_a: [*d_in, r]; lora_b: [r, *d_out].
+    kernel: [*d_in, *d_out]; bias: [*d_out]; lora_a: [*d_in, r]; lora_b: [r, *d_out]. An int8
+    kernel counts steps of kernel_scale: [*d_out].
     """
 
     def __init__(
@@ -89,10 +96,15 @@ class Linear(nnx.Module):
         param = jnp.dtype(dtypes.param)
         self.n_in, self.dtype = len(d_in), dtypes.compute
         normal = jax.nn.initializers.normal(init_std)
-        self.kernel = nnx.Param(normal(rngs.params(), (*d_in, *d_out), param), out_sharding=axes)
+        kernel = normal(rngs.params(), (*d_in, *d_out), param)
         out_axes = axes[self.n_in :]
         # A bias is too small to be worth cutting by fsdp; by tensor it follows its kernel.
         bias_axes = tuple("norm" if a == "embed" else a for a in out_axes)
+        scale = None
+        if dtypes.kernel == "int8":
+            kernel, scale = int8.quantize(kernel, tuple(range(self.n_in)))
+        self.kernel_scale = None if scale is None else nnx.Param(scale, out_sharding=bias_axes)
+        self.kernel = nnx.Param(kernel, out_sharding=axes)
         self.bias = nnx.Param(jnp.zeros(d_out, param), out_sharding=bias_axes) if bias else None
         if lora is None or name not in lora.targets:
             self.lora_a = self.lora_b = None
@@ -113,6 +125,8 @@ class Linear(nnx.Module):
         """Map [..., *d_in] to [..., *d_out] in the compute dtype."""
         x = x.astype(self.dtype)
         y = _contract(x, self.kernel[...].astype(self.dtype), self.n_in)
+        if self.kernel_scale is not None:
+            y = (y * self.kernel_scale[...]).astype(self.dtype)
         if self.lora_a is not None:
             low = _contract(self._drop(x), self.lora_a[...].astype(self.dtype), self.n_in)
             up = _contract(low, self.lora_b[...].astype(self.dtype), 1)

@@ -16,6 +16,9 @@ from mmjax.weights.reader import Reader
 Progress = Callable[[int], None]
 """Told the bytes of each piece that has gone through."""
 
+Each = Callable[[str, jax.Array], dict[str, jax.Array]]
+"""Turns (path, parameter) into the parameters to keep, by path."""
+
 
 def load_params(
     reader: Reader,
@@ -24,20 +27,23 @@ def load_params(
     *,
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
+    each: Each | None = None,
 ) -> dict[str, jax.Array]:
     """Read every parameter of ``abstract`` in its dtype and onto its sharding.
 
     abstract: our path -> shape, dtype and, optionally, sharding; without one the array goes to the
         default device. Only shards of this process's devices are read, and the host holds one
         piece of ``rules.PIECE_BYTES`` beside what a CPU device itself keeps.
+    each: makes of a parameter what takes its place, as soon as it is read.
     Raises WeightsMismatch, before anything is read, unless keys and shapes agree exactly.
     """
     R.check(rules, {path: tuple(a.shape) for path, a in abstract.items()}, reader, ignore)
     table = R.by_ours(rules, abstract)
-    return {
-        path: _load_leaf(table[path], reader, leaf, progress or (lambda n: None))
-        for path, leaf in abstract.items()
-    }
+    params = {}
+    for path, leaf in abstract.items():
+        value = _load_leaf(table[path], reader, leaf, progress or (lambda n: None))
+        params |= {path: value} if each is None else each(path, value)
+    return params
 
 
 def _load_leaf(rule: R.Rule, reader: Reader, leaf: jax.ShapeDtypeStruct, progress) -> jax.Array:
