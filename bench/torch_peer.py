@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import cases
+from bench import cases, environment
 from bench.cases import Case, Size
 from bench.ours import LEARNING_RATE
 
@@ -198,19 +198,11 @@ def _torchvision_processor():
     return FuyuImageProcessor()
 
 
-SIDES = {"train": Train, "decode": Decode, "input": Input}
-
-
 def versions() -> dict[str, str]:
     """Return the versions that matter on this side."""
-    import importlib.metadata as metadata
-
-    found = {}
-    for name in ("torch", "transformers", "torchvision", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found = environment.versions("torch", "transformers", "torchvision", "pillow")
+    if torch.version.cuda:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return found
 
 
