@@ -119,7 +119,7 @@ def _error(implementation: str, dtype: str, arrays: list[np.ndarray]) -> float:
 
     pairs = zip(run(*given), reference(*rounded), strict=True)
     errors = [np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max() for a, b in pairs]
-    return float(max(errors))
+    return float(np.max(errors))
 
 
 def reference(q, k, v, cotangent) -> tuple[np.ndarray, ...]:

@@ -24,7 +24,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     name = _name(row)
     if note := report_surveys.note(row):
         return name, *["-"] * (len(HEADER) - 3), _parity(row), note
-    targets = ((row["target"], "x"), (row["rate_target"], "/s"))
+    targets = ((row["target"], "x"), (row.get("rate_target"), "/s"))
     wanted = [f">= {value:g}{unit}" for value, unit in targets if value is not None]
     return (
         name,
@@ -213,10 +213,9 @@ def _short_of(row: dict[str, Any]) -> list[str]:
     found = []
     if row["target"] is not None and row["ratio"] < row["target"]:
         found.append(f"{row['ratio']:.2f}x of {row['target']:g}x")
-    if row["rate_target"] is not None and row["ours_per_s"] < row["rate_target"]:
-        found.append(
-            f"{_rate(row['ours_per_s'])} of {_rate(row['rate_target'])} {row['unit']} per second"
-        )
+    rate = row.get("rate_target")  # older rows have none
+    if rate is not None and row["ours_per_s"] < rate:
+        found.append(f"{_rate(row['ours_per_s'])} of {_rate(rate)} {row['unit']} per second")
     return found
 
 

@@ -4,8 +4,8 @@ INTRO = """# Benchmarks
 
 Written by `{command}`; the raw rows are in `{raw}`.
 
-Every row measures mmjax beside the peer (Hugging Face transformers on PyTorch) in the same run on
-the same machine, each in its own process. The two take turns (ours, peer, ours, peer, ours);
+Every time is measured beside the peer (PyTorch's own operators, or Hugging Face transformers on
+them) in the same run on the same machine, each in its own process. The two take turns (ours, peer, ours, peer, ours);
 times are medians over all turns after warm-up, compilation is not in them. `ratio` is the peer's
 time over ours: above 1 mmjax is faster. `noise` is the spread of one side's medians from turn to
 turn: a ratio closer to 1 than that says nothing. `parity` is the difference of the results on the

@@ -133,7 +133,8 @@ def _measured(
 
 def _verdict(case: Case, errors: Mapping[str, float] | None) -> dict[str, Any]:
     """Return the fields on parity; without a comparison they are None."""
-    worst = None if errors is None else max(errors.values())
+    # numpy's max hands a NaN on; Python's drops it.
+    worst = None if errors is None else float(np.max(list(errors.values())))
     return {
         "parity_err": worst,
         "parity_errors": errors,

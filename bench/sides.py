@@ -23,7 +23,7 @@ DEVICES = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     },
     # Both sides keep their memory while they take turns: JAX must not take three quarters of it.
-    "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"},
+    "gpu": {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"},
 }
 """Environment variables that put a side on a device."""
 
