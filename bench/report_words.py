@@ -5,11 +5,12 @@ INTRO = """# Benchmarks
 Written by `{command}`; the raw rows are in `{raw}`.
 
 Every time is measured beside the peer (PyTorch's own operators, or Hugging Face transformers on
-them) in the same run on the same machine, each in its own process. The two take turns (ours, peer, ours, peer, ours);
-times are medians over all turns after warm-up, compilation is not in them. `ratio` is the peer's
-time over ours: above 1 mmjax is faster. `noise` is the spread of one side's medians from turn to
-turn: a ratio closer to 1 than that says nothing. `parity` is the difference of the results on the
-same weights and inputs, and a row whose parity is missing or above its bound does not count.
+them) in the same run on the same machine, each in its own process. The two take turns (ours, peer,
+ours, peer, ours); times are medians over all turns after warm-up, compilation is not in them.
+`ratio` is the peer's time over ours: above 1 mmjax is faster. `noise` is the spread of one side's
+medians from turn to turn: a ratio closer to 1 than that says nothing. `parity` is the difference of
+the results on the same weights and inputs, and a row whose parity is missing or above its bound
+does not count.
 `load n` marks rows during which other programs kept n cores busy: those say little, torch's threads
 above all wait for each other; run them again on a quiet machine.
 """
@@ -74,8 +75,9 @@ SUITES = {
         "statement on speed. Collectives are counted in the compiled program; one inside the loop "
         "over layers counts once. Bytes are those of one device, from the compiler: *arguments* "
         "are its share of parameters, optimizer state and batch, *temporary* what a step needs "
-        "beside them. Parity: largest relative difference of the losses of two steps from those "
-        "of the same run on one device (bound {bound:g}).",
+        "beside them. Compiled without LLVM's optimisation, which changes neither. Parity: largest "
+        "relative difference of the losses of two steps from those of the same run on one device "
+        "(bound {bound:g}).",
     ),
 }
 
