@@ -23,8 +23,9 @@ DEVICES = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
     },
-    # Both sides keep their memory while they take turns: JAX must not take three quarters of it.
-    "gpu": {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"},
+    # No "cuda,cpu": without CUDA that would run on the CPU, and the rows would say GPU. Both sides
+    # keep their memory while they take turns: JAX must not take three quarters of it.
+    "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"},
 }
 """Environment variables that put a side on a device."""
 

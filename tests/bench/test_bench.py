@@ -31,10 +31,10 @@ def test_quick_rows_of_every_suite_agree_with_the_peer(tmp_path, capsys):
 
 def row(**changes):
     base = dict(
-        suite="input", case="a", ours_impl="x", peer_impl="y", unit="images", target=5.0, ours_ms=1.0, peer_ms=4.0,
+        suite="input", case="a", ours_impl="x", peer_impl="y", target=5.0, ours_ms=1.0, peer_ms=4.0,
         ours_per_s=1000.0, peer_per_s=250.0, ratio=4.0, noise=0.1, parity_err=0.0, parity_ok=True,
         parity_bound=0, loaded=False, busy_cores=0.0, quick=False, compile_s=0.0, peer_note="",
-        size={}, env=environment.describe({}),
+        unit="images",        size={}, env=environment.describe({}),
     )  # fmt: skip
     return base | changes
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bench import __main__ as cli
-from bench import kernels, probe, report, runner, shard, sides
+from bench import environment, kernels, probe, report, runner, shard, sides
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,12 @@ def test_an_error_or_a_deadline_fails_the_command(tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["case"] for r in rows] == [c.name for c in shard.shard_cases(True, "cpu")]
     assert {r["error"] for r in rows} == {"deadline"}
+
+
+def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu():
+    (row,) = runner.run_cases(probe.probe_cases(True, "gpu"), peer=None, quick=True)
+    assert ("error" in row) == (not environment.gpu())
+    assert "cuda" in row.get("error", "cuda") and row.get("device_kind") != "cpu"
 
 
 def attention_row(case, **changes):
