@@ -9,6 +9,7 @@ import numpy as np
 
 from bench import cases, environment
 from bench.cases import Case, Size
+from mmjax.types import MMJaxError
 
 LEARNING_RATE = 1e-4
 
@@ -159,6 +160,19 @@ class Input:
         patches = example["patches"].astype(np.float32)
         levels = (patches * 0.5 + 0.5) * 255 if self.floats else patches
         return {"tokens": example["tokens"], "levels": levels}
+
+
+def check_gpu() -> None:
+    """Raise MMJaxError when JAX has no CUDA GPU."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # some versions only assert
+        raise MMJaxError(
+            f"jax {jax.__version__} finds no CUDA GPU ({error or 'no platform'}); install jax[cuda13], or give "
+            "--device cpu"
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from bench import cases, environment
 from bench.cases import Case, Size
 from bench.ours import LEARNING_RATE
+from mmjax.types import MMJaxError
 
 
 def write_model(size: Size, folder: str) -> None:
@@ -196,6 +197,15 @@ def _torchvision_processor():
     from transformers import FuyuImageProcessor
 
     return FuyuImageProcessor()
+
+
+def check_gpu() -> None:
+    """Raise MMJaxError when torch has no CUDA GPU."""
+    if not torch.cuda.is_available():
+        raise MMJaxError(
+            f"torch {torch.__version__} finds no CUDA GPU; install one built for CUDA, or give "
+            "--device cpu"
+        )
 
 
 def versions() -> dict[str, str]:
