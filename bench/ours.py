@@ -170,8 +170,8 @@ def check_gpu() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # some versions only assert
         raise MMJaxError(
-            f"jax {jax.__version__} finds no CUDA GPU ({error or 'no platform'}); install jax[cuda13], or give "
-            "--device cpu"
+            f"jax {jax.__version__} finds no CUDA GPU ({error or 'no platform'}); install "
+            "jax[cuda13], or give --device cpu"
         ) from error
 
 
