@@ -1,6 +1,7 @@
 """python -m bench: measure mmjax beside its PyTorch peers, print a table, write docs/benchmarks.md.
 
-    python -m bench                                  everything, beside torch
+    python -m bench                                  train, decode and input, beside torch
+    python -m bench --suite probe,attention,loss,train,decode,input,shard        everything
     python -m bench --suite train --out bench/results/train.jsonl
     python -m bench --report bench/results/*.jsonl   write the document from raw rows again
     python -m bench.convert                          conversions: memory and time
@@ -18,64 +19,87 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cases, report
+from bench import environment, report, suites
 from bench.environment import ROOT
-
-SUITES = ("train", "decode", "input")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--suite", default=",".join(SUITES), help="comma-separated: %(default)s")
+    parser.add_argument(
+        "--suite",
+        default=",".join(suites.DEFAULT),
+        help=f"comma-separated, of {','.join(suites.SUITES)}; default %(default)s",
+    )
     parser.add_argument("--peer", choices=("torch", "none"), default="torch")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="raw rows, default bench/results/cpu.jsonl")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "gpu"),
+        help="for probe, attention and loss; default gpu where nvidia-smi finds one",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=suites.DEADLINE,
+        help="seconds for each suite; what is not measured by then says so (default %(default)g)",
+    )
+    parser.add_argument("--out", type=Path, help="raw rows, default bench/results/DEVICE.jsonl")
     parser.add_argument("--torchvision-python", help="interpreter with torchvision, for the peer")
     parser.add_argument("--report", type=Path, nargs="+", help="only write the document from these")
     args = parser.parse_args(argv)
     args.suites = args.suite.split(",")
-    if unknown := [s for s in args.suites if s not in SUITES]:
-        parser.error(f"unknown suite {unknown[0]!r}; choose from {', '.join(SUITES)}")
-    name = "quick.jsonl" if args.quick else "cpu.jsonl"
+    if unknown := [s for s in args.suites if s not in suites.SUITES]:
+        parser.error(f"unknown suite {unknown[0]!r}; choose from {', '.join(suites.SUITES)}")
+    args.device = args.device or ("gpu" if environment.gpu() else "cpu")
+    name = "quick.jsonl" if args.quick else f"{args.device}.jsonl"
     args.out = args.out or ROOT / "bench" / "results" / name
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the suites; returns 1 when a row fails its parity bound."""
+    """Run the suites; returns 1 when a row fails its parity bound or holds an error."""
     args = parse(argv)
     document = ROOT / "docs" / "benchmarks.md"
     if args.report:
         rows = [json.loads(line) for f in args.report for line in f.read_text().splitlines()]
         raw = "`, `".join(str(_short(file)) for file in args.report)
         report.write(rows, _command(rows), raw, document)
-        report.print_table([r for r in rows if r["suite"] in SUITES])
+        report.print_table([r for r in rows if r["suite"] in suites.SUITES])
         return 0
     from bench.runner import run_cases
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command = "python -m bench " + " ".join(sys.argv[1:] if argv is None else argv)
-    chosen = [c for s in args.suites for c in cases.cases(s, args.quick) if args.case in c.name]
+    chosen = [
+        case
+        for suite in args.suites
+        for case in suites.cases_of(suite, args.quick, args.device)
+        if args.case in case.name
+    ]
     peer = None if args.peer == "none" else args.peer
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     with args.out.open("w") as out:
         for row in run_cases(
-            chosen, peer=peer, quick=args.quick, torchvision_python=args.torchvision_python
+            chosen,
+            peer=peer,
+            quick=args.quick,
+            torchvision_python=args.torchvision_python,
+            deadline=args.deadline,
         ):
             row["command"] = command.strip()
             rows.append(row)
             print(json.dumps(row), file=out, flush=True)
             print("  ".join(report.table([row])[1]), file=sys.stderr, flush=True)
     report.print_table(rows)
-    if peer and not args.quick and not args.case and set(args.suites) == set(SUITES):
+    if peer and not args.quick and not args.case and set(args.suites) == set(suites.DEFAULT):
         report.write(rows, _command(rows), str(_short(args.out)), document)
         print(f"wrote {_short(document)} and {_short(args.out)}")
-    return int(any(r["parity_ok"] is False for r in rows))
+    return int(any(r["parity_ok"] is False or "error" in r for r in rows))
 
 
 def _command(rows: Sequence[dict]) -> str:

@@ -38,9 +38,12 @@ TINY = Size(vocab=512, d=64, layers=2, heads=4, mlp=128, patch=8)
 class Case:
     """One thing that is timed on both sides.
 
-    suite: train, decode or input. options: sizes of the work; see the suites' sides. work: what one
-    repetition does, in ``unit``. peers: variants of the peer. impls: variants of our own; the first
-    is what mmjax does by default. bound: of the parity error. target: of the ratio, or None.
+    suite: one of ``bench.suites.SUITES``. options: sizes of the work; see the suites' sides. work:
+    what one repetition does, in ``unit``. peers: variants of the peer; none means that nothing is
+    timed against anything, the suite's side answers with what it found. impls: variants of our own;
+    the first is what mmjax does by default. bound: of the parity error. target: of the ratio, or
+    None. rate_target: of our own work per second, or None. device: what both sides run on, one of
+    ``bench.sides.DEVICES``.
     """
 
     suite: str
@@ -53,7 +56,9 @@ class Case:
     peers: tuple[str, ...] = ("",)
     impls: tuple[str, ...] = ("",)
     target: float | None = None
+    rate_target: float | None = None
     threads: int = 0  # 0: all cores
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -63,12 +68,8 @@ class Case:
         return cls(**{**data, "size": Size(**data["size"])})
 
 
-def cases(suite: str, quick: bool = False) -> list[Case]:
-    """Return the cases of a suite; quick ones show that the code runs, not how fast."""
-    return {"train": _train, "decode": _decode, "input": _input}[suite](quick)
-
-
-def _train(quick: bool) -> list[Case]:
+def train_cases(quick: bool, device: str) -> list[Case]:
+    """Return the cases of the train suite; they run on the CPU."""
     found = []
     for t, b, targets in [(64, 2, 8)] if quick else [(512, 4, 32), (2048, 1, 128)]:
         for loss in ("answers",) if quick else ("answers", "every token"):
@@ -90,7 +91,8 @@ def _train(quick: bool) -> list[Case]:
     return found
 
 
-def _decode(quick: bool) -> list[Case]:
+def decode_cases(quick: bool, device: str) -> list[Case]:
+    """Return the cases of the decode suite; they run on the CPU."""
     new = 8 if quick else 128
     return [
         Case(
@@ -108,7 +110,8 @@ def _decode(quick: bool) -> list[Case]:
     ]
 
 
-def _input(quick: bool) -> list[Case]:
+def input_cases(quick: bool, device: str) -> list[Case]:
+    """Return the cases of the input suite; they run on the CPU."""
     sizes = [(120, 90), (2000, 300)] if quick else [(448, 448), (1024, 768), (2466, 1766)]
     found = []
     for threads in [0] if quick else [1, 0]:

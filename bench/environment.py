@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,38 @@ def describe(versions: dict[str, dict[str, str]]) -> dict[str, Any]:
         "memory_gb": _memory_gb(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "accelerator": "none",
+        "accelerator": gpu() or "none",
         "load_at_start": load(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions,
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def gpu() -> str:
+    """Return name and driver of the first NVIDIA GPU; "" where nvidia-smi finds none."""
+    ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return ""
+    name, _, driver = lines[0].partition(", ")
+    return f"{name}, driver {driver}"
 
 
 def cores() -> int:

@@ -7,23 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from bench import cases
+from bench import cases, environment
 from bench.cases import Case, Size
+from mmjax.types import MMJaxError
 
 LEARNING_RATE = 1e-4
 
 
-def write_model(size: Size, folder: str) -> None:
-    """Write a random model for a run without a peer; its rows have no parity and do not count."""
-    import jax
-    from flax import nnx
-
-    from mmjax.models import checkpoints, registry
+def fuyu_config(size: Size):
+    """Return the configuration of a Fuyu of this size."""
     from mmjax.models.decoder import DecoderConfig
-    from mmjax.nn import paths
-    from mmjax.parallel.mesh import use
+    from mmjax.models.fuyu.model import FuyuConfig
 
-    family = registry.family("fuyu")
     decoder = DecoderConfig(
         vocab_size=size.vocab,
         d_model=size.d,
@@ -33,12 +28,25 @@ def write_model(size: Size, folder: str) -> None:
         head_dim=size.d // size.heads,
         d_mlp=size.mlp,
     )
-    config = family.Config(
+    return FuyuConfig(
         decoder=decoder,
         patch_size=size.patch,
         image_token_id=cases.IMAGE,
         eos_token_id=cases.EOS,
     )
+
+
+def write_model(size: Size, folder: str) -> None:
+    """Write a random model for a run without a peer; its rows have no parity and do not count."""
+    import jax
+    from flax import nnx
+
+    from mmjax.models import checkpoints, registry
+    from mmjax.nn import paths
+    from mmjax.parallel.mesh import use
+
+    family = registry.family("fuyu")
+    config = fuyu_config(size)
     with use():
         state = nnx.state(family.Model(config, rngs=nnx.Rngs(0)))
     params = {name: np.array(jax.device_get(x)) for name, x in paths.flatten(state).items()}
@@ -154,11 +162,19 @@ class Input:
         return {"tokens": example["tokens"], "levels": levels}
 
 
-SIDES = {"train": Train, "decode": Decode, "input": Input}
+def check_gpu() -> None:
+    """Raise MMJaxError when JAX has no CUDA GPU."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # some versions only assert
+        raise MMJaxError(
+            f"jax {jax.__version__} finds no CUDA GPU ({error or 'no platform'}); install "
+            "jax[cuda13], or give --device cpu"
+        ) from error
 
 
 def versions() -> dict[str, str]:
     """Return the versions that matter on this side."""
-    import importlib.metadata as metadata
-
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "pillow")}
+    return environment.versions("jax", "jaxlib", "flax", "optax", "numpy", "pillow")

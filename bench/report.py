@@ -6,78 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HEADER = ("case", "ours", "peer", "ours/s", "peer/s", "ratio", "target", "noise", "parity", "load")
+from bench import report_surveys
+from bench.report_words import CONVERT, INTRO, PIPELINE, SUITES
 
-INTRO = """# Benchmarks
-
-Written by `{command}`; the raw rows are in `{raw}`.
-
-Every row measures mmjax beside the peer (Hugging Face transformers on PyTorch) in the same run on
-the same machine, each in its own process. The two take turns (ours, peer, ours, peer, ours);
-times are medians over all turns after warm-up, compilation is not in them. `ratio` is the peer's
-time over ours: above 1 mmjax is faster. `noise` is the spread of one side's medians from turn to
-turn: a ratio closer to 1 than that says nothing. `parity` is the difference of the results on the
-same weights and inputs, and a row whose parity is missing or above its bound does not count.
-"load n" marks rows during which other programs kept n cores busy: those say little, torch's threads
-above all wait for each other; run them again on a quiet machine.
-"""
-
-SUITES = {
-    "train": (
-        "Train step",
-        "A full AdamW step with clipping: `mmjax.train.step` against `FuyuForCausalLM` with "
-        '`attn_implementation="sdpa"` and the faster of fused and foreach AdamW, float32, dropout '
-        "0. Three quarters of a row are image patches. *Loss on answers*: the peer gets labels "
-        "-100 elsewhere; *gathered logits* is the peer told to compute only the logits that the "
-        "loss needs. Parity: largest relative difference of losses and gradient norms over four "
-        "optimizer steps (bound {bound:g}). Units are tokens.",
-    ),
-    "decode": (
-        "Generation",
-        "Greedy answers with one image of 12 x 16 patches in the prompt: `mmjax.load(...)."
-        "generate_tokens` against `generate` with its default cache, sdpa, float32; the prefill "
-        "is in the time. Parity: share of new tokens that differ (bound {bound:g}). Units are new "
-        "tokens.",
-    ),
-    "input": (
-        "Processor",
-        "`FuyuProcessor.encode_prompt` of one decoded RGB picture and a question against the "
-        "peer's `FuyuProcessor` call. *uint8 patches* is what mmjax trains and answers from (the "
-        "model normalises); *float patches* adds the peer's normalisation. The peer's image "
-        "processor is `FuyuImageProcessorPil`, the one without torchvision, unless the row says "
-        "torchvision. Parity: tokens equal, patches within one grey level where Pillow resizes "
-        "and equal where nothing is resized. Units are images.",
-    ),
-}
-
-
-CONVERT = """## Conversion
-
-`python -m bench.convert`: a checkpoint in the hub's layout with random bfloat16 weights, converted
-by `convert_weights.to_jax` and written back by `convert_weights.to_hf`, each in a process of its
-own. Peak is the resident memory that the kernel reports for that process, mapped files included;
-"at most" marks a row whose peak may be that of the process that started it. *Changed* counts the
-tensors that came back with any bit different. Load average is that at the end, of this and other
-programs: above 1 the times say little. There is no peer here.
-"""
-
-
-PIPELINE = """## Pipeline
-
-`python -m bench.pipeline`: a LLaVA file of conversations, each with one of the JPEG pictures drawn
-at random, through `make_train_iterator` (source, template `fuyu_chat`, `FuyuProcessor`, packing,
-data workers) and, with as many workers, through the peer's `FuyuProcessor` (the Pillow one) in a
-torch `DataLoader`, a sample at a time. Both decode the same files and resize nothing; the peer does
-not pack, and goes over the first records of the same order alone. Pictures are used several times,
-so the files come from the page cache on both sides. *Per core* divides by the processor seconds of
-the process and its workers, their start included; *noise* is by how much that differs, behind the
-first batch, between all records and a tenth of them before the peer's turn. *Padding* is the share
-of the tokens of all batches that are no sample's. Memory is resident, pages that several processes
-share counted once, shared memory included: medians over 40-60 % of the records and over the last
-20 %. *Own* is without shared memory, where finished batches wait for the trainer; their number is
-bounded by the workers' buffers, which fill early on. Parity: share of token ids that differ and
-largest difference of grey levels, ours taken out of the packed batches.
-"""
+HEADER = ("case", "ours", "peer", "ours/s", "peer/s", "ratio", "target", "noise", "parity", "notes")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -89,23 +21,34 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     def number(key: str, form: str) -> str:
         return "-" if row.get(key) is None else format(row[key], form)
 
-    names = [row["case"], row["ours_impl"]]
-    peer = f" vs {row['peer_impl']}" if row["peer_impl"] else ""
-    parity = "none" if row["parity_err"] is None else f"{row['parity_err']:.1e}"
-    if row["parity_ok"] is False:
-        parity += " FAILS"
+    name = _name(row)
+    if note := report_surveys.note(row):
+        return name, *["-"] * (len(HEADER) - 3), _parity(row), note
+    targets = ((row["target"], "x"), (row.get("rate_target"), "/s"))
+    wanted = [f">= {value:g}{unit}" for value, unit in targets if value is not None]
     return (
-        ", ".join(n for n in names if n) + peer,
+        name,
         f"{number('ours_ms', '.4g')} ms",
         f"{number('peer_ms', '.4g')} ms",
         _rate(row["ours_per_s"]),
         _rate(row.get("peer_per_s")),
         f"{number('ratio', '.2f')}x",
-        "-" if row["target"] is None else f">= {row['target']:g}x",
+        ", ".join(wanted) or "-",
         f"{row['noise']:.0%}",
-        parity,
+        _parity(row),
         f"load {row['busy_cores']:g}" if row["loaded"] else "",
     )
+
+
+def _name(row: dict[str, Any]) -> str:
+    names = [row["case"], row["ours_impl"]]
+    peer = f" vs {row['peer_impl']}" if row["peer_impl"] else ""
+    return ", ".join(n for n in names if n) + peer
+
+
+def _parity(row: dict[str, Any]) -> str:
+    parity = "none" if row["parity_err"] is None else f"{row['parity_err']:.1e}"
+    return parity + " FAILS" if row["parity_ok"] is False else parity
 
 
 def _rate(value: float | None) -> str:
@@ -203,10 +146,13 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, raw: str) -> str:
         if not some:
             continue
         bound = max(r["parity_bound"] for r in some)
-        lines = ["| " + " | ".join(c) + " |" for c in table(some)]
-        lines.insert(1, "|" + "---|" * len(HEADER))
+        if suite in report_surveys.TABLES:
+            lines = report_surveys.TABLES[suite](some)
+        else:
+            lines = ["| " + " | ".join(c) + " |" for c in table(some)]
+            lines.insert(1, "|" + "---|" * len(HEADER))
         parts += [
-            f"## {title}\n\n{text.format(bound=bound)}\n",
+            f"## {title}\n\n{text.format(bound=bound, unit=some[0]['unit'])}\n",
             *_about(some),
             "\n".join(lines) + "\n",
         ]
@@ -219,11 +165,15 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, raw: str) -> str:
 
 
 def _about(rows: Sequence[dict[str, Any]]) -> list[str]:
-    if rows[0]["suite"] == "input":
+    """Return what stands between a suite's text and its table."""
+    suite, rows = rows[0]["suite"], [r for r in rows if "error" not in r]
+    if not rows or suite in ("probe", "input"):
         return []
+    if suite in ("attention", "loss"):
+        return report_surveys.about_kernels(rows)
     s = rows[0]["size"]
     compile_s = ", ".join(f"{r['case']}: {r['compile_s']:g}" for r in rows if not _repeats(r))
-    notes = sorted({r["peer_note"] for r in rows if r["peer_note"]})
+    notes = sorted({r["peer_note"] for r in rows if r.get("peer_note")})
     note = f" The peer's fastest settings were {'; '.join(notes)}." if notes else ""
     return [
         f"The model: width {s['d']}, {s['layers']} layers, {s['heads']} heads, MLP {s['mlp']}, "
@@ -247,14 +197,26 @@ def _missed(rows: Sequence[dict[str, Any]], pipelines: Sequence[dict[str, Any]])
     """Name the rows that miss their target or do not count."""
     found = [line for row in pipelines for line in _pipeline_missed(row)]
     for row in rows:
-        name = f"{row['suite']}: {_cells(row)[0]}"
-        if not row["parity_ok"]:
+        name = f"{row['suite']}: {_name(row)}"
+        if "error" in row:
+            found.append(f"- {name}: not measured, {row['error']}")
+        elif not row["parity_ok"] and row["suite"] != "probe":  # the probe compares nothing
             found.append(f"- {name}: does not count, parity {row['parity_err']}")
-        elif row["target"] is not None and row["ratio"] < row["target"]:
-            found.append(f"- {name}: {row['ratio']:.2f}x of {row['target']:g}x")
+        else:
+            found += [f"- {name}: {missed}" for missed in _short_of(row)]
     if not found:
         return "## Targets\n\nEvery row reaches its target.\n"
     return "## Targets missed\n\n" + "\n".join(found) + "\n"
+
+
+def _short_of(row: dict[str, Any]) -> list[str]:
+    found = []
+    if row["target"] is not None and row["ratio"] < row["target"]:
+        found.append(f"{row['ratio']:.2f}x of {row['target']:g}x")
+    rate = row.get("rate_target")  # older rows have none
+    if rate is not None and row["ours_per_s"] < rate:
+        found.append(f"{_rate(row['ours_per_s'])} of {_rate(rate)} {row['unit']} per second")
+    return found
 
 
 def _environment(rows: Sequence[dict[str, Any]]) -> str:
@@ -266,10 +228,13 @@ def _environment(rows: Sequence[dict[str, Any]]) -> str:
     commits = sorted({r["env"]["commit"] for r in rows})
     loads = [r["env"]["load_at_start"] for r in rows]
     listing = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    accelerators = sorted({r["env"]["accelerator"] for r in rows} - {"none"})
     return (
         "## Where\n\n"
         f"- {env['cpu']}, {env['cores']} cores, {env['memory_gb']} GB, {env['system']}, "
-        f"Python {env['python']}\n- {listing}\n- commit {', '.join(commits)}\n"
+        f"Python {env['python']}\n"
+        + "".join(f"- {name}\n" for name in accelerators)
+        + f"- {listing}\n- commit {', '.join(commits)}\n"
         f"- {dates[0]} to {dates[-1]}, load average at the start of a suite "
         f"{min(loads):g} to {max(loads):g}\n"
     )
@@ -277,10 +242,11 @@ def _environment(rows: Sequence[dict[str, Any]]) -> str:
 
 def _not_measured(rows: Sequence[dict[str, Any]]) -> str:
     missing = [f"the {s} suite" for s in SUITES if s not in {r["suite"] for r in rows}]
-    missing.append("anything on a GPU: no row here says how fast mmjax is there")
-    missing.append("bfloat16, which both frameworks avoid here on a CPU")
+    if not any(r.get("device") == "gpu" for r in rows):
+        missing.append("anything on a GPU: no row here says how fast mmjax is there")
+        missing.append("bfloat16, which both frameworks avoid here on a CPU")
     missing.append("torch.compile, which the peer's users may turn on")
-    if not any(r["peer_impl"] == "torchvision" for r in rows):
+    if not any(r["peer_impl"] == "torchvision" and "error" not in r for r in rows):
         missing.append(
             "the peer's torchvision image processor (give `--torchvision-python PATH`, an "
             "interpreter of an environment that also has torchvision)"

@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import environment
+from bench import environment, probe, suites
 from bench.cases import Case
-from mmjax.types import MMJaxError
-
-
-class BenchError(MMJaxError):
-    """A side of a benchmark failed; the message holds its error."""
-
-
-class Side:
-    """A worker process; ``call`` sends one request and waits for the answer."""
-
-    def __init__(self, name: str, *, python: str = sys.executable, cores: int = 0):
-        self.name = name
-        self.process = subprocess.Popen(
-            [python, "-m", "bench.worker", name, str(cores)],
-            cwd=environment.ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def call(self, do: str, **arguments: Any) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait(timeout=60)  # negative: the signal that ended it
-            raise BenchError(
-                f"the {self.name} side ended with code {code} before it answered {do!r}; its own "
-                "message stands above"
-            )
-        answer = json.loads(line)
-        if "error" in answer:
-            raise BenchError(f"{self.name} side, {do}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+from bench.sides import BenchError, Side, Sides
 
 
 def run_cases(
@@ -61,59 +22,96 @@ def run_cases(
     peer: str | None,
     quick: bool = False,
     torchvision_python: str | None = None,
+    deadline: float = suites.DEADLINE,
 ) -> Iterator[dict[str, Any]]:
     """Measure cases one by one and yield their rows.
 
     peer: ``torch`` or None. torchvision_python: an interpreter of another environment that also
-    has torchvision; without one the peers that need it are left out.
+    has torchvision; without one the peers that need it are left out. deadline: seconds a suite has
+    from its first case on. What is not measured by then, and what fails, becomes a row with its
+    ``error``, and the run goes on.
     """
+    ends: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for (suite, cores), group in _groups(cases, quick).items():
-            sides = {"ours": Side("ours", cores=cores)}
-            if peer:
-                sides["peer"] = Side("peer", cores=cores)
-            if peer and torchvision_python and suite in ("input", "all"):
-                sides["torchvision"] = Side("peer", python=torchvision_python, cores=cores)
+        for (suite, cores, device), group in _groups(cases, quick).items():
+            makers = {"ours": {"name": "ours"}}
+            if peer and any(case.peers for case in group):
+                makers["peer"] = {"name": "peer"}
+                if torchvision_python and suite in ("input", "all"):
+                    makers["torchvision"] = {"name": "peer", "python": torchvision_python}
+            sides = Sides(
+                {key: {**maker, "cores": cores, "device": device} for key, maker in makers.items()}
+            )
             try:
-                versions = {n: s.call("versions") for n, s in sides.items()}
-                where = environment.describe(versions)
                 for case in group:
-                    yield from _run_case(case, sides, Path(folder), quick, where)
+                    limit = min(deadline, probe.DEADLINE) if case.suite == "probe" else deadline
+                    until = ends.setdefault(case.suite, time.monotonic() + limit)
+                    yield from _run_case(case, sides, Path(folder), quick, until)
             finally:
-                for side in sides.values():
-                    side.close()
+                sides.close()
 
 
-def _groups(cases: list[Case], quick: bool) -> dict[tuple[str, int], list[Case]]:
-    """Group cases by what shares processes: a suite and its cores, or everything when quick."""
-    groups: dict[tuple[str, int], list[Case]] = {}
+def _groups(cases: list[Case], quick: bool) -> dict[tuple[str, int, str], list[Case]]:
+    """Group cases by what shares processes: suite, cores and device; when quick, all suites do."""
+    groups: dict[tuple[str, int, str], list[Case]] = {}
     for case in cases:
-        groups.setdefault(("all" if quick else case.suite, case.threads), []).append(case)
+        key = ("all" if quick else case.suite, case.threads, case.device)
+        groups.setdefault(key, []).append(case)
     return groups
 
 
-def _run_case(case: Case, sides: dict[str, Side], folder: Path, quick: bool, where: dict):
+def _run_case(case: Case, sides: Sides, folder: Path, quick: bool, until: float):
     """Yield one row for each pair of (our variant, peer's variant)."""
-    model = folder / f"model-{case.size.d}-{case.size.layers}"
-    if case.suite != "input" and not model.exists():
-        writer = sides.get("peer", sides["ours"])
-        writer.call("write_model", size=case.to_json()["size"], folder=str(model))
+    for impl, peer_impl, peer in _pairs(case, sides):
+        row = {
+            "suite": case.suite,
+            "case": case.name,
+            "options": case.options,
+            "ours_impl": impl,
+            "peer_impl": peer_impl,
+            "device": case.device,
+            "unit": case.unit,
+            "target": case.target,
+            "rate_target": case.rate_target,
+            **_verdict(case, None),
+        }
+        try:
+            if case.peers:
+                row |= _measured(case, impl, peer_impl, sides, peer, folder, quick, until)
+            else:
+                found = sides.get("ours", until).call("survey", case=case.to_json())
+                row |= _verdict(case, found.pop("errors", None)) | found
+        except BenchError as error:
+            row["error"] = str(error)
+        yield row | {"quick": quick, "size": case.to_json()["size"], "env": sides.where()}
+
+
+def _pairs(case: Case, sides: Sides) -> Iterator[tuple[str, str | None, str | None]]:
+    """Yield (our variant, peer's variant, key of the peer's side); None where there is no peer."""
     for i, impl in enumerate(case.impls):
-        for j, peer_impl in enumerate(case.peers):
+        for j, peer_impl in enumerate(case.peers or ("",)):
             if i and j:
                 continue  # our other variants are compared with the peer's first one alone
-            side = sides.get("torchvision" if peer_impl == "torchvision" else "peer")
-            if side is None and j:
-                continue
-            pair = (sides["ours"], impl), (side, peer_impl)
-            yield _row(case, pair, model, folder, quick, where)
+            key = "torchvision" if peer_impl == "torchvision" else "peer"
+            if key in sides and case.peers:
+                yield impl, peer_impl, key
+            elif not j:
+                yield impl, None, None
 
 
-def _row(case: Case, pair, model: Path, folder: Path, quick: bool, where: dict) -> dict[str, Any]:
-    (ours, impl), (peer, peer_impl) = pair
+def _measured(
+    case: Case, impl: str, peer_impl: str | None, sides: Sides, peer_key: str | None,
+    folder: Path, quick: bool, until: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Prepare both sides, compare what they return, then measure them in turns."""
+    ours = sides.get("ours", until)
+    peer = sides.get(peer_key, until) if peer_key else None
+    model = folder / f"model-{case.size.d}-{case.size.layers}"
+    if case.suite in ("train", "decode") and not model.exists():
+        (peer or ours).call("write_model", size=case.to_json()["size"], folder=str(model))
     outputs = {}
     prepared = {}
-    for side, variant in pair:
+    for side, variant in ((ours, impl), (peer, peer_impl)):
         if side is None:
             continue
         file = folder / f"{'ours' if side is ours else 'peer'}.npz"
@@ -124,22 +122,25 @@ def _row(case: Case, pair, model: Path, folder: Path, quick: bool, where: dict) 
         with np.load(file) as arrays:
             outputs[side] = dict(arrays)
     errors = parity(case.suite, outputs[ours], outputs[peer]) if peer else None
-    row = {
-        "suite": case.suite,
-        "case": case.name,
-        "ours_impl": impl,
-        "peer_impl": peer_impl if peer else None,
-        "unit": case.unit,
-        "target": case.target,
-        "parity_err": None if errors is None else max(errors.values()),
-        "parity_errors": errors,
-        "parity_bound": case.bound,
-        "parity_ok": None if errors is None else max(errors.values()) <= case.bound + 1e-9,
+    return {
+        **_verdict(case, errors),
         "compile_s": round(prepared[ours]["compile_s"], 2),
         "peer_note": prepared[peer]["note"] if peer else "",
+        **prepared[ours]["details"],
+        **_timings(case, ours, peer, quick),
     }
-    row |= _timings(case, ours, peer, quick)
-    return row | {"quick": quick, "size": case.to_json()["size"], "env": where}
+
+
+def _verdict(case: Case, errors: Mapping[str, float] | None) -> dict[str, Any]:
+    """Return the fields on parity; without a comparison they are None."""
+    # numpy's max hands a NaN on; Python's drops it.
+    worst = None if errors is None else float(np.max(list(errors.values())))
+    return {
+        "parity_err": worst,
+        "parity_errors": errors,
+        "parity_bound": case.bound,
+        "parity_ok": None if worst is None else worst <= case.bound + 1e-9,
+    }
 
 
 def parity(suite: str, ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]):
@@ -147,7 +148,8 @@ def parity(suite: str, ours: dict[str, np.ndarray], peer: dict[str, np.ndarray])
 
     train: largest relative difference of losses and gradient norms over four optimizer steps.
     decode: share of new tokens that differ. input: share of tokens that differ, and the largest
-    difference of patches in grey levels.
+    difference of patches in grey levels. attention, loss: largest difference over largest value, of
+    each output.
     """
     errors = {}
     for name, a in ours.items():
@@ -159,6 +161,8 @@ def parity(suite: str, ours: dict[str, np.ndarray], peer: dict[str, np.ndarray])
         elif name == "levels":
             # Both are grey levels, one of them through float32 and back.
             errors[name] = round(float(np.abs(a - b).max()), 3)
+        elif suite in ("attention", "loss"):
+            errors[name] = float(np.abs(a - b).max() / np.abs(b).max())
         else:
             errors[name] = float(np.max(np.abs(a - b) / np.abs(b)))
     return errors
@@ -170,9 +174,11 @@ def _timings(case: Case, ours: Side, peer: Side | None, quick: bool) -> dict[str
     The noise floor is the spread of one side's own medians from turn to turn, the larger of both
     sides: (largest - smallest) / median. A ratio that close to 1 says nothing.
     """
-    plan = (
-        {"seconds": 0, "least": 1, "most": 2} if quick else {"seconds": 4, "least": 3, "most": 60}
-    )
+    # A GPU has one user at a time, and is lent for minutes.
+    seconds = 4 if case.device == "cpu" else 1
+    plan = {"seconds": seconds, "least": 3, "most": 60}
+    if quick:
+        plan = {"seconds": 0, "least": 1, "most": 2}
     busy = 0.0 if quick else environment.busy_cores()
     order = (ours, peer, ours, peer, ours) if peer else (ours, ours, ours)
     if quick:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import cases
+from bench import cases, environment
 from bench.cases import Case, Size
 from bench.ours import LEARNING_RATE
+from mmjax.types import MMJaxError
 
 
 def write_model(size: Size, folder: str) -> None:
@@ -198,19 +199,20 @@ def _torchvision_processor():
     return FuyuImageProcessor()
 
 
-SIDES = {"train": Train, "decode": Decode, "input": Input}
+def check_gpu() -> None:
+    """Raise MMJaxError when torch has no CUDA GPU."""
+    if not torch.cuda.is_available():
+        raise MMJaxError(
+            f"torch {torch.__version__} finds no CUDA GPU; install one built for CUDA, or give "
+            "--device cpu"
+        )
 
 
 def versions() -> dict[str, str]:
     """Return the versions that matter on this side."""
-    import importlib.metadata as metadata
-
-    found = {}
-    for name in ("torch", "transformers", "torchvision", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found = environment.versions("torch", "transformers", "torchvision", "pillow")
+    if torch.version.cuda:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return found
 
 

@@ -15,6 +15,7 @@ import traceback
 
 import numpy as np
 
+from bench import suites
 from bench.cases import Case
 
 
@@ -49,7 +50,7 @@ class Worker:
 
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
             module.set_threads(cores or os.cpu_count() or 1)
-        self.module, self.subject = module, None
+        self.side, self.module, self.subject = side, module, None
 
     def versions(self) -> dict:
         """Return library versions."""
@@ -69,17 +70,30 @@ class Worker:
 
         tune: let the peer choose its fastest settings.
         """
-        self.subject = None  # frees the previous one first
-        found = Case.from_json(case)
-        self.subject = self.module.SIDES[found.suite](found, folder, impl)
-        threads = self._tune_threads() if tune and found.threads == 0 else ""
+        found = self._build(case, folder, impl)
+        free = found.threads == 0 and found.device == "cpu"
+        threads = self._tune_threads() if tune and free else ""
         if tune and hasattr(self.subject, "tune"):
             self.subject.tune()
         np.savez(outputs, **self.subject.outputs())
         for _ in range(warmup):
             self.subject.step()
         note = ", ".join(n for n in (threads, getattr(self.subject, "note", "")) if n)
-        return {"compile_s": self.subject.compile_s, "note": note}
+        details = getattr(self.subject, "details", {})
+        return {"compile_s": self.subject.compile_s, "note": note, "details": details}
+
+    def survey(self, case: dict) -> dict:
+        """Return what a suite without a peer finds."""
+        self._build(case, "", "")
+        return self.subject.survey()
+
+    def _build(self, case: dict, folder: str, impl: str) -> Case:
+        self.subject = None  # frees the previous one first
+        found = Case.from_json(case)
+        if found.device == "gpu":
+            self.module.check_gpu()
+        self.subject = suites.side_of(found.suite, self.side)(found, folder, impl)
+        return found
 
     def _tune_threads(self) -> str:
         """Let the peer choose its number of threads: small operators may be faster on one."""
@@ -99,16 +113,18 @@ class Worker:
         """Repeat for so many seconds, at least and at most so often.
 
         Returns each repetition's seconds by the clock, and the seconds of all cores per repetition,
-        which other programs on the machine disturb less.
+        which other programs on the machine disturb less. A step may be several calls (``calls``),
+        which count as so many repetitions.
         """
+        calls = getattr(self.subject, "calls", 1)
         times: list[float] = []
         cpu = time.process_time()
         end = time.perf_counter() + seconds
         while len(times) < least or (time.perf_counter() < end and len(times) < most):
             begun = time.perf_counter()
             self.subject.step()
-            times.append(time.perf_counter() - begun)
-        return {"seconds": times, "cpu": (time.process_time() - cpu) / len(times)}
+            times.append((time.perf_counter() - begun) / calls)
+        return {"seconds": times, "cpu": (time.process_time() - cpu) / len(times) / calls}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The benchmark's own code: rows that are complete, parity on the same weights, the document."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
 from bench import __main__ as cli
-from bench import cases, environment, report, runner
+from bench import cases, environment, report, runner, suites
 
 
 def test_quick_rows_of_every_suite_agree_with_the_peer(tmp_path, capsys):
@@ -33,7 +34,7 @@ def row(**changes):
         suite="input", case="a", ours_impl="x", peer_impl="y", target=5.0, ours_ms=1.0, peer_ms=4.0,
         ours_per_s=1000.0, peer_per_s=250.0, ratio=4.0, noise=0.1, parity_err=0.0, parity_ok=True,
         parity_bound=0, loaded=False, busy_cores=0.0, quick=False, compile_s=0.0, peer_note="",
-        size={}, env=environment.describe({}),
+        unit="images",        size={}, env=environment.describe({}),
     )  # fmt: skip
     return base | changes
 
@@ -55,9 +56,9 @@ def test_parity_is_relative_for_losses_and_a_share_for_tokens():
 
 
 def test_a_case_survives_the_pipe():
-    for suite in cli.SUITES:
-        for case in cases.cases(suite):
-            assert cases.Case.from_json(json.loads(json.dumps(case.to_json()))).name == case.name
+    for suite, device in itertools.product(suites.SUITES, ("cpu", "gpu")):
+        for case in suites.cases_of(suite, device=device):
+            assert cases.Case.from_json(json.loads(json.dumps(case.to_json()))).work == case.work
 
 
 def test_an_unknown_suite_is_named(capsys):

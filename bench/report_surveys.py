@@ -1,0 +1,110 @@
+"""Parts of the report that are no table of times: probe, shard, and what stands over kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def note(row: dict[str, Any]) -> str:
+    """Return in a few words what a row without times says; "" for one that has times."""
+    if "error" in row:
+        return f"error: {row['error']}"
+    if row["suite"] == "probe":
+        return (
+            f"{row['devices']} x {row['device_kind']}; {_attentions(row)}; matmul "
+            f"{row['matmul_gflop_s']:,g} GFLOP/s; copy {row['copy_gb_s']:g} GB/s"
+        )
+    if row["suite"] == "shard":
+        counts = ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items() if n)
+        return f"{counts}; {_mb(row['argument_size_in_bytes'])} + {_mb(row['temp_size_in_bytes'])}"
+    return ""
+
+
+def probe_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines on probes, a list for each."""
+    lines = []
+    for r in rows:
+        if "error" in r:
+            lines.append(f"- {r['case']}: {r['error']}")
+            continue
+        versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+        lines += [
+            f"- {r['case']}: {r['devices']} x {r['device_kind']}; {versions}",
+            f"- attention: {_attentions(r)}",
+            f"- matmul, {r['matmul_dtype']}: {r['matmul_gflop_s']:,g} GFLOP/s; copy: "
+            f"{r['copy_gb_s']:g} GB/s",
+        ]
+    return lines
+
+
+def _attentions(row: dict[str, Any]) -> str:
+    found = []
+    for name, by_dtype in row["attention"].items():
+        for dtype, error in by_dtype.items():
+            text = error if isinstance(error, str) else f"error {error:.1e}"
+            found.append(f"`{name}` in {dtype} {text}")
+    return ", ".join(found)
+
+
+def shard_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of meshes."""
+    kinds = list(next((r["collectives"] for r in rows if "error" not in r), {}))
+    head = ("mesh", *kinds, "arguments", "temporary", "parity")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in rows:
+        cells = [r["case"], *["-"] * (len(kinds) + 2), r.get("error", "")]
+        if "error" not in r:
+            parity = f"{r['parity_err']:.1e}" + ("" if r["parity_ok"] else " FAILS")
+            cells = [
+                r["case"],
+                *r["collectives"].values(),
+                _mb(r["argument_size_in_bytes"]),
+                _mb(r["temp_size_in_bytes"]),
+                parity,
+            ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+TABLES = {"probe": probe_table, "shard": shard_table}
+"""The suites whose sections have a form of their own."""
+
+
+def about_kernels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the paragraph over the table of attention or loss: memory, and packed rows."""
+    each = {}
+    for r in rows:
+        name = ", ".join(n for n in (r["case"], r["ours_impl"]) if n)
+        each[name] = _mb(r["temp_size_in_bytes"])
+    memory = "; ".join(f"{name}: {size}" for name, size in each.items())
+    parts = [f"Temporary memory of ours, from the compiler: {memory}.\n"]
+    if gains := packed_gains(rows):
+        listing = "; ".join(f"{name}: {gain:.2f}x" for name, gain in gains.items())
+        parts.append(
+            "Time of a dense causal row of the same shape over that of the packed one, ours: "
+            f"{listing}.\n"
+        )
+    return parts
+
+
+def packed_gains(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return {packed case and implementation: its dense causal partner's time over its own}."""
+    dense, gains = {}, {}
+    rows = [r for r in rows if r["suite"] == "attention"]
+    for r in rows:
+        if not r["options"]["documents"]:
+            dense.setdefault(_shape(r), r["ours_ms"])
+    for r in rows:
+        if r["options"]["documents"] and _shape(r) in dense:
+            name = f"{r['case']}, {r['ours_impl']}"
+            gains.setdefault(name, dense[_shape(r)] / r["ours_ms"])
+    return gains
+
+
+def _shape(row: dict[str, Any]) -> tuple:
+    return row["ours_impl"], *(row["options"][k] for k in ("b", "t", "n", "h", "backward", "dtype"))
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,111 @@
+"""The words of docs/benchmarks.md: what each section measures, and how to read it."""
+
+INTRO = """# Benchmarks
+
+Written by `{command}`; the raw rows are in `{raw}`.
+
+Every time is measured beside the peer (PyTorch's own operators, or Hugging Face transformers on
+them) in the same run on the same machine, each in its own process. The two take turns (ours, peer,
+ours, peer, ours); times are medians over all turns after warm-up, compilation is not in them.
+`ratio` is the peer's time over ours: above 1 mmjax is faster. `noise` is the spread of one side's
+medians from turn to turn: a ratio closer to 1 than that says nothing. `parity` is the difference of
+the results on the same weights and inputs, and a row whose parity is missing or above its bound
+does not count.
+`load n` marks rows during which other programs kept n cores busy: those say little, torch's threads
+above all wait for each other; run them again on a quiet machine.
+"""
+
+SUITES = {
+    "probe": (
+        "Probe",
+        "What the machine and the installed versions can do, measured by mmjax alone in a process "
+        "of its own. *Attention* runs a causal case of 128 tokens through each implementation, "
+        "forward and backward: the largest difference from float64 over the largest value, or "
+        "what kept it from running; off a GPU `triton` runs interpreted. *Matmul* and *copy* are "
+        "the fastest of five turns; a copy counts what it reads and what it writes.",
+    ),
+    "attention": (
+        "Attention",
+        "`mmjax.ops.attention.attention` under `jax.jit`, by implementation, against "
+        "`torch.nn.functional.scaled_dot_product_attention` on its own layout, all causal. "
+        "*Packed* rows hold several documents that do not see each other: ours gets their ranges "
+        "of keys, the peer a boolean mask, or a call for each document. Backward: the gradients of "
+        "q, k and v. Parity: largest difference over largest value of the output and of each "
+        "gradient, first and last head (bound {bound:g}). Units are {unit}: 4 h operations for "
+        "each visible pair of query and key forward and 10 h backward, on both sides alike, "
+        "whatever a side computes.",
+    ),
+    "loss": (
+        "Loss head",
+        "`mmjax.ops.xent.chunked_nll` of the supervised rows, loss and gradients of hidden states "
+        "and head, against `linear` and `cross_entropy` in float32. *Answers*: a quarter of the "
+        "tokens. *All logits*: the peer computes those of every token, with labels -100 where "
+        "there is no target; *gathered logits*: it takes the supervised rows first. Parity: "
+        "largest difference over largest value of the loss and of both gradients (bound "
+        "{bound:g}). Units are tokens, supervised or not.",
+    ),
+    "train": (
+        "Train step",
+        "A full AdamW step with clipping: `mmjax.train.step` against `FuyuForCausalLM` with "
+        '`attn_implementation="sdpa"` and the faster of fused and foreach AdamW, float32, dropout '
+        "0. Three quarters of a row are image patches. *Loss on answers*: the peer gets labels "
+        "-100 elsewhere; *gathered logits* is the peer told to compute only the logits that the "
+        "loss needs. Parity: largest relative difference of losses and gradient norms over four "
+        "optimizer steps (bound {bound:g}). Units are tokens.",
+    ),
+    "decode": (
+        "Generation",
+        "Greedy answers with one image of 12 x 16 patches in the prompt: `mmjax.load(...)."
+        "generate_tokens` against `generate` with its default cache, sdpa, float32; the prefill "
+        "is in the time. Parity: share of new tokens that differ (bound {bound:g}). Units are new "
+        "tokens.",
+    ),
+    "input": (
+        "Processor",
+        "`FuyuProcessor.encode_prompt` of one decoded RGB picture and a question against the "
+        "peer's `FuyuProcessor` call. *uint8 patches* is what mmjax trains and answers from (the "
+        "model normalises); *float patches* adds the peer's normalisation. The peer's image "
+        "processor is `FuyuImageProcessorPil`, the one without torchvision, unless the row says "
+        "torchvision. Parity: tokens equal, patches within one grey level where Pillow resizes "
+        "and equal where nothing is resized. Units are images.",
+    ),
+    "shard": (
+        "Sharding",
+        "`mmjax.train.step` of a Fuyu with AdamW on meshes of eight simulated CPU devices; no "
+        "statement on speed. Collectives are counted in the compiled program; one inside the loop "
+        "over layers counts once. Bytes are those of one device, from the compiler: *arguments* "
+        "are its share of parameters, optimizer state and batch, *temporary* what a step needs "
+        "beside them. Compiled without LLVM's optimisation, which changes neither. Parity: largest "
+        "relative difference of the losses of two steps from those of the same run on one device "
+        "(bound {bound:g}).",
+    ),
+}
+
+
+CONVERT = """## Conversion
+
+`python -m bench.convert`: a checkpoint in the hub's layout with random bfloat16 weights, converted
+by `convert_weights.to_jax` and written back by `convert_weights.to_hf`, each in a process of its
+own. Peak is the resident memory that the kernel reports for that process, mapped files included;
+"at most" marks a row whose peak may be that of the process that started it. *Changed* counts the
+tensors that came back with any bit different. Load average is that at the end, of this and other
+programs: above 1 the times say little. There is no peer here.
+"""
+
+
+PIPELINE = """## Pipeline
+
+`python -m bench.pipeline`: a LLaVA file of conversations, each with one of the JPEG pictures drawn
+at random, through `make_train_iterator` (source, template `fuyu_chat`, `FuyuProcessor`, packing,
+data workers) and, with as many workers, through the peer's `FuyuProcessor` (the Pillow one) in a
+torch `DataLoader`, a sample at a time. Both decode the same files and resize nothing; the peer does
+not pack, and goes over the first records of the same order alone. Pictures are used several times,
+so the files come from the page cache on both sides. *Per core* divides by the processor seconds of
+the process and its workers, their start included; *noise* is by how much that differs, behind the
+first batch, between all records and a tenth of them before the peer's turn. *Padding* is the share
+of the tokens of all batches that are no sample's. Memory is resident, pages that several processes
+share counted once, shared memory included: medians over 40-60 % of the records and over the last
+20 %. *Own* is without shared memory, where finished batches wait for the trainer; their number is
+bounded by the workers' buffers, which fill early on. Parity: share of token ids that differ and
+largest difference of grey levels, ours taken out of the packed batches.
+"""

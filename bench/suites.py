@@ -1,0 +1,37 @@
+"""The suites by name: their cases, and the class of each side that runs one."""
+
+from __future__ import annotations
+
+import importlib
+
+from bench import cases, kernels, probe, shard
+from bench.cases import Case
+
+SUITES = {
+    "probe": (probe.probe_cases, "bench.probe:Probe", None),
+    "attention": (
+        kernels.attention_cases, "bench.kernels_ours:Attention", "bench.kernels_torch:Attention",
+    ),
+    "loss": (kernels.loss_cases, "bench.kernels_ours:Loss", "bench.kernels_torch:Loss"),
+    "train": (cases.train_cases, "bench.ours:Train", "bench.torch_peer:Train"),
+    "decode": (cases.decode_cases, "bench.ours:Decode", "bench.torch_peer:Decode"),
+    "input": (cases.input_cases, "bench.ours:Input", "bench.torch_peer:Input"),
+    "shard": (shard.shard_cases, "bench.shard:Shard", None),
+}  # fmt: skip
+DEFAULT = ("train", "decode", "input")
+DEADLINE = 600
+"""Seconds for the cases of one suite."""
+
+
+def cases_of(suite: str, quick: bool = False, device: str = "cpu") -> list[Case]:
+    """Return the cases of a suite; quick ones show that the code runs, not how fast.
+
+    device: what the machine has, cpu or gpu; suites that know no GPU stay on the CPU.
+    """
+    return SUITES[suite][0](quick, device)
+
+
+def side_of(suite: str, side: str) -> type:
+    """Return the class that runs a suite's cases on a side, ours or peer."""
+    module, _, name = SUITES[suite][1 if side == "ours" else 2].partition(":")
+    return getattr(importlib.import_module(module), name)
