@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK_Q = 128
-BLOCK_K = 512  # in loops; an unrolled chunk of queries takes all its keys in one block
+BLOCK_Q = 128  # an unrolled chunk of queries takes all its keys in one block
+LOOP_BLOCK_Q = LOOP_BLOCK_K = 512  # in loops, where smaller blocks cost a fifth to a third
 # On a CPU, rows (one kv head of one sample) are taken a few at a time, so that a block of scores
 # stays in the cache between its matmuls: 2 to 3 times faster than all rows at once.
 CPU_BLOCK_BYTES = 2**20
@@ -67,7 +67,9 @@ def _few_rows(fn, args):
     """Call ``fn(*args)`` on all rows, or on a CPU on as many at a time as the cache holds."""
     rows, groups, t = args[0].shape[:3]
     keys = args[1].shape[1]
-    block = groups * min(BLOCK_Q, t) * (keys if keys <= UNROLL_LIMIT else BLOCK_K) * 4
+    looped = max(t, keys) > UNROLL_LIMIT
+    queries, block = (LOOP_BLOCK_Q, LOOP_BLOCK_K) if looped else (BLOCK_Q, keys)
+    block = groups * min(queries, t) * block * 4
     few = max(1, CPU_BLOCK_BYTES // block)
     few = max(n for n in range(1, min(few, rows) + 1) if rows % n == 0)
     if jax.default_backend() != "cpu" or few == rows:
@@ -223,7 +225,7 @@ def _pad_to(x, size, axis, value=0):
 def _loop_setup(q, k, v, ranges, causal):
     """Pad to whole blocks and return them with each query block's first and last key block."""
     t, s = q.shape[2], k.shape[1]
-    bq, bk = min(BLOCK_Q, t), min(BLOCK_K, s)
+    bq, bk = min(LOOP_BLOCK_Q, t), min(LOOP_BLOCK_K, s)
     tp, sp = -(-t // bq) * bq, -(-s // bk) * bk
     b = q.shape[0]
     if ranges is None:

@@ -16,7 +16,8 @@ from tests.ops.reference import masks, reference
 def test_forward_and_gradients_equal_dense_float64(kind, loop, monkeypatch):
     b, t, s, n, kv, h = 2, 37, 37, 4, 2, 8
     monkeypatch.setattr(flash_xla, "BLOCK_Q", 16)
-    monkeypatch.setattr(flash_xla, "BLOCK_K", 12)
+    monkeypatch.setattr(flash_xla, "LOOP_BLOCK_Q", 16)
+    monkeypatch.setattr(flash_xla, "LOOP_BLOCK_K", 12)
     monkeypatch.setattr(flash_xla, "UNROLL_LIMIT", 0 if loop else 10**6)
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (b, t, n, h))
