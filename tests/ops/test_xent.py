@@ -71,5 +71,5 @@ def test_the_logits_of_all_rows_never_exist():
         ones = jnp.ones(rows)
         return xent.chunked_nll(lambda x: x @ kernel, hidden, ones.astype(int), ones, chunk=256)
 
-    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < rows * v * 4 / 4
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 256 * v * 4  # one chunk's
