@@ -6,6 +6,7 @@ from mmjax.cli import run_with_config
 from mmjax.types import MMJaxError
 
 flags.DEFINE_string("checkpoint", None, "a workdir of train.py, one of its checkpoints, or a model")
+flags.DEFINE_enum("weights", None, ["int8"], "round the kernels of a model folder to int8")
 flags.DEFINE_string("workdir", None, "where results go; default: the workdir of the checkpoint")
 
 
@@ -17,7 +18,8 @@ def main(config) -> None:
     if not flags.FLAGS.checkpoint:
         raise MMJaxError("give --checkpoint=DIR: a workdir, one of its checkpoints, or a model")
     settings = to_dataclass(RunSettings, config)
-    run_eval(settings, flags.FLAGS.checkpoint, flags.FLAGS.workdir)
+    given = flags.FLAGS
+    run_eval(settings, given.checkpoint, given.workdir, weights=given.weights)
 
 
 if __name__ == "__main__":

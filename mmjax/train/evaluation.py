@@ -88,8 +88,12 @@ def count_parameters(model: LoadedModel) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model.model)))
 
 
-def open_model(path: str | Path, settings: RunSettings) -> tuple[LoadedModel, int | None]:
+def open_model(
+    path: str | Path, settings: RunSettings, *, weights: str | None = None
+) -> tuple[LoadedModel, int | None]:
     """Open what ``--checkpoint`` names: a workdir, one of its checkpoints, or a model folder.
+
+    weights: as for ``mmjax.load``, of a model folder alone.
 
     Returns the model and, of a checkpoint, its step. A workdir gives the checkpoint that was best
     by ``checkpoint.best``, else the newest.
@@ -99,7 +103,12 @@ def open_model(path: str | Path, settings: RunSettings) -> tuple[LoadedModel, in
     if not is_step and not (path / checkpoint.FOLDER).is_dir():
         if not path.exists():
             raise MMJaxError(f"--checkpoint {path} does not exist; give a workdir or model folder")
-        return load(path), None
+        return load(path, weights=weights), None
+    if weights is not None:
+        raise MMJaxError(
+            f"--weights={weights} is for model folders and {path} is a run's; give the folder that "
+            "the run exported, WORKDIR/model"
+        )
     workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
     mesh = make_mesh(settings.mesh)
     with use(mesh):
@@ -113,11 +122,13 @@ def open_model(path: str | Path, settings: RunSettings) -> tuple[LoadedModel, in
     return LoadedModel(plan.family, plan.config, model, plan.processor, mesh), step
 
 
-def run_eval(settings: RunSettings, path: str, workdir: str | None) -> dict[str, float]:
+def run_eval(
+    settings: RunSettings, path: str, workdir: str | None, *, weights: str | None = None
+) -> dict[str, float]:
     """Evaluate what ``eval.py`` was asked to; results go to the workdir."""
     if not settings.eval.tasks:
         raise MMJaxError("config.eval.tasks is empty: this recipe names nothing to evaluate")
-    model, step = open_model(path, settings)
+    model, step = open_model(path, settings, weights=weights)
     if workdir is None:
         if step is None:
             raise MMJaxError(f"--checkpoint {path} is a model folder; give --workdir for results")

@@ -109,6 +109,14 @@ def test_a_recipe_goes_all_the_way(file, tmp_path):
     assert settings.eval.tasks[0]["name"] in results
     assert (workdir / "report.html").stat().st_size > 1000
 
+    with pytest.raises(MMJaxError, match="int8 is for model folders .* WORKDIR/model"):
+        evaluation.run_eval(settings, str(workdir), None, weights="int8")
+    if file.stem == "quickstart":
+        model, rounded = str(workdir / "model"), tmp_path / "int8"
+        evaluation.run_eval(settings, model, str(rounded), weights="int8")
+        asked = [json.loads((w / "results.json").read_text()) for w in (workdir, rounded)]
+        assert asked[0].keys() == asked[1].keys()
+
     loaded = mmjax.load(workdir / "model")
     record = make_source(next(iter(settings.data.sources.values())))[0]
     question, images = record.messages[0].text, list(record.images)
