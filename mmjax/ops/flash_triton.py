@@ -92,21 +92,15 @@ def _forward_kernel(
     q = parts.load(q_ref, rows)
     start = parts.load_row(start_ref, i0, tile.q, t, 0)
     end = parts.load_row(end_ref, i0, tile.q, t, 0)
-    slope = None if slope_ref is None else slope_ref[0] * parts.LOG2E
+    slope = None if slope_ref is None else slope_ref[0]
 
     def block(j, carry, masked):
         acc, m, total = carry
         j0 = j * tile.k
         there, at = parts.mask(j0, tile.k, s if masked else None, h, hp), pl.ds(j0, tile.k)
         k = parts.load(k_ref.at[at, :], there)
-        score = plgpu.dot(q, k, trans_b=True) * (scale * parts.LOG2E)
-        keys = j0 + jnp.arange(tile.k)[None]
-        if slope is not None:
-            queries = i0 + jnp.arange(tile.q)[:, None]
-            score -= slope * (queries - keys).astype(jnp.float32)
-        if masked:
-            seen = (keys >= start[:, None]) & (keys < end[:, None])
-            score = jnp.where(seen, score, -jnp.inf)
+        ranges = (start, end) if masked else None
+        score = parts.scores(q, k, i0, j0, slope, ranges, scale)
         m_new = jnp.maximum(m, score.max(1))
         finite = jnp.where(m_new == -jnp.inf, 0.0, m_new)
         p, keep = jnp.exp2(score - finite[:, None]), jnp.exp2(m - finite)

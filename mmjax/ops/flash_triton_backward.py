@@ -67,20 +67,14 @@ def _dq_kernel(
     end = parts.load_row(end_ref, i0, tile.q, t, 0)
     lse = parts.load_row(lse_ref, i0, tile.q, t, jnp.inf) * parts.LOG2E
     delta = parts.load_row(delta_ref, i0, tile.q, t, 0)
-    slope = None if slope_ref is None else slope_ref[0] * parts.LOG2E
+    slope = None if slope_ref is None else slope_ref[0]
 
     def block(j, dq, masked):
         j0 = j * tile.k
         there, at = parts.mask(j0, tile.k, s if masked else None, h, hp), pl.ds(j0, tile.k)
         k, v = parts.load(k_ref.at[at, :], there), parts.load(v_ref.at[at, :], there)
-        score = plgpu.dot(q, k, trans_b=True) * (scale * parts.LOG2E)
-        keys = j0 + jnp.arange(tile.k)[None]
-        if slope is not None:
-            queries = i0 + jnp.arange(tile.q)[:, None]
-            score -= slope * (queries - keys).astype(jnp.float32)
-        if masked:
-            seen = (keys >= start[:, None]) & (keys < end[:, None])
-            score = jnp.where(seen, score, -jnp.inf)
+        ranges = (start, end) if masked else None
+        score = parts.scores(q, k, i0, j0, slope, ranges, scale)
         p = jnp.exp2(score - lse[:, None])
         ds = p * (plgpu.dot(grad, v, trans_b=True) - delta[:, None])
         return dq + plgpu.dot(ds.astype(k.dtype), k)

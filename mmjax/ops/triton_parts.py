@@ -114,6 +114,22 @@ def load_row(ref, at, size, limit, other):
     return load(ref, at + jnp.arange(size) < limit if limit % size else None, other)
 
 
+def scores(q, k, i0, j0, slope, ranges, scale):
+    """Return scores [queries, keys] to base 2 of the block at (i0, j0), -inf outside ``ranges``.
+
+    ranges: (start, end) of the queries, or None where every pair is seen.
+    """
+    score = plgpu.dot(q, k, trans_b=True) * (scale * LOG2E)
+    keys = j0 + jnp.arange(k.shape[0])[None]
+    if slope is not None:
+        queries = i0 + jnp.arange(q.shape[0])[:, None]
+        score -= slope * LOG2E * (queries - keys).astype(jnp.float32)
+    if ranges is not None:
+        seen = (keys >= ranges[0][:, None]) & (keys < ranges[1][:, None])
+        score = jnp.where(seen, score, -jnp.inf)
+    return score
+
+
 def loops(bounds_ref, body, carry):
     """Walk over the blocks of a program: masked, full, masked."""
     edge, full = functools.partial(body, masked=True), functools.partial(body, masked=False)
