@@ -187,8 +187,8 @@ def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int)
     data = settings.data
     targets = rows * data.max_targets  # of one device's rows, which context shares
     own = targets // mesh.shape["context"]
-    # Traced in chunks, which keep no logits, even where one chunk is all: "head" counts those.
-    trace = dict(rows=rows, chunk=max(1, targets // 2))
+    chunked = own > settings.loss_chunk
+    trace = dict(rows=rows, chunk=max(1, targets // 2) if chunked else targets)
     cut = _Cut(settings, params, frozen, mesh, rows)
     kept = _residuals(settings, settings.model, config, **trace)
     everything = dataclasses.replace(settings.model, remat="off")
