@@ -108,7 +108,7 @@ def test_parameters_alone_are_read_for_evaluation(saved):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("change", [{"d_mlp": 48}, {"num_layers": 3}, {"qk_norm": False}])
+@pytest.mark.parametrize("change", [{"d_mlp": 48}, {"num_layers": 3}, {"qk_norm": "none"}])
 def test_another_config_is_a_clear_error(saved, change):
     config = dataclasses.replace(
         tiny.CONFIG, decoder=dataclasses.replace(tiny.CONFIG.decoder, **change)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.nn import rope
-from mmjax.nn.attention import Context, SelfAttention, rope_dims
+from mmjax.nn.attention import Context, rope_dims
 from mmjax.nn.cache import Cache
-from mmjax.nn.embed import Embed
+from mmjax.nn.embed import Embed, PositionEmbed
+from mmjax.nn.layer import Layer, LayerConfig
 from mmjax.nn.linear import DTypes, Linear, LoRA
-from mmjax.nn.mlp import MLP
-from mmjax.nn.norm import LayerNorm
-from mmjax.nn.stack import scan, stack, unstack
+from mmjax.nn.norm import make_norm
+from mmjax.nn.stack import Between, scan, stack, unstack
 from mmjax.parallel.context import length_shards, take_on_length
 from mmjax.parallel.sharding import constrain
 
@@ -28,27 +29,25 @@ TRIM_LIMIT = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(LayerConfig):
     """Sizes and switches of a decoder; the defaults are Persimmon-8B as Fuyu-8B uses it.
 
-    rope_fraction: the leading part of each head that is rotated. qk_norm: LayerNorm of queries and
-    keys over the head's dimensions. activation: a name in ``mmjax.nn.mlp.ACTIVATIONS``.
+    position: how tokens learn where they stand: ``rope`` (rope_fraction is the leading part of
+    each head that is rotated), ``alibi`` (slopes 2 ** -(alibi_max * i / heads)), or ``learned``, a
+    table of max_positions rows after position_offset unused ones (OPT).
+    tied: the head is the embedding table. head_bias: of the head.
     """
 
     vocab_size: int = 262_144
-    d_model: int = 4096
     num_layers: int = 36
-    num_heads: int = 64
-    num_kv_heads: int = 64
-    head_dim: int = 64
-    d_mlp: int = 16_384
-    activation: str = "relu2"
-    norm_eps: float = 1e-5
-    qk_norm: bool = True
+    position: Literal["rope", "alibi", "learned"] = "rope"
     rope_theta: float = 25_000.0
     rope_fraction: float = 0.5
+    alibi_max: float = 8.0
     max_positions: int = 16_384
-    init_std: float = 0.02
+    position_offset: int = 0
+    tied: bool = False
+    head_bias: bool = False
 
     def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
         """Return the FLOPs of a forward pass per token in a causal row of ``length`` tokens.
@@ -57,10 +56,10 @@ class DecoderConfig:
         rotations and activations are not counted: they are below one percent.
         """
         seen = (length + 1) / 2  # keys a query sees, on average
-        rest = self._query_side + 2 * self.num_heads * self.head_dim * seen
+        rest = self.query_side_weights + 2 * self.num_heads * self.head_dim * seen
         layers = self.num_layers - (1 - asked if self.trims_last_layer else 0)
         head = asked * self.d_model * self.vocab_size
-        return 2.0 * (self.num_layers * self._key_side + layers * rest + head)
+        return 2.0 * (self.num_layers * self.key_side_weights + layers * rest + head)
 
     @property
     def trims_last_layer(self) -> bool:
@@ -68,44 +67,20 @@ class DecoderConfig:
 
         It copies the weights of the other layers, so small models alone do it: TRIM_LIMIT.
         """
-        return self.num_layers * (self._key_side + self._query_side) <= TRIM_LIMIT
+        return self.num_layers * (self.key_side_weights + self.query_side_weights) <= TRIM_LIMIT
 
     @property
-    def _key_side(self) -> int:
-        """Weights of a layer's k and v."""
-        return 2 * self.d_model * self.head_dim * self.num_kv_heads
+    def alibi_slopes(self) -> tuple[float, ...]:
+        """The slope of each head (Press et al. 2022).
 
-    @property
-    def _query_side(self) -> int:
-        """Weights of a layer's q, o and MLP."""
-        return 2 * self.d_model * (self.head_dim * self.num_heads + self.d_mlp)
-
-
-class Layer(nnx.Module):
-    """One pre-norm block: x + attn(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, c: DecoderConfig, *, dtypes: DTypes, lora: LoRA | None, rngs: nnx.Rngs):
-        shared = dict(dtypes=dtypes, init_std=c.init_std, lora=lora, rngs=rngs)
-        heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-        self.attn_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
-        self.attn = SelfAttention(c.d_model, *heads, qk_norm=c.qk_norm, eps=c.norm_eps, **shared)
-        self.mlp_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
-        self.mlp = MLP(c.d_model, c.d_mlp, activation=c.activation, **shared)
-
-    def __call__(
-        self, x: Array, context: Context, layer: Array, cached=None, at: Array | None = None
-    ):
-        """Map [b, t, d] to [b, t, d]; with ``cached`` also returns the updated (k, v).
-
-        at: int32[b, m], the positions whose outputs [b, m, d] are wanted; None for all.
+        Where the heads are no power of two, every second slope of the next one comes first, then
+        those between, as in MPT's code.
         """
-        out = self.attn(self.attn_norm(x), context, layer, cached, at)
-        if cached is not None:
-            out, cached = out
-        x = x if at is None else take_on_length(x, at)
-        x = checkpoint_name(constrain(x + out, "batch", "length", "embed"), "attn_sum")
-        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
-        return x if cached is None else (x, cached)
+        power = 2 ** math.ceil(math.log2(self.num_heads))
+        slopes = [2.0 ** (-self.alibi_max * (i + 1) / power) for i in range(power)]
+        if power != self.num_heads:
+            slopes = [*slopes[1::2], *slopes[::2]][: self.num_heads]
+        return tuple(slopes)
 
 
 class Decoder(nnx.Module):
@@ -127,9 +102,13 @@ class Decoder(nnx.Module):
         self.embed = Embed(c.vocab_size, c.d_model, **shared)
         make = partial(_make_layer, c, dtypes, lora)
         self.layers = stack(make, c.num_layers, rngs)
-        self.final_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
+        self.final_norm = make_norm(c, dtypes=dtypes)
+        rows = c.max_positions + c.position_offset
+        learned = c.position == "learned"
+        self.position_embed = PositionEmbed(rows, c.d_model, **shared) if learned else None
         vocab = (c.d_model,), (c.vocab_size,), ("embed", "vocab")
-        self.head = Linear(*vocab, name="head", bias=False, lora=lora, **shared)
+        of = dict(name="head", bias=c.head_bias, lora=lora)
+        self.head = None if c.tied else Linear(*vocab, **of, **shared)
 
     def __call__(
         self,
@@ -142,6 +121,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         decode: bool = False,
         layers: Sequence[Layer] | None = None,
+        between: Between | None = None,
     ) -> tuple[Array, Cache | None]:
         """Run the layers and the final norm on embedded tokens.
 
@@ -152,13 +132,20 @@ class Decoder(nnx.Module):
         cache: when given, keys and values are written into it: all t at 0 (a prefill; the caller
             sets ``length``), or with ``decode`` the one token of each row at its ``length``.
         layers: with ``decode``, the layers of ``unstack()`` and an unstacked cache: no scan then.
+        between: blocks among the layers, as a tuple where ``layers`` are given.
         Returns the normed hidden states [b, t, d] and the updated cache.
         """
         c = self.config
-        dims = rope_dims(c.head_dim, c.rope_fraction)
-        cos, sin = rope.angles(positions, dims, c.rope_theta)
+        cos = sin = slopes = None
+        if c.position == "rope":
+            dims = rope_dims(c.head_dim, c.rope_fraction)
+            cos, sin = rope.angles(positions, dims, c.rope_theta)
+        elif c.position == "alibi":
+            slopes = jnp.asarray(c.alibi_slopes, jnp.float32)
+        else:
+            x = x + self.position_embed(positions + c.position_offset)
         length = cache.length if decode else None
-        context = Context(cos, sin, k_start, k_end, length, self.attention)
+        context = Context(cos, sin, k_start, k_end, length, slopes, implementation=self.attention)
         x = constrain(x, "batch", "length", "embed")
         if cache is None:
             trim = at is not None and c.trims_last_layer and length_shards(*x.shape[1::-1]) == 1
@@ -169,12 +156,14 @@ class Decoder(nnx.Module):
                 x,
                 remat=self.remat,
                 last=(lambda m, x, i: m(x, context, i, at=at)) if trim else None,
+                between=between,
             )
             return self.final_norm(x if trim or at is None else take_on_length(x, at)), None
 
         if layers is not None:
             pairs = []
-            for layer, *pair in zip(layers, cache.k, cache.v, strict=True):
+            for i, (layer, *pair) in enumerate(zip(layers, cache.k, cache.v, strict=True)):
+                x = x if between is None else between.before(i, x)
                 x, pair = layer(x, context, 0, tuple(pair))
                 pairs.append(pair)
             k, v = zip(*pairs, strict=True)
@@ -183,7 +172,13 @@ class Decoder(nnx.Module):
         def step(layer, carry, i):
             return layer(carry[0], context, i, carry[1])
 
-        x, (k, v) = scan(self.layers, c.num_layers, step, (x, (cache.k, cache.v)))
+        if between is not None:
+            run = between.step
+            between = dataclasses.replace(
+                between, step=lambda block, carry, i: (run(block, carry[0], i), carry[1])
+            )
+        carry = (x, (cache.k, cache.v))
+        x, (k, v) = scan(self.layers, c.num_layers, step, carry, between=between)
         length = cache.length + 1 if decode else cache.length
         return self.final_norm(x), Cache(k, v, length)
 
@@ -193,7 +188,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Return float32 logits [..., v] of hidden states [..., d]."""
-        return self.head(hidden).astype(jnp.float32)
+        head = self.embed.attend if self.head is None else self.head
+        return head(hidden).astype(jnp.float32)
 
     def init_cache(self, b: int, s: int, dtype=None) -> Cache:
         """Return an empty cache for b rows of s tokens in the compute dtype, or in ``dtype``."""

@@ -1,6 +1,9 @@
-"""Self-attention with rotary positions and an optional normalisation of queries and keys."""
+"""Self-attention: rotary positions or ALiBi or neither, optional norms of queries and keys."""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,60 +20,75 @@ from mmjax.ops.decode import decode_attention
 from mmjax.parallel.context import take_on_length
 from mmjax.parallel.sharding import constrain
 
+if TYPE_CHECKING:
+    from mmjax.nn.layer import LayerConfig
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares.
 
-    cos, sin: rotary angles, [b, t, dims / 2]. k_start, k_end: key ranges int32[b, t] or None.
-    length: int32[b], the filled part of the cache when decoding one token, else None.
+    cos, sin: rotary angles, [b, t, dims / 2], or None. k_start, k_end: key ranges int32[b, t] or
+    None. length: int32[b], the filled part of the cache when decoding one token, else None.
+    slopes: of ALiBi, float32[n], or None. causal: hide later keys.
     implementation: of attention, a name in ``mmjax.ops.attention.IMPLEMENTATIONS``.
     """
 
-    cos: Array
-    sin: Array
+    cos: Array | None = None
+    sin: Array | None = None
     k_start: Array | None = None
     k_end: Array | None = None
     length: Array | None = None
+    slopes: Array | None = None
+    causal: bool = dataclasses.field(default=True, metadata=dict(static=True))
     implementation: str = dataclasses.field(default="auto", metadata=dict(static=True))
 
-    def of_queries(self, at: Array) -> "Context":
-        """Return the context of queries taken at int32[b, m]; causality becomes part of k_end."""
-        cos, sin = take_on_length(self.cos, at), take_on_length(self.sin, at)
-        start, end = (
-            None if x is None else take_on_length(x, at) for x in (self.k_start, self.k_end)
+    def of_queries(self, at: Array) -> Context:
+        """Return the context of queries taken at int32[b, m]; causality becomes part of k_end.
+
+        A slope's distance then counts from the query's place among those taken: off by the same
+        for all its keys, which softmax does not see.
+        """
+        cos, sin, start, end = (
+            None if x is None else take_on_length(x, at)
+            for x in (self.cos, self.sin, self.k_start, self.k_end)
         )
-        end = at + 1 if end is None else jnp.minimum(end, at + 1)
-        return Context(cos, sin, start, end, implementation=self.implementation)
+        if self.causal:
+            end = at + 1 if end is None else jnp.minimum(end, at + 1)
+        return dataclasses.replace(self, cos=cos, sin=sin, k_start=start, k_end=end, causal=False)
 
 
 class SelfAttention(nnx.Module):
-    """Causal multi-head attention; keys and values may have fewer heads than queries."""
+    """Multi-head attention; keys and values may have fewer heads than queries."""
 
     def __init__(
         self,
-        d: int,
-        n: int,
-        kv: int,
-        h: int,
+        c: LayerConfig,
         *,
-        qk_norm: bool,
-        eps: float,
         dtypes: DTypes,
-        init_std: float,
         lora: LoRA | None,
         rngs: nnx.Rngs,
+        prefix: str = "",
     ):
-        shared = dict(bias=True, dtypes=dtypes, init_std=init_std, lora=lora, rngs=rngs)
-        kv_axes = ("embed", "kv_heads", "head_dim")
-        self.q = Linear((d,), (n, h), ("embed", "heads", "head_dim"), name="attn.q", **shared)
-        self.k = Linear((d,), (kv, h), kv_axes, name="attn.k", **shared)
-        self.v = Linear((d,), (kv, h), kv_axes, name="attn.v", **shared)
-        self.o = Linear((n, h), (d,), ("heads", "head_dim", "embed"), name="attn.o", **shared)
-        # One norm for all heads, over the head's dimensions, before the rotation (Persimmon).
-        self.q_norm = LayerNorm(h, eps=eps, dtypes=dtypes) if qk_norm else None
-        self.k_norm = LayerNorm(h, eps=eps, dtypes=dtypes) if qk_norm else None
+        shared = dict(dtypes=dtypes, init_std=c.init_std, lora=lora, rngs=rngs)
+        d, n, kv, h = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
+        self.clip = c.clip_qkv
+
+        def project(name: str, heads: int, axis: str) -> Linear:
+            axes = ("embed", axis, "head_dim")
+            full = f"{prefix}attn.{name}"
+            return Linear((d,), (heads, h), axes, name=full, bias=c.qkv_bias, **shared)
+
+        self.q = project("q", n, "heads")
+        self.k, self.v = project("k", kv, "kv_heads"), project("v", kv, "kv_heads")
+        out = (n, h), (d,), ("heads", "head_dim", "embed")
+        self.o = Linear(*out, name=f"{prefix}attn.o", bias=c.out_bias, **shared)
+        # One norm for all heads, over the head's dimensions, before the rotation (Persimmon), or
+        # one over the dimensions of all heads together (MPT-1B).
+        widths = {"none": (0, 0), "head": (h, h), "model": (n * h, kv * h)}[c.qk_norm]
+        of = dict(eps=c.norm_eps, dtypes=dtypes, bias=c.norm_bias)
+        self.q_norm, self.k_norm = (LayerNorm(w, **of) if w else None for w in widths)
 
     def __call__(
         self, x: Array, context: Context, layer: Array, cached=None, at: Array | None = None
@@ -85,10 +103,14 @@ class SelfAttention(nnx.Module):
             asking, queries = take_on_length(x, at), context.of_queries(at)
         # Named before norm and rotation: those are cheap to compute again, a projection is not.
         q, k, v = (checkpoint_name(a, "qkv") for a in (self.q(asking), self.k(x), self.v(x)))
+        if self.clip is not None:
+            q, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q, k, v))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = constrain(rope.rotate(q, queries.cos, queries.sin), "batch", "length", "heads", None)
-        k = rope.rotate(k, context.cos, context.sin)
+            q, k = _norm_heads(self.q_norm, q), _norm_heads(self.k_norm, k)
+        if context.cos is not None:
+            q = rope.rotate(q, queries.cos, queries.sin)
+            k = rope.rotate(k, context.cos, context.sin)
+        q = constrain(q, "batch", "length", "heads", None)
         if cached is not None:
             cached = tuple(
                 kv_cache.write(buffer, layer, context.length, new)
@@ -101,15 +123,25 @@ class SelfAttention(nnx.Module):
                 v,
                 k_start=queries.k_start,
                 k_end=queries.k_end,
-                causal=at is None,
+                causal=queries.causal,
+                alibi_slopes=context.slopes,
                 implementation=context.implementation,
             )
         else:  # one new token against the cache; its own key is in there by now
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in cached)
             k, v = k.astype(q.dtype), v.astype(q.dtype)
-            out = decode_attention(q[:, 0], k, v, context.length + 1)[:, None]
+            out = decode_attention(q[:, 0], k, v, context.length + 1, alibi_slopes=context.slopes)[
+                :, None
+            ]
         out = self.o(constrain(out, "batch", "length", "heads", None))
         return out if cached is None else (out, cached)
+
+
+def _norm_heads(norm: LayerNorm, x: Array) -> Array:
+    """Normalise [b, t, n, h] over h, or over n and h together where the norm is that wide."""
+    if norm.scale.shape[-1] == x.shape[-1]:
+        return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
 def rope_dims(head_dim: int, fraction: float) -> int:

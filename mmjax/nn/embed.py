@@ -23,3 +23,23 @@ class Embed(nnx.Module):
         # Bring fsdp's shares together first: a look-up in a table cut on d would reshard twice.
         table = constrain(self.embedding[...], "vocab", "embed")
         return constrain(table[tokens].astype(self.dtype), "batch", "length", "embed")
+
+    def attend(self, x: Array) -> Array:
+        """Return [..., v], the product of [..., d] with every row: a head tied to the table."""
+        table = self.embedding[...].astype(self.dtype)
+        return jax.lax.dot_general(x.astype(self.dtype), table, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+class PositionEmbed(nnx.Module):
+    """Look positions up in a table [rows, d] (OPT); positions beyond it take its last row."""
+
+    def __init__(self, rows: int, d: int, *, dtypes: DTypes, init_std: float, rngs: nnx.Rngs):
+        normal = jax.nn.initializers.normal(init_std)
+        table = normal(rngs.params(), (rows, d), jnp.dtype(dtypes.param))
+        self.dtype = dtypes.compute
+        self.embedding = nnx.Param(table, out_sharding=(None, "embed"))
+
+    def __call__(self, positions: Array) -> Array:
+        """Return [b, t, d] for int32[b, t]."""
+        table = constrain(self.embedding[...], None, "embed")
+        return constrain(table[positions].astype(self.dtype), "batch", "length", "embed")

@@ -119,7 +119,7 @@ class Linear(nnx.Module):
             self.lora_scale, self.dropout = lora.scale, lora.dropout
             # Maps of one block with the same input draw one mask: q, k and v, which are one fused
             # map in the peer.
-            self.stream = zlib.crc32(f"{name.split('.')[0]}{d_in}".encode())
+            self.stream = zlib.crc32(f"{name.rpartition('.')[0] or name}{d_in}".encode())
 
     def __call__(self, x: Array) -> Array:
         """Map [..., *d_in] to [..., *d_out] in the compute dtype."""

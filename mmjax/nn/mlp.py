@@ -1,6 +1,7 @@
 """The position-wise feed-forward block."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,23 @@ def squared_relu(x: Array) -> Array:
     return jnp.square(jax.nn.relu(x))
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu2": squared_relu}
+def quick_gelu(x: Array) -> Array:
+    """Return x sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu2": squared_relu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
+    "silu": jax.nn.silu,
+}
 
 
 class MLP(nnx.Module):
-    """down(activation(up(x))), both maps with bias."""
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(
         self,
@@ -33,13 +46,26 @@ class MLP(nnx.Module):
         init_std: float,
         lora: LoRA | None,
         rngs: nnx.Rngs,
+        gated: bool = False,
+        bias: bool = True,
+        prefix: str = "",
     ):
-        shared = dict(bias=True, dtypes=dtypes, init_std=init_std, lora=lora, rngs=rngs)
+        shared = dict(bias=bias, dtypes=dtypes, init_std=init_std, lora=lora, rngs=rngs)
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation {activation!r} is unknown; one of {known}")
         self.activation = activation
-        self.up = Linear((d,), (f,), ("embed", "mlp"), name="mlp.up", **shared)
-        self.down = Linear((f,), (d,), ("mlp", "embed"), name="mlp.down", **shared)
+        widen = (d,), (f,), ("embed", "mlp")
+        self.up = Linear(*widen, name=f"{prefix}mlp.up", **shared)
+        self.gate = Linear(*widen, name=f"{prefix}mlp.gate", **shared) if gated else None
+        self.down = Linear((f,), (d,), ("mlp", "embed"), name=f"{prefix}mlp.down", **shared)
 
     def __call__(self, x: Array) -> Array:
         """Map [b, t, d] to [b, t, d]."""
-        hidden = checkpoint_name(constrain(self.up(x), "batch", "length", "mlp"), "mlp_up")
-        return self.down(ACTIVATIONS[self.activation](hidden))
+        act = ACTIVATIONS[self.activation]
+        up = _hidden(self.up(x))
+        return self.down(act(up) if self.gate is None else act(_hidden(self.gate(x))) * up)
+
+
+def _hidden(x: Array) -> Array:
+    return checkpoint_name(constrain(x, "batch", "length", "mlp"), "mlp_up")

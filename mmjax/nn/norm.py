@@ -1,6 +1,9 @@
 """Normalisation layers; statistics in float32."""
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +12,45 @@ from jax import Array, lax
 
 from mmjax.nn.linear import DTypes
 
+if TYPE_CHECKING:
+    from mmjax.nn.layer import LayerConfig
+
 
 class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis with scale and bias (Ba et al. 2016)."""
+    """LayerNorm over the last axis with scale and, unless told otherwise, bias (Ba et al. 2016)."""
 
-    def __init__(self, d: int, *, eps: float, dtypes: DTypes):
+    def __init__(self, d: int, *, eps: float, dtypes: DTypes, bias: bool = True):
         param = jnp.dtype(dtypes.param)
         self.eps, self.dtype = eps, dtypes.compute
         self.scale = nnx.Param(jnp.ones((d,), param), out_sharding=("norm",))
-        self.bias = nnx.Param(jnp.zeros((d,), param), out_sharding=("norm",))
+        self.bias = nnx.Param(jnp.zeros((d,), param), out_sharding=("norm",)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         """Normalise [..., d]; returns the compute dtype."""
-        out = _layer_norm(x.astype(jnp.float32), self.scale[...], self.bias[...], self.eps)
-        return out.astype(self.dtype)
+        scale = self.scale[...]
+        bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...]
+        return _layer_norm(x.astype(jnp.float32), scale, bias, self.eps).astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis with scale (Zhang & Sennrich 2019)."""
+
+    def __init__(self, d: int, *, eps: float, dtypes: DTypes):
+        self.eps, self.dtype = eps, dtypes.compute
+        self.scale = nnx.Param(jnp.ones((d,), jnp.dtype(dtypes.param)), out_sharding=("norm",))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalise [..., d]; returns the compute dtype."""
+        x = x.astype(jnp.float32)
+        rstd = lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (x * rstd * self.scale[...]).astype(self.dtype)
+
+
+def make_norm(c: LayerConfig, *, dtypes: DTypes) -> LayerNorm | RMSNorm:
+    """Build the norm that a block's config names, over its model width."""
+    if c.norm == "rms":
+        return RMSNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
+    return LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes, bias=c.norm_bias)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,5 +1,6 @@
 """Stack equal layers into one module and scan over it, with rematerialisation by name."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -31,6 +32,26 @@ def unstack(layers: nnx.Module, count: int) -> tuple[nnx.Module, ...]:
     return tuple(nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(count))  # noqa: B023
 
 
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Blocks that stand between the layers of a stack: one before each ``every``-th layer.
+
+    blocks: [layers // every] stacked blocks, or a tuple of as many. step: ``carry = step(block,
+    carry, index)``, run before layer ``index * every + every - 1``.
+    """
+
+    blocks: nnx.Module | tuple[nnx.Module, ...]
+    every: int
+    step: Callable
+
+    def before(self, layer: int, carry):
+        """Run the block that stands before a layer, if one does; ``blocks`` is a tuple here."""
+        if (layer + 1) % self.every:
+            return carry
+        index = layer // self.every
+        return self.step(self.blocks[index], carry, index)
+
+
 def scan(
     layers: nnx.Module,
     count: int,
@@ -39,30 +60,59 @@ def scan(
     *,
     remat: str = "off",
     last: Callable | None = None,
+    between: Between | None = None,
 ):
     """Run ``carry = step(layer, carry, index)`` over stacked layers.
 
     The carry may hold the stacked cache: as scan inputs and outputs it would be copied each step.
     last: runs in place of ``step`` on the last layer, and may return a carry of another shape. The
-    weights of the layers before it are copied then.
+    weights of the layers before it are copied then. between: blocks among the layers; the scan
+    then goes over groups of ``every`` layers and a block.
     """
     if remat not in REMAT:
         raise ValueError(f"remat policy {remat!r} is unknown; one of {', '.join(REMAT)}")
+    every = 1 if between is None else between.every
     graphdef, state = nnx.split(layers)
+    block_def, block_state = nnx.split(None if between is None else between.blocks)
 
-    def body_of(step):
-        def body(carry, xs):
-            index, leaves = xs
+    def run(definition, step):
+        def one(carry, leaves, index):
             with layer_dropout(index):
-                return step(nnx.merge(graphdef, leaves), carry, index), None
+                return step(nnx.merge(definition, leaves), carry, index)
 
         if remat == "off":
-            return body
-        return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+            return one
+        return jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)
 
-    xs = (jnp.arange(count), state)
-    if last is None:
-        return jax.lax.scan(body_of(step), carry, xs)[0]
-    if count > 1:
-        carry = jax.lax.scan(body_of(step), carry, jax.tree.map(lambda x: x[:-1], xs))[0]
-    return body_of(last)(carry, jax.tree.map(lambda x: x[-1], xs))[0]
+    def group(last_step):
+        """Return a scan's body over (group's index, its layers [every, ...], its block)."""
+
+        def body(carry, xs):
+            index, leaves, block = xs
+            for i in range(every):
+                if between is not None and i == every - 1:
+                    carry = run(block_def, between.step)(carry, block, index)
+                layer = jax.tree.map(lambda x: x[i], leaves)  # noqa: B023
+                which = step if i < every - 1 else last_step
+                carry = run(graphdef, which)(carry, layer, index * every + i)
+            return carry, None
+
+        return body
+
+    groups, rest = divmod(count, every)
+    grouped = jax.tree.map(
+        lambda x: x[: groups * every].reshape(groups, every, *x.shape[1:]), state
+    )
+    xs = (jnp.arange(groups), grouped, block_state)
+    cut_last = last is not None and not rest
+    if not cut_last:
+        carry = jax.lax.scan(group(step), carry, xs)[0]
+    else:
+        if groups > 1:
+            head = jax.tree.map(lambda x: x[:-1], xs)
+            carry = jax.lax.scan(group(step), carry, head)[0]
+        carry = group(last)(carry, jax.tree.map(lambda x: x[-1], xs))[0]
+    for i in range(groups * every, count):
+        which = last if last is not None and i == count - 1 else step
+        carry = run(graphdef, which)(carry, jax.tree.map(lambda x: x[i], state), i)  # noqa: B023
+    return carry

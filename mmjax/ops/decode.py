@@ -6,18 +6,28 @@ from jax import Array
 
 
 def decode_attention(
-    q: Array, k: Array, v: Array, length: Array, *, scale: float | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    length: Array,
+    *,
+    scale: float | None = None,
+    alibi_slopes: Array | None = None,
 ) -> Array:
     """Attend from one query a row to the first ``length`` keys of its cache.
 
     q: [b, n, h]; k, v: [b, k, s, h], heads before length so that nothing is transposed for each
-        token; length: int32[b]. Returns [b, n, h]. Scores are float32 [b, n, s].
+        token; length: int32[b]. alibi_slopes: float32[n]; adds slope times (j - the last key).
+    Returns [b, n, h]. Scores are float32 [b, n, s].
     """
     b, n, h = q.shape
     kv, s = k.shape[1:3]
     scale = h**-0.5 if scale is None else scale
     grouped = (q * scale).reshape(b, kv, n // kv, h)
     scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
+    if alibi_slopes is not None:
+        past = (jnp.arange(s)[None] - (length[:, None] - 1)).astype(jnp.float32)
+        scores += alibi_slopes.reshape(1, kv, n // kv, 1) * past[:, None, None]
     seen = jnp.arange(s)[None] < length[:, None]
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

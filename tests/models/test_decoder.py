@@ -177,7 +177,7 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_is_its_product():
 
 
 def test_without_query_and_key_norms_there_are_no_such_parameters():
-    graphdef, params = decoder(dataclasses.replace(CONFIG, qk_norm=False))
+    graphdef, params = decoder(dataclasses.replace(CONFIG, qk_norm="none"))
     assert not [name for name in paths.flatten(params) if "q_norm" in name or "k_norm" in name]
     assert np.isfinite(forward((graphdef, params), stream(), POSITIONS)).all()
 

@@ -77,7 +77,7 @@ class FuyuConfig:
             d_mlp=pick("intermediate_size", base.d_mlp),
             activation=pick("hidden_act", base.activation),
             norm_eps=pick("layer_norm_eps", base.norm_eps),
-            qk_norm=pick("qk_layernorm", base.qk_norm),
+            qk_norm="head" if pick("qk_layernorm", True) else "none",
             rope_theta=float(_theta(hf, nested, rope, base.rope_theta)),
             rope_fraction=rope.get(
                 "partial_rotary_factor", pick("partial_rotary_factor", base.rope_fraction)
@@ -104,7 +104,7 @@ class FuyuConfig:
             "max_position_embeddings": c.max_positions,
             "hidden_act": c.activation,
             "layer_norm_eps": c.norm_eps,
-            "qk_layernorm": c.qk_norm,
+            "qk_layernorm": c.qk_norm == "head",
             "initializer_range": c.init_std,
             "rope_theta": c.rope_theta,
             "partial_rotary_factor": c.rope_fraction,

@@ -198,7 +198,7 @@ def test_the_loss_is_the_mean_over_targets_alone(model):
 
 def test_a_config_comes_back_from_its_file():
     decoder = dataclasses.replace(
-        tiny.CONFIG.decoder, rope_theta=500.0, norm_eps=1e-6, qk_norm=False, rope_fraction=0.25
+        tiny.CONFIG.decoder, rope_theta=500.0, norm_eps=1e-6, qk_norm="none", rope_fraction=0.25
     )
     config = dataclasses.replace(tiny.CONFIG, decoder=decoder, bos_token_id=3, pad_token_id=2)
     assert FuyuConfig.from_hf(config.to_hf()) == config
