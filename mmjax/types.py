@@ -46,7 +46,7 @@ class Segment:
     """A span of a prompt that knows whether it is supervised.
 
     kind: ``text`` (``value`` is the string), ``image`` (``value`` is an index into the images) or
-        ``special`` (``value`` names a token: ``bos``, ``answer``, ``eos``).
+        ``special`` (``value`` names a token: ``bos``, ``answer``, ``eos``, or a family's own).
     loss: True where the model is trained to produce this span.
     """
 

@@ -10,13 +10,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
 
+from mmjax.data import templates_flamingo as flamingo
+from mmjax.data.turns import (
+    IMAGE_MARK,
+    Template,
+    answer,
+    join_text,
+    messages_before_answer,
+    name_record,
+    need_answer,
+    place_images,
+)
 from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
-
-IMAGE_MARK = "<image>"
-
-Template = Callable[[Record], list[Segment]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +122,15 @@ def idefics_prompt(record: Record) -> list[Segment]:
 
 def plain(record: Record) -> list[Segment]:
     """Lay out bare text, without speaker names: images, <bos>, each turn; answers are targets."""
-    front, turns = _place_images(record, record.messages)
+    front, turns = place_images(record, record.messages)
     segments = [*front, Segment("special", "bos")]
     for message, parts in zip(record.messages, turns, strict=True):
         if message.role == "assistant":
-            segments += _answer(record, message, supervised=True)
+            segments += answer(record, message, supervised=True)
         else:
             segments += parts
     if not any(s.loss for s in segments):
-        raise BadSample("empty_answer", f"{_name(record)}: no assistant turn to train on")
+        raise BadSample("empty_answer", f"{name_record(record)}: no assistant turn to train on")
     return segments
 
 
@@ -137,13 +143,13 @@ def fuyu_legacy_otter(record: Record) -> list[Segment]:
     first answer, then the second *question*; no later answer is ever learnt. A single turn comes
     out as in ``fuyu_chat``, symbols aside.
     """
-    _need_answer(record)
+    need_answer(record)
     stripped = tuple(
         m if m.role == "system" else dataclasses.replace(m, text=strip_symbols(m.text))
         for m in record.messages
     )
     record = dataclasses.replace(record, messages=stripped)
-    front, turns = _place_images(record, record.messages)
+    front, turns = place_images(record, record.messages)
     segments = [*front, Segment("special", "bos")]
     answers = 0
     for message, parts in zip(record.messages, turns, strict=True):
@@ -152,12 +158,12 @@ def fuyu_legacy_otter(record: Record) -> list[Segment]:
             continue
         if message.role == "assistant":
             answers += 1
-            segments += _answer(record, message, supervised=answers == 1)[:1]
+            segments += answer(record, message, supervised=answers == 1)[:1]
             continue
         turn = [Segment("text", "User:"), *parts, Segment("text", " Assistant:")]
         turn.append(Segment("special", "answer"))
         segments += [dataclasses.replace(s, loss=answers == 1 and s.kind != "image") for s in turn]
-    return _join_text([*segments, Segment("special", "eos", True)])
+    return join_text([*segments, Segment("special", "eos", True)])
 
 
 def strip_symbols(text: str) -> str:
@@ -177,6 +183,7 @@ TEMPLATES: dict[str, Template] = {
         *(fuyu_chat, fuyu_prompt, fuyu_spaced_chat, fuyu_spaced_prompt, fuyu_legacy_otter),
         *(simple_chat, simple_prompt, llama2_chat, llama2_prompt, idefics_chat, idefics_prompt),
         plain,
+        *flamingo.TEMPLATES,
     )
 }
 """Every template by its name: ``*_chat`` to train on, ``*_prompt`` to generate from."""
@@ -195,34 +202,20 @@ def get_template(name: str | Template) -> Template:
 
 def _chat(record: Record, words: Dialogue) -> list[Segment]:
     """Write a whole conversation out, every answer a target."""
-    _need_answer(record)
+    need_answer(record)
     return _dialogue(record, record.messages, words, supervised=True)
 
 
 def _prompt(record: Record, words: Dialogue) -> list[Segment]:
     """Write out what stands before the last answer."""
-    messages = record.messages
-    if messages and messages[-1].role == "assistant":
-        messages = messages[:-1]
-    if not messages or messages[-1].role != "user":
-        raise BadSample("bad_record", f"{_name(record)}: there is no question to answer")
-    return _dialogue(record, messages, words, supervised=False)
-
-
-def _need_answer(record: Record) -> None:
-    if not record.messages or record.messages[-1].role != "assistant":
-        raise BadSample(
-            "empty_answer",
-            f"{_name(record)}: the conversation does not end with an assistant turn, so there is "
-            "nothing to train on; use the template 'fuyu_prompt' for inference",
-        )
+    return _dialogue(record, messages_before_answer(record), words, supervised=False)
 
 
 def _dialogue(
     record: Record, messages: tuple[Message, ...], words: Dialogue, supervised: bool
 ) -> list[Segment]:
     """Write messages out in a format; a last user turn ends with <answer>."""
-    front, turns = _place_images(record, messages)
+    front, turns = place_images(record, messages)
     segments = [] if words.images_inside else front
     opening = front if words.images_inside else []
     segments = [*segments, Segment("special", "bos")]
@@ -238,79 +231,11 @@ def _dialogue(
                 segments.append(Segment("special", "eos"))
             segments += [Segment("text", words.prompt), Segment("special", "answer")]
         else:
-            segments += _answer(record, message, supervised)
-    return _join_text(segments)
+            segments += answer(record, message, supervised)
+    return join_text(segments)
 
 
 def _close_images(parts: list[Segment], text: str) -> list[Segment]:
     """Put a text behind the images that a turn begins with."""
     images = next((i for i, part in enumerate(parts) if part.kind != "image"), len(parts))
     return [*parts[:images], *([Segment("text", text)] if images and text else []), *parts[images:]]
-
-
-def _answer(record: Record, message: Message, supervised: bool) -> list[Segment]:
-    """Return an answer and the eos that ends it; both are targets in training."""
-    if not message.text.strip():
-        raise BadSample("empty_answer", f"{_name(record)}: an assistant turn is empty")
-    if IMAGE_MARK in message.text:
-        raise BadSample(
-            "image_count",
-            f"{_name(record)}: {IMAGE_MARK} stands in an assistant turn; only system and user "
-            "turns may hold images",
-        )
-    text = message.text.strip()
-    return [Segment("text", text, supervised), Segment("special", "eos", supervised)]
-
-
-def _place_images(
-    record: Record, messages: tuple[Message, ...]
-) -> tuple[list[Segment], list[list[Segment]]]:
-    """Split every turn at its marks; returns the images that open the prompt, and the turns.
-
-    Without any mark all images open the prompt. Line ends that touch a mark go with it: they
-    separate the mark from the text in LLaVA's files and are no part of the question.
-    """
-    total = sum(m.text.count(IMAGE_MARK) for m in record.messages)
-    if total not in (0, len(record.images)):
-        raise BadSample(
-            "image_count",
-            f"{_name(record)}: {total} {IMAGE_MARK} mark(s) for {len(record.images)} image(s); "
-            "write one mark for each image, or none to put them all in front",
-        )
-    front = [] if total else [Segment("image", i) for i in range(len(record.images))]
-    turns: list[list[Segment]] = []
-    index = 0
-    for message in messages:
-        pieces = message.text.split(IMAGE_MARK) if message.role != "assistant" else [message.text]
-        parts: list[Segment] = []
-        for i, piece in enumerate(pieces):
-            if i > 0:
-                at_start = not turns and not parts
-                (front if at_start else parts).append(Segment("image", index))
-                index += 1
-                piece = piece.lstrip("\n")
-            if i < len(pieces) - 1:
-                piece = piece.rstrip("\n")
-            if piece.strip() or (piece and len(pieces) == 1):
-                parts.append(Segment("text", piece))
-        turns.append(parts)
-    return front, turns
-
-
-def _join_text(segments: list[Segment]) -> list[Segment]:
-    """Join neighbouring text of the same kind: a tokenizer sees `User:q Assistant:` whole."""
-    joined: list[Segment] = []
-    for segment in segments:
-        last = joined[-1] if joined else None
-        if last and segment.kind == last.kind == "text" and segment.loss == last.loss:
-            joined[-1] = Segment("text", f"{last.value}{segment.value}", last.loss)
-        else:
-            joined.append(segment)
-    return joined
-
-
-def _name(record: Record) -> str:
-    """Name a record for a message: where it came from, as far as its meta tells."""
-    meta = record.meta
-    place = ":".join(str(meta[k]) for k in ("source", "line") if k in meta)
-    return f"{place or 'record'} (id {meta.get('id', '?')})"
