@@ -1,0 +1,160 @@
+"""Gated cross attention from text to media (Alayrac et al. 2022), and which media a token sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from mmjax.nn.cross_attention import CrossAttention
+from mmjax.nn.linear import DTypes, LoRA
+from mmjax.nn.mlp import MLP
+from mmjax.nn.norm import LayerNorm
+from mmjax.parallel.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossAttentionConfig:
+    """Sizes of a gated block; the defaults are OpenFlamingo-9B's.
+
+    d_model: width of the text. d_media: width of the media tokens. ff_mult: width of the MLP over
+    d_model. num_latents: tokens of a medium. only_immediate: whether a token sees the last medium
+    before it, or all media before it.
+    """
+
+    d_model: int = 4096
+    d_media: int = 1024
+    num_heads: int = 8
+    head_dim: int = 64
+    ff_mult: int = 4
+    num_latents: int = 64
+    only_immediate: bool = True
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    def flops_per_token(self, media: int = 1) -> float:
+        """Return the FLOPs of a forward pass of one block per text token, which sees so many."""
+        inner, keys = self.num_heads * self.head_dim, media * self.num_latents
+        maps = 2 * self.d_model * (inner + self.ff_mult * self.d_model)
+        return 2.0 * (maps + 2 * inner * keys)
+
+    def flops_per_medium(self) -> float:
+        """Return the FLOPs of the keys and values of one medium in one block."""
+        return 4.0 * self.num_latents * self.d_media * self.num_heads * self.head_dim
+
+
+class MediaRanges(NamedTuple):
+    """The media tokens each text token sees: [k_start, k_end), int32[b, t].
+
+    uniform: bool[b, t], tokens that weigh all of them alike, whatever they ask.
+    """
+
+    k_start: Array
+    k_end: Array
+    uniform: Array
+
+
+def media_ranges(
+    visual_index: Array, m: int, n: int, *, only_immediate: bool = True
+) -> MediaRanges:
+    """Return which of the m * n media tokens of its row each text token sees.
+
+    visual_index: int32[b, t], the last medium at or before the token, -1 before the first. m: media
+    of a row; n: tokens of a medium.
+
+    OpenFlamingo hides scores with a finite number, so a token that matches no medium weighs all
+    alike. That are those whose medium was not given (visual_index >= m). Those before the first
+    medium it sets to zero afterwards; without ``only_immediate`` it does not, and a token whose
+    medium was not given then sees all media as any other token does.
+    """
+    i, last = visual_index, m * n
+    before, missing = i < 0, i >= m
+    if only_immediate:
+        start = jnp.where(before | missing, 0, i * n)
+        end = jnp.where(before, 0, jnp.where(missing, last, (i + 1) * n))
+        return MediaRanges(start, end, missing)
+    end = jnp.where(before | missing, last, (i + 1) * n)
+    return MediaRanges(jnp.zeros_like(end), end, before)
+
+
+def keys_of_next_token(
+    k: Array, v: Array, visual_index: Array, n: int, *, only_immediate: bool = True
+) -> tuple[Array, Array, Array]:
+    """Return what ``GatedCrossAttention.decode`` reads for the tokens that follow a prompt.
+
+    k, v: [b, m * n, heads, h]. visual_index: int32[b], of a row's last token: generated text makes
+    no media. Returns k and v [b, heads, s, h] and int32[b], how many of the s keys a token sees.
+    With ``only_immediate`` s is n: a prompt of many images costs a step no more than one of one.
+    """
+    b, s, heads, h = k.shape
+    if s == 0:  # values of zero, whatever their weights
+        nothing = jnp.zeros((b, heads, n, h), k.dtype)
+        return nothing, nothing, jnp.full((b,), n, jnp.int32)
+    ranges = media_ranges(visual_index[:, None], s // n, n, only_immediate=only_immediate)
+    start, end, uniform = (x[:, 0] for x in ranges)
+    of_row = lambda x: x[:, None, None, None]  # noqa: E731
+    # What no weights can change stands for a token that asks nothing: the mean, or zero.
+    mean = v.mean(axis=1, keepdims=True, dtype=jnp.float32).astype(v.dtype)
+    if only_immediate:
+        at = of_row(jnp.where(uniform, 0, start)) + jnp.arange(n)[:, None, None]
+        k, v = (jnp.take_along_axis(x, at, axis=1) for x in (k, v))
+        v = jnp.where(of_row(end == start), 0, v)
+        end = jnp.full_like(end, n)
+    v = jnp.where(of_row(uniform), mean, v)
+    return k.swapaxes(1, 2), v.swapaxes(1, 2), end
+
+
+class GatedCrossAttention(nnx.Module):
+    """x + tanh(gate) attn(norm(x), media), then x + tanh(gate) mlp(norm(x)); both gates start at 0.
+
+    It stands before a layer of the decoder. Parameters: ``attn_gate`` and ``ff_gate`` are [1].
+    """
+
+    def __init__(
+        self,
+        c: CrossAttentionConfig,
+        *,
+        dtypes: DTypes,
+        lora: LoRA | None,
+        rngs: nnx.Rngs,
+        attention: str = "auto",
+    ):
+        shared = dict(dtypes=dtypes, init_std=c.init_std, lora=lora, rngs=rngs, prefix="cross.")
+        norm = partial(LayerNorm, c.d_model, eps=c.norm_eps, dtypes=dtypes)
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.attn = CrossAttention(
+            c.d_model, c.d_media, c.num_heads, c.head_dim, implementation=attention, **shared
+        )
+        self.mlp = MLP(c.d_model, c.ff_mult * c.d_model, activation="gelu", bias=False, **shared)
+        gate = jnp.zeros((1,), jnp.dtype(dtypes.param))
+        self.attn_gate = nnx.Param(gate, out_sharding=("norm",))
+        self.ff_gate = nnx.Param(gate, out_sharding=("norm",))
+
+    def keys_values(self, media: Array) -> tuple[Array, Array]:
+        """Return keys and values [b, m * n, heads, h] of media tokens [b, m * n, d_media]."""
+        return self.attn.keys_values(media)
+
+    def __call__(
+        self, x: Array, k: Array, v: Array, k_start: Array, k_end: Array, uniform: Array
+    ) -> Array:
+        """Map text [b, t, d] to [b, t, d]; the last three are those of ``media_ranges``."""
+        out = self.attn(self.attn_norm(x), k, v, k_start, k_end, uniform)
+        return self._add(x, out)
+
+    def decode(self, x: Array, k: Array, v: Array, length: Array) -> Array:
+        """Map one token a row, [b, 1, d], to [b, 1, d]; the rest is of ``keys_of_next_token``."""
+        return self._add(x, self.attn.decode(self.attn_norm(x), k, v, length))
+
+    def _add(self, x: Array, out: Array) -> Array:
+        """Add what attention returned to the stream, then the MLP."""
+        attn_gate, ff_gate = (
+            jnp.tanh(gate[...].astype(jnp.float32)).astype(x.dtype)
+            for gate in (self.attn_gate, self.ff_gate)
+        )
+        x = checkpoint_name(constrain(x + attn_gate * out, "batch", "length", "embed"), "attn_sum")
+        return constrain(x + ff_gate * self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
