@@ -109,7 +109,25 @@ class FusedQKV:
         return len(ours) - 2
 
 
-identity, transpose, flat = Identity(), Dense(1), Reshape()
+@dataclasses.dataclass(frozen=True)
+class ConvPatch:
+    """A torch Conv2d over whole patches: theirs [out, channel, row, column].
+
+    ours [row, column, channel, out]: the kernel of a Linear over patches as images hold them.
+    """
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        row, column, channel, out = ours
+        return out, channel, row, column
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        return theirs.transpose(2, 3, 1, 0)
+
+    def axis(self, ours: Shape) -> int:
+        return 3
+
+
+identity, transpose, flat, conv_patch = Identity(), Dense(1), Reshape(), ConvPatch()
 
 
 def reshape_in(n_in: int) -> Dense:

@@ -18,6 +18,8 @@ OURS = {
     "bias": (3, 2, 5),
     "head": (6, 20),
     "table": (20, 6),
+    "patch": (2, 3, 4, 5),
+    "patches": (3, 2, 2, 4, 5),
 }
 RULES = (
     R.Rule("kernel", "l.{l}.w", R.transpose),
@@ -26,6 +28,8 @@ RULES = (
     R.Rule("bias", "l.{l}.b", R.fused_qkv(2)),
     R.Rule("head", "head", R.transpose),
     R.Rule("table", "table"),
+    R.Rule("patch", "conv", R.conv_patch),
+    R.Rule("patches", "conv.{l}", R.conv_patch),
 )
 
 
@@ -78,6 +82,16 @@ def test_fused_rows_are_head_major_then_qkv():
     fused = np.arange(n * 3 * h * d).reshape(n * 3 * h, d)
     v = R.fused_qkv(2).view(fused, (d, n, h))
     assert v[1, 1, 2] == fused[1 * 3 * h + 2 * h + 2, 1]
+
+
+def test_a_patch_kernel_is_the_convolution():
+    rng = np.random.default_rng(0)
+    conv, image = rng.normal(size=(5, 3, 4, 2)), rng.normal(size=(3, 4, 2))
+    ours = R.conv_patch.view(conv, (4, 2, 3, 5))
+    assert R.conv_patch.theirs_shape(ours.shape) == conv.shape
+    want = (conv * image).sum((1, 2, 3))  # one step of a convolution, channels first
+    got = np.einsum("rcx,rcxd->d", image.transpose(1, 2, 0), ours)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def test_hundreds_of_differences_are_counted_and_shortened():
