@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, **decoder: int) -> int:
     with use():
         abstract = checkpoints.abstract_params(fuyu, config)
     source = RandomWeights({name: tuple(leaf.shape) for name, leaf in abstract.items()})
-    tensors = rules.export(fuyu.weights.RULES, source)
+    tensors = rules.export(fuyu.weights.rules(config), source)
     folder.mkdir()
     writer.write_shards(folder, tensors)
     (folder / "config.json").write_text(json.dumps({**config.to_hf(), "dtype": "bfloat16"}))

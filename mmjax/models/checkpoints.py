@@ -86,15 +86,15 @@ def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Chec
         return _open_adapter(folder, raw, base)
     family, layout = registry.detect(hf, raw.keys())
     reader = Renamed(raw, lambda key: family.weights.to_hub(key, layout))
-    hf = hf or family.weights.guess_config(reader)
+    config = family.Config.from_hf(hf or family.weights.guess_config(reader))
     return Checkpoint(
         path,
         layout,
         family,
         hf,
-        family.Config.from_hf(hf),
+        config,
         reader,
-        tuple(family.weights.RULES),
+        tuple(family.weights.rules(config)),
         tuple(family.weights.IGNORE),
         None,
         (folder,),
@@ -169,10 +169,10 @@ def _adapter_pairs(
         layout = weights.detect_layout([key])
         return weights.to_hub(key, layout) if layout else key
 
-    layers = config.decoder.num_layers
-    pairs = peft.AdapterReader(Renamed(raw, rename), about, weights.RULES, layers)
+    layers, table = config.decoder.num_layers, weights.rules(config)
+    pairs = peft.AdapterReader(Renamed(raw, rename), about, table, layers)
     stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
-    rules = [r for r in peft.adapter_rules(weights.RULES) if r.ours.startswith(stems)]
+    rules = [r for r in peft.adapter_rules(table) if r.ours.startswith(stems)]
     targets = tuple(weights.lora_target(kernel) for kernel in pairs.kernels)
     return pairs, rules, LoRA(pairs.rank, pairs.alpha, targets, pairs.rslora, pairs.dropout)
 
@@ -387,7 +387,7 @@ def plan_export(
         if ckpt.lora is None:
             raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
         tensors, about = peft.export_adapter(
-            weights.RULES,
+            weights.rules(ckpt.config),
             Subset(source, [name for name in shapes if is_lora(name)]),
             rank=ckpt.lora.rank,
             alpha=ckpt.lora.alpha,
@@ -398,7 +398,7 @@ def plan_export(
         return tensors, {"adapter_config.json": about}
     if ckpt.lora is not None:
         source = Merged(source, ckpt.lora)
-    tensors = R.export(weights.RULES, source, None if dtype == "keep" else dtype)
+    tensors = R.export(weights.rules(ckpt.config), source, None if dtype == "keep" else dtype)
     tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
     kinds = {str(t.dtype) for t in tensors}
     hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}

@@ -40,12 +40,13 @@ class Family:
 
     @property
     def weights(self) -> ModuleType:
-        """The module with RULES, IGNORE and the layouts."""
+        """The module with rules(config), IGNORE and the layouts."""
         return self._module("weights")
 
 
 FAMILIES: dict[str, Family] = {
     "fuyu": Family("fuyu", "Fuyu", ("fuyu",)),
+    "language": Family("language", "Language", ("llama", "mpt", "mosaic_gpt", "gpt_neox", "opt")),
 }
 
 

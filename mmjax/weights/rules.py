@@ -89,12 +89,14 @@ class Reshape:
 
 @dataclasses.dataclass(frozen=True)
 class FusedQKV:
-    """Part i of 3 in a fused projection whose rows are head-major: theirs [n * 3 * h, ...].
+    """Part i of 3 in a fused projection: theirs [n * 3 * h, ...] or [3 * n * h, ...].
 
     ours [..., n, h]: a kernel [d, n, h] of theirs [n * 3 * h, d], or a bias [n, h].
+    by_head: q, k and v of a head stand together (GPT-NeoX); else all q, all k, all v (MPT, CLIP).
     """
 
     i: int
+    by_head: bool = True
 
     def theirs_shape(self, ours: Shape) -> Shape:
         *lead, n, h = ours
@@ -102,7 +104,10 @@ class FusedQKV:
 
     def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
         *lead, n, h = ours
-        part = theirs.reshape(n, 3, h, *lead)[:, self.i]
+        if self.by_head:
+            part = theirs.reshape(n, 3, h, *lead)[:, self.i]
+        else:
+            part = theirs.reshape(3, n, h, *lead)[self.i]
         return part.transpose(*range(2, part.ndim), 0, 1)
 
     def axis(self, ours: Shape) -> int:
@@ -135,21 +140,19 @@ def reshape_in(n_in: int) -> Dense:
     return Dense(n_in)
 
 
-def fused_qkv(i: int) -> FusedQKV:
-    """Return the op of q (0), k (1) or v (2) in a head-major fused projection."""
-    return FusedQKV(i)
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One line of a table: our path, their key (``{l}`` where the layer's number stands), the op.
 
-    With ``{l}`` our array has the layers as its first axis, which the op does not see.
+    With ``{l}`` our array has the layers as its first axis, which the op does not see. first, step:
+    the number of our first layer at theirs, and from each to the next.
     """
 
     ours: str
     theirs: str
     op: Op = identity
+    first: int = 0
+    step: int = 1
 
     @property
     def stacked(self) -> bool:
@@ -160,7 +163,7 @@ class Rule:
         return [self.key(i) for i in range(shape[0])] if self.stacked else [self.theirs]
 
     def key(self, layer: int) -> str:
-        return self.theirs.replace("{l}", str(layer))
+        return self.theirs.replace("{l}", str(self.first + layer * self.step))
 
     def inner(self, shape: Shape) -> Shape:
         """Return the shape the op sees."""
@@ -191,7 +194,7 @@ def by_ours(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
     table = {rule.ours: rule for rule in rules}
     without = [path for path in paths if path not in table]
     if without:
-        raise MMJaxError(f"no rule for {_some(without)}; add it to the family's RULES")
+        raise MMJaxError(f"no rule for {_some(without)}; add it to the family's table")
     return {path: table[path] for path in paths}
 
 

@@ -119,7 +119,7 @@ def hub_names(named):
 def to_hub(flat):
     """Return our {dotted name: array} as the hub's tensors, fused and transposed as they are."""
     flat = {name: np.asarray(value) for name, value in flat.items()}
-    return {tensor.key: tensor.make() for tensor in rules.export(weights.RULES, Arrays(flat))}
+    return {tensor.key: tensor.make() for tensor in rules.export(weights.rules(None), Arrays(flat))}
 
 
 def assert_each_close(ours, theirs, relative):

@@ -23,9 +23,9 @@ OURS = {
 }
 RULES = (
     R.Rule("kernel", "l.{l}.w", R.transpose),
-    R.Rule("q", "l.{l}.q", R.fused_qkv(1)),
+    R.Rule("q", "l.{l}.q", R.FusedQKV(1)),
     R.Rule("o", "l.{l}.o", R.reshape_in(2)),
-    R.Rule("bias", "l.{l}.b", R.fused_qkv(2)),
+    R.Rule("bias", "l.{l}.b", R.FusedQKV(2)),
     R.Rule("head", "head", R.transpose),
     R.Rule("table", "table"),
     R.Rule("patch", "conv", R.conv_patch),
@@ -80,7 +80,7 @@ def test_big_transposes_and_casts_are_exact():
 def test_fused_rows_are_head_major_then_qkv():
     n, h, d = 2, 3, 4
     fused = np.arange(n * 3 * h * d).reshape(n * 3 * h, d)
-    v = R.fused_qkv(2).view(fused, (d, n, h))
+    v = R.FusedQKV(2).view(fused, (d, n, h))
     assert v[1, 1, 2] == fused[1 * 3 * h + 2 * h + 2, 1]
 
 
@@ -159,8 +159,8 @@ def test_every_key_of_fuyu_8b_is_claimed_at_full_size(layout):
     assert sum(math.prod(leaf.shape) for leaf in abstract.values()) == 9_408_238_592
     ours = {name: leaf.shape for name, leaf in abstract.items()}
     hub = Shapes({fuyu.to_hub(k, layout): s for k, s in shapes.items()})
-    R.check(fuyu.RULES, ours, hub, fuyu.IGNORE)
-    counted = sum(math.prod(s) for s in R.expected(fuyu.RULES, ours).values())
+    R.check(fuyu.rules(FuyuConfig()), ours, hub, fuyu.IGNORE)
+    counted = sum(math.prod(s) for s in R.expected(fuyu.rules(FuyuConfig()), ours).values())
     assert counted == 9_408_238_592
 
 

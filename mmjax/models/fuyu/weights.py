@@ -11,43 +11,34 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from mmjax.weights import tables
 from mmjax.weights.reader import Reader
-from mmjax.weights.rules import Rule, fused_qkv, reshape_in, transpose
+from mmjax.weights.rules import Rule, transpose
 
 _LAYER = "language_model.model.layers.{l}."
+_QKV = f"{_LAYER}self_attn.query_key_value"
 
 
-def _norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    return Rule(f"{ours}.scale", f"{theirs}.weight"), Rule(f"{ours}.bias", f"{theirs}.bias")
-
-
-def _linear(ours: str, theirs: str, op=transpose) -> tuple[Rule, Rule]:
-    return Rule(f"{ours}.kernel", f"{theirs}.weight", op), Rule(f"{ours}.bias", f"{theirs}.bias")
-
-
-def _fused(ours: str, theirs: str, i: int) -> tuple[Rule, Rule]:
-    op = fused_qkv(i)
-    return Rule(f"{ours}.kernel", f"{theirs}.weight", op), Rule(
-        f"{ours}.bias", f"{theirs}.bias", op
-    )
-
-
-RULES: tuple[Rule, ...] = (
+_TABLE: tuple[Rule, ...] = (
     Rule("decoder.embed.embedding", "language_model.model.embed_tokens.weight"),
-    *_norm("decoder.layers.attn_norm", f"{_LAYER}input_layernorm"),
-    *_fused("decoder.layers.attn.q", f"{_LAYER}self_attn.query_key_value", 0),
-    *_fused("decoder.layers.attn.k", f"{_LAYER}self_attn.query_key_value", 1),
-    *_fused("decoder.layers.attn.v", f"{_LAYER}self_attn.query_key_value", 2),
-    *_norm("decoder.layers.attn.q_norm", f"{_LAYER}self_attn.q_layernorm"),
-    *_norm("decoder.layers.attn.k_norm", f"{_LAYER}self_attn.k_layernorm"),
-    *_linear("decoder.layers.attn.o", f"{_LAYER}self_attn.dense", reshape_in(2)),
-    *_norm("decoder.layers.mlp_norm", f"{_LAYER}post_attention_layernorm"),
-    *_linear("decoder.layers.mlp.up", f"{_LAYER}mlp.dense_h_to_4h"),
-    *_linear("decoder.layers.mlp.down", f"{_LAYER}mlp.dense_4h_to_h"),
-    *_norm("decoder.final_norm", "language_model.model.final_layernorm"),
+    *tables.norm("decoder.layers.attn_norm", f"{_LAYER}input_layernorm"),
+    *tables.fused_qkv("decoder.layers.attn", f"{_QKV}.weight", f"{_QKV}.bias", by_head=True),
+    *tables.norm("decoder.layers.attn.q_norm", f"{_LAYER}self_attn.q_layernorm"),
+    *tables.norm("decoder.layers.attn.k_norm", f"{_LAYER}self_attn.k_layernorm"),
+    *tables.from_heads("decoder.layers.attn.o", f"{_LAYER}self_attn.dense"),
+    *tables.norm("decoder.layers.mlp_norm", f"{_LAYER}post_attention_layernorm"),
+    *tables.linear("decoder.layers.mlp.up", f"{_LAYER}mlp.dense_h_to_4h"),
+    *tables.linear("decoder.layers.mlp.down", f"{_LAYER}mlp.dense_4h_to_h"),
+    *tables.norm("decoder.final_norm", "language_model.model.final_layernorm"),
     Rule("decoder.head.kernel", "language_model.lm_head.weight", transpose),
-    *_linear("patch_embed", "vision_embed_tokens"),
+    *tables.linear("patch_embed", "vision_embed_tokens"),
 )
+
+
+def rules(config: Any) -> tuple[Rule, ...]:
+    """Return the table of every Fuyu model, in the hub's names."""
+    return _TABLE
+
 
 IGNORE = (r"rotary_emb\.inv_freq$", r"(^|\.)image_patch_projection")
 """Tables of angles that old saves kept, and a projection of Adept's that no model uses."""
@@ -102,7 +93,7 @@ def detect_layout(keys: Iterable[str]) -> str | None:
 
 
 def to_hub(key: str, layout: str) -> str:
-    """Rename a key of a layout to the hub's name, which RULES speak."""
+    """Rename a key of a layout to the hub's name, which the table speaks."""
     renames = next(renames for name, _, renames in _LAYOUTS if name == layout)
     for pattern, new in renames:
         key = pattern.sub(new, key)

@@ -1,0 +1,114 @@
+"""A causal language model alone: text in, text out. Other families build on its decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jax import Array
+
+from mmjax.models.decoder import Decoder, DecoderConfig
+from mmjax.models.language.architectures import ARCHITECTURES, architecture
+from mmjax.nn.cache import Cache
+from mmjax.nn.linear import DTypes, LoRA
+from mmjax.ops import ranges
+from mmjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """A language model; the defaults are LLaMA-7B's tokens.
+
+    architecture: the ``model_type`` of its config.json, a name in ``ARCHITECTURES``.
+    """
+
+    decoder: DecoderConfig
+    architecture: str = "llama"
+    bos_token_id: int | None = 1
+    eos_token_id: int = 2
+    pad_token_id: int | None = None
+    patch_dim: int = 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids the model knows."""
+        return self.decoder.vocab_size
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> LanguageConfig:
+        """Read a config.json of any architecture of ``ARCHITECTURES``."""
+        found = architecture(hf)
+        ids = {key: _one(hf.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids["eos_token_id"] = 0 if ids["eos_token_id"] is None else ids["eos_token_id"]
+        return cls(found.read(hf), found.model_type, **ids)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the config.json that transformers reads."""
+        own = ARCHITECTURES[self.architecture]
+        return {
+            "architectures": [own.class_name],
+            "model_type": own.model_type,
+            **own.write(self.decoder),
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+
+    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
+        """Return the FLOPs of a forward pass per token."""
+        return self.decoder.flops_per_token(length, asked=asked)
+
+
+def _one(token: int | list[int] | None) -> int | None:
+    """Return a token id; some files list several ends, the first of which is the model's own."""
+    return token[0] if isinstance(token, list) else token
+
+
+class Language(nnx.Module):
+    """A decoder over its own token embeddings."""
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtypes: DTypes = DTypes(),  # noqa: B008
+        lora: LoRA | None = None,
+        remat: str = "names",
+        attention: str = "auto",
+    ):
+        self.config = config
+        run = dict(remat=remat, attention=attention)
+        self.decoder = Decoder(config.decoder, dtypes=dtypes, rngs=rngs, lora=lora, **run)
+
+    def __call__(self, batch: Batch, at: Array | None = None) -> Array:
+        """Return hidden states [b, t, d], or [b, m, d] at the positions ``at``, int32[b, m]."""
+        k_start, k_end = ranges.from_segments(batch["segment_ids"])
+        x = self.decoder.embed(batch["tokens"])
+        return self.decoder(x, batch["positions"], k_start=k_start, k_end=k_end, at=at)[0]
+
+    def logits(self, hidden: Array) -> Array:
+        """Return float32 logits [..., v]."""
+        return self.decoder.logits(hidden)
+
+    def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Run right-padded prompts; returns hidden states [b, t, d] and the filled cache."""
+        x = self.decoder.embed(batch["tokens"])
+        hidden, cache = self.decoder(x, batch["positions"], cache=cache)
+        return hidden, dataclasses.replace(cache, length=lengths)
+
+    def decode(self, tokens: Array, cache: Cache, layers=None) -> tuple[Array, Cache]:
+        """Run one token a row, int32[b], at the end of the cache; returns [b, d]."""
+        x = self.decoder.embed(tokens[:, None])
+        at = cache.length[:, None]
+        hidden, cache = self.decoder(x, at, cache=cache, decode=True, layers=layers)
+        return hidden[:, 0], cache
+
+    def unstack(self):
+        """Return the decoder's layers one by one; see ``Decoder.unstack``."""
+        return self.decoder.unstack()
+
+    def init_cache(self, b: int, s: int, dtype=None) -> Cache:
+        """Return an empty cache for b rows of s tokens."""
+        return self.decoder.init_cache(b, s, dtype)

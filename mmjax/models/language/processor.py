@@ -1,0 +1,135 @@
+"""The processor of a language model alone: text, and nothing but text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens
+from mmjax.data.tokenizers_small import build_word_tokenizer
+from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
+
+
+class LanguageProcessor:
+    """Encode text into Examples and decode answers, with a tokenizer or none."""
+
+    def __init__(self, tokenizer: Any | None = None):
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> LanguageProcessor:
+        """Read a model folder; tokenizer files are optional until a string must be encoded."""
+        return cls(load_tokenizer(folder))
+
+    @classmethod
+    def for_words(cls, words: Sequence[str], config: Any) -> LanguageProcessor:
+        """Build one with a small tokenizer of these words, for models that start from nothing."""
+        return cls(build_word_tokenizer(words))
+
+    def with_options(self, **changes: Any) -> LanguageProcessor:
+        """Return a processor with other settings; there are none."""
+        if changes:
+            raise MMJaxError(f"a language model's processor has no setting {', '.join(changes)}")
+        return self
+
+    def check(self, config: Any) -> None:
+        """Raise MMJaxError when the tokenizer has ids that the model lacks."""
+        if self.tokenizer is not None and len(self.tokenizer) > config.vocab_size:
+            raise MMJaxError(
+                f"the tokenizer knows {len(self.tokenizer)} tokens and the model "
+                f"{config.vocab_size}; they are of different checkpoints"
+            )
+
+    def token_ids(self) -> dict[str, int]:
+        """Return the vocabulary size and special ids under their names in config.json."""
+        tokenizer = self._needed()
+        ids = {
+            "vocab_size": -(-len(tokenizer) // 64) * 64,  # divides over any mesh
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        return {key: value for key, value in ids.items() if value is not None}
+
+    def encode(
+        self,
+        segments: Sequence[Segment],
+        images: Sequence[ImageSource],
+        *,
+        max_tokens: int | None = None,
+    ) -> Example:
+        """Encode text segments; raises BadSample for images, and for more than max_tokens.
+
+        Text runs between special tokens are tokenised whole; ``answer`` marks stand for nothing.
+        """
+        if images or any(s.kind == "image" for s in segments):
+            raise BadSample("image_count", f"{len(images)} image(s) for a model of text alone")
+        tokenizer = self._needed()
+        ids, loss, run = [], [], []
+
+        def flush() -> None:
+            text = "".join(piece for piece, _ in run)
+            some, spans = encode_text(tokenizer, text)
+            ids.append(some)
+            loss.append(supervised_tokens(spans, run))
+            run.clear()
+
+        for segment in segments:
+            if segment.kind == "text":
+                run.append((str(segment.value), segment.loss))
+                continue
+            flush()
+            token = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}.get(
+                str(segment.value)
+            )
+            if token is not None:
+                ids.append(np.array([token], np.int32))
+                loss.append(np.array([segment.loss]))
+        flush()
+        tokens = np.concatenate(ids)
+        if max_tokens is not None and len(tokens) > max_tokens:
+            raise BadSample(
+                "too_long", f"{len(tokens)} tokens, and a row holds {max_tokens}; raise seq_len"
+            )
+        return _example(tokens, np.concatenate(loss))
+
+    def encode_prompt(
+        self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()
+    ) -> Example:
+        """Encode a prompt as the tokenizer does by itself, with the marks it puts in front."""
+        if images:
+            raise MMJaxError(f"the prompt comes with {len(images)} image(s); this model reads text")
+        if isinstance(prompt, str):
+            prompt = self._needed()(prompt, verbose=False)["input_ids"]
+        tokens = np.asarray(prompt, np.int32).reshape(-1)
+        return _example(tokens, np.zeros(len(tokens), bool))
+
+    def decode(self, tokens: Sequence[int] | np.ndarray, scale: float = 1.0) -> str:
+        """Turn generated ids into text."""
+        return self._needed().decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the tokenizer's files."""
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(os.fspath(folder))
+
+    def _needed(self) -> Any:
+        if self.tokenizer is None:
+            raise MMJaxError(
+                "this model folder holds no tokenizer (tokenizer.json or tokenizer.model); copy "
+                "it there, or give token ids instead of a string"
+            )
+        return self.tokenizer
+
+
+def _example(tokens: np.ndarray, loss_mask: np.ndarray) -> Example:
+    return {
+        "tokens": tokens,
+        "positions": np.arange(len(tokens), dtype=np.int32),
+        "loss_mask": loss_mask.astype(bool),
+        "visual_index": np.full(len(tokens), -1, np.int32),
+        "patches": np.zeros((0, 1), np.uint8),
+    }

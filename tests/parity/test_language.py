@@ -1,0 +1,118 @@
+"""Language models against transformers' own, saved in its own format and read by our tables."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as T
+
+import mmjax
+from mmjax.models import checkpoints
+from mmjax.parallel.mesh import use
+
+VOCAB, WIDTH, LAYERS, HEADS = 96, 32, 3, 4
+EOS = 1
+
+
+def llama(**more):
+    sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS)
+    return T.LlamaForCausalLM(
+        T.LlamaConfig(**sizes, intermediate_size=80, vocab_size=VOCAB, eos_token_id=EOS, **more)
+    )
+
+
+def mpt(**more):
+    sizes = dict(d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, max_seq_len=64) | more
+    return T.MptForCausalLM(T.MptConfig(**sizes, vocab_size=VOCAB, eos_token_id=EOS))
+
+
+def neox(**more):
+    sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS)
+    return T.GPTNeoXForCausalLM(
+        T.GPTNeoXConfig(**sizes, intermediate_size=80, vocab_size=VOCAB, eos_token_id=EOS, **more)
+    )
+
+
+def opt():
+    sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS)
+    return T.OPTForCausalLM(
+        T.OPTConfig(
+            **sizes, ffn_dim=80, vocab_size=VOCAB, word_embed_proj_dim=WIDTH, eos_token_id=EOS,
+            max_position_embeddings=64, dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+PEERS = {
+    "llama": llama,
+    # SmolLM2's switches: grouped queries, tied head; and biases, and a stated theta.
+    "llama_tied_gqa": lambda: llama(
+        num_key_value_heads=2, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    ),
+    "llama_bias": lambda: llama(attention_bias=True, mlp_bias=True),
+    "mpt": mpt,
+    "mpt_six_heads_clipped": lambda: mpt(
+        d_model=48, n_heads=6, attn_config=dict(clip_qkv=0.5)
+    ),
+    "neox_parallel": neox,
+    "neox_sequential": lambda: neox(
+        use_parallel_residual=False,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0
+        },
+    ),
+    "opt": opt,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=PEERS)
+def pair(request, tmp_path_factory):
+    """The peer, and ours of its saved folder; every tensor of it random, biases and norms too."""
+    torch.manual_seed(1)
+    peer = PEERS[request.param]().eval()
+    for parameter in peer.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("lm") / request.param
+    peer.save_pretrained(folder)
+    return peer, mmjax.load(folder), folder
+
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(2, VOCAB, n) for n in (19, 7)]
+
+
+def test_logits_equal(pair):
+    peer, ours, _ = pair
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            want = peer(torch.from_numpy(prompt)[None]).logits[0].numpy()
+        tokens, got = ours.logits(prompt.tolist())
+        np.testing.assert_array_equal(tokens, prompt)
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_greedy_tokens_are_the_same_alone_and_in_a_batch(pair):
+    peer, ours, _ = pair
+    got = ours.generate([p.tolist() for p in PROMPTS], max_new_tokens=12)
+    for prompt, text in zip(PROMPTS, got, strict=True):
+        with torch.no_grad():
+            out = peer.generate(
+                torch.from_numpy(prompt)[None], max_new_tokens=12, do_sample=False,
+                pad_token_id=0, use_cache=True,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+        want = out[: out.index(EOS)] if EOS in out else out
+        assert text.split() == [str(t) for t in want]
+        assert ours.generate(prompt.tolist(), max_new_tokens=12) == [text]
+
+
+def test_an_export_is_read_by_transformers(pair, tmp_path):
+    peer, _, folder = pair
+    ckpt = checkpoints.open_checkpoint(folder)
+    with use():
+        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
+    tensors, files = checkpoints.plan_export(ckpt, abstract)
+    checkpoints.write_export(tmp_path / "out", tensors, files)
+    again = type(peer).from_pretrained(tmp_path / "out").eval()
+    ids = torch.from_numpy(PROMPTS[0])[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(again(ids).logits, peer(ids).logits, atol=1e-5)
