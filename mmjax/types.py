@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 ImageSource = Any
-"""An image before processing: a path, encoded ``bytes``, a ``PIL.Image.Image``, or an array."""
+"""An image before processing: a path, encoded ``bytes``, a ``PIL.Image.Image``, or an array; where
+a family takes videos, also a list of these, its frames."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,6 +130,44 @@ def resize(image: Image.Image, width: int, height: int, resample: int = 2) -> np
         return np.concatenate(list(pool.map(columns, edges[:-1], edges[1:])), 1)
 
 
+def resize_shortest(image: Image.Image, side: int, resample: int = 3) -> Image.Image:
+    """Resize so that the shortest side is ``side``, the other one truncated (3 is bicubic).
+
+    One call of Pillow's, as CLIP's transform makes it in torchvision and in transformers alike.
+    Raises BadSample("image_too_large") where the longer side would come out above MAX_PIXELS.
+    """
+    short, long = sorted(image.size)
+    long = int(side * long / short)
+    if side * long > MAX_PIXELS:
+        raise BadSample(
+            "image_too_large",
+            f"{source_name(image)}: {image.width}x{image.height} with its shortest side brought to "
+            f"{side} is {side}x{long}, above the limit of {MAX_PIXELS} pixels; crop it",
+        )
+    size = (side, long) if image.width <= image.height else (long, side)
+    return image if size == image.size else image.resize(size, Image.Resampling(resample))
+
+
+def center_crop(image: Image.Image, side: int, *, round_down: bool = False) -> np.ndarray:
+    """Cut side x side pixels out of the middle of a larger image: uint8[side,side,c].
+
+    Where an odd number of rows is left over, half of it is rounded to the even number, as
+    torchvision does; round_down: to the lower one, as transformers does.
+    """
+    left, top = ((n - side) // 2 if round_down else round((n - side) / 2) for n in image.size)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Put an RGB image into the middle of a square of one colour; an odd rest goes to the end."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def pad_to_multiple(pixels: np.ndarray, multiple: int, value: float) -> np.ndarray:
     """Pad [h,w,c] at the bottom and the right until both sides divide by ``multiple``."""
     height, width, channels = pixels.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ def at_resolution(record: Record, longest: int | None, *, enlarge: bool = False)
     """
     if longest is None or not record.images:
         return record
-    resized = tuple(_resized(source, longest, enlarge) for source in record.images)
+    resized = tuple(
+        _each(source, lambda one: _resized(one, longest, enlarge)) for source in record.images
+    )
     return dataclasses.replace(record, images=resized)
 
 
@@ -62,6 +64,19 @@ def squash_first(record: Record, side: int) -> Record:
         # The marks go with the images: the one that is left opens the prompt.
         messages = tuple(dataclasses.replace(m, text=_without_marks(m.text)) for m in messages)
     return dataclasses.replace(record, messages=messages, images=(pixels,))
+
+
+def pad_at_random(record: Record, rng: np.random.Generator, share: float = 0.5) -> Record:
+    """Pad each image of a record to a square of a random colour, with probability ``share``.
+
+    What instruct_flamingo does to its training images, so that a center crop does not always cut
+    off what stands at the ends of a long picture. The frames of a video are padded alike.
+    """
+    images = []
+    for source in record.images:
+        padded, colour = rng.random() < share, tuple(rng.integers(0, 256, 3).tolist())
+        images.append(_each(source, lambda one, c=colour: _padded(one, c)) if padded else source)
+    return dataclasses.replace(record, images=tuple(images))
 
 
 def draw_resolution(
@@ -112,6 +127,18 @@ def _range(given: Mapping[str, int]) -> tuple[int, ...]:
 def _check_pixels(value: Any, what: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise MMJaxError(f"{what} is not a number of pixels; give whole numbers from 1 up")
+
+
+def _each(source: ImageSource, change: Callable[[ImageSource], ImageSource]) -> ImageSource:
+    """Change an image, or every frame of a list of them."""
+    if isinstance(source, list | tuple):
+        return tuple(change(one) for one in source)
+    return change(source)
+
+
+def _padded(source: ImageSource, colour: tuple[int, int, int]) -> np.ndarray:
+    image = im.to_rgb(im.open_image(source), im.source_name(source))
+    return np.asarray(im.pad_to_square(image, colour))
 
 
 def _resized(source: ImageSource, longest: int, enlarge: bool) -> ImageSource:

@@ -11,12 +11,15 @@ from PIL import Image
 
 from mmjax.data import images
 from mmjax.data.images import (
+    center_crop,
     fit_size,
     load_rgb,
     open_image,
     pad_to_multiple,
+    pad_to_square,
     patchify,
     resize,
+    resize_shortest,
     unpatchify,
 )
 from mmjax.types import BadSample
@@ -206,3 +209,37 @@ def test_padding_is_at_the_bottom_and_right(height, width, multiple):
     assert padded.shape[0] - height < multiple and padded.shape[1] - width < multiple
     np.testing.assert_array_equal(padded[:height, :width], pixels)
     assert (padded[height:] == 1).all() and (padded[:, width:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "size, want", [((640, 427), (32, 22)), ((333, 500), (22, 33)), ((22, 90), (22, 90))]
+)
+def test_the_shortest_side_is_met_and_the_other_truncated(size, want):
+    image = Image.fromarray(picture(size[1], size[0]))
+    assert resize_shortest(image, 22).size == want  # 22 * 640 / 427 = 32.97
+    with pytest.raises(BadSample, match="1x3000 .* above the limit") as caught:
+        resize_shortest(Image.new("RGB", (1, 3000)), 224)
+    assert caught.value.reason == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    "rest, half, lower", [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 2, 1), (5, 2, 2)]
+)
+def test_an_odd_rest_is_cut_off_as_either_peer_does(rest, half, lower):
+    pixels = picture(8, 8 + rest)
+    image = Image.fromarray(pixels)
+    np.testing.assert_array_equal(center_crop(image, 8), pixels[:, half : half + 8])
+    np.testing.assert_array_equal(
+        center_crop(image, 8, round_down=True), pixels[:, lower : lower + 8]
+    )
+
+
+def test_a_square_has_the_image_in_its_middle():
+    pixels = picture(6, 9)
+    square = np.asarray(pad_to_square(Image.fromarray(pixels), (1, 2, 3)))
+    np.testing.assert_array_equal(square[1:7], pixels)  # one row above, two below
+    assert (square[[0, 7, 8]] == [1, 2, 3]).all() and square.shape == (9, 9, 3)
+    tall = np.asarray(pad_to_square(Image.fromarray(pixels.transpose(1, 0, 2)), (1, 2, 3)))
+    np.testing.assert_array_equal(tall, square.transpose(1, 0, 2))
+    image = Image.fromarray(pixels[:6, :6])
+    assert pad_to_square(image, (0, 0, 0)) is image

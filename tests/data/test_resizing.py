@@ -13,6 +13,7 @@ from mmjax.data.resizing import (
     at_resolution,
     draw_resolution,
     list_resolutions,
+    pad_at_random,
     size_at,
     squash_first,
 )
@@ -214,3 +215,26 @@ def test_the_legacy_switch_belongs_to_one_template():
             Wide(), "plain", StubProcessor(), resolutions=(8,), legacy_otter=True,
             seq_len=60, max_patches=45, max_targets=8, batch_size=1,
         )  # fmt: skip
+
+
+def test_half_of_the_images_become_squares_of_random_colours():
+    one = record(*[picture(4, 2)] * 400)
+    padded = pad_at_random(one, np.random.default_rng(3))
+    squares = [image for image in padded.images if image.shape == (4, 4, 3)]
+    assert 150 < len(squares) < 250
+    assert len({tuple(square[0, 0]) for square in squares}) > 100
+    np.testing.assert_array_equal(squares[0][1:3], picture(4, 2))
+    assert all(image is picture_ for image, picture_ in zip(padded.images, one.images, strict=True)
+               if image.shape == (2, 4, 3))  # fmt: skip
+    again = pad_at_random(one, np.random.default_rng(3))
+    assert all((a == b).all() for a, b in zip(padded.images, again.images, strict=True))
+    assert pad_at_random(one, np.random.default_rng(3), share=0).images == one.images
+
+
+def test_the_frames_of_a_video_change_together():
+    video = record([picture(40, 20), picture(40, 20, 1)])
+    frames = at_resolution(video, 10).images[0]
+    assert [frame.shape for frame in frames] == [(5, 10, 3)] * 2
+    frames = pad_at_random(video, np.random.default_rng(0), share=1).images[0]
+    assert [frame.shape for frame in frames] == [(40, 40, 3)] * 2
+    assert (frames[0][0, 0] == frames[1][0, 0]).all()

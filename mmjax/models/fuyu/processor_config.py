@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.images import MAX_PIXELS
+from mmjax.models.json_files import read_json
 from mmjax.types import MMJaxError
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
@@ -131,10 +132,10 @@ class ProcessorConfig:
 
         Missing files leave Fuyu-8B's values. Raises MMJaxError naming a file that is not JSON.
         """
-        new, old = (_read_json(folder, file) for file in _FILES)
+        new, old = (read_json(folder, file) for file in _FILES)
         # transformers 4 may leave a processor_config.json that says nothing about images.
         telling = new if new and {"image_processor", "patch_size", "size"} & set(new) else old
-        model = _read_json(folder, "config.json") or {}
+        model = read_json(folder, "config.json") or {}
         config = cls.from_hf(telling or {})
         changes: dict[str, Any] = {}
         if not telling and isinstance(model.get("patch_size"), int):
@@ -170,18 +171,3 @@ def _height_width(value: Any, name: str) -> tuple[int | None, int | None]:
 def _number_or_tuple(value: Any) -> float | tuple[float, ...]:
     """Make a JSON list hashable."""
     return tuple(value) if isinstance(value, list | tuple) else float(value)
-
-
-def _read_json(folder: str | os.PathLike, file: str) -> dict[str, Any] | None:
-    """Read one JSON object; None when the file is not there."""
-    path = os.path.join(folder, file)
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as stream:
-            data = json.load(stream)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MMJaxError(f"{path}: not valid JSON ({error}); copy it anew") from error
-    if not isinstance(data, dict):
-        raise MMJaxError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data

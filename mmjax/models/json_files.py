@@ -1,0 +1,27 @@
+"""The JSON files of a model folder, read with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from mmjax.types import MMJaxError
+
+
+def read_json(folder: str | os.PathLike, file: str) -> dict[str, Any] | None:
+    """Read one JSON object; None when the file is not there.
+
+    Raises MMJaxError naming the file when it is not JSON.
+    """
+    path = os.path.join(folder, file)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as stream:
+            data = json.load(stream)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MMJaxError(f"{path}: not valid JSON ({error}); copy it anew") from error
+    if not isinstance(data, dict):
+        raise MMJaxError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data

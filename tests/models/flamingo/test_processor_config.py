@@ -1,0 +1,47 @@
+"""Settings of Flamingo's processor that cannot be followed are refused, by name."""
+
+import pytest
+
+from mmjax.models.flamingo.processor import ProcessorConfig
+from mmjax.types import MMJaxError
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        ({"do_resize": False}, "do_resize = false"),
+        ({"do_normalize": False}, "do_normalize = false"),
+        ({"rescale_factor": 1.0}, "only 1/255"),
+        ({"size": {"height": 8, "width": 9}}, "square"),
+        ({"size": {"shortest_edge": 8}, "do_center_crop": False}, "would not be square"),
+        ({"size": {"shortest_edge": 8}, "crop_size": 9}, "shortest_edge = 8 is less than the 9"),
+        ({"size": {"height": 8, "width": 8}, "crop_size": 6}, "a squashed picture is not cropped"),
+    ],
+)
+def test_files_that_cannot_be_followed(data, says):
+    with pytest.raises(MMJaxError, match=says):
+        ProcessorConfig.from_hf(data)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"fit": "stretch"}, "fit is 'stretch'; one of crop, crop_down, squash"),
+        ({"attend_mode": "last"}, "attend_mode is 'last'; one of previous, next, random"),
+        ({"frames": 0}, "frames is 0"),
+        ({"image_size": 2.5}, "image_size is 2.5"),
+        ({"image_mark": ""}, "image_mark is empty"),
+    ],
+)
+def test_options_that_no_pipeline_has(options, says):
+    with pytest.raises(MMJaxError, match=says):
+        ProcessorConfig(**options)
+
+
+def test_what_a_files_format_has_no_word_for_is_kept():
+    config = ProcessorConfig(
+        image_size=8, shortest_edge=9, frames=4, attend_mode="random", bos=True, image_mark="<i>"
+    )
+    assert ProcessorConfig.from_hf(config.to_hf()) == config
+    squashed = ProcessorConfig(image_size=8, fit="squash", answer_token=True)
+    assert ProcessorConfig.from_hf(squashed.to_hf()) == squashed
