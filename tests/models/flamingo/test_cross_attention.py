@@ -1,6 +1,7 @@
 """Gated cross attention against the peer's masks, written out in float64."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,24 @@ def test_gradients_equal_differences_in_float64(only_immediate):
             sides.append(np.sum(out * weight))
         slope = (sides[0] - sides[1]) / (2 * eps)
         np.testing.assert_allclose(np.sum(np.asarray(grad) * step), slope, rtol=1e-4, atol=1e-4)
+
+
+def test_the_named_implementation_of_attention_runs():
+    """The Triton kernels, interpreted: empty ranges, and fewer queries than keys."""
+    x, media = inputs()
+
+    @partial(jax.jit, static_argnums=0)
+    def run(name, params):
+        graphdef, _ = block(attention=name)
+        loss = lambda params: jnp.sum(jnp.sin(forward((graphdef, params), x, media, ranges())))  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    params = block()[1]
+    assert "pallas_call" in str(jax.make_jaxpr(partial(run, "triton"))(params))
+    for got, want in zip(
+        *(jax.tree.leaves(run(n, params)) for n in ("triton", "xla")), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("only_immediate", [True, False])
