@@ -160,7 +160,8 @@ def interleaved(record: Record) -> list[Segment]:
 
     Before every ``<image>`` but the first stands the <|endofchunk|> that closes the text of the one
     before; at the end another, and <eos>. Targets are the texts behind images and their
-    <|endofchunk|>: neither what stands before the first image nor the <eos>. Turns are joined by a
+    <|endofchunk|>: neither what stands before the first image nor the <eos>. Behind an image
+    without a text the peer trains the <|endofchunk|> alone, here nothing. Turns are joined by a
     space; white space that touches a mark is dropped. Raises BadSample ``image_count`` and, where
     no text follows the last image, ``empty_answer``.
     """

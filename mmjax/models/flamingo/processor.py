@@ -239,7 +239,10 @@ class FlamingoProcessor:
                 ids.append(np.int32(self.opening if segment.value == "bos" else end))
                 loss.append(np.full(len(ids[-1]), segment.loss, bool))
             else:
-                raise MMJaxError(f"Flamingo has no special token {segment.value!r}")
+                raise MMJaxError(
+                    f"Flamingo has no special token {segment.value!r}: the template is another "
+                    "family's; choose one of mmjax/data/templates_flamingo.py"
+                )
         close_run()
         return np.concatenate(ids), np.concatenate(loss)
 

@@ -261,6 +261,11 @@ class FuyuProcessor:
             self._add_text(stream, run, scale)
             run = []
             if segment.kind == "special":
+                if segment.value not in self.specials:
+                    raise MMJaxError(
+                        f"Fuyu has no special token {segment.value!r}: the template is another "
+                        "family's; choose one of Fuyu's, such as 'fuyu_chat'"
+                    )
                 stream.add(self.specials[segment.value], segment.loss)
                 continue
             index = int(segment.value)

@@ -168,6 +168,11 @@ def test_tokenizer_without_fuyus_marks_is_refused():
         FuyuProcessor(ProcessorConfig(), plain)
 
 
+def test_a_template_of_another_family_is_named():
+    with pytest.raises(MMJaxError, match="no special token 'eoc': .* choose one of Fuyu's"):
+        SMALL.encode([Segment("special", "eoc")], [])
+
+
 def test_broken_tokenizer_file_is_named(tmp_path):
     assert load_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{")
