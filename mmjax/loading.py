@@ -14,6 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmjax.data.tokenize import token_id
+from mmjax.generate.beam import Beams
+from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.models import checkpoints, registry
@@ -132,13 +135,26 @@ class LoadedModel:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 8,
-    ) -> list[str]:
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        num_return_sequences: int = 1,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        min_new_tokens: int = 0,
+        stop: int | str | Sequence[int | str] = (),
+    ) -> list[str] | list[list[str]]:
         """Answer prompts, greedily at temperature 0; returns one text a prompt.
 
         prompts: one prompt or a list of them; ``images`` then holds one entry a prompt: an image,
             a list of images, or None. Prompts of any lengths make one batch, and each gets the
             answer it would get alone. A model folder without a tokenizer answers with the new
             token ids, separated by spaces.
+        num_beams: above 1, beam search, which goes with temperature 0 only; ``length_penalty``,
+            ``early_stopping`` and ``num_return_sequences`` are explained at ``Beams``. With more
+            than one sequence a prompt, returns a list of texts a prompt, the best first.
+        repetition_penalty, no_repeat_ngram_size, min_new_tokens: see ``Constraints``.
+        stop: tokens that end an answer beside the end token: ids, or tokens of the vocabulary.
         """
         prompts, images = pair(prompts, images)
         tokens = self.generate_tokens(
@@ -147,13 +163,19 @@ class LoadedModel:
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
             batch_size=batch_size,
+            beams=Beams(num_beams, length_penalty, early_stopping, num_return_sequences),
+            constraints=Constraints(repetition_penalty, no_repeat_ngram_size, min_new_tokens),
+            stop=stop,
         )
-        if self.processor.tokenizer is None:
-            return [" ".join(map(str, row.tolist())) for row in tokens]
-        return [
-            self.processor.decode(row, self._scale(i))
-            for row, i in zip(tokens, images, strict=True)
-        ]
+
+        def text(row: np.ndarray, images: Images) -> str:
+            if self.processor.tokenizer is None:
+                return " ".join(map(str, row.tolist()))
+            return self.processor.decode(row, self._scale(images))
+
+        if num_return_sequences > 1:
+            return [[text(x, i) for x in row] for row, i in zip(tokens, images, strict=True)]
+        return [text(row, i) for row, i in zip(tokens, images, strict=True)]
 
     def generate_tokens(
         self,
@@ -163,16 +185,27 @@ class LoadedModel:
         sampling: Sampling = Sampling(),  # noqa: B008
         seed: int = 0,
         batch_size: int = 8,
-    ) -> list[np.ndarray]:
+        beams: Beams = Beams(),  # noqa: B008
+        constraints: Constraints = Constraints(),  # noqa: B008
+        stop: int | str | Sequence[int | str] = (),
+    ) -> list[np.ndarray] | list[list[np.ndarray]]:
         """Return the new tokens of encoded prompts, int32[<= max_new_tokens], in their order.
 
         Prompts are batched by length, so that little is padding. With a temperature, each draws by
-        (seed, its place in ``examples``), whatever batch it falls into.
+        (seed, its place in ``examples``), whatever batch it falls into. With num_return_sequences
+        above 1, each prompt has a list of so many.
         """
         if max_new_tokens < 1:
             raise MMJaxError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+        if beams.num_beams > self.config.vocab_size:
+            raise MMJaxError(
+                f"num_beams is {beams.num_beams}, more than the vocabulary of "
+                f"{self.config.vocab_size}; give fewer"
+            )
         graphdef, params = self._split
-        generator = Generator(graphdef, (self.config.eos_token_id,), sampling)
+        generator = Generator(
+            graphdef, self.end_tokens(stop), sampling, beams=beams, constraints=constraints
+        )
         out: list[np.ndarray] = [None] * len(examples)
         rows = min(batch_size, len(examples))
         with use(self.mesh):
@@ -188,6 +221,26 @@ class LoadedModel:
                 for i, tokens in zip(some, got, strict=True):
                     out[i] = tokens
         return out
+
+    def end_tokens(self, stop: int | str | Sequence[int | str] = ()) -> tuple[int, ...]:
+        """Return the ids that end an answer: the model's end token and those of ``stop``.
+
+        Raises MMJaxError for an id outside the vocabulary and a text that is no single token.
+        """
+        ids = [self.config.eos_token_id]
+        for token in [stop] if isinstance(stop, str | int | np.integer) else stop:
+            number = token
+            if isinstance(token, str):
+                tokenizer = self.processor.tokenizer
+                number = None if tokenizer is None else token_id(tokenizer, token)
+            if number is None or not 0 <= number < self.config.vocab_size:
+                raise MMJaxError(
+                    f"stop holds {token!r}, which is no token of this model's vocabulary of "
+                    f"{self.config.vocab_size}; give an id below that, or a token as its tokenizer "
+                    "spells it"
+                )
+            ids.append(int(number))
+        return tuple(dict.fromkeys(ids))
 
     def logits(self, prompt: Prompt, images: Images = None) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens int32[t], logits float32[t, v]) of one prompt."""

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmjax.generate import beam
+from mmjax.generate.beam import Beams
+from mmjax.generate.constraints import Constraints
 from mmjax.generate.sampling import Sampling
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, Example, MMJaxError
@@ -64,13 +67,24 @@ def pad_batch(examples: Sequence[Example], rows: int | None = None) -> tuple[Bat
 class Generator:
     """Generates from prompts with one model. The parameters are an argument: they may change.
 
-    graphdef: of the model. eos: token ids that end a row. sampling: how tokens are chosen.
+    graphdef: of the model. eos: token ids that end a row. sampling: how tokens are chosen, or
+    beams: beam search, which needs temperature 0. constraints: what a row may not say.
     """
 
     graphdef: nnx.GraphDef
     eos: tuple[int, ...]
     sampling: Sampling = Sampling()  # noqa: RUF009
     cache_dtype: str | None = None
+    beams: Beams = Beams()  # noqa: RUF009
+    constraints: Constraints = Constraints()  # noqa: RUF009
+
+    def __post_init__(self):
+        if self.beams.num_beams > 1 and self.sampling.temperature > 0:
+            raise MMJaxError(
+                f"num_beams is {self.beams.num_beams} with temperature "
+                f"{self.sampling.temperature}; beams take the likeliest tokens and draw none: give "
+                "temperature=0, or num_beams=1"
+            )
 
     def __call__(
         self,
@@ -81,51 +95,58 @@ class Generator:
         seed: int = 0,
         rows: int | None = None,
         places: Sequence[int] | None = None,
-    ) -> list[np.ndarray]:
+    ) -> list[np.ndarray] | list[list[np.ndarray]]:
         """Return the new tokens of each prompt, int32[<= max_new_tokens], without the end token.
 
+        With num_return_sequences above 1, a list of so many for each prompt, the best first.
         rows: the batch is padded to this many rows, so that a last, smaller batch compiles
             nothing new. places: numbers of the prompts, by default 0, 1, ...: a prompt's draws
             depend on (seed, its place) alone.
         """
+        if self.constraints.min_new_tokens > max_new_tokens:
+            raise MMJaxError(
+                f"min_new_tokens is {self.constraints.min_new_tokens} and max_new_tokens "
+                f"{max_new_tokens}; the least cannot be above the most"
+            )
         batch, lengths = pad_batch(examples, rows)
         numbers = np.zeros(len(lengths), np.int32)
         numbers[: len(examples)] = range(len(examples)) if places is None else places
         room = bucket(batch["tokens"].shape[1] + max_new_tokens)
+        ranking = self.beams.ranking(room)
+        # What ``ranking`` holds must not compile anew.
+        shape = dataclasses.replace(self.beams, length_penalty=1.0, early_stopping=False)
         tokens, counts = _generate(
-            self.graphdef, params, batch, lengths, (jax.random.key(seed), numbers),
-            jnp.int32(max_new_tokens), len(examples), self.eos, self.sampling, room,
-            self.cache_dtype,
+            dataclasses.replace(self, beams=shape), room, params, batch, lengths,
+            (jax.random.key(seed), numbers), ranking, jnp.int32(max_new_tokens),
+            jnp.int32(len(examples)),
         )  # fmt: skip
         tokens, counts = jax.device_get((tokens, counts))
-        return [tokens[i, : counts[i]] for i in range(len(examples))]
+        rows = [
+            [some[:count] for some, count in zip(*row, strict=True)]
+            for row in zip(tokens[: len(examples)], counts[: len(examples)], strict=True)
+        ]
+        return rows if self.beams.num_return_sequences > 1 else [row[0] for row in rows]
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7, 8, 9, 10))
-def _generate(
-    graphdef, params, batch, lengths, draws, max_new, real, eos, sampling, room, cache_dtype
-):
-    """Return (tokens [b, room - t], counts [b]) of a right-padded batch.
+@partial(jax.jit, static_argnums=(0, 1))
+def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
+    """Return (tokens [b, r, room - t], counts [b, r]) of a right-padded batch, r answers a row.
 
-    draws: (key, places int32[b]).
+    how: a Generator. draws: (key, places int32[b]). real: rows from here on are padding.
     """
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(how.graphdef, params)
     b, t = batch["tokens"].shape
-    key, places = draws
-    keys = jax.vmap(partial(jax.random.fold_in, key))(places)
-    ends = jnp.asarray(eos, jnp.int32)
+    ends = jnp.asarray(how.eos, jnp.int32)
+    real = jnp.arange(b) < real
+    history = jnp.pad(batch["tokens"], ((0, 0), (0, room - t)))
 
-    def choose(hidden, step):
-        step_keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        return sampling(model.logits(hidden), step_keys)
-
-    cache = model.init_cache(b, room, cache_dtype)
+    cache = model.init_cache(b, room, how.cache_dtype)
     hidden, cache = model.prefill(batch, lengths, cache)
     # The head runs on each prompt's last position only.
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    token = choose(last, 0)
-    done = jnp.isin(token, ends) | (jnp.arange(b) >= real)
-    out = jnp.zeros((b, room - t), jnp.int32)
+    logits = model.logits(last)
+    if how.beams.num_beams > 1:
+        cache = cache.take(jnp.repeat(jnp.arange(b), how.beams.num_beams))
     layers = None
     if jax.default_backend() == "cpu":
         # A scan copies each layer's weights and cache out of their stacks for every token. Taken
@@ -133,19 +154,48 @@ def _generate(
         # weights, which a CPU has room for.
         layers, cache = model.unstack(), cache.unstack()
 
+    def decode(tokens, cache):
+        hidden, cache = model.decode(tokens, cache, layers)
+        return model.logits(hidden), cache
+
+    some = decode, logits, cache, history, lengths, real, max_new, ends
+    if how.beams.num_beams > 1:
+        history, counts = beam.search(*some, how.beams, ranking, how.constraints)
+    else:
+        history, counts = _draw(*some, draws, how.sampling, how.constraints)
+    new = (lengths[:, None] + jnp.arange(room - t))[:, None]
+    tokens = jnp.take_along_axis(history, new, axis=2)
+    # Whole on every device: each process of a run reads them.
+    return constrain(tokens, None, None, None), constrain(counts, None, None)
+
+
+def _draw(
+    decode, logits, cache, history, lengths, real, max_new, ends, draws, sampling, constraints
+):
+    """Choose one token a row and step; returns (rows int32[b, 1, w], counts int32[b, 1])."""
+    rows = jnp.arange(history.shape[0])
+    key, places = draws
+    keys = jax.vmap(partial(jax.random.fold_in, key))(places)
+
+    def choose(logits, history, step):
+        step_keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
+        return sampling(constraints(logits, history, lengths + step, step, ends), step_keys)
+
+    token = choose(logits, history, 0)
+    done = jnp.isin(token, ends) | ~real
+
     def going(carry):
         step, _, done, *_ = carry
         return (step < max_new) & ~jnp.all(done)
 
     def body(carry):
-        step, token, done, counts, out, cache = carry
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
+        step, token, done, counts, history, cache = carry
+        history = history.at[rows, lengths + step].set(token, mode="promise_in_bounds")
         counts = counts + ~done
-        hidden, cache = model.decode(token, cache, layers)
-        token = choose(hidden, step + 1)
-        return step + 1, token, done | jnp.isin(token, ends), counts, out, cache
+        logits, cache = decode(token, cache)
+        token = choose(logits, history, step + 1)
+        return step + 1, token, done | jnp.isin(token, ends), counts, history, cache
 
-    start = (jnp.int32(0), token, done, jnp.zeros((b,), jnp.int32), out, cache)
-    _, _, _, counts, out, _ = jax.lax.while_loop(going, body, start)
-    # Whole on every device: each process of a run reads them.
-    return constrain(out, None, None), constrain(counts, None)
+    start = (jnp.int32(0), token, done, jnp.zeros_like(lengths), history, cache)
+    _, _, _, counts, history, _ = jax.lax.while_loop(going, body, start)
+    return history[:, None], counts[:, None]

@@ -50,7 +50,10 @@ class Model(Protocol):
         """Return float32 logits [..., v] of hidden states [..., d]."""
 
     def init_cache(self, b: int, s: int, dtype: Any = None) -> Cache:
-        """Return an empty cache."""
+        """Return an empty cache: a pytree with the ``take``, ``unstack`` and ``length`` of Cache.
+
+        What else it holds for each row must follow ``take``, which beam search calls.
+        """
 
     def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
         """Run right-padded prompts; returns hidden states [b, t, d] and the filled cache."""

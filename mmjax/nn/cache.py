@@ -33,6 +33,11 @@ class Cache:
         k, v = (tuple(x[i : i + 1] for i in range(x.shape[0])) for x in (self.k, self.v))
         return Cache(k, v, self.length)
 
+    def take(self, rows: Array) -> "Cache":
+        """Return the cache of ``rows``, int32[b'], stacked or not; a row may come several times."""
+        k, v = jax.tree.map(lambda x: x.at[:, rows].get(mode="promise_in_bounds"), (self.k, self.v))
+        return Cache(k, v, self.length[rows])
+
 
 def write(buffer: Array, layer: Array, at: Array | None, new: Array) -> Array:
     """Write new keys or values of one layer, [b, t, k, h], into the stacked buffer.

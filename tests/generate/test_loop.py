@@ -60,15 +60,11 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows):
     """Every step would read and write the whole cache once more; one row did, four times."""
     graphdef, params = nnx.split(model)
     batch, lengths = pad_batch(examples()[:rows])
-    draws = (jax.random.key(0), np.zeros(rows, np.int32))
     room = bucket(batch["tokens"].shape[1] + 4)
-    text = (
-        _generate.lower(
-            graphdef, params, batch, lengths, draws, jnp.int32(4), rows, (), Sampling(), room, None
-        )
-        .compile()
-        .as_text()
-    )
+    how = Generator(graphdef, eos=())
+    draws = jax.random.key(0), np.zeros(rows, np.int32)
+    some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(4), jnp.int32(rows)
+    text = _generate.lower(how, room, params, *some).compile().as_text()
     c = model.config.decoder
     buffer = rf"f32\[1,{rows},{c.num_kv_heads},{room},{c.head_dim}\]"
     assert len(re.findall(rf"= {buffer}\S* get-tuple-element\(", text)) >= 2 * c.num_layers
