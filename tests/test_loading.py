@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -189,6 +190,53 @@ def test_sampling_is_seeded(ids_only):
     assert not set(draw(2, 2)) & set(answers)
 
 
+BEAMS = dict(max_new_tokens=6, num_beams=3, length_penalty=0.0)
+
+
+def test_beams_answer_each_prompt_as_alone_and_give_several_answers(ids_only):
+    prompts, images = [IDS, [1, 9, 30], [4, 4]], [[PATCHES], None, None]
+    best = ids_only.generate(prompts, images, batch_size=2, **BEAMS)
+    assert best != ids_only.generate(prompts, images, max_new_tokens=6)
+    several = ids_only.generate(prompts, images, num_return_sequences=2, **BEAMS)
+    assert [row[0] for row in several] == best
+    assert all(len(set(row)) == 2 for row in several)
+
+
+def test_stop_takes_ids_and_tokens(loaded, ids_only):
+    full = ids_only.generate(IDS, [PATCHES], max_new_tokens=6)[0].split()
+    at = full.index(full[3])
+    for stop in (int(full[3]), [int(full[3])]):
+        assert ids_only.generate(IDS, [PATCHES], max_new_tokens=6, stop=stop) == [
+            " ".join(full[:at])
+        ]
+    eos, tokenizer = loaded.config.eos_token_id, loaded.processor.tokenizer
+    token = tokenizer.convert_ids_to_tokens(20)
+    assert loaded.end_tokens([token, eos, 20, 21]) == (eos, 20, 21)
+    assert loaded.end_tokens(token) == (eos, 20)
+    for model, stop in ((loaded, "<|nowhere|>"), (ids_only, "a"), (ids_only, 96), (ids_only, -1)):
+        with pytest.raises(MMJaxError, match=f"stop holds {re.escape(repr(stop))}.*vocabulary"):
+            model.generate([1, 2], stop=[stop])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_beams=0), "num_beams is 0"),
+        (dict(num_beams=97), "num_beams is 97.*vocabulary of 96"),
+        (dict(num_beams=2, temperature=0.5), r"num_beams is 2 with temperature 0\.5"),
+        (dict(num_beams=2, early_stopping="always"), "early_stopping is 'always'"),
+        (dict(num_return_sequences=2), "num_return_sequences is 2 with num_beams=1"),
+        (dict(num_beams=2, num_return_sequences=0), "num_return_sequences is 0"),
+        (dict(repetition_penalty=0.0), r"repetition_penalty is 0\.0"),
+        (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size is -1"),
+        (dict(min_new_tokens=5, max_new_tokens=4), "min_new_tokens is 5.*max_new_tokens 4"),
+    ],
+)
+def test_options_that_cannot_be_are_explained(ids_only, options, message):
+    with pytest.raises(MMJaxError, match=message):
+        ids_only.generate([1, 2], **options)
+
+
 def test_no_prompts_no_answers(loaded):
     assert loaded.generate([]) == []
 
@@ -252,6 +300,8 @@ def test_a_mesh_of_several_devices_gives_the_same_answers(ids_only, bare):
     prompts, images = [IDS, [1, 9, 30], [4, 4]], [[PATCHES], None, None]
     want = ids_only.generate(prompts, images, max_new_tokens=6)
     assert spread.generate(prompts, images, max_new_tokens=6) == want
+    want = ids_only.generate(prompts, images, **BEAMS)
+    assert spread.generate(prompts, images, **BEAMS) == want
 
 
 def test_bfloat16_is_close_and_half_the_size(ids_only, bare):

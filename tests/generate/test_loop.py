@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, _generate, bucket, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.types import MMJaxError
@@ -94,6 +95,18 @@ def test_sampling_is_seeded_and_narrows(model):
         assert [x.tolist() for x in tokens] == [x.tolist() for x in greedy]
     with pytest.raises(MMJaxError, match="top_p"):
         Sampling(top_p=0.0)
+
+
+def test_draws_obey_the_constraints(model):
+    graphdef, params = nnx.split(model)
+    sampling, limits = Sampling(temperature=0.7), Constraints(1.0, 1, min_new_tokens=11)
+    generate = Generator(graphdef, eos=(), sampling=sampling)
+    free = [x.tolist() for x in generate(params, examples(), 12, seed=2)]
+    assert any(len(set(x)) < 12 for x in free)
+    generate = Generator(graphdef, tuple(range(12)), sampling, constraints=limits)
+    for example, tokens in zip(examples(), generate(params, examples(), 12, seed=2), strict=True):
+        assert len(tokens) >= 11 and min(tokens[:11]) >= 12
+        assert len(set(tokens)) == len(tokens) and not set(tokens) & set(example["tokens"])
 
 
 def test_buckets_are_few_and_large_enough():

@@ -174,6 +174,16 @@ def test_the_cache_takes_each_row_at_its_own_place():
         cache.write(empty.k, jnp.int32(0), at, jnp.zeros((3, 2, 2, 4)))
 
 
+def test_the_cache_gives_rows_in_any_order_stacked_or_not():
+    k, v = RNG.normal(size=(2, 2, 3, 1, 4, 2)).astype(np.float32)
+    full = cache.Cache(jnp.asarray(k), jnp.asarray(v), jnp.array([4, 1, 2]))
+    rows = jnp.array([2, 2, 0, 1])
+    for got in (full.take(rows).unstack(), full.unstack().take(rows)):
+        np.testing.assert_array_equal(np.concatenate(got.k), k[:, [2, 2, 0, 1]])
+        np.testing.assert_array_equal(np.concatenate(got.v), v[:, [2, 2, 0, 1]])
+        assert got.length.tolist() == [2, 2, 4, 1]
+
+
 def test_paths_are_dotted_and_replace_is_by_name():
     layers = stack.stack(Layer, 2, nnx.Rngs(0))
     state = nnx.state(layers)
