@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-312 parity faults bench lint format clean
+.PHONY: quickstart test test-312 parity parity-flamingo faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -39,6 +39,27 @@ test-312:  ## import, step, generation and a quick run on Python 3.12
 
 parity: .venv/installed-test  ## every comparison with a peer's own code
 	$(PY) -m pytest tests/parity -v
+
+# OpenFlamingo's own code needs torchvision and old pins, so it has an environment of its own.
+PEER := .venv-flamingo/bin/python
+FLAMINGO := $(foreach lm,mpt mosaic1b neox llama opt,$(foreach every,1 2 4,\
+  build/flamingo/flamingo_$(lm)_every$(every).npz))
+
+.venv-flamingo/installed: tests/golden/flamingo_peer.txt tests/golden/flamingo_libraries.txt
+	@test -x $(PEER) || $(PYTHON) -m venv .venv-flamingo
+	$(PEER) -m pip install -q torch==2.13.0 2> >(grep -v "is ignored: it is neither" >&2)
+	$(PEER) -m pip install -q --no-deps -r tests/golden/flamingo_peer.txt
+	$(PEER) -m pip install -q -r tests/golden/flamingo_libraries.txt \
+	  2> >(grep -v -e resolver -e requires -e "is ignored" >&2)
+	@touch $@
+
+build/flamingo/flamingo_%.npz: tests/golden/make_flamingo_goldens.py tests/golden/flamingo_peer.py \
+  .venv-flamingo/installed
+	@mkdir -p $(@D)
+	$(PEER) $< --lm $(firstword $(subst _every, ,$*)) --every $(lastword $(subst _every, ,$*)) --out $@
+
+parity-flamingo: .venv/installed-test $(FLAMINGO)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
+	FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest tests/parity/test_flamingo_matrix.py -v
 
 faults: .venv/installed-test  ## 50 random kills of a training run, also during saves: nothing may be lost
 	$(PY) -m tests.e2e.faults --kills=50

@@ -204,28 +204,29 @@ def language_model(lm, tokens, parallel):
 
 
 def add_qk_norms(language):
-    """Give MPT the norms of MosaicGPT (MPT-1B): over all of q and all of k, before heads part.
-
-    transformers' MPT ignores `qk_ln`; a hook behind the fused projection puts them in.
-    """
-
-    def normed(attention):
-        def hook(_, inputs, fused):
-            q, k, v = fused.chunk(3, -1)
-            return torch.cat([attention.q_ln(q), attention.k_ln(k), v], -1)
-
-        return hook
-
+    """Give MPT the norms of MosaicGPT (MPT-1B); transformers' MPT ignores `qk_ln`."""
     for block in language.old_decoder_blocks:
         for name in ("q_ln", "k_ln"):
             norm = torch.nn.LayerNorm(WIDTH, bias=False).requires_grad_(False)
             block.attn.add_module(name, norm)
-        block.attn.Wqkv.register_forward_hook(normed(block.attn))
+        normalise_qk(block.attn)
+
+
+def normalise_qk(attention):
+    """Put the norms behind the fused projection: over all of q and all of k, before heads part."""
+
+    def hook(_, inputs, fused):
+        q, k, v = fused.chunk(3, -1)
+        return torch.cat([attention.q_ln(q), attention.k_ln(k), v], -1)
+
+    if hasattr(attention, "qk_hook"):
+        attention.qk_hook.remove()
+    attention.qk_hook = attention.Wqkv.register_forward_hook(hook)
 
 
 def published_name(lm, name):
     """Return the name that published files have for a tensor, None for one they do not have."""
-    if ".old_decoder_blocks." in name or "lang_encoder.gated_cross_attn_layers." in name:
+    if ".old_decoder_blocks." in name or ".gated_cross_attn_layers." in name:
         return None  # the same tensors again, under the layers they stand in
     if lm == "mosaic1b" and "lm_head." in name:
         return None  # MosaicGPT multiplies by its embedding and has no head

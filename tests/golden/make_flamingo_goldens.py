@@ -9,6 +9,7 @@
 
 `make parity-flamingo` does this for every language model with every interval. The committed files:
 mpt every 2, mosaic1b every 1, neox every 2, llama every 4, opt every 2, each with --compact.
+--keep DIR also writes the files people have of such a model (see flamingo_files.py).
 
 Arrays (b=2 rows, left-padded; m=3 media, the second row has one and two of zeros; S tokens):
   config            json: lm, every, tower, language (config.json of the published LM), ids, ...
@@ -19,7 +20,7 @@ Arrays (b=2 rows, left-padded; m=3 media, the second row has one and two of zero
   g/<name>          gradient of the loss for what the peer trains, before its embedding-row mask.
                     --compact: above 512 numbers instead gn/<name>, its 2-norm, and gs/<name>, the
                     flat gradient at every `(size // 256) | 1`-th number
-  greedy, beam3     int[b,S+12]: 12 new tokens behind the prompt (beam: 3 beams, length penalty 0),
+  greedy, beam3     int[b,<=S+12]: 12 new tokens behind the prompt (3 beams, length penalty 0),
                     ended by <|endofchunk|> and filled with pad
   greedy_nocache    int[b,S+12]: argmax of whole forwards, not ended; greedy_margin: the least
                     distance between its two best logits
@@ -67,7 +68,7 @@ def main():
         if args.keep:
             import flamingo_files
 
-            flamingo_files.write(args.lm, model, tokenizer, folder, arrays)
+            flamingo_files.write(args.lm, model, folder, arrays, lambda *batch: argmax(*batch)[0])
     np.savez_compressed(args.out, **arrays)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e3:.0f} kB, {len(arrays)} arrays")
 
@@ -134,7 +135,7 @@ def stored_gradients(lm, model, compact):
     """Return the gradients of what the peer trains; a large one as norm and sample if compact."""
     arrays = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad or "lang_encoder.gated_cross_attn_layers." in name:
+        if not p.requires_grad or ".gated_cross_attn_layers." in name:
             continue
         published, gradient = peer.published_name(lm, name), p.grad.numpy()
         if not compact or gradient.size <= FULL_GRADIENT:
@@ -181,10 +182,16 @@ def media(rows, count, seed):
 
 
 def generated(model, vision, ids, mask):
-    """Return the peer's own generate(), and argmax over whole forwards."""
+    """Return what the peer's own generate() writes, and argmax over whole forwards."""
     new = dict(attention_mask=mask, max_new_tokens=NEW_TOKENS)
     greedy = model.generate(vision, ids, **new)
     beam = model.generate(vision, ids, num_beams=3, length_penalty=0.0, **new)
+    texts, margin = argmax(model, vision, ids, mask)
+    return dict(greedy=greedy, beam3=beam, greedy_nocache=texts, greedy_margin=margin)
+
+
+def argmax(model, vision, ids, mask):
+    """Return ids with the best new tokens of whole forwards, and how far above the second."""
     margin = np.inf
     for _ in range(NEW_TOKENS):
         logits = model(vision_x=vision, lang_x=ids, attention_mask=mask).logits[:, -1]
@@ -192,7 +199,7 @@ def generated(model, vision, ids, mask):
         margin = min(margin, float((best - second).min()))
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return dict(greedy=greedy, beam3=beam, greedy_nocache=ids, greedy_margin=torch.tensor(margin))
+    return ids, torch.tensor(margin)
 
 
 def one_more(model, vision, ids, mask):
