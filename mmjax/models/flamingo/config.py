@@ -83,6 +83,11 @@ class FlamingoConfig:
         return self.vision.image_size**2 * self.vision.num_channels
 
     @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """<|endofchunk|> and the language model's own end: either ends an answer."""
+        return tuple(dict.fromkeys((self.eoc_token_id, self.eos_token_id)))
+
+    @property
     def vocab_size(self) -> int:
         """Token ids the model knows."""
         return self.decoder.vocab_size
@@ -168,11 +173,11 @@ class FlamingoConfig:
         }
 
     def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
-        """Return the FLOPs of a forward pass per text token; media are ``flops_per_row``'s."""
+        """Return the FLOPs of a forward pass per text token, one medium in sight."""
         gated = self.num_cross * self.cross.flops_per_token()
         return self.decoder.flops_per_token(length, asked=asked) + gated
 
-    def flops_per_row(self) -> float:
+    def flops_per_visual(self) -> float:
         """Return the FLOPs of a forward pass of one medium: tower, resampler, keys and values."""
         tokens = self.vision.num_patches
         gated = self.num_cross * self.cross.flops_per_medium()
