@@ -52,7 +52,7 @@ def pad_batch(examples: Sequence[Example], rows: int | None = None) -> tuple[Bat
                 "a batch mixes images given as grey levels with images given as normalised "
                 "floats; give all of them in one form"
             )
-        batch["patches"] = np.zeros((rows, bucket(most, 1), some.shape[1]), some.dtype)
+        batch["patches"] = np.zeros((rows, bucket(most, 8), some.shape[1]), some.dtype)
     for row, example in enumerate(examples):
         n = lengths[row] = len(example["tokens"])
         for name in ("tokens", "visual_index"):
@@ -141,18 +141,18 @@ def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
     history = jnp.pad(batch["tokens"], ((0, 0), (0, room - t)))
 
     cache = model.init_cache(b, room, how.cache_dtype)
-    hidden, cache = model.prefill(batch, lengths, cache)
-    # The head runs on each prompt's last position only.
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = model.logits(last)
-    if how.beams.num_beams > 1:
-        cache = cache.take(jnp.repeat(jnp.arange(b), how.beams.num_beams))
     layers = None
     if jax.default_backend() == "cpu":
         # A scan copies each layer's weights and cache out of their stacks for every token. Taken
-        # apart once, before the loop, they are read where they lie; it costs a second copy of the
-        # weights, which a CPU has room for.
+        # apart once, before all else, they are read where they lie; it costs a second copy of the
+        # weights, which a CPU has room for. No stacked cache ever exists: its pages would be new
+        # with each call, and cost more than what is written into them.
         layers, cache = model.unstack(), cache.unstack()
+    # The head runs on each prompt's last position only.
+    hidden, cache = model.prefill(batch, lengths, cache, layers)
+    logits = model.logits(hidden)
+    if how.beams.num_beams > 1:
+        cache = cache.take(jnp.repeat(jnp.arange(b), how.beams.num_beams))
 
     def decode(tokens, cache):
         hidden, cache = model.decode(tokens, cache, layers)
@@ -181,8 +181,11 @@ def _draw(
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
         return sampling(constraints(logits, history, lengths + step, step, ends), step_keys)
 
-    token = choose(logits, history, 0)
-    done = jnp.isin(token, ends) | ~real
+    def take(step, logits, done, counts, history):
+        token = choose(logits, history, step)
+        done = done | jnp.isin(token, ends)
+        history = history.at[rows, lengths + step].set(token, mode="promise_in_bounds")
+        return token, done, counts + ~done, history
 
     def going(carry):
         step, _, done, *_ = carry
@@ -190,12 +193,10 @@ def _draw(
 
     def body(carry):
         step, token, done, counts, history, cache = carry
-        history = history.at[rows, lengths + step].set(token, mode="promise_in_bounds")
-        counts = counts + ~done
         logits, cache = decode(token, cache)
-        token = choose(logits, history, step + 1)
-        return step + 1, token, done | jnp.isin(token, ends), counts, history, cache
+        return step + 1, *take(step, logits, done, counts, history), cache
 
-    start = (jnp.int32(0), token, done, jnp.zeros_like(lengths), history, cache)
-    _, _, _, counts, history, _ = jax.lax.while_loop(going, body, start)
+    # The first token stands outside of the loop: nothing is decoded after the last.
+    first = take(jnp.int32(0), logits, ~real, jnp.zeros_like(lengths), history)
+    _, _, _, counts, history, _ = jax.lax.while_loop(going, body, (jnp.int32(1), *first, cache))
     return history[:, None], counts[:, None]

@@ -33,7 +33,7 @@ class Sampling:
     def __call__(self, logits: Array, keys: Array) -> Array:
         """Choose int32[b] from float32 logits [b, v]; keys: one PRNG key a row."""
         if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return _argmax(logits)
         logits = logits / self.temperature
         if self.top_k:
             kth = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
@@ -45,3 +45,14 @@ class Sampling:
             threshold = jnp.take_along_axis(ordered, last, axis=-1)
             logits = jnp.where(logits < threshold, -jnp.inf, logits)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _argmax(x: Array) -> Array:
+    """Return the first index, int32[b], of the largest value of each row of [b, v].
+
+    Two plain reductions: XLA's CPU backend runs ``jnp.argmax``, a reduction of pairs, element by
+    element, which takes a small model as long as its head. A row with a NaN gives 0.
+    """
+    v = x.shape[-1]
+    below = x < jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(below, v, jnp.arange(v, dtype=jnp.int32)), axis=-1)

@@ -20,8 +20,8 @@ from mmjax.types import Batch, Example, ImageSource, Segment
 class Config(Protocol):
     """A frozen dataclass with everything that shapes the model."""
 
-    end_token_ids: tuple[int, ...]  # any of them ends an answer
-    patch_dim: int  # numbers in one row of the visual stream
+    eos_token_id: int
+    patch_dim: int
     vocab_size: int
 
     @classmethod
@@ -36,9 +36,6 @@ class Config(Protocol):
 
         asked: the share of positions whose logits are computed.
         """
-
-    def flops_per_visual(self) -> float:
-        """Return forward FLOPs per row of the visual stream, beyond those of its tokens."""
 
 
 class Model(Protocol):
@@ -58,11 +55,16 @@ class Model(Protocol):
         What else it holds for each row must follow ``take``, which beam search calls.
         """
 
-    def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Run right-padded prompts; returns hidden states [b, t, d] and the filled cache."""
-
     def unstack(self) -> tuple[Any, ...]:
-        """Return the layers one by one, for ``decode`` without a scan."""
+        """Return the layers one by one, for ``prefill`` and ``decode`` without a scan."""
+
+    def prefill(
+        self, batch: Batch, lengths: Array, cache: Cache, layers: tuple[Any, ...] | None = None
+    ) -> tuple[Array, Cache]:
+        """Run right-padded prompts of int32[b] tokens.
+
+        Returns the hidden state [b, d] of each prompt's last token, and the filled cache.
+        """
 
     def decode(
         self, tokens: Array, cache: Cache, layers: tuple[Any, ...] | None = None

@@ -128,10 +128,9 @@ class Decoder(nnx.Module):
         x: [b, t, d]; positions: int32[b, t]; k_start, k_end: int32[b, t], see
             ``mmjax.ops.attention``.
         at: int32[b, m], the positions whose hidden states are wanted, [b, m, d]; None for all t.
-            Not with a cache.
         cache: when given, keys and values are written into it: all t at 0 (a prefill; the caller
             sets ``length``), or with ``decode`` the one token of each row at its ``length``.
-        layers: with ``decode``, the layers of ``unstack()`` and an unstacked cache: no scan then.
+        layers: those of ``unstack()``, with an unstacked cache: no scan then.
         between: blocks among the layers, as a tuple where ``layers`` are given.
         Returns the normed hidden states [b, t, d] and the updated cache.
         """
@@ -147,8 +146,9 @@ class Decoder(nnx.Module):
         length = cache.length if decode else None
         context = Context(cos, sin, k_start, k_end, length, slopes, implementation=self.attention)
         x = constrain(x, "batch", "length", "embed")
+        trim = at is not None and length_shards(*x.shape[1::-1]) == 1
         if cache is None:
-            trim = at is not None and c.trims_last_layer and length_shards(*x.shape[1::-1]) == 1
+            trim = trim and c.trims_last_layer
             x = scan(
                 self.layers,
                 c.num_layers,
@@ -160,14 +160,17 @@ class Decoder(nnx.Module):
             )
             return self.final_norm(x if trim or at is None else take_on_length(x, at)), None
 
+        length = cache.length + 1 if decode else cache.length
         if layers is not None:
             pairs = []
             for i, (layer, *pair) in enumerate(zip(layers, cache.k, cache.v, strict=True)):
                 x = x if between is None else between.before(i, x)
-                x, pair = layer(x, context, 0, tuple(pair))
+                asked = at if trim and i == c.num_layers - 1 else None
+                x, pair = layer(x, context, 0, tuple(pair), asked)
                 pairs.append(pair)
             k, v = zip(*pairs, strict=True)
-            return self.final_norm(x), Cache(k, v, cache.length + 1)
+            x = x if trim or at is None else take_on_length(x, at)
+            return self.final_norm(x), Cache(k, v, length)
 
         def step(layer, carry, i):
             return layer(carry[0], context, i, carry[1])
@@ -179,11 +182,11 @@ class Decoder(nnx.Module):
             )
         carry = (x, (cache.k, cache.v))
         x, (k, v) = scan(self.layers, c.num_layers, step, carry, between=between)
-        length = cache.length + 1 if decode else cache.length
+        x = x if at is None else take_on_length(x, at)
         return self.final_norm(x), Cache(k, v, length)
 
     def unstack(self) -> tuple[Layer, ...]:
-        """Return the layers one by one, for decoding without a scan."""
+        """Return the layers one by one, to run them without a scan."""
         return unstack(self.layers, self.config.num_layers)
 
     def logits(self, hidden: Array) -> Array:

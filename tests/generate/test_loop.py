@@ -70,6 +70,16 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows):
     buffer = rf"f32\[1,{rows},{c.num_kv_heads},{room},{c.head_dim}\]"
     assert len(re.findall(rf"= {buffer}\S* get-tuple-element\(", text)) >= 2 * c.num_layers
     assert not re.findall(rf"= {buffer}\S* copy\(", text)
+    # Nor does a stacked one exist, whose pages would be new to the process in every call.
+    assert f"[{c.num_layers},{rows},{c.num_kv_heads},{room},{c.head_dim}]" not in text
+
+
+def test_greedy_takes_the_first_of_equals_and_an_index_whatever_comes():
+    logits = np.zeros((4, 6), np.float32)
+    logits[1, [2, 4]] = 3
+    logits[2] = -np.inf
+    logits[3, 3] = np.nan
+    assert Sampling()(logits, None).tolist() == [0, 2, 0, 0]
 
 
 def test_a_row_stops_at_the_end_token_and_the_others_go_on(model):

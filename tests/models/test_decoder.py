@@ -64,23 +64,31 @@ def test_key_ranges_hide_padding_on_the_left():
     np.testing.assert_allclose(again[:, 4:], hidden[:, 4:], atol=1e-6)
 
 
-def test_a_prefill_and_single_tokens_equal_the_whole():
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_prefill_and_single_tokens_equal_the_whole(apart):
     parts, x = decoder(), stream()
     whole = forward(parts, x, POSITIONS)
     lengths = np.array([5, 8], np.int32)  # rows of different lengths go on from where they are
 
+    def layers_of(model):
+        return model.unstack() if apart else None
+
     @jax.jit
     def prefill(parts, x):
-        model = nnx.merge(*parts)
-        hidden, cache = model(x, POSITIONS[:, :8], cache=model.init_cache(2, 16))
+        model, at = nnx.merge(*parts), jnp.asarray(lengths)[:, None] - 1
+        cache = model.init_cache(2, 16)
+        cache = cache.unstack() if apart else cache
+        hidden, cache = model(x, POSITIONS[:, :8], at=at, cache=cache, layers=layers_of(model))
         return hidden, dataclasses.replace(cache, length=jnp.asarray(lengths))
 
     @jax.jit
     def one(parts, x, cache):
-        return nnx.merge(*parts)(x, cache.length[:, None], cache=cache, decode=True)
+        model = nnx.merge(*parts)
+        of = dict(cache=cache, decode=True, layers=layers_of(model))
+        return model(x, cache.length[:, None], **of)
 
     hidden, cache = prefill(parts, x[:, :8])
-    np.testing.assert_allclose(hidden[1], whole[1, :8], atol=1e-5)
+    np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), lengths - 1], atol=1e-5)
     for step in range(4):
         at = lengths + step
         hidden, cache = one(parts, x[np.arange(2), at][:, None], cache)

@@ -44,11 +44,6 @@ class FuyuConfig:
         """Token ids the model knows."""
         return self.decoder.vocab_size
 
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """The token that ends an answer."""
-        return (self.eos_token_id,)
-
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> FuyuConfig:
         """Read any published variant of Fuyu's config.json.
@@ -140,10 +135,6 @@ class FuyuConfig:
         patch = 2.0 * self.patch_dim * self.decoder.d_model
         return self.decoder.flops_per_token(length, asked=asked) + patch
 
-    def flops_per_visual(self) -> float:
-        """Return 0: a patch is a token."""
-        return 0.0
-
 
 def _theta(hf: dict, nested: dict, rope: dict, default: float) -> float:
     for place in (hf, hf.get("rope_parameters") or {}, rope, nested):
@@ -216,14 +207,20 @@ class Fuyu(nnx.Module):
         """Return float32 logits [..., v]."""
         return self.decoder.logits(hidden)
 
-    def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
+    def prefill(
+        self, batch: Batch, lengths: Array, cache: Cache, layers=None
+    ) -> tuple[Array, Cache]:
         """Run right-padded prompts and fill the cache.
 
-        lengths: int32[b]. Returns hidden states [b, t, d] and the cache with its lengths set.
-        Causality alone hides the padding, which stands at the end.
+        lengths: int32[b]. layers: as in ``decode``. Returns the hidden state [b, d] of each
+        prompt's last token, and the cache with its lengths set. Causality alone hides the padding,
+        which stands at the end.
         """
-        hidden, cache = self.decoder(self.embed(batch), batch["positions"], cache=cache)
-        return hidden, Cache(cache.k, cache.v, lengths.astype(jnp.int32))
+        at = (lengths - 1)[:, None]
+        hidden, cache = self.decoder(
+            self.embed(batch), batch["positions"], at=at, cache=cache, layers=layers
+        )
+        return hidden[:, 0], Cache(cache.k, cache.v, lengths.astype(jnp.int32))
 
     def decode(self, tokens: Array, cache: Cache, layers=None) -> tuple[Array, Cache]:
         """Run one text token per row, int32[b], at the end of the cache; returns [b, d].

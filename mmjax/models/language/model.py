@@ -35,11 +35,6 @@ class LanguageConfig:
         """Token ids the model knows."""
         return self.decoder.vocab_size
 
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """The token that ends an answer."""
-        return (self.eos_token_id,)
-
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> LanguageConfig:
         """Read a config.json of any architecture of ``ARCHITECTURES``."""
@@ -63,10 +58,6 @@ class LanguageConfig:
     def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
         """Return the FLOPs of a forward pass per token."""
         return self.decoder.flops_per_token(length, asked=asked)
-
-    def flops_per_visual(self) -> float:
-        """Return 0: there are none."""
-        return 0.0
 
 
 def _one(token: int | list[int] | None) -> int | None:
@@ -101,11 +92,13 @@ class Language(nnx.Module):
         """Return float32 logits [..., v]."""
         return self.decoder.logits(hidden)
 
-    def prefill(self, batch: Batch, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Run right-padded prompts; returns hidden states [b, t, d] and the filled cache."""
-        x = self.decoder.embed(batch["tokens"])
-        hidden, cache = self.decoder(x, batch["positions"], cache=cache)
-        return hidden, dataclasses.replace(cache, length=lengths)
+    def prefill(
+        self, batch: Batch, lengths: Array, cache: Cache, layers=None
+    ) -> tuple[Array, Cache]:
+        """Run right-padded prompts; returns the last tokens' states [b, d] and the filled cache."""
+        x, at = self.decoder.embed(batch["tokens"]), (lengths - 1)[:, None]
+        hidden, cache = self.decoder(x, batch["positions"], at=at, cache=cache, layers=layers)
+        return hidden[:, 0], dataclasses.replace(cache, length=lengths)
 
     def decode(self, tokens: Array, cache: Cache, layers=None) -> tuple[Array, Cache]:
         """Run one token a row, int32[b], at the end of the cache; returns [b, d]."""
