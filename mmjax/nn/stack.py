@@ -92,7 +92,7 @@ def scan(
             for i in range(every):
                 if between is not None and i == every - 1:
                     carry = run(block_def, between.step)(carry, block, index)
-                layer = jax.tree.map(lambda x: x[i], leaves)  # noqa: B023
+                layer = leaves if every == 1 else jax.tree.map(lambda x: x[i], leaves)  # noqa: B023
                 which = step if i < every - 1 else last_step
                 carry = run(graphdef, which)(carry, layer, index * every + i)
             return carry, None
@@ -100,9 +100,11 @@ def scan(
         return body
 
     groups, rest = divmod(count, every)
-    grouped = jax.tree.map(
-        lambda x: x[: groups * every].reshape(groups, every, *x.shape[1:]), state
-    )
+    grouped = state
+    if every > 1:  # for an axis of one layer, XLA's CPU backend would copy all weights
+        grouped = jax.tree.map(
+            lambda x: x[: groups * every].reshape(groups, every, *x.shape[1:]), state
+        )
     xs = (jnp.arange(groups), grouped, block_state)
     cut_last = last is not None and not rest
     if not cut_last:

@@ -191,3 +191,20 @@ def test_paths_are_dotted_and_replace_is_by_name():
     other = paths.replace(state, {"w": jnp.zeros((2, 3, 3))})
     assert not np.any(paths.flatten(other)["w"])
     assert paths.flatten(paths.map_named(lambda name, _: name, state)) == {"w": "w"}
+
+
+def test_a_scan_reads_weights_where_they_lie():
+    """Temporary memory of one layer's weights, not of all six."""
+
+    def make(rngs):
+        d = (64,)
+        of = dict(name="up", bias=False, dtypes=DTypes(), init_std=0.02, rngs=rngs)
+        return Linear(d, d, ("embed", "mlp"), **of)
+
+    graphdef, params = nnx.split(stack.stack(make, 6, nnx.Rngs(0)))
+
+    def run(params, x):
+        return stack.scan(nnx.merge(graphdef, params), 6, lambda m, x, i: jnp.tanh(m(x)), x)
+
+    compiled = jax.jit(run).lower(params, jnp.ones((2, 64))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 64 * 64 * 4
