@@ -15,6 +15,8 @@ KINDS = {
     "tfds": "mmjax.data.sources:TfdsSource",
     "mimicit": "mmjax.data.mimicit:MimicitSource",
     "parquet": "mmjax.data.parquet:ParquetSource",
+    "laion": "mmjax.data.webdataset:LaionSource",
+    "mmc4": "mmjax.data.mmc4:Mmc4Source",
     "array_record": "mmjax.data.array_record:ArrayRecordSource",
     "easyvqa": "mmjax.data.easyvqa:EasyVQASource",
     "magnifier": "mmjax.data.magnifier:MagnifierSource",
