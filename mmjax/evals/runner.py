@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmjax.data.resizing import at_resolution
+from mmjax.evals.few_shot import Demonstrations
 from mmjax.evals.pictures import picture_size, save_picture
 from mmjax.evals.results import (
     blind_baselines,
@@ -137,6 +138,11 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
     chance = chance_level(task, _readable(source, indices[:1000]))
     if chance is not None:
         shared["chance"] = chance
+    demos = None
+    if task.demos is not None:
+        shots = task.shots or task.text_shots
+        demos = Demonstrations(open_source(task.demos), shots, text_only=task.text_shots > 0)
+        shared |= {"shots": task.shots, "text_shots": task.text_shots}
     for resolution in task.resolutions:
         start = time.perf_counter()
         key = task.result_key(resolution)
@@ -147,7 +153,7 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
         for batch in watched:
             if stop():
                 return None
-            mine += _ask_batch(task, source, batch, resolution, generate_fn)
+            mine += _ask_batch(task, source, batch, resolution, generate_fn, demos)
         rows += mine
         side = resolution or native
         if resolution and native and not task.enlarge:
@@ -178,6 +184,7 @@ def _ask_batch(
     batch: Sequence[int],
     resolution: int | None,
     generate_fn: Generate,
+    demos: Demonstrations | None,
 ) -> list[dict[str, Any]]:
     """Ask some questions and score the answers; a record that cannot be read counts as wrong."""
     score = get_scorer(task.scorer)
@@ -189,6 +196,8 @@ def _ask_batch(
         except BadSample as e:
             rows[index] = _row(task, index, None, resolution) | {"error": str(e)}
     asked = [ask(task, r) for r in records.values()]
+    if demos is not None:
+        asked = [demos.before(r, i) for i, r in zip(records, asked, strict=True)]
     if task.enlarge:
         asked = [_at_resolution(record, resolution) for record in asked]
     texts = generate_fn(asked, resolution, task.max_new_tokens) if asked else []

@@ -25,6 +25,8 @@ class Task:
         enlarge: scale smaller pictures up to the resolution; without it they stay as they are, and
         a resolution above their size is their size.
     limit: questions, spread evenly over the source; None for all.
+    shots: solved examples before each question, drawn from ``demos``, a source or its description;
+        text_shots: so many without their pictures. See ``evals.few_shot``.
     train: training records (or their description), from which blind baselines are made: the most
         frequent answer, and the most frequent answer to the same question.
     chance: accuracy of guessing; None works it out for multiple choice. group: the key of
@@ -40,6 +42,9 @@ class Task:
     enlarge: bool = False
     max_new_tokens: int = 16
     limit: int | None = None
+    shots: int = 0
+    text_shots: int = 0
+    demos: Any = None
     train: Any = None
     train_limit: int = 50_000
     chance: float | None = None
@@ -52,6 +57,13 @@ class Task:
             raise MMJaxError(
                 f"task {self.name}: resolutions {self.resolutions} must be one or more different "
                 "longest sides (None for the full picture)"
+            )
+        if bool(self.shots or self.text_shots) != (self.demos is not None) or (
+            self.shots and self.text_shots
+        ):
+            raise MMJaxError(
+                f"task {self.name}: shots {self.shots}, text_shots {self.text_shots} and demos "
+                f"{self.demos!r}: give one of the two numbers together with demos"
             )
         if self.prompt is not None and "{question}" not in self.prompt:
             raise MMJaxError(f"task {self.name}: the prompt {self.prompt!r} lacks '{{question}}'")

@@ -1,0 +1,74 @@
+"""Few-shot questions: solved examples before the one that is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmjax.types import MMJaxError, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrations:
+    """Draws solved examples for each question, as OpenFlamingo's evaluation does.
+
+    source: training records. shots: examples before a question. pool: how many records of the
+    source, drawn once, the examples are drawn from (the peer's query set of 2,048); text_only:
+    leave their pictures out (the peer shows two such examples where it speaks of zero shots).
+    A question's examples are a function of (seed, its index), and never the question itself.
+    """
+
+    source: Sequence[Record]
+    shots: int
+    pool: int = 2048
+    seed: int = 42
+    text_only: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.source) <= self.shots:
+            raise MMJaxError(
+                f"{self.shots} shots need more than the {len(self.source)} records there are to "
+                "show; lower shots, or give another source"
+            )
+
+    def before(self, record: Record, index: int) -> Record:
+        """Return a question with its examples before it, the drawn order kept."""
+        size = len(self.source)
+        among = np.random.default_rng(self.seed).permutation(size)[: max(self.pool, self.shots + 1)]
+        drawn = np.random.default_rng((self.seed, index)).permutation(among)[: self.shots + 1]
+        solved = [self.source[int(i)] for i in drawn]
+        own = record.meta.get("id")
+        others = [r for r in solved if own is None or r.meta.get("id") != own][: self.shots]
+        return join([*map(self._shown, others), record])
+
+    def _shown(self, record: Record) -> Record:
+        if not self.text_only:
+            return record
+        messages = tuple(
+            dataclasses.replace(m, text=m.text.replace("<image>", "")) for m in record.messages
+        )
+        return dataclasses.replace(record, messages=messages, images=())
+
+
+def join(records: Sequence[Record]) -> Record:
+    """Return one conversation of several, with the meta of the last.
+
+    A record whose images have no marks gets them before its first turn: joined, they would
+    otherwise all stand in front.
+    """
+    parts = [_marked(record) for record in records]
+    return dataclasses.replace(
+        parts[-1],
+        messages=tuple(m for part in parts for m in part.messages),
+        images=tuple(image for part in parts for image in part.images),
+    )
+
+
+def _marked(record: Record) -> Record:
+    if not record.images or any("<image>" in m.text for m in record.messages):
+        return record
+    first, *rest = record.messages
+    marked = dataclasses.replace(first, text="<image>" * len(record.images) + first.text)
+    return dataclasses.replace(record, messages=(marked, *rest))
