@@ -223,11 +223,11 @@ class LoadedModel:
         return out
 
     def end_tokens(self, stop: int | str | Sequence[int | str] = ()) -> tuple[int, ...]:
-        """Return the ids that end an answer: the model's end token and those of ``stop``.
+        """Return the ids that end an answer: the model's end tokens and those of ``stop``.
 
         Raises MMJaxError for an id outside the vocabulary and a text that is no single token.
         """
-        ids = [self.config.eos_token_id]
+        ids = list(self.config.end_token_ids)
         for token in [stop] if isinstance(stop, str | int | np.integer) else stop:
             number = token
             if isinstance(token, str):

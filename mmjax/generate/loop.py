@@ -52,7 +52,7 @@ def pad_batch(examples: Sequence[Example], rows: int | None = None) -> tuple[Bat
                 "a batch mixes images given as grey levels with images given as normalised "
                 "floats; give all of them in one form"
             )
-        batch["patches"] = np.zeros((rows, bucket(most, 8), some.shape[1]), some.dtype)
+        batch["patches"] = np.zeros((rows, bucket(most, 1), some.shape[1]), some.dtype)
     for row, example in enumerate(examples):
         n = lengths[row] = len(example["tokens"])
         for name in ("tokens", "visual_index"):

@@ -20,8 +20,8 @@ from mmjax.types import Batch, Example, ImageSource, Segment
 class Config(Protocol):
     """A frozen dataclass with everything that shapes the model."""
 
-    eos_token_id: int
-    patch_dim: int
+    end_token_ids: tuple[int, ...]  # any of them ends an answer
+    patch_dim: int  # numbers in one row of the visual stream
     vocab_size: int
 
     @classmethod
@@ -36,6 +36,9 @@ class Config(Protocol):
 
         asked: the share of positions whose logits are computed.
         """
+
+    def flops_per_visual(self) -> float:
+        """Return forward FLOPs per row of the visual stream, beyond those of its tokens."""
 
 
 class Model(Protocol):

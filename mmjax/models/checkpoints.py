@@ -94,7 +94,7 @@ def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Chec
         hf,
         config,
         reader,
-        tuple(family.weights.rules(config)),
+        tuple(family.weights.rules(config, layout)),
         tuple(family.weights.IGNORE),
         None,
         (folder,),
@@ -387,7 +387,7 @@ def plan_export(
         if ckpt.lora is None:
             raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
         tensors, about = peft.export_adapter(
-            weights.rules(ckpt.config),
+            weights.rules(ckpt.config, layout),
             Subset(source, [name for name in shapes if is_lora(name)]),
             rank=ckpt.lora.rank,
             alpha=ckpt.lora.alpha,
@@ -398,7 +398,9 @@ def plan_export(
         return tensors, {"adapter_config.json": about}
     if ckpt.lora is not None:
         source = Merged(source, ckpt.lora)
-    tensors = R.export(weights.rules(ckpt.config), source, None if dtype == "keep" else dtype)
+    tensors = R.export(
+        weights.rules(ckpt.config, layout), source, None if dtype == "keep" else dtype
+    )
     tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
     kinds = {str(t.dtype) for t in tensors}
     hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}

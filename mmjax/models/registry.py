@@ -46,6 +46,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "fuyu": Family("fuyu", "Fuyu", ("fuyu",)),
+    "flamingo": Family("flamingo", "Flamingo", ("flamingo", "otter")),
     "language": Family("language", "Language", ("llama", "mpt", "mosaic_gpt", "gpt_neox", "opt")),
 }
 

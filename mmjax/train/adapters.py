@@ -22,10 +22,10 @@ from mmjax.types import MMJaxError
 def linear_maps(names: Sequence[str]) -> list[str]:
     """Return the linear maps among dotted names of parameters, as LoRA's targets are written.
 
-    ``decoder.layers.attn.q.kernel`` is ``attn.q``; head and patch_embed stand alone.
+    ``decoder.layers.attn.q.kernel`` is ``attn.q``, that of a tower ``vision.attn.q``.
     """
     linear = {name.removesuffix(".kernel") for name in names if name.endswith(".kernel")}
-    return sorted(name.split("layers.")[-1].removeprefix("decoder.") for name in linear)
+    return sorted(name.replace("layers.", "").removeprefix("decoder.") for name in linear)
 
 
 def make_lora(settings: LoRASettings, maps: Sequence[str]) -> LoRA | None:

@@ -265,6 +265,7 @@ def step_flops(config, settings: RunSettings) -> float:
     data = settings.data
     share = min(1.0, data.max_targets / data.seq_len)
     forward = config.flops_per_token(data.seq_len, asked=share) * data.seq_len
+    forward += config.flops_per_visual() * data.max_patches
     return forward * data.batch_size * (2.0 if settings.lora.rank else 3.0)
 
 

@@ -88,26 +88,27 @@ class Reshape:
 
 
 @dataclasses.dataclass(frozen=True)
-class FusedQKV:
-    """Part i of 3 in a fused projection: theirs [n * 3 * h, ...] or [3 * n * h, ...].
+class Fused:
+    """Part i of a fused projection such as q, k, v: theirs [n * parts * h, ...].
 
-    ours [..., n, h]: a kernel [d, n, h] of theirs [n * 3 * h, d], or a bias [n, h].
-    by_head: q, k and v of a head stand together (GPT-NeoX); else all q, all k, all v (MPT, CLIP).
+    ours [..., n, h]: a kernel [d, n, h] of theirs [n * parts * h, d], or a bias [n, h].
+    by_head: the parts of a head stand together (GPT-NeoX); else all q, all k, all v (MPT, CLIP).
     """
 
     i: int
+    parts: int = 3
     by_head: bool = True
 
     def theirs_shape(self, ours: Shape) -> Shape:
         *lead, n, h = ours
-        return (n * 3 * h, *lead)
+        return (n * self.parts * h, *lead)
 
     def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
         *lead, n, h = ours
         if self.by_head:
-            part = theirs.reshape(n, 3, h, *lead)[:, self.i]
+            part = theirs.reshape(n, self.parts, h, *lead)[:, self.i]
         else:
-            part = theirs.reshape(3, n, h, *lead)[self.i]
+            part = theirs.reshape(self.parts, n, h, *lead)[self.i]
         return part.transpose(*range(2, part.ndim), 0, 1)
 
     def axis(self, ours: Shape) -> int:

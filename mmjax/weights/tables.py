@@ -5,7 +5,7 @@ A line whose parameter a model does not have, such as the bias of a map without 
 
 from __future__ import annotations
 
-from mmjax.weights.rules import FusedQKV, Op, Rule, flat, reshape_in, transpose
+from mmjax.weights.rules import Fused, Op, Rule, flat, reshape_in, transpose
 
 
 def norm(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -32,13 +32,13 @@ def from_heads(ours: str, theirs: str) -> tuple[Rule, ...]:
 def fused_qkv(
     ours: str, weight: str, bias: str | None = None, *, by_head: bool
 ) -> tuple[Rule, ...]:
-    """Return the rules of q, k and v under ``ours`` that are one map of theirs; see FusedQKV.
+    """Return the rules of q, k and v under ``ours`` that are one map of theirs; see Fused.
 
     weight, bias: their whole keys; without bias none is claimed.
     """
     rules: list[Rule] = []
     for i, name in enumerate("qkv"):
-        op = FusedQKV(i, by_head)
+        op = Fused(i, 3, by_head)
         rules.append(Rule(f"{ours}.{name}.kernel", weight, op))
         if bias is not None:
             rules.append(Rule(f"{ours}.{name}.bias", bias, op))

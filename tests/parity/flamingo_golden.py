@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+LANGUAGE_MODELS = ("mpt", "mosaic1b", "neox", "llama", "opt")
 COMMITTED = Path(__file__).parents[1] / "golden"
 W8_STEP = 1 / 64  # what one code of an int8 weight is worth
 SAMPLES = 256  # about as many numbers of a large gradient are kept
@@ -88,7 +89,7 @@ def load(path):
 def paths():
     """Return the files to compare with: those in FLAMINGO_GOLDENS, or the committed ones."""
     folder = Path(os.environ.get("FLAMINGO_GOLDENS", COMMITTED))
-    found = sorted(folder.glob("flamingo_*.npz"))
+    found = sorted(p for lm in LANGUAGE_MODELS for p in folder.glob(f"flamingo_{lm}*.npz"))
     if not found:
-        raise FileNotFoundError(f"no flamingo_*.npz in {folder}; `make parity-flamingo` makes them")
+        raise FileNotFoundError(f"no goldens in {folder}; `make parity-flamingo` makes them")
     return found

@@ -23,9 +23,9 @@ OURS = {
 }
 RULES = (
     R.Rule("kernel", "l.{l}.w", R.transpose),
-    R.Rule("q", "l.{l}.q", R.FusedQKV(1)),
+    R.Rule("q", "l.{l}.q", R.Fused(1)),
     R.Rule("o", "l.{l}.o", R.reshape_in(2)),
-    R.Rule("bias", "l.{l}.b", R.FusedQKV(2)),
+    R.Rule("bias", "l.{l}.b", R.Fused(2)),
     R.Rule("head", "head", R.transpose),
     R.Rule("table", "table"),
     R.Rule("patch", "conv", R.conv_patch),
@@ -80,7 +80,7 @@ def test_big_transposes_and_casts_are_exact():
 def test_fused_rows_are_head_major_then_qkv():
     n, h, d = 2, 3, 4
     fused = np.arange(n * 3 * h * d).reshape(n * 3 * h, d)
-    v = R.FusedQKV(2).view(fused, (d, n, h))
+    v = R.Fused(2).view(fused, (d, n, h))
     assert v[1, 1, 2] == fused[1 * 3 * h + 2 * h + 2, 1]
 
 

@@ -44,6 +44,11 @@ class FuyuConfig:
         """Token ids the model knows."""
         return self.decoder.vocab_size
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The token that ends an answer."""
+        return (self.eos_token_id,)
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> FuyuConfig:
         """Read any published variant of Fuyu's config.json.
@@ -134,6 +139,10 @@ class FuyuConfig:
         """Return the FLOPs of a forward pass per token; patches count like any other token."""
         patch = 2.0 * self.patch_dim * self.decoder.d_model
         return self.decoder.flops_per_token(length, asked=asked) + patch
+
+    def flops_per_visual(self) -> float:
+        """Return 0: a patch is a token."""
+        return 0.0
 
 
 def _theta(hf: dict, nested: dict, rope: dict, default: float) -> float:

@@ -35,8 +35,8 @@ _TABLE: tuple[Rule, ...] = (
 )
 
 
-def rules(config: Any) -> tuple[Rule, ...]:
-    """Return the table of every Fuyu model, in the hub's names."""
+def rules(config: Any, layout: str = "hub") -> tuple[Rule, ...]:
+    """Return the table of every Fuyu model, in the hub's names whatever the layout."""
     return _TABLE
 
 

@@ -35,6 +35,11 @@ class LanguageConfig:
         """Token ids the model knows."""
         return self.decoder.vocab_size
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The token that ends an answer."""
+        return (self.eos_token_id,)
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> LanguageConfig:
         """Read a config.json of any architecture of ``ARCHITECTURES``."""
@@ -58,6 +63,10 @@ class LanguageConfig:
     def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
         """Return the FLOPs of a forward pass per token."""
         return self.decoder.flops_per_token(length, asked=asked)
+
+    def flops_per_visual(self) -> float:
+        """Return 0: there are none."""
+        return 0.0
 
 
 def _one(token: int | list[int] | None) -> int | None:

@@ -17,7 +17,7 @@ IGNORE = tuple(
 )
 
 
-def rules(config: Any) -> tuple[Rule, ...]:
+def rules(config: Any, layout: str = "hub") -> tuple[Rule, ...]:
     """Return the table of a language model of this config."""
     return tuple(ARCHITECTURES[config.architecture].rules)
 

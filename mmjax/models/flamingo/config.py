@@ -1,0 +1,207 @@
+"""A Flamingo's config: which language model, which tower, and what stands between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.models.decoder import DecoderConfig
+from mmjax.models.flamingo.cross_attention import CrossAttentionConfig
+from mmjax.models.flamingo.normalisation import CLIP_MEAN, CLIP_STD
+from mmjax.models.flamingo.perceiver import PerceiverConfig
+from mmjax.models.language.architectures import ARCHITECTURES
+from mmjax.models.vit import ViTConfig
+from mmjax.types import MMJaxError
+
+# Where the tokenizer of an architecture ends: <|endofchunk|> and <image> are the next two ids.
+_TOKENIZER_LENGTHS = {
+    "llama": 32_000,
+    "mpt": 50_277,
+    "mosaic_gpt": 50_277,
+    "gpt_neox": 50_277,
+    "opt": 50_265,
+}
+_CLASSES = {one.class_name: name for name, one in ARCHITECTURES.items()} | {
+    "MPTForCausalLM": "mpt",
+    "MPTModel": "mpt",
+}
+_VISION_KEYS = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "d_mlp",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_act": "activation",
+    "layer_norm_eps": "norm_eps",
+}
+_PERCEIVER_KEYS = ("num_layers", "num_heads", "head_dim", "num_latents", "ff_mult", "max_media")
+_CROSS_KEYS = ("num_heads", "head_dim", "ff_mult")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlamingoConfig:
+    """An OpenFlamingo, Otter or Clever Flamingo.
+
+    architecture: of the language model, a ``model_type`` of ``mmjax.models.language``. cross_every:
+    a gated block stands before each so many-th decoder layer. image_mean, image_std: of RGB in 0 to
+    1. media_token_id: ``<image>``; eoc_token_id: ``<|endofchunk|>``; answer_token_id: Otter's
+    ``<answer>``, None without.
+    """
+
+    decoder: DecoderConfig
+    architecture: str
+    vision: ViTConfig
+    perceiver: PerceiverConfig
+    cross: CrossAttentionConfig
+    cross_every: int
+    media_token_id: int
+    eoc_token_id: int
+    answer_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int = 0
+    pad_token_id: int | None = None
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cross_every <= self.decoder.num_layers:
+            raise MMJaxError(
+                f"cross_attn_every_n_layers is {self.cross_every} and the language model has "
+                f"{self.decoder.num_layers} layers; give 1 to {self.decoder.num_layers}"
+            )
+
+    @property
+    def num_cross(self) -> int:
+        """Gated blocks in the model."""
+        return self.decoder.num_layers // self.cross_every
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers of one row of the visual stream: a medium of one frame."""
+        return self.vision.image_size**2 * self.vision.num_channels
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """<|endofchunk|> and the language model's own end: either ends an answer."""
+        return tuple(dict.fromkeys((self.eoc_token_id, self.eos_token_id)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids the model knows."""
+        return self.decoder.vocab_size
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> FlamingoConfig:
+        """Read the config.json of Otter's and Flamingo's Hugging Face folders, or one of ours.
+
+        Those name neither token ids nor the resampler's sizes: the ids are then the first behind
+        the architecture's tokenizer, the sizes OpenFlamingo's.
+        """
+        text = dict(hf.get("text_config") or {})
+        text |= {key: hf[key] for key in ("vocab_size",) if key in hf}
+        name = _architecture_of(text)
+        decoder = ARCHITECTURES[name].read({**text, "model_type": name})
+        vision = _vision(hf.get("vision_config") or {})
+        own = hf.get("perceiver_config") or {}
+        perceiver = PerceiverConfig(
+            d_model=vision.d_model,
+            max_frames=hf.get("max_num_frames"),
+            **{key: own[key] for key in _PERCEIVER_KEYS if key in own},
+        )
+        cross = CrossAttentionConfig(
+            d_model=decoder.d_model,
+            d_media=vision.d_model,
+            num_latents=perceiver.num_latents,
+            only_immediate=hf.get("only_attend_immediate_media", True),
+            **{k: v for k, v in (hf.get("cross_config") or {}).items() if k in _CROSS_KEYS},
+        )
+        first = _TOKENIZER_LENGTHS[name]
+
+        def token(key: str, default: int | None) -> int | None:
+            found = hf.get(key, text.get(key))
+            found = found[0] if isinstance(found, list) else found
+            return default if found is None else found
+
+        return cls(
+            decoder=decoder,
+            architecture=name,
+            vision=vision,
+            perceiver=perceiver,
+            cross=cross,
+            cross_every=hf.get("cross_attn_every_n_layers", 4),
+            media_token_id=token("media_token_id", first + 1),
+            eoc_token_id=token("eoc_token_id", first),
+            answer_token_id=hf.get("answer_token_id"),
+            bos_token_id=token("bos_token_id", None),
+            eos_token_id=token("eos_token_id", 0),
+            pad_token_id=token("pad_token_id", None),
+            **{key: tuple(hf[key]) for key in ("image_mean", "image_std") if hf.get(key)},
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return a config.json in the form of Otter's, with what that leaves out beside it."""
+        own = ARCHITECTURES[self.architecture]
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        tokens = {key: getattr(self, key) for key in ids}
+        return {
+            "architectures": ["FlamingoForConditionalGeneration"],
+            "model_type": "flamingo",
+            "cross_attn_every_n_layers": self.cross_every,
+            "only_attend_immediate_media": self.cross.only_immediate,
+            "max_num_frames": self.perceiver.max_frames,
+            "media_token_id": self.media_token_id,
+            "eoc_token_id": self.eoc_token_id,
+            "answer_token_id": self.answer_token_id,
+            **tokens,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "tie_word_embeddings": self.decoder.tied,
+            "text_config": {
+                "architectures": [own.class_name],
+                "model_type": own.model_type,
+                **own.write(self.decoder),
+                **tokens,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                **{theirs: getattr(self.vision, ours) for theirs, ours in _VISION_KEYS.items()},
+            },
+            "perceiver_config": {key: getattr(self.perceiver, key) for key in _PERCEIVER_KEYS},
+            "cross_config": {key: getattr(self.cross, key) for key in _CROSS_KEYS},
+        }
+
+    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
+        """Return the FLOPs of a forward pass per text token, one medium in sight."""
+        gated = self.num_cross * self.cross.flops_per_token()
+        return self.decoder.flops_per_token(length, asked=asked) + gated
+
+    def flops_per_visual(self) -> float:
+        """Return the FLOPs of a forward pass of one medium: tower, resampler, keys and values."""
+        tokens = self.vision.num_patches
+        gated = self.num_cross * self.cross.flops_per_medium()
+        return self.vision.flops_per_medium() + self.perceiver.flops_per_medium(tokens) + gated
+
+
+def _architecture_of(text: Mapping[str, Any]) -> str:
+    """Tell the language model of a ``text_config``, by its model_type or its class."""
+    named = text.get("model_type")
+    by_class = _CLASSES.get((text.get("architectures") or [None])[0])
+    found = named if named in ARCHITECTURES else by_class
+    if found is None:
+        raise MMJaxError(
+            f"text_config says model_type {named!r} and architectures "
+            f"{text.get('architectures')!r}, no language model of mmjax; one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return found
+
+
+def _vision(hf: Mapping[str, Any]) -> ViTConfig:
+    """Read the vision_config of a CLIP tower; what it leaves out is ViT-L/14's."""
+    sizes = {ours: hf[theirs] for theirs, ours in _VISION_KEYS.items() if theirs in hf}
+    base = ViTConfig()
+    heads = sizes.get("num_heads", base.num_heads)
+    head_dim = sizes.get("d_model", base.d_model) // heads
+    return ViTConfig(**sizes, num_kv_heads=heads, head_dim=head_dim)

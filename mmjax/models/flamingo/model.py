@@ -1,0 +1,220 @@
+"""Flamingo: a frozen language model that looks at media through gated cross-attention.
+
+Alayrac et al. 2022, as OpenFlamingo (Awadalla et al. 2023), Otter and Clever Flamingo build it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mmjax.models.decoder import Decoder
+from mmjax.models.flamingo.config import FlamingoConfig
+from mmjax.models.flamingo.cross_attention import (
+    GatedCrossAttention,
+    MediaRanges,
+    keys_of_next_token,
+    media_ranges,
+)
+from mmjax.models.flamingo.perceiver import Perceiver
+from mmjax.models.vit import ViT
+from mmjax.nn.cache import Cache
+from mmjax.nn.linear import DTypes, LoRA
+from mmjax.nn.stack import Between, stack, unstack
+from mmjax.ops import ranges
+from mmjax.types import Batch, MMJaxError
+
+__all__ = ["Flamingo", "FlamingoCache", "FlamingoConfig"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlamingoCache:
+    """The decoder's cache, and what generated tokens see of the media: it is the same for all.
+
+    text: of the decoder. k, v: [g, b, heads, s, h], of every gated block, or tuples of g.
+    seen: int32[b], how many of the s media keys a row's tokens see.
+    """
+
+    text: Cache
+    k: Array | tuple[Array, ...] | None = None
+    v: Array | tuple[Array, ...] | None = None
+    seen: Array | None = None
+
+    @property
+    def length(self) -> Array:
+        """How many tokens of each row are filled, int32[b]."""
+        return self.text.length
+
+    def unstack(self) -> FlamingoCache:
+        """Return the cache with buffers for each layer and each block."""
+        k, v = (tuple(x[i] for i in range(len(x))) for x in (self.k, self.v))
+        return FlamingoCache(self.text.unstack(), k, v, self.seen)
+
+    def take(self, rows: Array) -> FlamingoCache:
+        """Return the cache of the rows int32[b'], which may repeat."""
+        axis = 0 if isinstance(self.k, tuple) else 1
+        k, v = jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), (self.k, self.v))
+        return FlamingoCache(self.text.take(rows), k, v, self.seen[rows])
+
+
+class Flamingo(nnx.Module):
+    """A vision tower, a Perceiver resampler, and gated blocks before layers of a decoder."""
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtypes: DTypes = DTypes(),  # noqa: B008
+        lora: LoRA | None = None,
+        remat: str = "names",
+        attention: str = "auto",
+    ):
+        c = self.config = config
+        shared = dict(dtypes=dtypes, lora=lora, remat=remat, attention=attention, rngs=rngs)
+        self.vision = ViT(c.vision, **shared)
+        self.perceiver = Perceiver(c.perceiver, **shared)
+        self.cross = stack(partial(_make_block, c, dtypes, lora, attention), c.num_cross, rngs)
+        self.decoder = Decoder(c.decoder, **shared)
+
+    def media(self, batch: Batch) -> Array | None:
+        """Return the media tokens [b, m * n, d] of a batch, None without any.
+
+        patches: [b, m, f * H * W * 3], a row for each medium of f frames: uint8 grey levels, or
+        floats that are already normalised.
+        """
+        rows = batch.get("patches")
+        if rows is None or rows.shape[1] == 0:
+            return None
+        c, (b, m, width) = self.config.vision, rows.shape
+        frames, rest = divmod(width, self.config.patch_dim)
+        if rest or not frames:
+            raise MMJaxError(
+                f"a medium of {width} numbers is no frames of {c.image_size} x {c.image_size} x "
+                f"{c.num_channels}; the processor's image_size is not the model's"
+            )
+        images = rows.reshape(-1, c.image_size, c.image_size, c.num_channels)
+        tokens = self.vision(self.normalize(images))
+        tokens = tokens.reshape(b, m, frames, *tokens.shape[1:])
+        latents = self.perceiver(tokens)
+        return latents.reshape(b, -1, latents.shape[-1])
+
+    def normalize(self, images: Array) -> Array:
+        """Turn uint8 RGB into (x / 255 - mean) / std; leave floats as they are."""
+        if images.dtype != jnp.uint8:
+            return images
+        mean, std = (
+            jnp.asarray(x, jnp.float32) for x in (self.config.image_mean, self.config.image_std)
+        )
+        return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+    def __call__(self, batch: Batch, at: Array | None = None) -> Array:
+        """Return hidden states [b, t, d] of a batch; see ``mmjax.types.Batch``.
+
+        at: int32[b, m], the positions whose states [b, m, d] are wanted; None for all.
+        """
+        media = self.media(batch)
+
+        def look(block: GatedCrossAttention, x: Array, _) -> Array:
+            return block(x, *block.keys_values(media), *seen)
+
+        seen = self._ranges(batch, media)
+        k_start, k_end = ranges.from_segments(batch["segment_ids"])
+        return self.decoder(
+            self.decoder.embed(batch["tokens"]),
+            batch["positions"],
+            k_start=k_start,
+            k_end=k_end,
+            at=at,
+            between=None if media is None else self._between(look),
+        )[0]
+
+    def logits(self, hidden: Array) -> Array:
+        """Return float32 logits [..., v]."""
+        return self.decoder.logits(hidden)
+
+    def prefill(
+        self, batch: Batch, lengths: Array, cache: FlamingoCache
+    ) -> tuple[Array, FlamingoCache]:
+        """Run right-padded prompts; media are encoded once, their keys and values kept.
+
+        lengths: int32[b]. Returns hidden states [b, t, d] and the cache with its lengths set.
+        """
+        media, c = self.media(batch), self.config
+        if media is None:
+            media = jnp.zeros((len(lengths), 0, c.cross.d_media), self.decoder.dtypes.compute)
+        graphdef, state = nnx.split(self.cross)
+        k, v = jax.vmap(lambda one: nnx.merge(graphdef, one).keys_values(media))(state)
+        seen = self._ranges(batch, media)
+
+        def look(block: GatedCrossAttention, x: Array, i: Array) -> Array:
+            return block(x, k[i], v[i], *seen)
+
+        hidden, text = self.decoder(
+            self.decoder.embed(batch["tokens"]),
+            batch["positions"],
+            cache=cache.text,
+            between=self._between(look),
+        )
+        text = dataclasses.replace(text, length=lengths.astype(jnp.int32))
+        last = jnp.take_along_axis(batch["visual_index"], (lengths - 1)[:, None], axis=1)[:, 0]
+        keep = partial(
+            keys_of_next_token,
+            visual_index=last,
+            n=c.cross.num_latents,
+            only_immediate=c.cross.only_immediate,
+        )
+        k, v, kept = jax.vmap(keep)(k, v)
+        return hidden, FlamingoCache(text, k, v, kept[0])
+
+    def decode(
+        self, tokens: Array, cache: FlamingoCache, layers=None
+    ) -> tuple[Array, FlamingoCache]:
+        """Run one text token per row, int32[b]: it sees the media that its prompt's last token saw.
+
+        layers: those of ``unstack()``, beside an unstacked cache; None scans the stacked ones.
+        """
+        decoder_layers, blocks = (None, None) if layers is None else layers
+
+        def look(block: GatedCrossAttention, x: Array, i) -> Array:
+            return block.decode(x, cache.k[i], cache.v[i], cache.seen)
+
+        hidden, text = self.decoder(
+            self.decoder.embed(tokens[:, None]),
+            cache.length[:, None],
+            cache=cache.text,
+            decode=True,
+            layers=decoder_layers,
+            between=self._between(look, blocks),
+        )
+        return hidden[:, 0], dataclasses.replace(cache, text=text)
+
+    def unstack(self):
+        """Return the decoder's layers and the gated blocks, one by one."""
+        return self.decoder.unstack(), unstack(self.cross, self.config.num_cross)
+
+    def init_cache(self, b: int, s: int, dtype=None) -> FlamingoCache:
+        """Return an empty cache for b rows of s tokens; ``prefill`` fills in the media."""
+        return FlamingoCache(self.decoder.init_cache(b, s, dtype))
+
+    def _between(self, look, blocks=None) -> Between:
+        return Between(self.cross if blocks is None else blocks, self.config.cross_every, look)
+
+    def _ranges(self, batch: Batch, media: Array | None) -> MediaRanges | None:
+        """Return which media keys each token sees."""
+        if media is None:
+            return None
+        n, only = self.config.cross.num_latents, self.config.cross.only_immediate
+        return media_ranges(batch["visual_index"], media.shape[1] // n, n, only_immediate=only)
+
+
+def _make_block(
+    c: FlamingoConfig, dtypes: DTypes, lora: LoRA | None, attention: str, rngs: nnx.Rngs
+) -> GatedCrossAttention:
+    return GatedCrossAttention(c.cross, dtypes=dtypes, lora=lora, attention=attention, rngs=rngs)

@@ -1,0 +1,141 @@
+"""Flamingo's published checkpoints: OpenFlamingo's names, and Otter's.
+
+The table speaks OpenFlamingo's names of the language model, the resampler and the gated blocks. The
+towers differ by more than names, so there are two tables: ``openflamingo`` with open_clip's tower,
+``otter`` with transformers'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from mmjax.models import vit_tables
+from mmjax.models.language.architectures import ARCHITECTURES
+from mmjax.models.language.weights import IGNORE as LANGUAGE_IGNORE
+from mmjax.types import MMJaxError
+from mmjax.weights import tables
+from mmjax.weights.reader import Reader
+from mmjax.weights.rules import Fused, Rule, transpose
+
+LAYOUTS = ("otter", "openflamingo")
+_GATED = "gated_cross_attn_layer"
+
+IGNORE = (
+    r"^lang_encoder\.lm_head\.weight$",  # where the head is tied to the embedding
+    *(p for p in LANGUAGE_IGNORE if not p.startswith("^")),
+    r"^vision_encoder\.proj$",  # CLIP's map into the space of its text tower
+    r"embeddings\.position_ids$",
+    # The second and third name of the same tensors inside the peer's module.
+    r"^lang_encoder\.old_decoder_blocks\.",
+    r"^lang_encoder\.gated_cross_attn_layers\.",
+)
+
+
+def rules(config: Any, layout: str = "otter") -> tuple[Rule, ...]:
+    """Return the table of a Flamingo of this config, with the tower of a layout."""
+    own = ARCHITECTURES[config.architecture]
+    tower = vit_tables.hf_clip("vision_encoder.vision_model.")
+    if layout == "openflamingo":
+        tower = vit_tables.open_clip("vision_encoder.")
+    inside = (
+        dataclasses.replace(
+            rule, theirs="lang_encoder." + rule.theirs.replace("{l}", "{l}.decoder_layer")
+        )
+        for rule in own.rules
+    )
+    block = f"lang_encoder.{own.layers}.{{l}}.{_GATED}."
+    every = config.cross_every
+    gated = (
+        *_block("cross", f"{block}attn.norm", f"{block}attn.", f"{block}ff."),
+        Rule("cross.attn_gate", f"{block}attn_gate"),
+        Rule("cross.ff_gate", f"{block}ff_gate"),
+    )
+    gated = (dataclasses.replace(rule, first=every - 1, step=every) for rule in gated)
+    layer = "perceiver.layers.{l}."
+    return (
+        *tower,
+        Rule("perceiver.latents", "perceiver.latents"),
+        Rule("perceiver.frame_embed", "perceiver.frame_embs"),
+        Rule("perceiver.media_embed", "perceiver.media_time_embs"),
+        *tables.norm("perceiver.layers.media_norm", f"{layer}0.norm_media"),
+        *_block("perceiver.layers", f"{layer}0.norm_latents", f"{layer}0.", f"{layer}1."),
+        *tables.norm("perceiver.final_norm", "perceiver.norm"),
+        *gated,
+        *inside,
+    )
+
+
+def _block(ours: str, norm: str, attn: str, feed_forward: str) -> tuple[Rule, ...]:
+    """Return the rules of attention and MLP, which resampler and gated blocks name alike."""
+    queries = "latent_norm" if ours.startswith("perceiver") else "attn_norm"
+    return (
+        *tables.norm(f"{ours}.{queries}", norm),
+        Rule(f"{ours}.attn.q.kernel", f"{attn}to_q.weight", transpose),
+        Rule(f"{ours}.attn.k.kernel", f"{attn}to_kv.weight", Fused(0, 2, by_head=False)),
+        Rule(f"{ours}.attn.v.kernel", f"{attn}to_kv.weight", Fused(1, 2, by_head=False)),
+        *tables.from_heads(f"{ours}.attn.o", f"{attn}to_out"),
+        *tables.norm(f"{ours}.mlp_norm", f"{feed_forward}0"),
+        *tables.linear(f"{ours}.mlp.up", f"{feed_forward}1"),
+        *tables.linear(f"{ours}.mlp.down", f"{feed_forward}3"),
+    )
+
+
+def detect_layout(keys: Iterable[str]) -> str | None:
+    """Tell ``otter`` or ``openflamingo`` by the keys; None if it is no Flamingo."""
+    keys = [clean(key) for key in keys]
+    if not any(f".{_GATED}." in key or ".gated_cross_attn_layers." in key for key in keys):
+        return None
+    otter = any(".feed_forward." in key or ".vision_model." in key for key in keys)
+    return "otter" if otter else "openflamingo"
+
+
+_WRAPPERS = re.compile(r"(^|\.)(module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_TO_OTTER = (
+    (re.compile(r"^(perceiver\.layers\.\d+)\.0\."), r"\1."),
+    (re.compile(r"^(perceiver\.layers\.\d+)\.1\."), r"\1.feed_forward."),
+    (re.compile(rf"\.{_GATED}\.ff\."), f".{_GATED}.feed_forward."),
+)
+_FROM_OTTER = (
+    (re.compile(r"^(perceiver\.layers\.\d+)\.feed_forward\."), r"\1.1."),
+    (re.compile(r"^(perceiver\.layers\.\d+)\.(norm_media|norm_latents|to_)"), r"\1.0.\2"),
+    (re.compile(rf"\.{_GATED}\.feed_forward\."), f".{_GATED}.ff."),
+)
+
+
+def clean(key: str) -> str:
+    """Return a key without the names of wrappers: DDP's, FSDP's, activation checkpointing's."""
+    return _WRAPPERS.sub("", key).removeprefix(".")
+
+
+def to_hub(key: str, layout: str) -> str:
+    """Rename a key of a layout to the name that the layout's table speaks."""
+    key = clean(key)
+    key = re.sub(r"^vision_encoder\.visual\.", "vision_encoder.", key)  # version 1
+    for pattern, new in _FROM_OTTER if layout == "otter" else ():
+        key = pattern.sub(new, key)
+    return key
+
+
+def from_hub(key: str, layout: str) -> str:
+    """Rename a key of the table for a layout that is written."""
+    for pattern, new in _TO_OTTER if layout == "otter" else ():
+        key = pattern.sub(new, key)
+    return key
+
+
+def lora_target(kernel: str) -> str:
+    """Return the name by which ``nn.LoRA.targets`` knows a kernel: ``attn.q``, ``cross.mlp.up``."""
+    name = re.sub(r"^decoder\.(layers\.)?", "", kernel).removesuffix(".kernel")
+    return re.sub(r"^(vision|perceiver)\.layers\.", r"\1.", name)
+
+
+def guess_config(reader: Reader) -> dict[str, Any]:
+    """Raise MMJaxError: what the language model is cannot be read off the tensors."""
+    where = reader.files[0].parent if reader.files else "checkpoint"
+    raise MMJaxError(
+        f"{where}: a Flamingo without config.json; give the folders of its language model and its "
+        "vision tower with --lm DIR --vision FILE_OR_DIR"
+    )

@@ -1,0 +1,52 @@
+"""Names of a vision tower's tensors in the files of those who publish it."""
+
+from __future__ import annotations
+
+from mmjax.weights import tables
+from mmjax.weights.rules import Rule, conv_patch
+
+
+def open_clip(root: str, ours: str = "vision") -> tuple[Rule, ...]:
+    """Return the table of an open_clip VisionTransformer whose keys begin with ``root``."""
+    block = f"{root}transformer.resblocks.{{l}}."
+    fused = f"{block}attn.in_proj_weight", f"{block}attn.in_proj_bias"
+    return (
+        Rule(f"{ours}.class_token", f"{root}class_embedding"),
+        Rule(f"{ours}.positions", f"{root}positional_embedding"),
+        *tables.linear(f"{ours}.embed", f"{root}conv1", conv_patch),
+        *tables.norm(f"{ours}.pre_norm", f"{root}ln_pre"),
+        *tables.norm(f"{ours}.layers.attn_norm", f"{block}ln_1"),
+        *tables.fused_qkv(f"{ours}.layers.attn", *fused, by_head=False),
+        *tables.from_heads(f"{ours}.layers.attn.o", f"{block}attn.out_proj"),
+        *tables.norm(f"{ours}.layers.mlp_norm", f"{block}ln_2"),
+        *tables.linear(f"{ours}.layers.mlp.up", f"{block}mlp.c_fc"),
+        *tables.linear(f"{ours}.layers.mlp.down", f"{block}mlp.c_proj"),
+        *tables.norm(f"{ours}.final_norm", f"{root}ln_post"),
+    )
+
+
+def hf_clip(root: str, ours: str = "vision") -> tuple[Rule, ...]:
+    """Return the table of transformers' CLIPVisionModel whose keys begin with ``root``.
+
+    root: up to and with ``vision_model.``.
+    """
+    layer, embed = f"{root}encoder.layers.{{l}}.", f"{root}embeddings."
+    return (
+        Rule(f"{ours}.class_token", f"{embed}class_embedding"),
+        Rule(f"{ours}.positions", f"{embed}position_embedding.weight"),
+        *tables.linear(f"{ours}.embed", f"{embed}patch_embedding", conv_patch),
+        *tables.norm(f"{ours}.pre_norm", f"{root}pre_layrnorm"),  # so spelt there
+        *tables.norm(f"{ours}.layers.attn_norm", f"{layer}layer_norm1"),
+        *(
+            rule
+            for name in "qkv"
+            for rule in tables.to_heads(
+                f"{ours}.layers.attn.{name}", f"{layer}self_attn.{name}_proj"
+            )
+        ),
+        *tables.from_heads(f"{ours}.layers.attn.o", f"{layer}self_attn.out_proj"),
+        *tables.norm(f"{ours}.layers.mlp_norm", f"{layer}layer_norm2"),
+        *tables.linear(f"{ours}.layers.mlp.up", f"{layer}mlp.fc1"),
+        *tables.linear(f"{ours}.layers.mlp.down", f"{layer}mlp.fc2"),
+        *tables.norm(f"{ours}.final_norm", f"{root}post_layernorm"),
+    )
