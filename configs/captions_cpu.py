@@ -13,10 +13,9 @@ from ml_collections import ConfigDict
 
 from mmjax.config import fill, recipe_options
 from mmjax.data.emoji import captions
-
 from mmjax.train.settings import RunSettings
 
-CATEGORIES = ("Animals & Nature", "Food & Drink", "Flags")
+CATEGORIES = ("Flags",)
 
 
 def task(shots: int) -> dict:
@@ -63,7 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 perceiver_config=dict(
                     num_layers=1, num_heads=4, head_dim=32, num_latents=16, ff_mult=2
                 ),
-                cross_config=dict(num_heads=4, head_dim=32, ff_mult=2),
+                cross_config=dict(num_heads=4, head_dim=32, ff_mult=2, gate_init=0.7),
             ),
             words=() if quick else ("Output:", *captions(CATEGORIES)),
             dtype="float32",
@@ -79,7 +78,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             max_targets=80,
             batch_size=16,
         ),
-        optim=dict(lr=1e-3, warmup=0.05, schedule="cosine", b2=0.98, weight_decay=0.1),
+        optim=dict(lr=2e-3, warmup=0.05, schedule="cosine", b2=0.98, weight_decay=0.1),
         eval=dict(
             template="open_flamingo_caption_prompt",
             tasks=tuple(task(shots) for shots in (0, 2, 4)),

@@ -100,7 +100,7 @@ def scan(
         return body
 
     groups, rest = divmod(count, every)
-    grouped = state
+    grouped = jax.tree.map(lambda x: x if len(x) == count else x[:count], state)
     if every > 1:  # for an axis of one layer, XLA's CPU backend would copy all weights
         grouped = jax.tree.map(
             lambda x: x[: groups * every].reshape(groups, every, *x.shape[1:]), state

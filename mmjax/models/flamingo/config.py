@@ -35,9 +35,10 @@ _VISION_KEYS = {
     "patch_size": "patch_size",
     "hidden_act": "activation",
     "layer_norm_eps": "norm_eps",
+    "initializer_range": "init_std",
 }
 _PERCEIVER_KEYS = ("num_layers", "num_heads", "head_dim", "num_latents", "ff_mult", "max_media")
-_CROSS_KEYS = ("num_heads", "head_dim", "ff_mult")
+_CROSS_KEYS = ("num_heads", "head_dim", "ff_mult", "gate_init")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +109,14 @@ class FlamingoConfig:
         perceiver = PerceiverConfig(
             d_model=vision.d_model,
             max_frames=hf.get("max_num_frames"),
+            init_std=_torch_std(vision.d_model),
             **{key: own[key] for key in _PERCEIVER_KEYS if key in own},
         )
         cross = CrossAttentionConfig(
             d_model=decoder.d_model,
             d_media=vision.d_model,
             num_latents=perceiver.num_latents,
+            init_std=_torch_std(decoder.d_model),
             only_immediate=hf.get("only_attend_immediate_media", True),
             **{k: v for k, v in (hf.get("cross_config") or {}).items() if k in _CROSS_KEYS},
         )
@@ -182,6 +185,11 @@ class FlamingoConfig:
         tokens = self.vision.num_patches
         gated = self.num_cross * self.cross.flops_per_medium()
         return self.vision.flops_per_medium() + self.perceiver.flops_per_medium(tokens) + gated
+
+
+def _torch_std(d: int) -> float:
+    """Return the standard deviation of torch's fresh Linear of d inputs, which the peer keeps."""
+    return (3 * d) ** -0.5
 
 
 def _architecture_of(text: Mapping[str, Any]) -> str:

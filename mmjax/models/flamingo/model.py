@@ -52,9 +52,8 @@ class FlamingoCache:
         return self.text.length
 
     def unstack(self) -> FlamingoCache:
-        """Return the cache with buffers for each layer and each block."""
-        k, v = (tuple(x[i] for i in range(len(x))) for x in (self.k, self.v))
-        return FlamingoCache(self.text.unstack(), k, v, self.seen)
+        """Return the empty cache with a buffer for each layer; ``prefill`` fills in the media."""
+        return dataclasses.replace(self, text=self.text.unstack())
 
     def take(self, rows: Array) -> FlamingoCache:
         """Return the cache of the rows int32[b'], which may repeat."""
@@ -140,18 +139,22 @@ class Flamingo(nnx.Module):
         return self.decoder.logits(hidden)
 
     def prefill(
-        self, batch: Batch, lengths: Array, cache: FlamingoCache
+        self, batch: Batch, lengths: Array, cache: FlamingoCache, layers=None
     ) -> tuple[Array, FlamingoCache]:
         """Run right-padded prompts; media are encoded once, their keys and values kept.
 
-        lengths: int32[b]. Returns hidden states [b, t, d] and the cache with its lengths set.
+        lengths: int32[b]. Returns the last tokens' hidden states [b, d] and the cache.
         """
         media, c = self.media(batch), self.config
         if media is None:
             media = jnp.zeros((len(lengths), 0, c.cross.d_media), self.decoder.dtypes.compute)
-        graphdef, state = nnx.split(self.cross)
-        k, v = jax.vmap(lambda one: nnx.merge(graphdef, one).keys_values(media))(state)
-        seen = self._ranges(batch, media)
+        decoder_layers, blocks = (None, None) if layers is None else layers
+        if blocks is None:
+            graphdef, state = nnx.split(self.cross)
+            k, v = jax.vmap(lambda one: nnx.merge(graphdef, one).keys_values(media))(state)
+        else:
+            k, v = zip(*(block.keys_values(media) for block in blocks), strict=True)
+        seen, at = self._ranges(batch, media), (lengths - 1)[:, None]
 
         def look(block: GatedCrossAttention, x: Array, i: Array) -> Array:
             return block(x, k[i], v[i], *seen)
@@ -159,19 +162,23 @@ class Flamingo(nnx.Module):
         hidden, text = self.decoder(
             self.decoder.embed(batch["tokens"]),
             batch["positions"],
+            at=at,
             cache=cache.text,
-            between=self._between(look),
+            layers=decoder_layers,
+            between=self._between(look, blocks),
         )
         text = dataclasses.replace(text, length=lengths.astype(jnp.int32))
-        last = jnp.take_along_axis(batch["visual_index"], (lengths - 1)[:, None], axis=1)[:, 0]
         keep = partial(
             keys_of_next_token,
-            visual_index=last,
+            visual_index=jnp.take_along_axis(batch["visual_index"], at, axis=1)[:, 0],
             n=c.cross.num_latents,
             only_immediate=c.cross.only_immediate,
         )
-        k, v, kept = jax.vmap(keep)(k, v)
-        return hidden, FlamingoCache(text, k, v, kept[0])
+        if blocks is None:
+            k, v, kept = jax.vmap(keep)(k, v)
+        else:
+            k, v, kept = zip(*map(keep, k, v), strict=True)
+        return hidden[:, 0], FlamingoCache(text, k, v, kept[0])
 
     def decode(
         self, tokens: Array, cache: FlamingoCache, layers=None
