@@ -37,7 +37,8 @@ class Blueprint:
     """A model that has not been allocated: everything known before a device is touched.
 
     source: the opened folder its weights will be read from, or None for a random start.
-    lora_init: where its adapters start, or None for fresh ones or those of ``source``.
+    lora_init: where its adapters start, or None for fresh ones or those of ``source``. new_rows: of
+    the vocabulary, those that ``source`` has no numbers for.
     """
 
     family: str
@@ -47,6 +48,7 @@ class Blueprint:
     make: Callable[[], nnx.Module]
     lora: LoRA | None = None
     lora_init: str | None = None
+    new_rows: tuple[int, ...] = ()
 
     def names(self) -> list[str]:
         """Dotted names of all parameters."""

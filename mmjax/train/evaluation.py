@@ -113,7 +113,7 @@ def open_model(
     mesh = make_mesh(settings.mesh)
     with use(mesh):
         plan = blueprint(settings.model, settings.lora, settings.seed)
-        chosen = train_state.trainable_names(plan.names(), settings.freeze, bool(plan.lora))
+        chosen = train_state.chosen_by(settings, plan.names())
         tx = optim.make_optimizer(settings.optim, settings.steps)
         _, abstract, _ = train_state.abstract_state(plan.make, chosen, tx, mesh)
         values = checkpoint.load_params(workdir, step, paths.flatten(abstract.params))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -29,8 +30,10 @@ from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import check_divides, put_batch
 from mmjax.train import evaluation, optim
+from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, init_state, train_iterator
+from mmjax.train.loss import source_weights
 from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
@@ -57,18 +60,25 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         # ---- The model, before anything is allocated ------------------------------------------
         plan = blueprint(settings.model, settings.lora, settings.seed)
         names = plan.names()
-        chosen = train_state.trainable_names(names, settings.freeze, settings.lora.rank > 0)
+        chosen = train_state.chosen_by(settings, names)
+        optim.check_decay(settings.optim, names)
         tx = optim.make_optimizer(settings.optim, settings.steps)
         schedule = optim.schedule(settings.optim, settings.steps)
         _, abstract, abstract_frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
         check_divides(paths.flatten(abstract.params) | paths.flatten(abstract_frozen))
+        rows = trained_rows.resolve(
+            settings.train_rows, abstract.params, plan.processor, plan.new_rows
+        )
         lead = jax.process_index() == 0
         if lead:
             write_config(settings, workdir)
-            print_startup(mesh, part_rows(abstract, abstract_frozen, settings), settings, workdir)
+            table = part_rows(abstract, abstract_frozen, settings, rows)
+            told = trained_rows.describe(rows, plan.processor)
+            print_startup(mesh, table, settings, workdir, told)
 
         # ---- Data, and the state: restored, or new --------------------------------------------
         batches = train_iterator(settings, plan.processor, workdir)
+        weights = source_weights(settings.data.loss_weights, batches.source_names)
         checkpoints = Checkpoints(workdir, settings.checkpoint, about={"name": settings.name})
         graphdef, state, frozen = init_state(plan, settings, chosen, tx, mesh)
         if checkpoints.latest is not None:
@@ -88,6 +98,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
                 seed=settings.seed, num_sources=len(batches.source_names),
                 max_loss=settings.bad_steps.max_loss,
                 skip_bad=settings.bad_steps.action == "skip",
+                rows=rows, source_weights=weights,
             ),
             abstract,
         )  # fmt: skip
@@ -223,19 +234,22 @@ def check(settings: RunSettings) -> None:
             raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
 
 
-def print_startup(mesh, rows, settings: RunSettings, workdir: Path) -> None:
-    """Print what is about to run: mesh, parameters by part, shapes."""
+def print_startup(mesh, rows, settings: RunSettings, workdir: Path, told: dict[str, str]) -> None:
+    """Print what is about to run: mesh, parameters by part, shapes, and further lines ``told``."""
     data = settings.data
     facts = {
         "run": f"{settings.name} in {workdir}",
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "batch": f"{data.batch_size} rows x {data.seq_len} tokens, {settings.steps} steps",
         "compute": f"{settings.model.dtype}, trained parameters {settings.model.param_dtype}",
+        **told,
     }
     Console().print(startup_table(dict(mesh.shape), rows, facts))
 
 
-def part_rows(abstract, frozen, settings: RunSettings) -> list[tuple[str, int, int, int]]:
+def part_rows(
+    abstract, frozen, settings: RunSettings, rows: Mapping[str, trained_rows.Rows]
+) -> list[tuple[str, int, int, int]]:
     """Return (part, trained, total, bytes on a device) for the table at the start."""
     trained, rest = paths.flatten(abstract.params), paths.flatten(frozen)
     parts: dict[str, list[int]] = {}
@@ -245,7 +259,7 @@ def part_rows(abstract, frozen, settings: RunSettings) -> list[tuple[str, int, i
         size = math.prod(leaf.shape)
         itemsize = leaf.dtype.itemsize
         if name in trained:
-            row[0] += size
+            row[0] += trained_rows.count(rows, name, leaf.shape)
         else:
             itemsize = np.dtype(jax.numpy.dtype(settings.model.frozen_dtype)).itemsize
         row[1] += size

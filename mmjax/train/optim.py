@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mmjax.config import nearest
 from mmjax.nn.paths import map_named
 from mmjax.train import matrices
 from mmjax.types import MMJaxError
+
+DECAYED = ("*kernel", "*lora_a", "*lora_b")
+"""The parameters that weight decay acts on unless a run says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +36,10 @@ class OptimSettings:
     b1, b2: decays of the moments. Adafactor has a schedule of its own for the second; lion is
     usually given b2=0.99; muon's momentum is ``b1`` too. mu_dtype: of the momentum or first
     moment; auto is bfloat16 for adafactor and float32 for the others.
-    weight_decay: acts on kernels alone (not on biases, norms or embeddings), times the learning
-    rate. clip_norm: bound on the global gradient norm; 0 does not clip.
+    weight_decay: times the learning rate, on the parameters that ``decay`` names: kernels and
+    adapters alone (not biases, norms or embeddings) unless other glob patterns are given, such as
+    ``("cross.*",)`` for everything in a part. clip_norm: bound on the global gradient norm; 0 does
+    not clip.
     """
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
@@ -44,6 +52,7 @@ class OptimSettings:
     eps: float = 1e-8
     mu_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     weight_decay: float = 0.1
+    decay: tuple[str, ...] = DECAYED
     clip_norm: float = 1.0
 
 
@@ -70,13 +79,23 @@ def schedule(settings: OptimSettings, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, body], [warmup])
 
 
-def decays(name: str) -> bool:
+def decays(name: str, patterns: Sequence[str] = DECAYED) -> bool:
     """Tell whether weight decay acts on the parameter of this dotted name."""
-    return name.rsplit(".", 1)[-1] in ("kernel", "lora_a", "lora_b")
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_decay(settings: OptimSettings, names: Sequence[str]) -> None:
+    """Raise MMJaxError for a pattern of ``optim.decay`` that matches no parameter of a model."""
+    for pattern in settings.decay:
+        if pattern not in DECAYED and not fnmatch.filter(names, pattern):
+            raise MMJaxError(
+                f"optim.decay pattern {pattern!r} matches no parameter; names look like "
+                f"{', '.join(list(names)[:4])}{nearest(pattern, names)}"
+            )
 
 
 def make_optimizer(settings: OptimSettings, steps: int) -> optax.GradientTransformation:
-    """Build an optimizer: clipping, the named update, decay on kernels, the learning rate.
+    """Build an optimizer: clipping, the named update, decay by pattern, the learning rate.
 
     adamw is Loshchilov & Hutter 2019, the same update as torch's AdamW after ``clip_grad_norm_``.
     """
@@ -86,7 +105,8 @@ def make_optimizer(settings: OptimSettings, steps: int) -> optax.GradientTransfo
     update = optax.chain(
         CORES[settings.name](settings),
         optax.add_decayed_weights(
-            settings.weight_decay, lambda params: map_named(lambda name, _: decays(name), params)
+            settings.weight_decay,
+            lambda params: map_named(lambda name, _: decays(name, settings.decay), params),
         ),
         optax.scale_by_learning_rate(schedule(settings, steps)),
     )

@@ -98,7 +98,8 @@ def make_plan(
     with use(mesh):
         make, config, note = _model(settings)
         names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
-        chosen = train_state.trainable_names(names, settings.freeze, settings.lora.rank > 0)
+        chosen = train_state.chosen_by(settings, names)
+        optim.check_decay(settings.optim, names)
         tx = optim.make_optimizer(settings.optim, settings.steps)
         graphdef, state, frozen = train_state.abstract_state(make, chosen, tx, mesh)
         kind = jnp.dtype(settings.model.frozen_dtype)
@@ -214,7 +215,7 @@ def _residuals(
     with use() as one:
         make, _ = maker(model, settings.lora, config, settings.seed)
         names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
-        chosen = train_state.trainable_names(names, settings.freeze, settings.lora.rank > 0)
+        chosen = train_state.chosen_by(settings, names)
         graphdef, params, frozen = train_state.split(nnx.eval_shape(make), chosen)
         kind = jnp.dtype(model.frozen_dtype)
         frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), frozen)

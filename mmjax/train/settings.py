@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.train.optim import OptimSettings
+from mmjax.train.rows import RowSettings
 from mmjax.train.watch import BadStepSettings
 
 
@@ -69,6 +70,8 @@ class DataSettings:
     streams: packers that share out records and rows; 0 for one a process. Runs with the same
     number see the same rows in every step, however many processes they are.
     max_bad_share: the run fails when more of its samples than this cannot be used.
+    loss_weights: source -> w: the loss of a step is then sum w * mean, each mean over the targets
+    of its own source, however many there are; without, one mean over all targets.
     """
 
     sources: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -85,6 +88,7 @@ class DataSettings:
     workers: int = 0
     streams: int = 0
     max_bad_share: float = 0.05
+    loss_weights: dict[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +128,12 @@ class LogSettings:
 class RunSettings:
     """A whole run.
 
-    steps: optimizer steps. accumulate: microbatches of one step. freeze: glob patterns of
-    parameters that are not trained. mesh: devices per axis, one of them -1 for the rest.
+    steps: optimizer steps. accumulate: microbatches of one step. train: glob patterns of the
+    parameters that are trained, ``("perceiver.*", "cross.*")``, everything else is frozen; beside
+    adapters, those that are trained whole. Without any, everything, or the adapters alone. freeze:
+    patterns of parameters that are not trained after all. train_rows: tables of the vocabulary of
+    which some rows alone are trained, beside what ``train`` names. mesh: devices per axis, one of
+    them -1 for the rest.
     """
 
     name: str = "run"
@@ -133,7 +141,9 @@ class RunSettings:
     steps: int = 1000
     accumulate: int = 1
     loss_chunk: int = 1024
+    train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
+    train_rows: tuple[RowSettings, ...] = ()
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"fsdp": -1})
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     lora: LoRASettings = dataclasses.field(default_factory=LoRASettings)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mmjax.config import nearest
 from mmjax.nn import paths
 from mmjax.train import matrices
 from mmjax.types import MMJaxError
+
+if TYPE_CHECKING:
+    from mmjax.train.settings import RunSettings
 
 
 @jax.tree_util.register_dataclass
@@ -27,27 +31,55 @@ class TrainState:
     opt: Any
 
 
-def trainable_names(names: Sequence[str], freeze: Sequence[str], lora: bool) -> set[str]:
+def trainable_names(
+    names: Sequence[str],
+    freeze: Sequence[str],
+    lora: bool,
+    train: Sequence[str] = (),
+    rows: Sequence[str] = (),
+) -> set[str]:
     """Return the names that are trained.
 
-    freeze: glob patterns on dotted names, such as ``decoder.embed.*``. lora: train the adapters
-    alone. Raises MMJaxError for a pattern that matches nothing, or when nothing is left.
+    freeze: glob patterns on dotted names, such as ``decoder.embed.*``, that are not trained. train:
+    patterns that are, and nothing else is; without any, everything. lora: adapters are trained, and
+    beside them only what ``train`` names. rows: patterns of tables of which some rows are trained,
+    whatever ``train`` says. Raises MMJaxError for a pattern that matches nothing, for a table that
+    ``rows`` names and ``freeze`` freezes, and when nothing is left.
     """
-    for pattern in freeze:
-        if not fnmatch.filter(names, pattern):
-            raise MMJaxError(
-                f"freeze pattern {pattern!r} matches no parameter; names look like "
-                f"{', '.join(list(names)[:4])}"
-            )
+    for what, patterns in (("freeze", freeze), ("train", train), ("train_rows", rows)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise MMJaxError(
+                    f"{what} pattern {pattern!r} matches no parameter; names look like "
+                    f"{', '.join(list(names)[:4])}{nearest(pattern, names)}"
+                )
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    everything = not lora and not train
     chosen = {
         name
         for name in names
-        if (not lora or name.rsplit(".", 1)[-1] in ("lora_a", "lora_b"))
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in freeze)
+        if everything
+        or (lora and name.rsplit(".", 1)[-1] in ("lora_a", "lora_b"))
+        or matches(name, (*train, *rows))
     }
-    if not chosen:
+    frozen = {name for name in chosen if matches(name, freeze)}
+    if clash := sorted(name for name in frozen if matches(name, rows)):
+        raise MMJaxError(
+            f"train_rows trains rows of {', '.join(clash)}, which freeze matches; take it out of "
+            "one of them"
+        )
+    if chosen <= frozen:
         raise MMJaxError("nothing is left to train: the freeze patterns match every parameter")
-    return chosen
+    return chosen - frozen
+
+
+def chosen_by(settings: RunSettings, names: Sequence[str]) -> set[str]:
+    """Return the names that a run trains; see ``trainable_names``."""
+    tables = [one.params for one in settings.train_rows]
+    return trainable_names(names, settings.freeze, settings.lora.rank > 0, settings.train, tables)
 
 
 def split(model: nnx.Module, chosen: set[str]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

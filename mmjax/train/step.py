@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jax import Array
 
 from mmjax.nn.linear import adapter_dropout
 from mmjax.ops import xent
-from mmjax.train.loss import loss_by_source
+from mmjax.train.loss import loss_by_source, targets_by_source
+from mmjax.train.rows import Rows, masked, restored
 from mmjax.train.state import TrainState, shardings
 from mmjax.types import Batch
 
@@ -29,6 +31,8 @@ def make_train_step(
     num_sources: int = 1,
     max_loss: float = math.inf,
     skip_bad: bool = False,
+    rows: Mapping[str, Rows] = MappingProxyType({}),
+    source_weights: Sequence[float] | None = None,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return step(state, frozen, batch) -> (state, metrics).
 
@@ -39,21 +43,24 @@ def make_train_step(
     num_sources: datasets whose losses are told apart, by ``batch["target_source"]``.
     max_loss: a loss above it, or a loss or gradient that is no number, makes a step bad.
     skip_bad: a bad step leaves parameters and optimizer as they were.
+    rows: tables of which some rows alone are trained, by name; see ``mmjax.train.rows``.
+    source_weights: the loss is then sum_s w_s mean_s, each mean over the targets of its own source
+        in the whole batch, not the mean over all of them; a source without any adds nothing.
 
     The metrics are scalars, and ``source_loss``, ``source_targets`` float32[sources].
     """
 
-    def sums(params, frozen, batch, key):
+    def sums(params, frozen, batch, key, share):
         with adapter_dropout(key):
             model = nnx.merge(graphdef, params, frozen)
             totals, counts = loss_by_source(model, batch, num_sources, chunk=loss_chunk)
-        return totals.sum(), (totals, counts)
+        return (totals if share is None else totals * share).sum(), (totals, counts)
 
     grad_fn = jax.value_and_grad(sums, has_aux=True)
 
-    def accumulated(params, frozen, batch, key):
+    def accumulated(params, frozen, batch, key, share):
         if accumulate == 1:
-            return grad_fn(params, frozen, batch, key)
+            return grad_fn(params, frozen, batch, key, share)
         # Strided, not blocked: each microbatch keeps its rows spread over all devices.
         micro = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
@@ -61,7 +68,7 @@ def make_train_step(
 
         def body(total, xs):
             index, piece = xs
-            got = grad_fn(params, frozen, piece, jax.random.fold_in(key, index))
+            got = grad_fn(params, frozen, piece, jax.random.fold_in(key, index), share)
             return jax.tree.map(jnp.add, total, got), None
 
         zero = jnp.zeros((), jnp.float32)
@@ -71,12 +78,16 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (total, (totals, counts)), grads = accumulated(state.params, frozen, batch, key)
+        share = None
+        if source_weights is not None:  # what a target weighs is known before any microbatch runs
+            share = jnp.asarray(source_weights, jnp.float32)
+            share /= jnp.maximum(targets_by_source(batch, num_sources), 1.0)
+        (total, (totals, counts)), grads = accumulated(state.params, frozen, batch, key, share)
         count = counts.sum()
-        scale = 1.0 / jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        scale = 1.0 / jnp.maximum(count, 1.0) if share is None else jnp.float32(1.0)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), masked(rows, grads))
         updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = restored(rows, optax.apply_updates(state.params, updates), state.params)
         loss, norm = total * scale, optax.tree.norm(grads)
         good = (loss <= max_loss) & jnp.isfinite(loss) & jnp.isfinite(norm)
         if skip_bad:

@@ -13,7 +13,7 @@ from flax import nnx
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import state as train_state
-from mmjax.train.optim import OptimSettings, decays, make_optimizer, schedule
+from mmjax.train.optim import OptimSettings, check_decay, decays, make_optimizer, schedule
 from mmjax.types import MMJaxError
 from tests import tiny
 
@@ -99,6 +99,38 @@ def test_clipping_bounds_the_norm_over_all_parameters():
 )
 def test_decay_acts_on(name, expected):
     assert decays(name) is expected
+
+
+def test_decay_by_pattern_is_that_of_torchs_groups():
+    """As AdamW with one group of decay 0.5 for a part, norms and gates too, and one of none."""
+    names = ("cross.attn.q.kernel", "cross.attn_gate", "decoder.layers.mlp.up.kernel")
+    tx = make_optimizer(settings(weight_decay=0.5, decay=("cross.*",)), 10)
+    values = {name: np.array([3.0, -2.0], np.float32) for name in names}
+    gradient = {name: np.array([0.3, 0.1], np.float32) * (i + 1) for i, name in enumerate(names)}
+    opt, ours = tx.init(values), values
+    moments = {name: [0.0, 0.0] for name in names}
+    want = dict(values)
+    for step in (1, 2):
+        updates, opt = tx.update(gradient, opt, ours)
+        ours = optax.apply_updates(ours, updates)
+        lr = 0.1 - 0.01 * (step - 1)
+        for name in names:
+            g, (m, v) = gradient[name], moments[name]
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            moments[name] = m, v
+            decayed = want[name] * (1 - lr * 0.5 * name.startswith("cross."))
+            hat = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+            want[name] = decayed - lr * hat
+    for name in names:
+        np.testing.assert_allclose(ours[name], want[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_decay_pattern_that_matches_nothing_is_named():
+    names = ["cross.attn.q.kernel", "decoder.embed.embedding"]
+    check_decay(settings(), names)  # no adapters here, and that is no mistake
+    check_decay(settings(decay=()), names)
+    with pytest.raises(MMJaxError, match=r"'cros\.\*' matches no parameter.*cross\.attn"):
+        check_decay(settings(decay=("cros.*",)), names)
 
 
 def test_decay_is_decoupled_and_scaled_by_the_learning_rate():

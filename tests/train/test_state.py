@@ -31,6 +31,37 @@ def test_names_are_chosen_by_pattern_and_adapter():
 
 
 @pytest.mark.parametrize(
+    "train, rows, freeze, lora, expected",
+    [
+        (("head.*",), (), (), False, {"head.kernel"}),
+        (("*.kernel",), (), ("head.*",), False, {"layers.q.kernel"}),
+        (("head.*",), (), (), True, {"head.kernel", "layers.q.lora_a", "layers.q.lora_b"}),
+        (("head.*",), (), ("*_a",), True, {"head.kernel", "layers.q.lora_b"}),
+        (("head.*",), ("embed.*",), (), False, {"head.kernel", "embed.embedding"}),
+        ((), ("embed.*",), (), True, {"embed.embedding", "layers.q.lora_a", "layers.q.lora_b"}),
+        ((), ("embed.*",), ("layers.*",), False, {"embed.embedding", "head.kernel"}),
+    ],
+)
+def test_what_train_names_is_trained_beside_adapters_and_rows(train, rows, freeze, lora, expected):
+    assert state.trainable_names(NAMES, freeze, lora, train, rows) == expected
+
+
+@pytest.mark.parametrize(
+    "train, rows, freeze, says",
+    [
+        (("perciever.*",), (), (), "train pattern 'perciever.*' matches no parameter"),
+        ((), ("embed.embeding",), (), "did you mean 'embed.embedding'?"),
+        ((), ("embed.*",), ("embed.*",), "train_rows trains rows of embed.embedding, which freeze"),
+        (("head.*",), (), ("*.kernel",), "nothing is left to train"),
+    ],
+)
+def test_train_patterns_that_cannot_be_meant_are_refused(train, rows, freeze, says):
+    with pytest.raises(MMJaxError) as error:
+        state.trainable_names(NAMES, freeze, False, train, rows)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
     "freeze, says",
     [
         (("visoin.*",), "'visoin.*' matches no parameter; names look like embed.embedding"),
