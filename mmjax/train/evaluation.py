@@ -18,7 +18,7 @@ from mmjax.evals.tasks import Task, make_task
 from mmjax.loading import LoadedModel, load
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.train import optim
+from mmjax.train import optim, tuning
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, init_state
 from mmjax.train.settings import EvalSettings, RunSettings
@@ -112,6 +112,7 @@ def open_model(
     workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
     mesh = make_mesh(settings.mesh)
     with use(mesh):
+        settings, _ = tuning.applied(settings)
         plan = blueprint(settings.model, settings.lora, settings.seed)
         chosen = train_state.chosen_by(settings, plan.names())
         tx = optim.make_optimizer(settings.optim, settings.steps)

@@ -29,7 +29,7 @@ from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import check_divides, put_batch
-from mmjax.train import evaluation, optim
+from mmjax.train import evaluation, optim, tuning
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, init_state, train_iterator
@@ -58,6 +58,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     check_batch(mesh, settings.data.batch_size, settings.data.seq_len, settings.accumulate)
     with use(mesh), StopFlag() as stop:
         # ---- The model, before anything is allocated ------------------------------------------
+        settings, told = tuning.applied(settings)
         plan = blueprint(settings.model, settings.lora, settings.seed)
         names = plan.names()
         chosen = train_state.chosen_by(settings, names)
@@ -73,7 +74,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         if lead:
             write_config(settings, workdir)
             table = part_rows(abstract, abstract_frozen, settings, rows)
-            told = trained_rows.describe(rows, plan.processor)
+            told |= trained_rows.describe(rows, plan.processor)
             print_startup(mesh, table, settings, workdir, told)
 
         # ---- Data, and the state: restored, or new --------------------------------------------

@@ -27,7 +27,7 @@ from mmjax.nn import paths
 from mmjax.nn.linear import adapter_dropout
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import RULES, batch_sharding
-from mmjax.train import matrices, optim
+from mmjax.train import matrices, optim, tuning
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, maker
 from mmjax.train.loss import loss_sum
@@ -96,6 +96,7 @@ def make_plan(
             f"data x fsdp {ways}; choose a multiple of {accumulate * ways}"
         )
     with use(mesh):
+        settings, _ = tuning.applied(settings)
         make, config, note = _model(settings)
         names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
         chosen = train_state.chosen_by(settings, names)

@@ -43,7 +43,11 @@ class LoRASettings:
     alpha: the update is scaled by alpha / rank, with ``rslora`` by alpha / sqrt(rank). dropout: on
     the adapters' inputs, in training alone. targets: glob patterns on the names of linear maps:
     attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down, head, patch_embed; ``*`` is all of them.
+    A part that is no decoder stands in front: ``cross.attn.q``, ``perceiver.mlp.up``,
+    ``vision.attn.*``; ``attn.*`` means the decoder's alone.
     init: adapters to go on from: a PEFT folder, a model folder with adapters, or a workdir.
+    tuning_config: a peer's JSON file that says all this, and ``train``, in the peer's names; see
+    ``mmjax.train.tuning``.
     """
 
     rank: int = 0
@@ -52,6 +56,7 @@ class LoRASettings:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("attn.*", "mlp.*")
     init: str | None = None
+    tuning_config: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mmjax.types import MMJaxError
 from mmjax.weights import tables
 from mmjax.weights.reader import Reader
 from mmjax.weights.rules import Fused, Rule, transpose
+from mmjax.weights.tuning import PeerNames, module_of
 
 LAYOUTS = ("otter", "openflamingo")
 _GATED = "gated_cross_attn_layer"
@@ -130,6 +131,20 @@ def lora_target(kernel: str) -> str:
     """Return the name by which ``nn.LoRA.targets`` knows a kernel: ``attn.q``, ``cross.mlp.up``."""
     name = re.sub(r"^decoder\.(layers\.)?", "", kernel).removesuffix(".kernel")
     return re.sub(r"^(vision|perceiver)\.layers\.", r"\1.", name)
+
+
+def tuning(config: Any) -> PeerNames:
+    """Return what instruct_flamingo's tuning configs can name in a Flamingo of this config.
+
+    Adapters go into its ``lang_encoder``: the language model and the gated blocks in it. The tower
+    is never trained there, whatever a file unfreezes: it runs without gradients.
+    """
+    trained = tuple(r for r in rules(config) if not r.theirs.startswith("vision_encoder."))
+    return PeerNames(
+        adapted=tuple(r for r in trained if r.theirs.startswith("lang_encoder.")),
+        trained=trained,
+        elsewhere=frozenset(module_of(r) for one in ARCHITECTURES.values() for r in one.rules),
+    )
 
 
 def guess_config(reader: Reader) -> dict[str, Any]:
