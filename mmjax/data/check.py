@@ -62,10 +62,11 @@ def show(reports: list[SourceReport], settings: Any, console: Console) -> bool:
         f"An epoch draws {draws:,} records, about {human(tokens)} tokens: {steps:,.0f} steps of "
         f"{data.batch_size} full rows of {data.seq_len:,}."
     )
-    failed = [r for r in reports if r.bad_share > data.max_bad_share or not r.good]
+    failed = [r for r in reports if r.broken_share > data.max_bad_share or not r.good]
     for report in failed:
+        share = report.broken_share if report.good else report.bad_share
         console.print(
-            f"{report.name}: {report.bad_share:.1%} would be dropped, and data.max_bad_share is "
+            f"{report.name}: {share:.1%} would be dropped, and data.max_bad_share is "
             f"{data.max_bad_share:.1%}. Mend the data, or change the setting that drops it.",
             style="red",
         )
@@ -85,7 +86,7 @@ def _sources(reports: list[SourceReport], max_bad_share: float) -> Table:
         sizes = [f"{report.quantile(i, 0.5):,} / {report.quantile(i, 1):,}" for i in range(3)]
         numbers = report.records, report.draws, report.checked, report.good, report.images
         dropped = f"{report.bad_share:.1%}"
-        if report.bad_share > max_bad_share:
+        if report.broken_share > max_bad_share:
             dropped = f"[red]{dropped}[/red]"
         table.add_row(report.name, *(f"{n:,}" for n in numbers), *sizes, dropped)
     return table

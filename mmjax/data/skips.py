@@ -10,6 +10,10 @@ from typing import Any
 
 from mmjax.types import BadSample, MMJaxError
 
+BY_CHOICE = frozenset({"too_few_images", "single_image"})
+"""Reasons by which a source's own settings leave a sample out: counted, but no sign of damage, so
+they stand neither in the list nor in the share that ends a run."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
@@ -39,6 +43,7 @@ class SkipLog:
 
     path: a JSONL file for the list, each bad sample once (None: only count). max_bad_share: the
     share of bad samples above which ``add`` raises MMJaxError, once ``min_samples`` were seen.
+    Samples left out BY_CHOICE count for neither.
     """
 
     def __init__(
@@ -61,13 +66,21 @@ class SkipLog:
         """How many samples were skipped."""
         return sum(self.counts.values())
 
+    @property
+    def broken(self) -> int:
+        """How many of them no setting asked to leave out."""
+        return sum(n for reason, n in self.counts.items() if reason not in BY_CHOICE)
+
     def add(self, seen: int, skips: tuple[Skip, ...]) -> None:
         """Count samples, list new bad ones; raises MMJaxError above the limit."""
         self.seen += seen
         for skip in skips:
             self.counts[skip.reason] = self.counts.get(skip.reason, 0) + 1
-            self._list(skip)
-        if self.seen >= self.min_samples and self.bad > self.max_bad_share * self.seen:
+            if skip.reason not in BY_CHOICE:
+                self._list(skip)
+            elif self.counts[skip.reason] == 1:
+                self._first.append(f"{skip.reason}: {skip.message}")
+        if self.seen >= self.min_samples and self.broken > self.max_bad_share * self.seen:
             raise MMJaxError(self.describe())
         if self.bad == self.seen and self.seen >= max(1000, self.min_samples):
             raise MMJaxError(self.describe())
@@ -82,10 +95,12 @@ class SkipLog:
         if not self.seen:
             return "the data gave no sample at all; check the sources and the process count"
         counts = ", ".join(f"{r}: {n}" for r, n in sorted(self.counts.items(), key=lambda x: -x[1]))
-        share = self.bad / self.seen
+        bad, advice = self.broken, "Mend the data, or raise max_bad_share."
+        if not bad:
+            bad, advice = self.bad, "Loosen the settings of the sources that leave them out."
         lines = [
-            f"{self.bad} of {self.seen} training samples were unusable ({share:.1%}, allowed "
-            f"{self.max_bad_share:.1%}; {counts}). Mend the data, or raise max_bad_share.",
+            f"{bad} of {self.seen} training samples were unusable ({bad / self.seen:.1%}, allowed "
+            f"{self.max_bad_share:.1%}; {counts}). {advice}",
             *(f"  {m}" for m in self._first),
         ]
         if self.path is not None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmjax.data.mixture import Mixture
 from mmjax.data.packing import example_sizes
-from mmjax.data.skips import Skip
+from mmjax.data.skips import BY_CHOICE, Skip
 from mmjax.types import Example, MMJaxError
 
 Loader = Callable[[tuple[int, int, int]], Example | Skip]
@@ -56,6 +56,12 @@ class SourceReport:
     def bad_share(self) -> float:
         """The share of the records looked at that training would drop."""
         return 1 - self.good / self.checked if self.checked else 0.0
+
+    @property
+    def broken_share(self) -> float:
+        """The same without what the source's own settings leave out, see ``skips.BY_CHOICE``."""
+        broken = sum(n for reason, n in self.counts.items() if reason not in BY_CHOICE)
+        return broken / self.checked if self.checked else 0.0
 
     def quantile(self, column: int, q: float) -> int:
         """Return a quantile of the tokens (0), patches (1) or targets (2) of the good records."""

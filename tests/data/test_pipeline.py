@@ -9,7 +9,7 @@ from stub_processor import StubProcessor, text_of
 from mmjax.data.magnifier import MagnifierSource
 from mmjax.data.mixture import Mixture
 from mmjax.data.pipeline import make_train_iterator
-from mmjax.data.skips import SkipLog
+from mmjax.data.skips import Skip, SkipLog
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.models.fuyu.processor_config import ProcessorConfig
@@ -238,6 +238,24 @@ def test_skip_log_checks_its_share():
     log = SkipLog()
     log.restore({"seen": 10, "counts": {"x": 2}})
     assert (log.bad, log.seen, log.state()) == (2, 10, {"seen": 10, "counts": {"x": 2}})
+
+
+def test_what_settings_leave_out_neither_ends_a_run_nor_fills_the_list(tmp_path):
+    log = SkipLog(tmp_path / "skipped.jsonl", max_bad_share=0.05, min_samples=10)
+    left_out = Skip("1", "a", 1, "single_image", "a.tar: one picture")
+    broken = Skip("2", "a", 2, "corrupt_image", "a.tar: no picture")
+    log.add(100, (left_out,) * 60 + (broken,))
+    assert (log.bad, log.broken, log.counts["single_image"]) == (61, 1, 60)
+    (listed,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert listed["reason"] == "corrupt_image"
+    with pytest.raises(
+        MMJaxError, match=r"^11 of 110 .* \(10.0%, .*single_image: 60(.|\n)*no pict"
+    ):
+        log.add(10, (broken,) * 10)
+    alone = SkipLog(max_bad_share=0.05)
+    alone.add(999, (left_out,) * 999)
+    with pytest.raises(MMJaxError, match=r"1000 of 1000 .*Loosen the settings(.|\n)*one picture"):
+        alone.add(1, (left_out,))
 
 
 def test_data_modules_import_without_jax():
