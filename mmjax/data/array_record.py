@@ -1,8 +1,9 @@
 """Records in ArrayRecord files: everything of a source, images included, with random access.
 
 A record is ``MMR1``, the length of its header (uint32, little endian), the header (UTF-8 JSON:
-``messages`` as [role, text], ``images`` as lengths in bytes, ``meta``), and the encoded images one
-after another. docs/data_formats.md describes it for other readers and writers.
+``messages`` as [role, text], ``images`` as lengths in bytes, those of a video's frames in a list of
+their own, ``meta``), and the encoded images one after another. docs/data_formats.md describes it
+for other readers and writers.
 """
 
 from __future__ import annotations
@@ -76,10 +77,16 @@ def pack_record(record: Record) -> bytes:
 
     Raises BadSample when an image file is missing, MMJaxError when meta is not JSON.
     """
-    images = [_encoded(image) for image in record.images]
+    images: list[bytes] = []
+    lengths: list[int | list[int]] = []
+    for image in record.images:
+        frames = [_encoded(one) for one in _frames(image)]
+        images += frames
+        sizes = [len(one) for one in frames]
+        lengths.append(sizes if isinstance(image, list | tuple) else sizes[0])
     header = {
         "messages": [[m.role, m.text] for m in record.messages],
-        "images": [len(image) for image in images],
+        "images": lengths,
         "meta": dict(record.meta),
     }
     try:
@@ -99,12 +106,17 @@ def unpack_record(raw: bytes, where: str) -> Record:
         messages = tuple(Message(role, text) for role, text in header["messages"])
         if wrong := [m.role for m in messages if m.role not in _ROLES]:
             raise ValueError(f"unknown role {wrong[0]!r}")
-        ends = np.cumsum([8 + length, *header["images"]])
+        lengths = header["images"]
+        ends = np.cumsum([8 + length, *(n for one in lengths for n in _frames(one))])
         if ends[-1] != len(raw):
             raise ValueError(f"holds {len(raw)} bytes, and its header says {ends[-1]}")
     except (ValueError, KeyError, TypeError, struct.error) as e:
         raise BadSample("bad_record", f"{where}: {e}") from e
-    images = tuple(raw[a:b] for a, b in itertools.pairwise(ends))
+    parts = (raw[a:b] for a, b in itertools.pairwise(ends))
+    images = tuple(
+        tuple(itertools.islice(parts, len(one))) if isinstance(one, list) else next(parts)
+        for one in lengths
+    )
     return Record(messages, images, header.get("meta", {}))
 
 
@@ -144,6 +156,11 @@ def write_array_records(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return written
+
+
+def _frames(image: Any) -> list | tuple:
+    """Return the frames of a video, or what is one by itself."""
+    return image if isinstance(image, list | tuple) else (image,)
 
 
 def _encoded(image: ImageSource) -> bytes:

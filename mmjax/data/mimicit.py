@@ -18,7 +18,7 @@ from mmjax.data.index_cache import Arrays, as_bytes
 from mmjax.data.keyed_json import KeyedJson
 from mmjax.data.parquet import ParquetImages, decode_base64
 from mmjax.data.templates import IMAGE_MARK, strip_symbols
-from mmjax.types import BadSample, Message, MMJaxError, Record
+from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
 
 GROUPS = ("IMAGE_TEXT", "TEXT_ONLY", "VIDEO_TEXT", "IMAGE_TEXT_IN_CONTEXT")
 
@@ -32,6 +32,12 @@ class MimicitSource:
     earlier turns about the entry's images, or, in IMAGE_TEXT_IN_CONTEXT, as examples that keep
     their own images. group: see GROUPS; the images of VIDEO_TEXT are its frames, at most
     max_frames of them, evenly spread.
+
+    frames_as: ``images`` makes each image of an entry one of the record's; ``medium`` makes them
+    the frames of one, a tuple, as Otter does with videos and with the pairs of SD and CGD (a single
+    one stays an image). frames: exactly so many of each entry, evenly spread, repeated where there
+    are fewer, which a model of so many frames asks for; None takes what there is, and for a medium
+    of VIDEO_TEXT max_frames, as Otter.
 
     num_samples: 0, -1 or the size take all entries; fewer take a random subset, the same for every
     seed; more are drawn in every epoch of a mixture (``draws``), each entry once before any twice.
@@ -53,6 +59,8 @@ class MimicitSource:
         populate_rel_ins: bool = False,
         keep_symbols: bool = True,
         max_frames: int = 32,
+        frames_as: str = "images",
+        frames: int | None = None,
         missing: str = "error",
         seed: int = 0,
         index_dir: str | os.PathLike | None = None,
@@ -62,12 +70,20 @@ class MimicitSource:
                 f"MIMIC-IT group {group!r}, missing {missing!r}, max_frames {max_frames}: group is "
                 f"one of {', '.join(GROUPS)}, missing is error or skip, max_frames at least 1"
             )
+        if frames_as not in ("images", "medium") or (frames is not None and frames < 1):
+            raise MMJaxError(
+                f"MIMIC-IT frames_as {frames_as!r}, frames {frames}: frames_as is images or "
+                "medium, frames at least 1, or None for what there is"
+            )
         if not isinstance(num_samples, int) or num_samples < -1:
             raise MMJaxError(
                 f"{mimicit_path}: num_samples {num_samples!r} is a number of entries, or -1 for all"
             )
         self.path, self.group, self.seed = Path(mimicit_path), group, seed
         self.keep_symbols, self.max_frames = keep_symbols, max_frames
+        self.frames_as, self.frames = frames_as, frames
+        if frames is None and frames_as == "medium" and group == "VIDEO_TEXT":
+            self.frames = max_frames
         lines = [task_description] if isinstance(task_description, str) else task_description
         self.task_description = tuple(lines)
         self._entries = KeyedJson(self.path, "data", _gather_ids, index_dir)
@@ -103,28 +119,43 @@ class MimicitSource:
         related = [self._entry(i, where) for i in self._related_ids(name, entry, where)]
         related.append((where, entry))
         messages: list[Message] = []
-        image_ids: list[str] = []
+        groups: list[list[str]] = []  # the images of each entry that brings its own
         for at, one in related:
             question = self._text(one, "instruction", at)
             if self.group == "IMAGE_TEXT_IN_CONTEXT":
-                own = _ids(one, "image_ids", at)
-                image_ids += own
-                question = IMAGE_MARK * len(own) + question
+                groups.append(self._chosen_frames(_ids(one, "image_ids", at)))
+                question = IMAGE_MARK * self._count(groups[-1]) + question
             messages.append(Message("user", question))
             messages.append(Message("assistant", self._text(one, "answer", at)))
         if self.group in ("IMAGE_TEXT", "VIDEO_TEXT"):
-            image_ids = _ids(entry, "image_ids", where)
-        if self.group == "VIDEO_TEXT" and len(image_ids) > self.max_frames:
-            frames = np.linspace(0, len(image_ids) - 1, self.max_frames).astype(int)
-            image_ids = [image_ids[i] for i in frames]
+            groups = [self._chosen_frames(_ids(entry, "image_ids", where))]
         if self.task_description:
             rng = np.random.default_rng((self.seed, place))
             line_of_task = self.task_description[int(rng.integers(len(self.task_description)))]
             messages.insert(0, Message("system", line_of_task))
-        images = self._read_images(image_ids, where)
+        images = tuple(image for ids in groups for image in self._grouped(ids, where))
+        image_ids = [i for ids in groups for i in ids]
         meta = {"id": name, "source": str(self.path), "line": line}
         meta |= {"answers": [messages[-1].text], "image_ids": image_ids}
         return Record(tuple(messages), images, meta)
+
+    def _chosen_frames(self, ids: list[str]) -> list[str]:
+        """Take the frames that are wanted of an entry's images, evenly spread."""
+        count = self.frames
+        if count is None and self.group == "VIDEO_TEXT":
+            count = min(len(ids), self.max_frames)
+        if not ids or count is None:
+            return ids
+        return [ids[i] for i in np.linspace(0, len(ids) - 1, count).astype(int)]
+
+    def _count(self, ids: list[str]) -> int:
+        """Return how many images of the record these become."""
+        return min(1, len(ids)) if self.frames_as == "medium" else len(ids)
+
+    def _grouped(self, ids: list[str], where: str) -> tuple[ImageSource, ...]:
+        """Read an entry's images, each for itself or as the frames of one."""
+        images = self._read_images(ids, where)
+        return (images,) if self.frames_as == "medium" and len(images) > 1 else images
 
     def _entry(self, name: str, where: str) -> tuple[str, Any]:
         place = int(self._entries.ids.find(as_bytes([name]))[0])

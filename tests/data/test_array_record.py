@@ -1,8 +1,12 @@
 """ArrayRecord: every record comes back as it was, images included."""
 
+import io
 import json
 import pickle
 import struct
+import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,9 @@ from mmjax.data.catalog import make_source
 from mmjax.data.images import load_rgb
 from mmjax.data.to_array_record import main, parse_source
 from mmjax.types import BadSample, Message, MMJaxError, Record
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+from make_flamingo_document_goldens import document
 
 
 def record(i=0, images=(), **meta):
@@ -51,6 +58,40 @@ def test_the_layout_is_the_documented_one():
         "meta": {"id": 5},
     }
     assert raw[8 + length :] == b"abcde"
+
+
+def test_turns_with_several_images_and_videos_come_back_in_order(tmp_path):
+    text = "Aa. <image>Bb. <image><image>Cc."
+    pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    media = (b"one", (b"frame", pixels, b"x"), b"last", [b"alone"])
+    packed = pack_record(Record((Message("user", text),), media, {"id": 1}))
+    (length,) = struct.unpack("<I", packed[4:8])
+    sizes = json.loads(packed[8 : 8 + length])["images"]
+    assert sizes == [3, [5, sizes[1][1], 1], 4, [5]]
+    write_array_records([packed], tmp_path / "out")
+    back = ArrayRecordSource(tmp_path / "out")[0]
+    assert back.messages == (Message("user", text),)
+    assert (back.images[0], *back.images[2:]) == (b"one", b"last", (b"alone",))
+    assert back.images[1][::2] == (b"frame", b"x")
+    np.testing.assert_array_equal(load_rgb(back.images[1][1]), pixels)
+    assert pack_record(back) == packed
+
+
+def test_documents_of_webdataset_shards_are_copied_whole(tmp_path):
+    info = document(["Aa.", "Bb.", "Cc."], [[0.1, 0.9, 0.2], [0.7, 0.2, 0.1], [0.1, 0.2, 0.5]])
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("1.json", "2.json", "3.txt"):
+            member = tarfile.TarInfo(name)
+            data = json.dumps(info).encode()
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    arguments = ["kind=mmc4", f"path={tmp_path}/a.tar", "--max_bad_share=0.4"]
+    assert main([str(tmp_path / "out"), *arguments]) == 0
+    given = make_source(dict(kind="mmc4", path=str(tmp_path / "a.tar")))
+    source = ArrayRecordSource(tmp_path / "out")
+    assert len(source) == 2 and [source[i] for i in (0, 1)] == [given[i] for i in (0, 1)]
+    assert source[1].messages[0].text == "<image>Aa. <image>Bb. <image>Cc."
+    assert [load_rgb(image)[0, 0, 0] for image in source[1].images] == [1, 0, 2]
 
 
 def test_shards_give_random_access(tmp_path):

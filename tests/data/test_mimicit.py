@@ -148,6 +148,52 @@ def test_frames_are_spread_and_text_has_no_images(folder):
     assert text.images == () and len(text.messages) == 2
 
 
+def test_a_medium_holds_the_frames_of_an_entry(folder):
+    ids = [f"LA_IMG_{i % 5}" for i in range(9)]
+    entries = {
+        "V": entry(0, ids),
+        "P": entry(1, ids[1:3]),
+        "S": entry(2, ids[2:3]),
+        "T": entry(3, []),
+    }
+    args = instructions(folder / "video.json", entries), folder / "images.parquet"
+    kept = dict(frames_as="medium")
+
+    def found(group, **options):
+        source = MimicitSource(*args, group=group, **(kept | options))
+        media = [source[i].images for i in range(4)]
+        for record in (source[0], source[1]):  # no mark, or one for the medium and not for a frame
+            assert sum(m.text.count("<image>") for m in record.messages) in (0, len(record.images))
+        return [[[red(f) for f in m] if isinstance(m, tuple) else red(m) for m in x] for x in media]
+
+    # Two pictures are a pair, as SD's and CGD's; one stays a picture; without any there is none.
+    assert found("IMAGE_TEXT") == [[[0, 1, 2, 3, 4, 0, 1, 2, 3]], [[1, 2]], [2], []]
+    # A video has always as many frames as the model: 0, 2, 5 and 8 of nine; few are repeated.
+    four = [[[0, 2, 0, 3]], [[1, 1, 1, 2]], [[2, 2, 2, 2]], []]
+    assert found("VIDEO_TEXT", frames=4) == found("VIDEO_TEXT", max_frames=4) == four
+    assert [len(x[0]) for x in found("VIDEO_TEXT")[:3]] == [32, 32, 32]
+    assert found("VIDEO_TEXT", frames=1) == [[0], [1], [2], []]
+    # In images the default is what there is.
+    assert found("VIDEO_TEXT", frames_as="images", frames=4)[1] == [1, 1, 1, 2]
+    assert found("VIDEO_TEXT", frames_as="images")[1] == [1, 2]
+    assert found("TEXT_ONLY") == [[], [], [], []]
+
+
+def test_examples_in_context_have_a_medium_each(folder):
+    entries = {"A": entry(0), "B": entry(1, ["LA_IMG_1", "LA_IMG_2"], ["A"])}
+    path = instructions(folder / "pairs.json", entries)
+    options = dict(group="IMAGE_TEXT_IN_CONTEXT", populate_rel_ins=True)
+    args = path, folder / "images.parquet"
+    medium = MimicitSource(*args, **options, frames_as="medium")[1]
+    assert [m.text for m in medium.messages[::2]] == ["<image>What is 0?", "<image>What is 1?"]
+    assert red(medium.images[0]) == 0 and [red(f) for f in medium.images[1]] == [1, 2]
+    assert medium.meta["image_ids"] == ["LA_IMG_0", "LA_IMG_1", "LA_IMG_2"]
+    images = MimicitSource(*args, **options)[1]
+    assert images.messages[2].text == "<image><image>What is 1?" and len(images.images) == 3
+    pairs = MimicitSource(*args, **options, frames_as="medium", frames=2)[1]
+    assert [[red(f) for f in m] for m in pairs.images] == [[0, 0], [1, 2]]
+
+
 @pytest.mark.parametrize("count, length, draws", [(-1, 5, 5), (0, 5, 5), (5, 5, 5), (12, 5, 12)])
 def test_num_samples_takes_all_or_asks_for_more(folder, count, length, draws):
     source = MimicitSource(folder / "ins.json", folder / "images.parquet", num_samples=count)
@@ -199,6 +245,8 @@ def test_symbols_are_kept_unless_asked(folder):
         ({"A": entry(1, related=["B"])}, dict(populate_rel_ins=True), "1 related ids .* first 'B'"),
         ({"A": entry(1)}, dict(group="IMAGE_TXT"), "'IMAGE_TXT'.*IMAGE_TEXT, TEXT_ONLY"),
         ({"A": entry(1)}, dict(num_samples=-2), "num_samples -2"),
+        ({"A": entry(1)}, dict(frames_as="video"), "frames_as 'video'.*images or medium"),
+        ({"A": entry(1)}, dict(frames=0), "frames 0"),
         ({"A": entry(1)}, dict(images_path="x.tar"), "x.tar: images are a .parquet"),
         ({"A": entry(1)}, dict(images_path="gone.parquet"), "gone.parquet: no such file"),
     ],
