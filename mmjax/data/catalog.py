@@ -23,7 +23,10 @@ KINDS = {
     "magnifier": "mmjax.data.magnifier:MagnifierSource",
     "sums": "mmjax.data.sums:SumsSource",
 }
-LISTS = {"mimicit_yaml": "mmjax.data.mimicit_yaml:expand_yaml"}
+LISTS = {
+    "mimicit_yaml": "mmjax.data.mimicit_yaml:expand_yaml",
+    "instruct_flamingo": "mmjax.data.instruct_config:expand_config",
+}
 """Kinds that stand for several sources: a function from arguments to name -> specification."""
 
 
@@ -35,7 +38,8 @@ def make_source(spec: Mapping[str, Any]) -> Source:
     if spec.get("kind") in LISTS:
         raise MMJaxError(
             f"data source kind {spec['kind']!r} stands for several sources; it can be named in "
-            "data.sources, and here only one of its datasets, with kind='mimicit'"
+            "data.sources, and here only one of its datasets, with that dataset's own kind "
+            "(mimicit, json)"
         )
     return _call(spec, KINDS)
 

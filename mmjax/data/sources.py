@@ -40,7 +40,9 @@ class JsonSource:
     """Records of a ``.json`` array or a ``.jsonl`` file; the forms are in docs/data_formats.md.
 
     path: the file. image_root: the folder that image names are relative to (default: the file's
-    own). index_dir: where the byte-offset index is cached (default: beside the file).
+    own). index_dir: where the byte-offset index is cached (default: beside the file). draws: how
+    often an epoch of a mixture draws from it (default: its length), each record once before any
+    twice.
     """
 
     def __init__(
@@ -48,10 +50,14 @@ class JsonSource:
         path: str | os.PathLike,
         image_root: str | os.PathLike | None = None,
         index_dir: str | os.PathLike | None = None,
+        draws: int | None = None,
     ):
         self.path = Path(path)
         self.image_root = Path(image_root) if image_root is not None else self.path.parent
         self._file = IndexedJson(path, index_dir)
+        if draws is not None and draws < 1:
+            raise MMJaxError(f"{path}: draws {draws} is a number of records of an epoch, from 1 up")
+        self.draws = len(self._file) if draws is None else draws
 
     def __len__(self) -> int:
         return len(self._file)
