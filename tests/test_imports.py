@@ -23,7 +23,10 @@ ALLOWED = {
     "generate": {"types", "parallel", "ops", "nn", "models"},
 }
 # Commands stand above all layers, wherever their file lies.
-COMMANDS = ("data/check.py", "data/regroup_parquet.py", "data/to_array_record.py")
+COMMANDS = (
+    "data/check.py", "data/regroup_parquet.py", "data/to_array_record.py",
+    "data/mmc4_to_webdataset.py",
+)  # fmt: skip
 # Files that know families only through mmjax.models.registry.
 FAMILY_FREE = (
     "train", "data/pipeline.py", "generate", "parallel", "weights", "nn", "ops", "monitor",

@@ -1,8 +1,10 @@
 """MMC4 documents and ChatGPT sequences, beside what OpenFlamingo's own loader makes of them."""
 
+import base64
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from test_webdataset import write_tar
 from mmjax.data.catalog import make_source
 from mmjax.data.images import load_rgb
 from mmjax.data.mmc4 import Mmc4Source
+from mmjax.data.mmc4_to_webdataset import main as convert
 from mmjax.data.templates import TEMPLATES
 from mmjax.types import BadSample, MMJaxError
 
@@ -227,3 +230,58 @@ def test_the_similarity_of_argmax_is_that_of_its_sentence(one):
     matrix = np.full((2, 3), 0.1)
     matrix[0, 2], matrix[1, 1] = 0.24, 0.3
     assert laid_out(one(document(["Aa.", "Bb.", "Cc."], matrix.tolist())))[1] == [1, 0]
+
+
+@pytest.fixture
+def downloaded(tmp_path):
+    """Two files of documents, one of them a zip, and pictures in a folder each."""
+    info = document(["Aa.", "Bb."], [[0.9, 0.1], [0.1, 0.8], [0.2, 0.7]], absent=(0, 1, 2))
+    text = "\n".join(json.dumps(info) for _ in range(3)) + "\n\n"
+    (tmp_path / "docs_0.jsonl").write_text(text)
+    with zipfile.ZipFile(tmp_path / "docs_1.jsonl.zip", "w") as archive:
+        archive.writestr("docs_1.jsonl", text)
+    for folder in (0, 1):
+        (tmp_path / f"pictures/{folder}").mkdir(parents=True)
+        for i in (0, 2):
+            data = base64.b64decode(picture(10 * folder + i))
+            (tmp_path / f"pictures/{folder}/{i}.png").write_bytes(data)
+    return tmp_path
+
+
+def test_documents_and_pictures_become_shards(downloaded, capsys):
+    out = downloaded / "out"
+    arguments = [f"{downloaded}/docs_{{0.jsonl,1.jsonl.zip}}", f"--images={downloaded}/pictures"]
+    assert convert([str(out), *arguments, "--shard_samples=4"]) == 0
+    assert [p.name for p in sorted(out.iterdir())] == ["00000.tar", "00001.tar"]
+    printed = capsys.readouterr().out
+    for says in ("6 documents", "12 pictures\n", "6 pictures not found"):
+        assert f"out: {says}" in printed
+    source = Mmc4Source(out)
+    assert len(source) == 6 and source[5].meta["id"] == "00001.tar/00001-0000003"
+    assert laid_out(source[0]) == ("<image>Aa.<|endofchunk|><image>Bb.<|endofchunk|></s>", [0, 2])
+    assert laid_out(source[3])[1] == [10, 12]
+    secret = document(["Aa."], [[0.9]], absent=(0,))
+    secret["image_info"][0]["image_name"] = "../docs_1.jsonl.zip"
+    (downloaded / "docs_0.jsonl").write_text(json.dumps(secret))
+    assert convert([f"{out}2", f"{downloaded}/docs_0.jsonl", *arguments[1:]]) == 0
+    assert "pictures not found" in capsys.readouterr().out
+    with pytest.raises(MMJaxError, match="out: exists already"):
+        convert([str(out), *arguments])
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{}\n", r"docs_0.jsonl:1: is no MMC4 document \(KeyError: 'image_info'\)"),
+        ('\n{"a": ', "docs_0.jsonl:2: is no MMC4 document"),
+        ("\n", "no document to write"),
+    ],
+)
+def test_a_conversion_that_fails_leaves_nothing(downloaded, text, says):
+    (downloaded / "docs_0.jsonl").write_text(text)
+    arguments = [f"{downloaded}/docs_0.jsonl", f"--images={downloaded}/pictures"]
+    with pytest.raises(MMJaxError, match=says):
+        convert([str(downloaded / "out"), *arguments])
+    assert not list(downloaded.glob("out*"))
+    with pytest.raises(MMJaxError, match="gone"):
+        convert([str(downloaded / "out"), arguments[0], "--images=gone"])
