@@ -25,7 +25,7 @@ ALLOWED = {
 # Commands stand above all layers, wherever their file lies.
 COMMANDS = (
     "data/check.py", "data/regroup_parquet.py", "data/to_array_record.py",
-    "data/mmc4_to_webdataset.py",
+    "data/mmc4_to_webdataset.py", "data/emoji.py",
 )  # fmt: skip
 # Files that know families only through mmjax.models.registry.
 FAMILY_FREE = (
