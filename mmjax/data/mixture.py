@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from mmjax.data.sources import Source
 from mmjax.types import MMJaxError
@@ -100,6 +100,13 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     return counts
 
 
+def by_source(what: str, given: Any, names: Sequence[str]) -> list[Any]:
+    """Return a value for each source: of a mapping by name, else the same for all."""
+    if not isinstance(given, Mapping):
+        return [given] * len(names)
+    return [_matched(what, given, dict.fromkeys(names))[name] for name in names]
+
+
 def _shares(weights: Weights | None, sizes: Mapping[str, int]) -> list[float]:
     """Return a share for each source."""
     if weights is None or weights == "size":
@@ -130,7 +137,7 @@ def _counts(counts: Mapping[str, int], sizes: Mapping[str, int]) -> list[int]:
     return [sizes[n] if found[n] == -1 else found[n] for n in sizes]
 
 
-def _matched(what: str, given: Mapping[str, float], sizes: Mapping[str, int]) -> Mapping:
+def _matched(what: str, given: Mapping, sizes: Mapping) -> Mapping:
     """Raise MMJaxError unless the names are those of the sources, naming the nearest."""
     if set(given) == set(sizes):
         return given

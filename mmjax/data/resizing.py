@@ -28,7 +28,8 @@ def at_resolution(record: Record, longest: int | None, *, enlarge: bool = False)
     if longest is None or not record.images:
         return record
     resized = tuple(
-        _each(source, lambda one: _resized(one, longest, enlarge)) for source in record.images
+        each_picture(source, lambda one: _resized(one, longest, enlarge))
+        for source in record.images
     )
     return dataclasses.replace(record, images=resized)
 
@@ -75,7 +76,9 @@ def pad_at_random(record: Record, rng: np.random.Generator, share: float = 0.5) 
     images = []
     for source in record.images:
         padded, colour = rng.random() < share, tuple(rng.integers(0, 256, 3).tolist())
-        images.append(_each(source, lambda one, c=colour: _padded(one, c)) if padded else source)
+        images.append(
+            each_picture(source, lambda one, c=colour: _padded(one, c)) if padded else source
+        )
     return dataclasses.replace(record, images=tuple(images))
 
 
@@ -129,8 +132,8 @@ def _check_pixels(value: Any, what: str) -> None:
         raise MMJaxError(f"{what} is not a number of pixels; give whole numbers from 1 up")
 
 
-def _each(source: ImageSource, change: Callable[[ImageSource], ImageSource]) -> ImageSource:
-    """Change an image, or every frame of a list of them."""
+def each_picture(source: ImageSource, change: Callable[[ImageSource], ImageSource]) -> ImageSource:
+    """Change one image, or every frame of a video."""
     if isinstance(source, list | tuple):
         return tuple(change(one) for one in source)
     return change(source)

@@ -1,6 +1,6 @@
 """Go through the records of a mixture as training would, and say what it would drop and why.
 
-Numpy only: ``load`` is training's own loader (``mmjax.data.pipeline.LoadExample``), handed in.
+Numpy only: ``load`` is training's own loader (``mmjax.data.examples.LoadExample``), handed in.
 """
 
 from __future__ import annotations

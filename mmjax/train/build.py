@@ -6,15 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.data.catalog import make_sources
+from mmjax.data.examples import LoadExample, RecordOptions, make_loader
 from mmjax.data.mixture import Mixture
 from mmjax.data.packing import BatchShape
-from mmjax.data.pipeline import LoadExample, TrainIterator, make_loader, make_train_iterator
+from mmjax.data.pipeline import TrainIterator, make_train_iterator
 from mmjax.data.streams import Streams, share_streams
 from mmjax.data.survey import require_some_good
 from mmjax.loading import first_processor
@@ -28,7 +30,7 @@ from mmjax.parallel import distributed
 from mmjax.parallel.sharding import process_rows
 from mmjax.train import adapters
 from mmjax.train import state as train_state
-from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
+from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
 
@@ -155,15 +157,14 @@ def train_loader(settings: RunSettings, processor: Processor) -> LoadExample:
         raise MMJaxError("data.sources is empty: name at least one source to train on")
     mixture = Mixture.of(make_sources(data.sources), data.weights, data.counts)
     shape = BatchShape(data.batch_size, data.seq_len, data.max_patches, data.max_targets)
-    return make_loader(
-        mixture,
-        data.template,
-        processor,
-        shape,
-        settings.seed,
-        data.resolutions,
-        data.legacy_otter,
-    )
+    options = RecordOptions(**record_options(data))
+    return make_loader(mixture, data.template, processor, shape, settings.seed, options)
+
+
+def record_options(data: DataSettings) -> dict[str, Any]:
+    """Return what a run does with a record: the settings that ``RecordOptions`` takes."""
+    fields = (field.name for field in dataclasses.fields(RecordOptions))
+    return {name: getattr(data, name) for name in fields}
 
 
 def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -> Streams:
@@ -200,12 +201,11 @@ def _stream(
         max_targets=data.max_targets,
         batch_size=data.batch_size // count,
         seed=settings.seed,
-        resolutions=data.resolutions,
-        legacy_otter=data.legacy_otter,
         pack=data.pack,
         process_index=number,
         process_count=count,
         num_workers=data.workers,
         max_bad_share=data.max_bad_share,
         workdir=workdir,
+        **record_options(data),
     )

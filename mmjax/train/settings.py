@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from mmjax.checkpoint import CheckpointSettings
+from mmjax.data.multiturn import Multiturn
 from mmjax.train.optim import OptimSettings
 from mmjax.train.rows import RowSettings
 from mmjax.train.watch import BadStepSettings
@@ -69,8 +70,14 @@ class DataSettings:
     was drawn once. seq_len, max_patches, max_targets: what one row holds.
     batch_size: rows of a step over all devices. resolutions: longest sides in pixels, one drawn
     for each sample, as a set or a range ``{"min": 224, "max": 1024, "multiple": 32}``; None keeps
-    every image. template: a name in ``mmjax.data.templates.TEMPLATES``. legacy_otter: OtterHD's
-    squashed pictures, labels and stripped symbols, to compare with its numbers.
+    every image. template: a name in ``mmjax.data.templates.TEMPLATES``, or one for each source by
+    its name. legacy_otter: OtterHD's squashed pictures, labels and stripped symbols, to compare
+    with its numbers.
+    augment: changes to the pictures, names in ``mmjax.data.augment.AUGMENTS`` in their order, or
+    such a list for some sources by name. multiturn: records that follow a record as further turns,
+    ``{"turns": 32, "max_images": 16, "max_tokens": 2048}``; see ``mmjax.data.multiturn``.
+    max_images: of a record only its first ones are kept. too_long: a sample above ``seq_len`` is
+    skipped, or cut on the right as long as a target is left.
     workers: processes that read and pack, of each stream.
     streams: packers that share out records and rows; 0 for one a process. Runs with the same
     number see the same rows in every step, however many processes they are.
@@ -82,13 +89,17 @@ class DataSettings:
     sources: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     weights: dict[str, float] | Literal["size", "sqrt"] | None = None
     counts: dict[str, int] | None = None
-    template: str = "fuyu_chat"
+    template: str | dict[str, str] = "fuyu_chat"
     seq_len: int = 2048
     max_patches: int = 2048
     max_targets: int = 256
     batch_size: int = 8
     resolutions: tuple[int | None, ...] | dict[str, int] | None = None
     legacy_otter: bool = False
+    augment: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
+    multiturn: Multiturn | None = None
+    max_images: int | None = None
+    too_long: Literal["skip", "truncate"] = "skip"
     pack: bool = True
     workers: int = 0
     streams: int = 0

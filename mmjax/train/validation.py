@@ -38,7 +38,11 @@ class ValidationLoss:
         data = settings.data
         self.tasks, self._settings, self._processor = tuple(tasks), settings, processor
         self._shape = BatchShape(data.batch_size, data.seq_len, data.max_patches, data.max_targets)
-        self._template, self._mesh = get_template(data.template), mesh
+        self._mesh = mesh
+        # A task that is called like a source is laid out as that is.
+        named = data.template if isinstance(data.template, dict) else {}
+        first = next(iter(named.values()), data.template)
+        self._templates = [get_template(named.get(task.name, first)) for task in tasks]
 
         def sums(params, frozen, batch):
             model = nnx.merge(graphdef, params, frozen)
@@ -70,7 +74,9 @@ class ValidationLoss:
                 try:
                     record = with_answer(ask(task, source[index]))
                     example = self._processor.encode(
-                        self._template(record), record.images, max_tokens=self._shape.seq_len
+                        self._templates[number](record),
+                        record.images,
+                        max_tokens=self._shape.seq_len,
                     )
                     self._shape.check(example)
                 except BadSample:

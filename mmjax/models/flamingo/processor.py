@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data.limits import truncate
 from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.flamingo.media import look_at, media_rows
@@ -163,6 +164,30 @@ class FlamingoProcessor:
             mode = ("previous", "next")[zlib.crc32(tokens.tobytes()) & 1]
         rows = media_rows([images[i] for i in order], self.config)
         return _example(tokens, loss, look_at(media, mode), rows)
+
+    def truncate(self, example: Example, max_tokens: int) -> Example:
+        """Cut an example on the right, with the media whose ``<image>`` is behind the cut.
+
+        With ``attend_mode`` "next", text that looked at one of those then looks at none. Raises
+        BadSample ``too_long`` when no target is left.
+        """
+        cut = truncate(example, max_tokens)
+        media = int((cut["tokens"] == self.config.media_token_id).sum())
+        visual = cut["visual_index"]
+        return cut | {
+            "visual_index": np.where(visual < media, visual, np.int32(-1)),
+            "patches": cut["patches"][:media],
+        }
+
+    def picture(self, row: np.ndarray) -> np.ndarray:
+        """Draw one row of ``patches``, the frames of a medium side by side, as uint8[h, w, 3]."""
+        side = self.config.image_size
+        frames = row.reshape(-1, side, side, 3)
+        if frames.dtype != np.uint8:
+            mean, std = np.float32(self.config.image_mean), np.float32(self.config.image_std)
+            grey = (np.float32(frames) * std + mean) * 255
+            frames = np.uint8(np.clip(np.round(grey), 0, 255))
+        return np.ascontiguousarray(frames.swapaxes(0, 1).reshape(side, -1, 3))
 
     def encode_prompt(
         self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()

@@ -1,0 +1,61 @@
+"""Changes to the pictures of training records, by name; each is drawn anew in every epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from mmjax.data import images as im
+from mmjax.data.resizing import each_picture, pad_at_random
+from mmjax.types import ImageSource, MMJaxError, Record
+
+Augment = Callable[[Record, np.random.Generator], Record]
+Augments = Sequence[str] | Mapping[str, Sequence[str]]
+"""Names in the order in which they are applied, for all sources or for each source by its name."""
+
+
+def flip_at_random(record: Record, rng: np.random.Generator, share: float = 0.5) -> Record:
+    """Mirror all images of a record left to right, with probability ``share``.
+
+    OpenFlamingo draws once for a whole batch of LAION's pictures, here each record has its own
+    draw. Words such as "left" are not changed: this is for captions that say nothing of sides.
+    """
+    if not record.images or rng.random() >= share:
+        return record
+    return dataclasses.replace(
+        record, images=tuple(each_picture(source, _mirrored) for source in record.images)
+    )
+
+
+AUGMENTS: dict[str, Augment] = {"square_pad": pad_at_random, "flip": flip_at_random}
+
+
+def augments_of(wanted: Augments, names: Sequence[str]) -> tuple[tuple[Augment, ...], ...]:
+    """Return the changes for each source, in the order of ``names``.
+
+    Raises MMJaxError for a change or a source that does not exist, with the nearest name.
+    """
+    if isinstance(wanted, Mapping):
+        for name in wanted:
+            if name not in names:
+                _unknown("augment: source", name, names)
+    else:
+        wanted = dict.fromkeys(names, wanted)
+    for name in (n for some in wanted.values() for n in some):
+        if name not in AUGMENTS:
+            _unknown("augment", name, AUGMENTS)
+    return tuple(tuple(AUGMENTS[n] for n in wanted.get(name, ())) for name in names)
+
+
+def _mirrored(source: ImageSource) -> np.ndarray:
+    pixels = np.asarray(im.to_rgb(im.open_image(source), im.source_name(source)))
+    return np.ascontiguousarray(pixels[:, ::-1])
+
+
+def _unknown(what: str, name: str, known) -> None:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise MMJaxError(f"{what} {name!r} is unknown{hint} (there are {', '.join(known)})")
