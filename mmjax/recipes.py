@@ -55,3 +55,43 @@ def toy_fuyu(recipe: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": dict(every=5),
         "log": dict(every=5),
     }
+
+
+FLAMINGO_TOY: dict[str, Any] = dict(
+    cross_attn_every_n_layers=2,
+    text_config=dict(
+        model_type="mpt", d_model=32, n_heads=4, n_layers=4, max_seq_len=128, vocab_size=64
+    ),
+    vision_config=dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    ),
+    perceiver_config=dict(num_layers=2, num_heads=2, head_dim=16, num_latents=8),
+    cross_config=dict(num_heads=2, head_dim=16),
+)
+"""A Flamingo of 130,000 parameters."""
+
+
+def toy_flamingo(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Shrink a Flamingo recipe to seconds on a CPU, as ``toy_fuyu`` does."""
+    toy = toy_fuyu(recipe)
+    data = {k: v for k, v in toy["data"].items() if k not in ("weights", "counts")}
+    weights = data.get("loss_weights")
+    source = data["sources"]["train"]
+    if weights:  # sources of the same names, so that their weights mean something
+        data["sources"] = {name: source for name in weights}
+    template = data["template"].removesuffix("_chat")
+    chat = data["template"].endswith("_chat")
+    return {
+        **toy,
+        "model": {**toy["model"], "config": FLAMINGO_TOY},
+        "data": {**data, **dict(seq_len=96, max_patches=4)},
+        "eval": {
+            **toy["eval"],
+            "template": f"{template}_prompt" if chat else "open_flamingo_caption_prompt",
+        },
+    }

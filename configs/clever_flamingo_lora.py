@@ -1,0 +1,58 @@
+"""Clever Flamingo, first stage: adapters on MPT-7B and the whole resampler.
+
+COMMAND
+    python -m convert_weights.to_jax checkpoint.pt /data/of9b --lm /data/mpt-7b \\
+        --vision /data/ViT-L-14-336px.pt --vision-config ViT-L-14-336
+    python train.py --config=configs/clever_flamingo_lora.py --workdir=runs/clever_lora \\
+        --config.model.init=/data/of9b --config.data.sources.train.path=/data/instructions.json
+
+As published (Chen et al. 2023, instruct_flamingo's tuning_config/lora+perceiver): rank 64, alpha 64
+on the four maps of each MPT block, 1e-4 constant after 1,000 steps, a batch of 64, prompts without
+a system line, up to 32 more turns drawn into a sample. Not measured: the authors have not run this
+on GPUs.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import fill, recipe_options
+from mmjax.recipes import toy_flamingo
+from mmjax.train.settings import RunSettings
+
+LANGUAGE = ("attn.*", "mlp.*")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
+    quick = recipe_options(arg, quick=False).quick
+    recipe = settings("clever_flamingo_lora", dict(rank=64, alpha=64.0, targets=LANGUAGE))
+    return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)
+
+
+def settings(name: str, lora: dict[str, Any]) -> dict[str, Any]:
+    """Return what the Clever Flamingo recipes share, with other adapters."""
+    return dict(
+        name=name,
+        steps=150_000,
+        accumulate=4,
+        model=dict(
+            family="flamingo",
+            init="set model.init to a folder of convert_weights.to_jax",
+            remat="names",
+        ),
+        train=("perceiver.*",),
+        lora=lora,
+        data=dict(
+            sources=dict(train=dict(kind="json", path="set data.sources.train.path")),
+            template="guanaco_no_prompt_chat",
+            seq_len=2048,
+            max_patches=16,
+            max_targets=2048,
+            batch_size=64,
+            workers=8,
+        ),
+        optim=dict(lr=1e-4, schedule="constant", warmup=1000, weight_decay=0.1),
+        mesh=dict(fsdp=-1),
+        checkpoint=dict(every=1000, keep=2),
+    )

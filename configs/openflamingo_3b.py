@@ -1,0 +1,66 @@
+"""OpenFlamingo-3B: MPT-1B sees through CLIP ViT-L/14, a gated block before every layer.
+
+COMMAND
+    python -m convert_weights.to_jax checkpoint.pt /data/of3b --lm /data/mpt-1b-redpajama-200b \\
+        --vision /data/ViT-L-14.pt --vision-config ViT-L-14
+    python train.py --config=configs/openflamingo_3b.py --workdir=runs/of3b \\
+        --config.model.init=/data/of3b --config.data.sources.laion.path='/data/laion/{0000..0999}.tar' \\
+        --config.data.sources.mmc4.path='/data/mmc4/{0000..0999}.tar'
+
+The published recipe (Awadalla et al. 2023, and the options of open_flamingo/train/train.py): AdamW
+at 1e-4, constant after 1,875 steps of warm-up, weight decay 0.1 on the gated blocks alone, the loss
+of LAION's captions weighs 0.2 beside MMC4's documents; trained are the resampler, the gated blocks
+and the embeddings of <image> and <|endofchunk|>. There 60 million documents and 120 million captions
+were seen; rows here are packed, so a step holds as many of them as fit, and steps say how long. Not
+measured: the authors have not run this on GPUs.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import fill, recipe_options
+from mmjax.recipes import toy_flamingo
+from mmjax.train.settings import RunSettings
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
+    quick = recipe_options(arg, quick=False).quick
+    recipe = settings("openflamingo_3b", batch_size=32)
+    return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)
+
+
+def settings(name: str, *, batch_size: int) -> dict[str, Any]:
+    """Return what the OpenFlamingo recipes share."""
+    folder = "set model.init to a folder of convert_weights.to_jax"
+    return dict(
+        name=name,
+        steps=234_000,
+        model=dict(family="flamingo", init=folder, remat="names"),
+        train=("perceiver.*", "cross.*"),
+        train_rows=(dict(params="decoder.embed.embedding", rows=("media", "eoc")),),
+        data=dict(
+            sources=dict(
+                laion=dict(kind="laion", path="set data.sources.laion.path"),
+                mmc4=dict(kind="mmc4", path="set data.sources.mmc4.path", threshold=0.24),
+            ),
+            weights=dict(laion=2.0, mmc4=1.0),
+            loss_weights=dict(laion=0.2, mmc4=1.0),
+            template="interleaved",
+            seq_len=2048,
+            max_patches=48,
+            max_targets=2048,
+            batch_size=batch_size,
+            workers=8,
+        ),
+        optim=dict(
+            lr=1e-4,
+            schedule="constant",
+            warmup=1875,
+            weight_decay=0.1,
+            decay=("cross.*",),
+        ),
+        mesh=dict(fsdp=-1),
+        checkpoint=dict(every=1000, keep=2),
+    )

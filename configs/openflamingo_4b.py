@@ -1,0 +1,25 @@
+"""OpenFlamingo-4B: RedPajama-INCITE-3B sees through CLIP ViT-L/14, a gated block before every second layer.
+
+COMMAND
+    python -m convert_weights.to_jax checkpoint.pt /data/of4b --lm /data/RedPajama-INCITE-Base-3B-v1 \\
+        --vision /data/ViT-L-14.pt --vision-config ViT-L-14
+    python train.py --config=configs/openflamingo_4b.py --workdir=runs/of4b \\
+        --config.model.init=/data/of4b
+
+Data and training are those of configs/openflamingo_3b.py, which says where they come from. Not
+measured: the authors have not run this on GPUs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.openflamingo_3b import settings
+from mmjax.config import fill, recipe_options
+from mmjax.recipes import toy_flamingo
+from mmjax.train.settings import RunSettings
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
+    quick = recipe_options(arg, quick=False).quick
+    recipe = settings("openflamingo_4b", batch_size=16)
+    return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)

@@ -1,0 +1,30 @@
+"""Otter on video: a medium is 32 frames, each with an embedding of its own.
+
+COMMAND
+    python -m convert_weights.to_jax /data/OTTER-Video-LLaMA7B-DenseCaption /data/otter_video
+    python train.py --config=configs/otter_video.py --workdir=runs/otter_video \\
+        --config.model.init=/data/otter_video --config.data.sources.train.path=/data/mimicit.yaml
+
+The checkpoint has frame embeddings (max_num_frames 128); 32 frames are taken from a video at even
+distances. Training is that of configs/otter_9b.py. Not measured: the authors have not run this on
+GPUs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.otter_9b import settings
+from mmjax.config import fill, recipe_options
+from mmjax.recipes import toy_flamingo
+from mmjax.train.settings import RunSettings
+
+FRAMES = 32
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
+    quick = recipe_options(arg, quick=False).quick
+    recipe = settings("otter_video", max_patches=2, batch_size=8)
+    if quick:
+        return fill(RunSettings, toy_flamingo(recipe))
+    recipe["model"]["processor"] |= dict(frames=FRAMES)
+    return fill(RunSettings, recipe)
