@@ -4,15 +4,16 @@ COMMAND
     python -m convert_weights.to_jax checkpoint.pt /data/of3b --lm /data/mpt-1b-redpajama-200b \\
         --vision /data/ViT-L-14.pt --vision-config ViT-L-14
     python train.py --config=configs/openflamingo_3b.py --workdir=runs/of3b \\
-        --config.model.init=/data/of3b --config.data.sources.laion.path='/data/laion/{0000..0999}.tar' \\
+        --config.model.init=/data/of3b \\
+        --config.data.sources.laion.path='/data/laion/{0000..0999}.tar' \\
         --config.data.sources.mmc4.path='/data/mmc4/{0000..0999}.tar'
 
 The published recipe (Awadalla et al. 2023, and the options of open_flamingo/train/train.py): AdamW
 at 1e-4, constant after 1,875 steps of warm-up, weight decay 0.1 on the gated blocks alone, the loss
 of LAION's captions weighs 0.2 beside MMC4's documents; trained are the resampler, the gated blocks
-and the embeddings of <image> and <|endofchunk|>. There 60 million documents and 120 million captions
-were seen; rows here are packed, so a step holds as many of them as fit, and steps say how long. Not
-measured: the authors have not run this on GPUs.
+and the embeddings of <image> and <|endofchunk|>. There 60 million documents and 120 million
+captions were seen; rows here are packed, so a step holds as many of them as fit, and steps say how
+long. Not measured: the authors have not run this on GPUs.
 """
 
 from typing import Any

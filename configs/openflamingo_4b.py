@@ -1,8 +1,8 @@
-"""OpenFlamingo-4B: RedPajama-INCITE-3B sees through CLIP ViT-L/14, a gated block before every second layer.
+"""OpenFlamingo-4B: RedPajama-3B sees through CLIP ViT-L/14, a gated block every second layer.
 
 COMMAND
-    python -m convert_weights.to_jax checkpoint.pt /data/of4b --lm /data/RedPajama-INCITE-Base-3B-v1 \\
-        --vision /data/ViT-L-14.pt --vision-config ViT-L-14
+    python -m convert_weights.to_jax checkpoint.pt /data/of4b \\
+        --lm /data/RedPajama-INCITE-Base-3B-v1 --vision /data/ViT-L-14.pt --vision-config ViT-L-14
     python train.py --config=configs/openflamingo_4b.py --workdir=runs/of4b \\
         --config.model.init=/data/of4b
 

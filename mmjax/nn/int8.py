@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mmjax.nn import paths
+
 LARGEST = 127
 
 
@@ -32,23 +34,42 @@ def while_loading(
     abstract: the model's state. wanted: its parameters by name. dtype: that kernels are read in;
     one of them at a time is there in it.
     """
-    scaled = {name.removesuffix("_scale") for name in wanted if name.endswith(".kernel_scale")}
+    scaled = _input_axes(abstract)
     read = {name: leaf for name, leaf in wanted.items() if not name.endswith(".kernel_scale")}
-    axes = {}
-    for path, variable in nnx.to_flat_state(abstract):
-        name = ".".join(map(str, path))
-        if name in scaled:
-            stacked = variable.get_metadata()["out_sharding"].count("layers")
-            outputs = len(wanted[f"{name}_scale"].shape) - stacked
-            axes[name] = tuple(range(stacked, len(variable.shape) - outputs))
-            leaf = wanted[name]
-            read[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+    for name in scaled.keys() & wanted.keys():
+        leaf = wanted[name]
+        read[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
 
     def round_it(name: str, value: Array) -> dict[str, Array]:
         if name not in scaled:
             return {name: value}
-        kernel, scale = quantize(value, axes[name])
+        kernel, scale = quantize(value, scaled[name])
         place = wanted[f"{name}_scale"].sharding
         return {name: kernel, f"{name}_scale": jax.device_put(scale, place)}
 
     return read, round_it
+
+
+def multiplied_out(state: nnx.State, dtype: str) -> dict[str, Array]:
+    """Return the parameters of a state by name, int8 kernels as the numbers they stand for.
+
+    dtype: of those kernels. Without int8 kernels the parameters are returned as they are.
+    """
+    scaled, values = _input_axes(state), paths.flatten(state)
+    out = {name: x for name, x in values.items() if not name.endswith(".kernel_scale")}
+    for name, axes in scaled.items():
+        scale = jnp.expand_dims(values[f"{name}_scale"], axes)
+        out[name] = (values[name] * scale).astype(dtype)
+    return out
+
+
+def _input_axes(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    """Return which axes each int8 kernel's scale lacks: those of its map's inputs."""
+    flat = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    axes = {}
+    for name, variable in flat.items():
+        if f"{name}_scale" in flat:
+            stacked = variable.get_metadata()["out_sharding"].count("layers")
+            outputs = len(flat[f"{name}_scale"].shape) - stacked
+            axes[name] = tuple(range(stacked, len(variable.shape) - outputs))
+    return axes

@@ -19,12 +19,18 @@ from mmjax.nn import int8
 class DTypes:
     """The dtypes a model is given; softmax, norms, angles and loss are float32 anyway.
 
-    kernel: of the kernels of linear maps, None for ``param``, or int8; see ``mmjax.nn.int8``.
+    kernel: of the kernels of linear maps, None for ``param``, or int8; see ``mmjax.nn.int8``. maps:
+    the maps it is for, by their names in ``LoRA.targets``; None for all.
     """
 
     param: str = "float32"
     compute: str = "float32"
     kernel: str | None = None
+    maps: tuple[str, ...] | None = None
+
+    def rounds(self, name: str) -> bool:
+        """Tell whether the kernel of a linear map is kept in int8."""
+        return self.kernel == "int8" and (self.maps is None or name in self.maps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Linear(nnx.Module):
         # A bias is too small to be worth cutting by fsdp; by tensor it follows its kernel.
         bias_axes = tuple("norm" if a == "embed" else a for a in out_axes)
         scale = None
-        if dtypes.kernel == "int8":
+        if dtypes.rounds(name):
             kernel, scale = int8.quantize(kernel, tuple(range(self.n_in)))
         self.kernel_scale = None if scale is None else nnx.Param(scale, out_sharding=bias_axes)
         self.kernel = nnx.Param(kernel, out_sharding=axes)

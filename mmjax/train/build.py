@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from mmjax.data.survey import require_some_good
 from mmjax.loading import first_processor
 from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
-from mmjax.nn import paths
+from mmjax.nn import int8, paths
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.stack import REMAT
 from mmjax.ops.attention import IMPLEMENTATIONS
 from mmjax.parallel import distributed
 from mmjax.parallel.sharding import process_rows
 from mmjax.train import adapters
+from mmjax.train import frozen as frozen_part
 from mmjax.train import state as train_state
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
@@ -57,8 +58,17 @@ class Blueprint:
         return list(paths.flatten(nnx.state(nnx.eval_shape(self.make))))
 
 
-def blueprint(settings: ModelSettings, lora: LoRASettings, seed: int) -> Blueprint:
-    """Read configs and tokenizer, and check that they fit; allocates nothing."""
+Chosen = Callable[[Sequence[str]], set[str]]
+"""Tells which of all parameters, by name, are trained."""
+
+
+def blueprint(
+    settings: ModelSettings, lora: LoRASettings, seed: int, chosen: Chosen = lambda names: set()
+) -> Blueprint:
+    """Read configs and tokenizer, and check that they fit; allocates nothing.
+
+    chosen: what is trained, nothing by default; only asked where frozen kernels are int8.
+    """
     family = registry.family(settings.family)
     source = None
     if settings.init:
@@ -81,31 +91,41 @@ def blueprint(settings: ModelSettings, lora: LoRASettings, seed: int) -> Bluepri
         config = family.Config.from_hf({**settings.config, **processor.token_ids()})
     processor = processor.with_options(**settings.processor)
     processor.check(config)
-    make, adapter = maker(settings, lora, config, seed)
+    make, adapter = maker(settings, lora, config, seed, chosen)
     if source is not None and source.lora is not None:
         adapters.check_continues(source.lora, adapter, f"model.init {settings.init}")
     return Blueprint(settings.family, config, processor, source, make, adapter, lora.init)
 
 
 def maker(
-    settings: ModelSettings, lora: LoRASettings, config: Config, seed: int
+    settings: ModelSettings,
+    lora: LoRASettings,
+    config: Config,
+    seed: int,
+    chosen: Chosen = lambda names: set(),
 ) -> tuple[Callable[[], nnx.Module], LoRA | None]:
     """Return the function that makes the model of a config, and the adapters it gets."""
     family = registry.family(settings.family)
     for key, known in (("remat", REMAT), ("attention", IMPLEMENTATIONS)):
         if (name := getattr(settings, key)) not in known:
             raise MMJaxError(f"model.{key} is {name!r}; choose one of {', '.join(known)}")
-    dtypes = DTypes(settings.param_dtype, settings.dtype)
 
-    def make(adapter: LoRA | None = None) -> nnx.Module:
+    def make(dtypes: DTypes, adapter: LoRA | None = None) -> nnx.Module:
         run = dict(remat=settings.remat, attention=settings.attention)
         return family.Model(config, rngs=nnx.Rngs(seed), dtypes=dtypes, lora=adapter, **run)
 
-    if not lora.rank and not lora.init:
-        return make, None
-    names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
-    adapter = adapters.make_lora(lora, adapters.linear_maps(names))
-    return partial(make, adapter), adapter
+    def names_of(made: Callable[[], nnx.Module]) -> list[str]:
+        return list(paths.flatten(nnx.state(nnx.eval_shape(made))))
+
+    dtypes, adapter = DTypes(settings.param_dtype, settings.dtype), None
+    if lora.rank or lora.init:
+        maps = adapters.linear_maps(names_of(partial(make, dtypes)))
+        adapter = adapters.make_lora(lora, maps)
+    if settings.frozen_dtype == frozen_part.INT8:
+        names = names_of(partial(make, dtypes, adapter))
+        rounded = frozen_part.int8_maps(names, chosen(names))
+        dtypes = dataclasses.replace(dtypes, kernel=frozen_part.INT8, maps=rounded)
+    return partial(make, dtypes, adapter), adapter
 
 
 def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mesh):
@@ -114,20 +134,21 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
     Frozen parameters are kept in ``model.frozen_dtype``: they are never updated.
     """
     graphdef, abstract, frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
-    dtype = jnp.dtype(settings.model.frozen_dtype)
-    frozen = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen
-    )
+    kept = settings.model.frozen_dtype
+    frozen = frozen_part.cast_abstract(frozen, kept)
     wanted = {**paths.flatten(abstract.params), **paths.flatten(frozen)}
     earlier = {}
     if plan.lora_init:
         earlier = adapters.read(plan.lora_init, plan.lora, plan.family, plan.config, wanted)
     if plan.source is None:
         graphdef, state, rest = train_state.init(plan.make, chosen, tx, mesh)
-        rest = jax.tree.map(lambda x: x.astype(dtype), rest)
+        rest = frozen_part.cast(rest, kept)
         return graphdef, *train_state.with_params(state, rest, earlier)
     # Without adapters that neither the earlier run nor the model has: those start fresh.
-    values = checkpoints.read_params(plan.source, wanted) | earlier
+    each = None
+    if kept == frozen_part.INT8:
+        wanted, each = int8.while_loading(frozen, wanted, settings.model.dtype)
+    values = checkpoints.read_params(plan.source, wanted, each=each) | earlier
     if missing := {n: x for n, x in wanted.items() if n not in values}:
         values |= _fresh(plan, missing)
     params = paths.replace(abstract.params, {n: values[n] for n in paths.flatten(abstract.params)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def open_model(
     mesh = make_mesh(settings.mesh)
     with use(mesh):
         settings, _ = tuning.applied(settings)
-        plan = blueprint(settings.model, settings.lora, settings.seed)
+        choose = partial(train_state.chosen_by, settings)
+        plan = blueprint(settings.model, settings.lora, settings.seed, choose)
         chosen = train_state.chosen_by(settings, plan.names())
         tx = optim.make_optimizer(settings.optim, settings.steps)
         _, abstract, _ = train_state.abstract_state(plan.make, chosen, tx, mesh)

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,11 +26,12 @@ from mmjax.monitor.pictures import draw_batch, save_picture
 from mmjax.monitor.profile import ProfileWindow
 from mmjax.monitor.terminal import LiveLine, startup_table
 from mmjax.monitor.writers import make_writer
-from mmjax.nn import paths
+from mmjax.nn import int8, paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import check_divides, put_batch
 from mmjax.train import evaluation, optim, tuning
+from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, init_state, train_iterator
@@ -59,7 +61,8 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     with use(mesh), StopFlag() as stop:
         # ---- The model, before anything is allocated ------------------------------------------
         settings, told = tuning.applied(settings)
-        plan = blueprint(settings.model, settings.lora, settings.seed)
+        choose = partial(train_state.chosen_by, settings)
+        plan = blueprint(settings.model, settings.lora, settings.seed, choose)
         names = plan.names()
         chosen = train_state.chosen_by(settings, names)
         optim.check_decay(settings.optim, names)
@@ -262,7 +265,7 @@ def part_rows(
         if name in trained:
             row[0] += trained_rows.count(rows, name, leaf.shape)
         else:
-            itemsize = np.dtype(jax.numpy.dtype(settings.model.frozen_dtype)).itemsize
+            itemsize = frozen_part.dtype_of(name, leaf, settings.model.frozen_dtype).itemsize
         row[1] += size
         row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
     optimizer = sum(
@@ -290,7 +293,7 @@ def export(model: LoadedModel, workdir: Path, lora: LoRA | None) -> None:
         model.processor.save_pretrained(folder)
         model_checkpoints.save_model(
             workdir / "model",
-            paths.flatten(nnx.state(model.model)),
+            int8.multiplied_out(nnx.state(model.model), frozen_part.REST),
             family=registry.family(model.family),
             config=model.config,
             lora=lora,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ from mmjax.nn import paths
 from mmjax.nn.linear import adapter_dropout
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import RULES, batch_sharding
+from mmjax.train import frozen as frozen_part
 from mmjax.train import matrices, optim, tuning
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, maker
@@ -103,10 +105,7 @@ def make_plan(
         optim.check_decay(settings.optim, names)
         tx = optim.make_optimizer(settings.optim, settings.steps)
         graphdef, state, frozen = train_state.abstract_state(make, chosen, tx, mesh)
-        kind = jnp.dtype(settings.model.frozen_dtype)
-        frozen = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding), frozen
-        )
+        frozen = frozen_part.cast_abstract(frozen, settings.model.frozen_dtype)
         batch = _batch(settings, config, data.batch_size, mesh)
         compiled = None
         if compile_:
@@ -153,9 +152,11 @@ def _model(settings: RunSettings):
     model = settings.model
     if model.init and not Path(model.init).exists():
         config = registry.family(model.family).Config.from_hf(model.config)
-        make, _ = maker(model, settings.lora, config, settings.seed)
+        choose = partial(train_state.chosen_by, settings)
+        make, _ = maker(model, settings.lora, config, settings.seed, choose)
         return make, config, f"model.init ({model.init}) is not here: {model.family}'s own sizes"
-    plan = blueprint(model, settings.lora, settings.seed)
+    choose = partial(train_state.chosen_by, settings)
+    plan = blueprint(model, settings.lora, settings.seed, choose)
     return plan.make, plan.config, ""
 
 
@@ -214,12 +215,12 @@ def _residuals(
     They are the outputs of the traced forward pass of ``jax.vjp`` that are not its inputs.
     """
     with use() as one:
-        make, _ = maker(model, settings.lora, config, settings.seed)
+        choose = partial(train_state.chosen_by, settings)
+        make, _ = maker(model, settings.lora, config, settings.seed, choose)
         names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
         chosen = train_state.chosen_by(settings, names)
         graphdef, params, frozen = train_state.split(nnx.eval_shape(make), chosen)
-        kind = jnp.dtype(model.frozen_dtype)
-        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), frozen)
+        frozen = frozen_part.cast_abstract(frozen, model.frozen_dtype)
         batch = _batch(settings, config, rows, one)
 
         def forward(params, frozen, batch):

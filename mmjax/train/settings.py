@@ -19,7 +19,8 @@ class ModelSettings:
     family: a name in ``mmjax.models.registry``. init: a model folder in any layout that
     ``mmjax.load`` reads; None starts from random weights with ``config``, whose keys are those of
     the family's config.json. words: texts whose words make a small tokenizer, for random starts.
-    param_dtype: of trained parameters; frozen_dtype: of the others. dtype: of the computation.
+    param_dtype: of trained parameters; frozen_dtype: of the others, int8 for their kernels in int8
+    with a scale per output channel and all else in bfloat16. dtype: of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. attention: which implementation
     of ``mmjax.ops.attention`` runs: auto, xla or triton.
