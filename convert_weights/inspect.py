@@ -1,17 +1,20 @@
 """Say what a checkpoint is, without loading it.
 
-python -m convert_weights.inspect SRC [--base DIR]
+python -m convert_weights.inspect SRC [--base DIR] [--lm DIR] [--vision FILE_OR_DIR] ...
 """
 
 import argparse
 import collections
+import dataclasses
 import math
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from convert_weights.progress import gigabytes
+from convert_weights.sources import add_source, open_source
 from mmjax.cli import run_guarded
 from mmjax.models import checkpoints
 from mmjax.parallel.mesh import use
@@ -20,10 +23,9 @@ from mmjax.weights import rules as R
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="convert_weights.inspect", description=__doc__)
-    parser.add_argument("source")
-    parser.add_argument("--base", help="the model folder of an adapter")
+    add_source(parser)
     args = parser.parse_args(argv)
-    ckpt = checkpoints.open_checkpoint(args.source, base=args.base)
+    ckpt = open_source(args)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
     try:
@@ -52,7 +54,7 @@ def _table(ckpt: checkpoints.Checkpoint, verdict: str) -> Table:
     if ckpt.lora is not None:
         lora = ckpt.lora
         table.add_row("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}: {', '.join(lora.targets)}")
-    for name, value in _flat(ckpt.config.__dict__):
+    for name, value in _flat(ckpt.config):
         if name == "rope_theta":
             value = _theta(ckpt, value)
         table.add_row(name, str(value))
@@ -60,18 +62,21 @@ def _table(ckpt: checkpoints.Checkpoint, verdict: str) -> Table:
     return table
 
 
-def _flat(fields: dict):
-    for name, value in fields.items():
-        if hasattr(value, "__dataclass_fields__"):
-            yield from _flat(value.__dict__)
+def _flat(config: Any, prefix: str = ""):
+    """Yield the fields of a config and of those inside it; all but the decoder's by their place."""
+    for name, value in config.__dict__.items():
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value, "" if name == "decoder" else f"{name}.")
         else:
-            yield name, value
+            yield prefix + name, value
 
 
 def _theta(ckpt: checkpoints.Checkpoint, value: float) -> str:
     """Say which theta is used and why: a wrong one in config.json is a known trap."""
+    if ckpt.family.name != "fuyu":  # the others have published models of more than one, or none
+        return f"{value:g}" if ckpt.config.decoder.position == "rope" else "none"
     text = f"{value:g} (config.json says {_stated_theta(ckpt.hf_config)})"
-    own = dict(_flat(type(ckpt.config)().__dict__))["rope_theta"]
+    own = dict(_flat(type(ckpt.config)()))["rope_theta"]
     if value != own:
         text += f"; the published models have {own:g}: correct config.json if this is one of them"
     return text

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
+from convert_weights.sources import add_source, open_source
 from mmjax.cli import run_guarded
 from mmjax.models import checkpoints
 from mmjax.parallel.mesh import use
@@ -22,13 +23,12 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source")
+    add_source(parser)
     parser.add_argument("destination")
-    parser.add_argument("--base", help="the model folder of an adapter")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
 
-    ckpt = checkpoints.open_checkpoint(args.source, base=args.base)
+    ckpt = open_source(args)
     with use():
         ckpt = checkpoints.merged(ckpt)
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)

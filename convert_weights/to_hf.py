@@ -1,17 +1,20 @@
 """Write a model back for PyTorch: transformers reads a model, PEFT an adapter.
 
-python -m convert_weights.to_hf SRC DST [--layout hub|transformers5] [--dtype keep] [--adapter]
+python -m convert_weights.to_hf SRC DST [--layout NAME] [--dtype keep] [--adapter] [--whole]
 
 SRC is a converted folder (or any checkpoint that to_jax reads, then this changes its layout). A
-model with a LoRA adapter is written merged, or with --adapter as the adapter alone.
+model with a LoRA adapter is written merged, or with --adapter as the adapter alone. A Flamingo is
+written as Otter's folders are, or with --layout openflamingo as checkpoint.pt: what OpenFlamingo
+trains, and the kernels that an adapter was merged into.
 """
 
 import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
+from convert_weights.sources import add_source, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, exports
 from mmjax.parallel.mesh import use
 
 
@@ -21,35 +24,38 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source")
+    add_source(parser)
     parser.add_argument("destination")
     parser.add_argument(
         "--layout",
-        choices=("hub", "transformers5"),
-        help="names of the tensors: hub (default; every transformers reads it), or transformers5 "
-        "(default for adapters: PEFT names modules as they stand in memory)",
+        help="names of the tensors, and for adapters of the modules. Fuyu and language models: hub "
+        "(default; every transformers reads it) or transformers5 (default for adapters: PEFT names "
+        "modules as they stand in memory). Flamingo: otter (default) or openflamingo",
     )
     parser.add_argument(
         "--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep"
     )
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone")
-    parser.add_argument("--base", help="the model folder of an adapter, when SRC is one")
+    parser.add_argument(
+        "--whole", action="store_true", help="openflamingo: also what OpenFlamingo does not train"
+    )
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
 
-    ckpt = checkpoints.open_checkpoint(args.source, base=args.base)
+    ckpt = open_source(args)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
-    layout = args.layout or ("transformers5" if args.adapter else "hub")
-    tensors, files = checkpoints.plan_export(
-        ckpt, abstract, layout=layout, dtype=args.dtype, adapter=args.adapter
+    layout = exports.choose_layout(ckpt.family, args.layout, adapter=args.adapter)
+    tensors, files = exports.plan_export(
+        ckpt, abstract, layout=layout, dtype=args.dtype, adapter=args.adapter, whole=args.whole
     )
     total = sum(tensor.nbytes for tensor in tensors)
     with bar(f"{ckpt.family.name} -> {layout}", total) as progress:
-        checkpoints.write_export(
+        exports.write_export(
             args.destination,
             tensors,
             files,
+            form=exports.partial_form(ckpt.family, layout),
             folders=ckpt.folders,
             overwrite=args.overwrite,
             progress=progress,

@@ -1,16 +1,20 @@
 """Convert a PyTorch checkpoint to a folder of mmjax.
 
 python -m convert_weights.to_jax SRC DST [--dtype bfloat16|float32|keep] [--base DIR] [--overwrite]
+    [--lm DIR] [--vision FILE_OR_DIR] [--vision-config NAME_OR_JSON] [--tuning-config FILE]
 
-SRC is a folder or a file in any layout of a supported family, or a PEFT adapter (then --base is the
-model it belongs to). DST gets the parameters, config.json, tokenizer and processor files, and
-appears only when it is whole. The memory needed does not grow with the model.
+SRC is a folder or a file in any layout of a supported family, a PEFT adapter (then --base is the
+model it belongs to), or a checkpoint of OpenFlamingo's trained parts (then --lm and --vision are
+the rest); several files, a.pt,b.pt, are loaded in order. DST gets the parameters, config.json,
+tokenizer and processor files, and appears only when it is whole. The memory needed does not grow
+with the model.
 """
 
 import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
+from convert_weights.sources import add_source, open_source
 from mmjax.cli import run_guarded
 from mmjax.models import checkpoints
 from mmjax.parallel.mesh import use
@@ -22,14 +26,13 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source")
+    add_source(parser)
     parser.add_argument("destination")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep")
-    parser.add_argument("--base", help="the model folder of an adapter")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
 
-    ckpt = checkpoints.open_checkpoint(args.source, base=args.base)
+    ckpt = open_source(args)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
     plan = checkpoints.plan_conversion(ckpt, abstract, args.dtype)

@@ -38,24 +38,30 @@ def load(
     *,
     base: str | os.PathLike | None = None,
     weights: str | None = None,
+    **parts: str | os.PathLike | None,
 ) -> LoadedModel:
     """Load a converted folder or a PyTorch checkpoint, ready to answer.
 
     path: a folder of ``convert_weights.to_jax`` or ``train.py``, a checkpoint folder or file in
-        any layout the family publishes, or a PEFT adapter.
+        any layout the family publishes, or a PEFT adapter; or several files ``a.pt,b.pt`` of one
+        model, loaded in order.
     dtype: of weights and computation; default bfloat16 on accelerators, float32 on CPUs, where
         bfloat16 is many times slower. mesh: devices to spread the weights over, default one.
     base: the model folder of an adapter, when its config names none that is there.
     weights: "int8" keeps the kernels of linear maps as int8 with a scale per output channel: half
         of bfloat16's memory, and what decoding reads, for a small loss of precision.
+    parts: ``lm=``, ``vision=`` and so on, where a checkpoint of the trained parts leaves out the
+        others; see ``mmjax.models.parts.Parts``.
     Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if weights not in (None, "int8"):
         raise MMJaxError(f'weights is {weights!r}; give "int8", or None to keep them in {dtype}')
-    opened = checkpoints.open_checkpoint(path, base=base)
+    opened = checkpoints.open_checkpoint(path, base=base, **parts)
     family, config = opened.family, opened.config
     processor = first_processor(family, opened.folders)
+    if opened.options:
+        processor = processor.with_options(**opened.options)
     processor.check(config)
     mesh = mesh or make_mesh({}, jax.local_devices()[:1])
     with use(mesh):

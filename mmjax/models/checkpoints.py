@@ -1,4 +1,4 @@
-"""Open a model folder in any layout, read its parameters, and write one."""
+"""Open a model in any layout, read its parameters, and write a folder of ours."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from flax import nnx
 
 import mmjax
 from mmjax.models import registry
+from mmjax.models.parts import Assembled, Parts, split_chain
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
+from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 from mmjax.weights import peft
 from mmjax.weights import rules as R
 from mmjax.weights.load import Each, Progress, load_params
 from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
 from mmjax.weights.store import StoreReader, StoreWriter
-from mmjax.weights.writer import Arrays, atomic_folder, refuse_incomplete, write_shards
+from mmjax.weights.writer import Arrays, atomic_folder, refuse_incomplete
 
 FORMAT = 1
 PARAMS = "params"
@@ -53,7 +55,8 @@ class Checkpoint:
     kind: ``mmjax``, ``hub``, ``transformers5``, ``megatron`` or ``peft``. hf_config: config.json as
     it stands, or the sizes read off the tensors. config: the family's own. reader: tensors in the
     names that ``rules`` speak. lora: the adapters it holds, None without.
-    folders: where its companion files lie, the nearest first.
+    folders: where its companion files lie, the nearest first. options: of the processor, where its
+    files do not tell them.
     """
 
     path: Path
@@ -66,39 +69,88 @@ class Checkpoint:
     ignore: tuple[str, ...]
     lora: LoRA | None
     folders: tuple[Path, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, base: str | Path | None = None, **parts: str | Path | None
+) -> Checkpoint:
     """Open a converted folder, a PyTorch checkpoint (folder or file) or a PEFT adapter.
 
+    path: several files separated by commas are one checkpoint: of a tensor in more than one of
+        them, the last counts.
     base: folder of the model an adapter belongs to; by default the local folder that its
         adapter_config.json names.
+    parts: where the parts lie that the checkpoint leaves out; see ``Parts``.
     Raises MMJaxError for what is missing, half-written, damaged or of no known family.
     """
-    path = Path(path)
-    refuse_incomplete(path)
-    folder = path if path.is_dir() else path.parent
-    hf = read_json(folder / "config.json")
-    if path.is_dir() and ("mmjax" in hf or (path / PARAMS).is_dir()):
+    given, chain = Parts(**parts), split_chain(path)
+    for one in chain:
+        refuse_incomplete(one)
+    folders = tuple(dict.fromkeys(p if p.is_dir() else p.parent for p in chain))
+    hf = next((found for f in folders if (found := read_json(f / "config.json"))), {})
+    path = chain[0]
+    if len(chain) == 1 and path.is_dir() and ("mmjax" in hf or (path / PARAMS).is_dir()):
+        if given.given():
+            raise MMJaxError(
+                f"{path}: a converted folder, which is whole; leave {_options(given)} away"
+            )
         return _open_converted(path, hf)
-    raw = open_reader(path)
-    if any(".lora_A." in key or ".lora_B." in key for key in raw.keys()):  # noqa: SIM118
-        return _open_adapter(folder, raw, base)
-    family, layout = registry.detect(hf, raw.keys())
-    reader = Renamed(raw, lambda key: family.weights.to_hub(key, layout))
-    config = family.Config.from_hf(hf or family.weights.guess_config(reader))
-    return Checkpoint(
+    raw = [open_reader(one) for one in chain]
+    keys = [key for reader in raw for key in reader.keys()]  # noqa: SIM118
+    about = (folders[0] / "adapter_config.json").is_file()
+    if any(about or key.startswith(peft.PREFIX) for key in keys if ".lora_A." in key):
+        return _open_adapter(folders[0], Overlay(*raw), base, parts)
+    return _assemble(Path(",".join(map(str, chain))), raw, keys, hf, folders, given)
+
+
+def _assemble(
+    path: Path,
+    raw: Sequence[Reader],
+    keys: Sequence[str],
+    hf: dict[str, Any],
+    folders: tuple[Path, ...],
+    given: Parts,
+) -> Checkpoint:
+    """Tell the family of some files, and let it add the parts that they leave out."""
+    try:
+        family, layout = registry.detect(hf, keys)
+    except MMJaxError:
+        if not given.given():
+            raise
+        # Beside a file of trained parts may lie the config.json of one of the others.
+        (family, layout), hf = registry.detect({}, keys), {}
+    readers = [Renamed(one, lambda key: family.weights.to_hub(key, layout)) for one in raw]
+    assemble = getattr(family.weights, "assemble", None)
+    if assemble is not None:
+        made = assemble(readers, layout, hf, given)
+    elif given.given():
+        raise MMJaxError(f"{path}: a {family.name} model has no {_options(given)}; leave that away")
+    else:
+        reader = readers[0] if len(readers) == 1 else Overlay(*readers)
+        made = Assembled(hf or family.weights.guess_config(reader), reader, layout)
+    config = family.Config.from_hf(made.hf)
+    opened = Checkpoint(
         path,
         layout,
         family,
-        hf,
+        dict(made.hf),
         config,
-        reader,
-        tuple(family.weights.rules(config, layout)),
+        made.reader,
+        tuple(family.weights.rules(config, made.layout)),
         tuple(family.weights.IGNORE),
         None,
-        (folder,),
+        (*folders, *(f for f in made.folders if f not in folders)),
+        made.options,
     )
+    if made.adapter is None:
+        return opened
+    pairs, rules, lora = _adapter_pairs(made.reader, made.adapter, family, config, made.layout)
+    return dataclasses.replace(opened, reader=pairs, rules=(*opened.rules, *rules), lora=lora)
+
+
+def _options(given: Parts) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in given.given())
 
 
 def _open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
@@ -122,7 +174,9 @@ def _open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
     return Checkpoint(path, "mmjax", family, hf, config, reader, same, (), lora, (path,))
 
 
-def _open_adapter(folder: Path, raw: Reader, base: str | Path | None) -> Checkpoint:
+def _open_adapter(
+    folder: Path, raw: Reader, base: str | Path | None, parts: Mapping[str, Any]
+) -> Checkpoint:
     about = _adapter_config(folder)
     named = about.get("base_model_name_or_path")
     base = base or (named if named and Path(named).is_dir() else None)
@@ -131,10 +185,11 @@ def _open_adapter(folder: Path, raw: Reader, base: str | Path | None) -> Checkpo
             f"{folder}: an adapter of {named or 'an unnamed model'}; give that model's folder "
             "with --base DIR (in Python base=...)"
         )
-    under = open_checkpoint(base)
+    under = open_checkpoint(base, **parts)
     if under.lora is not None or under.kind == "mmjax":
         raise MMJaxError(f"{base}: the base of an adapter has to be a PyTorch checkpoint")
-    pairs, rules, lora = _adapter_pairs(raw, about, under.family, under.config)
+    names = _peft_names(raw, under.family)
+    pairs, rules, lora = _adapter_pairs(names, about, under.family, under.config)
     return dataclasses.replace(
         under,
         path=folder,
@@ -157,23 +212,29 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _adapter_pairs(
-    raw: Reader, about: Mapping[str, Any], family: registry.Family, config: Any
-) -> tuple[peft.AdapterReader, list[R.Rule], LoRA]:
-    """Return a PEFT adapter's pairs, the rules that read them, and what they amount to."""
-    weights = family.weights
+def _peft_names(raw: Reader, family: registry.Family) -> Renamed:
+    """Return a PEFT adapter's tensors in the names of the family's table."""
 
     def rename(key: str) -> str:
         # An adapted head or embedding is also saved whole, under its wrapper's name.
         key = key.removeprefix(peft.PREFIX).replace(".base_layer.", ".")
-        layout = weights.detect_layout([key])
-        return weights.to_hub(key, layout) if layout else key
+        layout = family.weights.detect_layout([key])
+        return family.weights.to_hub(key, layout) if layout else key
 
-    layers, table = config.decoder.num_layers, weights.rules(config)
-    pairs = peft.AdapterReader(Renamed(raw, rename), about, table, layers)
+    return Renamed(raw, rename)
+
+
+def _adapter_pairs(
+    reader: Reader, about: Mapping[str, Any], family: registry.Family, config: Any, *layout: str
+) -> tuple[peft.AdapterReader, list[R.Rule], LoRA]:
+    """Return the LoRA pairs in a reader, the rules that read them, and what they amount to."""
+    with use():
+        shapes = {k: tuple(v.shape) for k, v in abstract_params(family, config).items()}
+    table = family.weights.rules(config, *layout)
+    pairs = peft.AdapterReader(reader, about, table, shapes)
     stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
     rules = [r for r in peft.adapter_rules(table) if r.ours.startswith(stems)]
-    targets = tuple(weights.lora_target(kernel) for kernel in pairs.kernels)
+    targets = tuple(family.weights.lora_target(kernel) for kernel in pairs.kernels)
     return pairs, rules, LoRA(pairs.rank, pairs.alpha, targets, pairs.rslora, pairs.dropout)
 
 
@@ -193,7 +254,8 @@ def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Che
         return dataclasses.replace(found, reader=reader, rules=rules)
     refuse_incomplete(path)
     raw, folder = open_reader(path), path if path.is_dir() else path.parent
-    pairs, rules, lora = _adapter_pairs(raw, _adapter_config(folder), family, config)
+    names = _peft_names(raw, family)
+    pairs, rules, lora = _adapter_pairs(names, _adapter_config(folder), family, config)
     if not pairs.kernels:
         raise MMJaxError(f"{path}: holds no adapters of a {family.name} model")
     return Checkpoint(path, "peft", family, {}, config, pairs, tuple(rules), (), lora, (folder,))
@@ -364,63 +426,3 @@ def copy_companions(folders: Sequence[Path], destination: Path) -> list[str]:
             shutil.copyfile(source, destination / name)
             copied.append(name)
     return copied
-
-
-def plan_export(
-    ckpt: Checkpoint,
-    abstract: Mapping[str, jax.ShapeDtypeStruct],
-    *,
-    layout: str = "hub",
-    dtype: str = "keep",
-    adapter: bool = False,
-) -> tuple[list[R.Tensor], dict[str, dict[str, Any]]]:
-    """Return the tensors of an export and its JSON files by name.
-
-    A model with adapters is exported merged, or with ``adapter`` as the adapter alone, in PEFT's
-    format, named as the layout names its modules.
-    """
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
-    source: Reader = Canonical(ckpt.reader, ckpt.rules, shapes)
-    weights = ckpt.family.weights
-    if adapter:
-        if ckpt.lora is None:
-            raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
-        tensors, about = peft.export_adapter(
-            weights.rules(ckpt.config, layout),
-            Subset(source, [name for name in shapes if is_lora(name)]),
-            rank=ckpt.lora.rank,
-            alpha=ckpt.lora.alpha,
-            rslora=ckpt.lora.rslora,
-            dropout=ckpt.lora.dropout,
-            rename=lambda key: weights.from_hub(key, layout),
-        )
-        return tensors, {"adapter_config.json": about}
-    if ckpt.lora is not None:
-        source = Merged(source, ckpt.lora)
-    tensors = R.export(
-        weights.rules(ckpt.config, layout), source, None if dtype == "keep" else dtype
-    )
-    tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
-    kinds = {str(t.dtype) for t in tensors}
-    hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}
-    return tensors, {"config.json": hf}
-
-
-def write_export(
-    destination: str | Path,
-    tensors: Sequence[R.Tensor],
-    files: Mapping[str, Mapping[str, Any]],
-    *,
-    folders: Sequence[Path] = (),
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Write an export for PyTorch: safetensors shards, JSON files, tokenizer and processor."""
-    adapter = "adapter_config.json" in files
-    with atomic_folder(destination, overwrite=overwrite) as folder:
-        stem = "adapter_model" if adapter else "model"
-        write_shards(folder, tensors, stem=stem, progress=progress)
-        copy_companions(folders, folder)
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")

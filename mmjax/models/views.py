@@ -1,4 +1,4 @@
-"""Readers that show a checkpoint in another way: by our names, in part, or merged."""
+"""Readers that show a checkpoint in another way: by our names, in part, merged, or resized."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ class Merged(Subset):
     def __init__(self, reader: Reader, lora: LoRA):
         super().__init__(reader, [k for k in reader.keys() if not is_lora(k)])  # noqa: SIM118
         self.scale = lora.scale
-        self.adapted = {k.removesuffix("lora_a") + "kernel" for k in reader.keys() if is_lora(k)}  # noqa: SIM118
+        self.adapted = {
+            k.removesuffix("lora_a") + "kernel"
+            for k in reader.keys()  # noqa: SIM118
+            if k.endswith(".lora_a")
+        }
 
     def read(self, key: str, index: Any = ...) -> np.ndarray:
         kernel = self.reader.read(key, index)
@@ -89,3 +93,30 @@ class Merged(Subset):
         high = high.astype(np.float32).reshape(layers, r, -1)
         update = np.matmul(low, high).reshape(kernel.shape) * np.float32(self.scale)
         return (kernel.astype(np.float32) + update).astype(kernel.dtype)
+
+
+class Resized(Subset):
+    """A reader whose tables have other numbers of rows: cut at the end, or extended by zeros."""
+
+    def __init__(self, reader: Reader, rows: Mapping[str, int]):
+        """rows: of each table that is resized, by key."""
+        super().__init__(reader, list(reader.keys()))
+        self.rows = dict(rows)
+
+    def shape(self, key: str) -> R.Shape:
+        shape = tuple(self.reader.shape(key))
+        return (self.rows[key], *shape[1:]) if key in self.rows else shape
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        if key not in self.rows:
+            return self.reader.read(key, index)
+        shape = self.shape(key)
+        index = () if index is ... else index if isinstance(index, tuple) else (index,)
+        index = R.whole((*index, *[slice(None)] * (len(shape) - len(index))), shape)
+        rows, rest = index[0], index[1:]
+        there = self.reader.shape(key)[0]
+        own = self.reader.read(key, (slice(rows.start, min(rows.stop, there)), *rest))
+        more = rows.stop - max(rows.start, there)
+        if more <= 0:
+            return own
+        return np.concatenate([own, np.zeros((more, *own.shape[1:]), own.dtype)])

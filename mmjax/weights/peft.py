@@ -67,8 +67,9 @@ def adapter_rules(rules: Sequence[Rule], paths: Iterable[str] | None = None) -> 
         if rule.ours in group:
             at = group.index(rule.ours)
             a, b = Side(a, at, len(group), rows=True), Side(b, at, len(group), rows=False)
-        derived.append(Rule(f"{ours}lora_a", f"{theirs}lora_A.weight", a))
-        derived.append(Rule(f"{ours}lora_b", f"{theirs}lora_B.weight", b))
+        for side, op in (("a", a), ("b", b)):
+            names = f"{ours}lora_{side}", f"{theirs}lora_{side.upper()}.weight"
+            derived.append(dataclasses.replace(rule, ours=names[0], theirs=names[1], op=op))
     return derived
 
 
@@ -81,18 +82,22 @@ class AdapterReader:
     """
 
     def __init__(
-        self, reader: Reader, config: Mapping[str, Any], rules: Sequence[Rule], layers: int
+        self,
+        reader: Reader,
+        config: Mapping[str, Any],
+        rules: Sequence[Rule],
+        shapes: Mapping[str, Shape],
     ):
-        """reader: keys without PEFT's prefix, in the names of ``rules``. layers: of the model."""
+        """reader: keys without PEFT's prefix, in the names of ``rules``. shapes: of our kernels."""
         self.reader, self.files = reader, reader.files
         folder = reader.files[0].parent if reader.files else Path()
         _refuse(config, folder)
         modules = {k.removesuffix(".lora_A.weight") for k in list(reader.keys()) if ".lora_A." in k}
         self.kernels, self._like = [], {}
         for rule in rules:
-            if not rule.ours.endswith(".kernel"):
+            if not rule.ours.endswith(".kernel") or rule.ours not in shapes:
                 continue
-            names = [k.removesuffix(".weight") for k in rule.keys((layers,))]
+            names = [k.removesuffix(".weight") for k in rule.keys(shapes[rule.ours])]
             there = [name for name in names if name in modules]
             if there:
                 self.kernels.append(rule.ours)

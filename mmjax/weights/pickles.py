@@ -21,7 +21,7 @@ import numpy as np
 
 from mmjax.types import MMJaxError
 
-_STORAGES = {
+STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
@@ -185,7 +185,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    **{("torch", name): name for name in (*_STORAGES, *_DTYPES)},
+    **{("torch", name): name for name in (*STORAGES, *_DTYPES)},
     ("torch.storage", "UntypedStorage"): "UntypedStorage",
     **dict.fromkeys(_INERT, _Inert),
 }
@@ -208,10 +208,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         kind, storage, key, _, numel, *rest = pid
-        if kind != "storage" or storage not in _STORAGES or any(rest):
+        if kind != "storage" or storage not in STORAGES or any(rest):
             raise MMJaxError(f"{self.file}: holds a storage of an unknown kind, {pid[:2]!r}")
         key = str(key)
-        dtype = np.dtype(_STORAGES[storage])
+        dtype = np.dtype(STORAGES[storage])
         self.storages[key] = dtype
         return _Storage(dtype, numel, key, self.places)
 
@@ -244,16 +244,20 @@ def read_torch(file: Path) -> dict[str, TensorInfo]:
     return {name: tensor.locate(file, name) for name, tensor in flat.items()}
 
 
+# What a model's tensors are called in a training checkpoint, whatever stands beside them.
+_STATES = ("state_dict", "model_state_dict")
+
+
 def _weights_of(tree: Any) -> Any:
     while isinstance(tree, dict):
-        inner = next((k for k in ("model", "state_dict", "module") if k in tree), None)
+        inner = next((k for k in (*_STATES, "model", "module") if k in tree), None)
         # A model may itself have a part called "model": its siblings are tensors or more parts.
         beside = (v for k, v in tree.items() if k != inner)
         if (
             inner is None
             or not isinstance(tree[inner], dict)
             or any(isinstance(v, _Tensor) for v in beside)
-            or (inner != "state_dict" and _parts_beside(tree, inner))
+            or (inner not in _STATES and _parts_beside(tree, inner))
         ):
             return tree
         tree = tree[inner]

@@ -52,6 +52,24 @@ def write(lm, model, folder, arrays, greedy):
     np.savez_compressed(os.path.join(folder, "instruct.npz"), **inputs, **outputs)
 
 
+def compact_instruct(folder, out):
+    """Write instruct.pt, its settings and outputs as one small file: int8 codes by name.
+
+    It is an adapter of the model in the golden of the same language model and interval.
+    """
+    state = torch.load(os.path.join(folder, "instruct.pt"))["model_state_dict"]
+    codes = {k: v.numpy() / peer.STEP for k, v in state.items()}
+    for name, code in codes.items():
+        if not np.array_equal(code, np.clip(np.rint(code), -127, 127)):
+            raise ValueError(f"{name} is off the grid of {peer.STEP}")
+    with open(os.path.join(folder, "tuning.json")) as f:
+        tuning = np.array(f.read())
+    with np.load(os.path.join(folder, "instruct.npz")) as file:
+        outputs = {k: file[k] for k in ("logits", "greedy_nocache")}
+    weights = {f"w8/{k}": v.astype(np.int8) for k, v in codes.items()}
+    np.savez_compressed(out, tuning=tuning, **outputs, **weights)
+
+
 def whole_clip(model):
     """Return open_clip's state dict of the model's tower beside a text tower nobody reads."""
     import open_clip

@@ -9,7 +9,8 @@
 
 `make parity-flamingo` does this for every language model with every interval. The committed files:
 mpt every 2, mosaic1b every 1, neox every 2, llama every 4, opt every 2, each with --compact.
---keep DIR also writes the files people have of such a model (see flamingo_files.py).
+--keep DIR also writes the files people have of such a model (see flamingo_files.py); with
+--instruct tests/golden/flamingo_instruct.npz beside mpt every 2, its LoRA checkpoint as one file.
 
 Arrays (b=2 rows, left-padded; m=3 media, the second row has one and two of zeros; S tokens):
   config            json: lm, every, tower, language (config.json of the published LM), ids, ...
@@ -55,7 +56,12 @@ def main():
     parser.add_argument("--compact", action="store_true", help="int8 weights, sampled gradients")
     parser.add_argument("--parallel", action="store_true", help="NeoX as Pythia has it")
     parser.add_argument("--keep", metavar="DIR", help="write the model's files for converters too")
+    parser.add_argument(
+        "--instruct", metavar="FILE", help="with --keep: its LoRA checkpoint, small"
+    )
     args = parser.parse_args()
+    if args.instruct and not args.keep:
+        parser.error("--instruct needs --keep DIR")
     if args.parallel and args.lm != "neox":
         parser.error(f"--parallel is for --lm neox, not {args.lm}")
     torch.set_num_threads(1)
@@ -69,6 +75,8 @@ def main():
             import flamingo_files
 
             flamingo_files.write(args.lm, model, folder, arrays, lambda *batch: argmax(*batch)[0])
+            if args.instruct:
+                flamingo_files.compact_instruct(folder, args.instruct)
     np.savez_compressed(args.out, **arrays)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e3:.0f} kB, {len(arrays)} arrays")
 

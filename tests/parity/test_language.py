@@ -6,7 +6,7 @@ import torch
 import transformers as T
 
 import mmjax
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, exports
 from mmjax.parallel.mesh import use
 
 VOCAB, WIDTH, LAYERS, HEADS = 96, 32, 3, 4
@@ -110,8 +110,8 @@ def test_an_export_is_read_by_transformers(pair, tmp_path):
     ckpt = checkpoints.open_checkpoint(folder)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
-    tensors, files = checkpoints.plan_export(ckpt, abstract)
-    checkpoints.write_export(tmp_path / "out", tensors, files)
+    tensors, files = exports.plan_export(ckpt, abstract)
+    exports.write_export(tmp_path / "out", tensors, files)
     again = type(peer).from_pretrained(tmp_path / "out").eval()
     ids = torch.from_numpy(PROMPTS[0])[None]
     with torch.no_grad():

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, exports, registry
 from mmjax.models.decoder import DecoderConfig
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
@@ -41,7 +41,7 @@ def hub(params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "fuyu"
     family = registry.family("fuyu")
     tensors = R.export(family.weights.rules(tiny.CONFIG), Arrays(params))
-    checkpoints.write_export(folder, tensors, {"config.json": tiny.CONFIG.to_hf()})
+    exports.write_export(folder, tensors, {"config.json": tiny.CONFIG.to_hf()})
     return folder
 
 

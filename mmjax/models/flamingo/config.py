@@ -15,7 +15,7 @@ from mmjax.models.vit import ViTConfig
 from mmjax.types import MMJaxError
 
 # Where the tokenizer of an architecture ends: <|endofchunk|> and <image> are the next two ids.
-_TOKENIZER_LENGTHS = {
+TOKENIZER_LENGTHS = {
     "llama": 32_000,
     "mpt": 50_277,
     "mosaic_gpt": 50_277,
@@ -102,7 +102,7 @@ class FlamingoConfig:
         """
         text = dict(hf.get("text_config") or {})
         text |= {key: hf[key] for key in ("vocab_size",) if key in hf}
-        name = _architecture_of(text)
+        name = architecture_of(text)
         decoder = ARCHITECTURES[name].read({**text, "model_type": name})
         vision = _vision(hf.get("vision_config") or {})
         own = hf.get("perceiver_config") or {}
@@ -120,7 +120,7 @@ class FlamingoConfig:
             only_immediate=hf.get("only_attend_immediate_media", True),
             **{k: v for k, v in (hf.get("cross_config") or {}).items() if k in _CROSS_KEYS},
         )
-        first = _TOKENIZER_LENGTHS[name]
+        first = TOKENIZER_LENGTHS[name]
 
         def token(key: str, default: int | None) -> int | None:
             found = hf.get(key, text.get(key))
@@ -192,7 +192,7 @@ def _torch_std(d: int) -> float:
     return (3 * d) ** -0.5
 
 
-def _architecture_of(text: Mapping[str, Any]) -> str:
+def architecture_of(text: Mapping[str, Any]) -> str:
     """Tell the language model of a ``text_config``, by its model_type or its class."""
     named = text.get("model_type")
     by_class = _CLASSES.get((text.get("architectures") or [None])[0])

@@ -13,16 +13,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmjax.models import vit_tables
+from mmjax.models.flamingo.assemble import GATED, LANGUAGE, assemble
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.language.weights import IGNORE as LANGUAGE_IGNORE
-from mmjax.types import MMJaxError
+from mmjax.models.parts import Partial
 from mmjax.weights import tables
-from mmjax.weights.reader import Reader
 from mmjax.weights.rules import Fused, Rule, transpose
 from mmjax.weights.tuning import PeerNames, module_of
 
+__all__ = ["assemble"]  # a part of the contract that has a file of its own
+
 LAYOUTS = ("otter", "openflamingo")
-_GATED = "gated_cross_attn_layer"
+ADAPTER_LAYOUT = "otter"
 
 IGNORE = (
     r"^lang_encoder\.lm_head\.weight$",  # where the head is tied to the embedding
@@ -47,7 +49,7 @@ def rules(config: Any, layout: str = "otter") -> tuple[Rule, ...]:
         )
         for rule in own.rules
     )
-    block = f"lang_encoder.{own.layers}.{{l}}.{_GATED}."
+    block = f"lang_encoder.{own.layers}.{{l}}.{GATED}."
     every = config.cross_every
     gated = (
         *_block("cross", f"{block}attn.norm", f"{block}attn.", f"{block}ff."),
@@ -87,7 +89,7 @@ def _block(ours: str, norm: str, attn: str, feed_forward: str) -> tuple[Rule, ..
 def detect_layout(keys: Iterable[str]) -> str | None:
     """Tell ``otter`` or ``openflamingo`` by the keys; None if it is no Flamingo."""
     keys = [clean(key) for key in keys]
-    if not any(f".{_GATED}." in key or ".gated_cross_attn_layers." in key for key in keys):
+    if not any(key.startswith(LANGUAGE) or key == "perceiver.latents" for key in keys):
         return None
     otter = any(".feed_forward." in key or ".vision_model." in key for key in keys)
     return "otter" if otter else "openflamingo"
@@ -97,18 +99,28 @@ _WRAPPERS = re.compile(r"(^|\.)(module|_fsdp_wrapped_module|_checkpoint_wrapped_
 _TO_OTTER = (
     (re.compile(r"^(perceiver\.layers\.\d+)\.0\."), r"\1."),
     (re.compile(r"^(perceiver\.layers\.\d+)\.1\."), r"\1.feed_forward."),
-    (re.compile(rf"\.{_GATED}\.ff\."), f".{_GATED}.feed_forward."),
+    (re.compile(rf"\.{GATED}\.ff\."), f".{GATED}.feed_forward."),
 )
 _FROM_OTTER = (
     (re.compile(r"^(perceiver\.layers\.\d+)\.feed_forward\."), r"\1.1."),
     (re.compile(r"^(perceiver\.layers\.\d+)\.(norm_media|norm_latents|to_)"), r"\1.0.\2"),
-    (re.compile(rf"\.{_GATED}\.feed_forward\."), f".{_GATED}.ff."),
+    (re.compile(rf"\.{GATED}\.feed_forward\."), f".{GATED}.ff."),
+)
+
+
+_PEFT = (
+    (re.compile(r"^lang_encoder\.base_model\.model\."), "lang_encoder."),
+    (re.compile(r"\.base_layer\.(?=(weight|bias)$)"), "."),
+    (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
 )
 
 
 def clean(key: str) -> str:
-    """Return a key without the names of wrappers: DDP's, FSDP's, activation checkpointing's."""
-    return _WRAPPERS.sub("", key).removeprefix(".")
+    """Return a key without the names of wrappers: DDP's, FSDP's, checkpointing's and PEFT's."""
+    key = _WRAPPERS.sub("", key).removeprefix(".")
+    for pattern, new in _PEFT:
+        key = pattern.sub(new, key)
+    return key
 
 
 def to_hub(key: str, layout: str) -> str:
@@ -147,10 +159,19 @@ def tuning(config: Any) -> PeerNames:
     )
 
 
-def guess_config(reader: Reader) -> dict[str, Any]:
-    """Raise MMJaxError: what the language model is cannot be read off the tensors."""
-    where = reader.files[0].parent if reader.files else "checkpoint"
-    raise MMJaxError(
-        f"{where}: a Flamingo without config.json; give the folders of its language model and its "
-        "vision tower with --lm DIR --vision FILE_OR_DIR"
-    )
+_TABLES = re.compile(
+    r"^lang_encoder\.(.*\.)?(wte|embed_tokens|embed_positions|embed_in|embed_out|lm_head)\.weight$"
+)
+
+
+def is_trained(key: str) -> bool:
+    """Tell whether OpenFlamingo trains a tensor, by its key: then it is in ``checkpoint.pt``.
+
+    An output table of its own is written too. The peer leaves LLaMA's out, and draws the rows of
+    its new tokens anew at each start.
+    """
+    own = key.startswith("perceiver.") or f".{GATED}." in key
+    return own or _TABLES.match(key) is not None
+
+
+PARTIAL = {"openflamingo": Partial("checkpoint.pt", is_trained)}

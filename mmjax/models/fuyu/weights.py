@@ -15,6 +15,8 @@ from mmjax.weights import tables
 from mmjax.weights.reader import Reader
 from mmjax.weights.rules import Rule, transpose
 
+LAYOUTS = ("hub", "transformers5")
+ADAPTER_LAYOUT = "transformers5"  # PEFT names modules as they stand in memory
 _LAYER = "language_model.model.layers.{l}."
 _QKV = f"{_LAYER}self_attn.query_key_value"
 

@@ -11,6 +11,8 @@ from mmjax.types import MMJaxError
 from mmjax.weights.reader import Reader
 from mmjax.weights.rules import Rule
 
+LAYOUTS = ("hub", "transformers5")
+ADAPTER_LAYOUT = "transformers5"  # PEFT names modules as they stand in memory
 IGNORE = tuple(
     # A tied head may be written out beside the embedding.
     dict.fromkeys([r"^lm_head\.weight$", *(p for a in ARCHITECTURES.values() for p in a.ignore)])

@@ -1,0 +1,38 @@
+"""The options that say where a model comes from, which all commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmjax.models import checkpoints
+
+PARTS = {
+    "lm": (
+        "DIR",
+        "a checkpoint of trained parts: its language model's folder, as on Hugging Face",
+    ),
+    "vision": (
+        "FILE_OR_DIR",
+        "its vision tower: a state dict of open_clip, or a folder of transformers' CLIP",
+    ),
+    "vision_config": (
+        "NAME_OR_JSON",
+        "the tower's sizes, where heads and activation are not known: ViT-L-14, ViT-L-14-336, ... "
+        "(with QuickGELU, as OpenAI's weights need), or a JSON file of open_clip or transformers",
+    ),
+    "tuning_config": ("FILE", "JSON with lora_r and lora_alpha of a checkpoint with LoRA weights"),
+}
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add SRC and the options for what it leaves out."""
+    parser.add_argument("source", help="a folder, a file, or files a.pt,b.pt: the last counts")
+    parser.add_argument("--base", help="the model folder of an adapter")
+    for name, (value, text) in PARTS.items():
+        parser.add_argument("--" + name.replace("_", "-"), metavar=value, help=text)
+
+
+def open_source(args: argparse.Namespace) -> checkpoints.Checkpoint:
+    """Open the checkpoint that the options name."""
+    parts = {name: getattr(args, name) for name in PARTS}
+    return checkpoints.open_checkpoint(args.source, base=args.base, **parts)

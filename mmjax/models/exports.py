@@ -1,0 +1,117 @@
+"""Write a model for PyTorch: in a layout that its family publishes, or as a PEFT adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mmjax.models import registry
+from mmjax.models.checkpoints import Checkpoint, copy_companions
+from mmjax.models.parts import Partial
+from mmjax.models.views import Canonical, Merged, Subset, is_lora
+from mmjax.types import MMJaxError
+from mmjax.weights import peft
+from mmjax.weights import rules as R
+from mmjax.weights.load import Progress
+from mmjax.weights.reader import Reader
+from mmjax.weights.torch_file import write_torch
+from mmjax.weights.writer import atomic_folder, write_shards
+
+
+def choose_layout(family: registry.Family, asked: str | None, *, adapter: bool = False) -> str:
+    """Return the layout to write: the one asked for, or the family's own choice.
+
+    Raises MMJaxError for one that the family does not have.
+    """
+    weights = family.weights
+    layout = asked or (weights.ADAPTER_LAYOUT if adapter else weights.LAYOUTS[0])
+    if layout not in weights.LAYOUTS:
+        raise MMJaxError(
+            f"--layout {layout}: a {family.name} model is written as {' or '.join(weights.LAYOUTS)}"
+        )
+    return layout
+
+
+def partial_form(family: registry.Family, layout: str) -> Partial | None:
+    """Return what a layout leaves out and the file it is, None for a layout of whole models."""
+    return getattr(family.weights, "PARTIAL", {}).get(layout)
+
+
+def plan_export(
+    ckpt: Checkpoint,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    layout: str | None = None,
+    dtype: str = "keep",
+    adapter: bool = False,
+    whole: bool = False,
+) -> tuple[list[R.Tensor], dict[str, dict[str, Any]]]:
+    """Return the tensors of an export and its JSON files by name.
+
+    A model with adapters is exported merged, or with ``adapter`` as the adapter alone, in PEFT's
+    format, named as the layout names its modules. Of a layout that holds the trained part, merged
+    kernels are a part; whole: write all the rest as well.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    source: Reader = Canonical(ckpt.reader, ckpt.rules, shapes)
+    weights = ckpt.family.weights
+    layout = choose_layout(ckpt.family, layout, adapter=adapter)
+    table = weights.rules(ckpt.config, layout)
+    if adapter:
+        if ckpt.lora is None:
+            raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
+        tensors, about = peft.export_adapter(
+            table,
+            Subset(source, [name for name in shapes if is_lora(name)]),
+            rank=ckpt.lora.rank,
+            alpha=ckpt.lora.alpha,
+            rslora=ckpt.lora.rslora,
+            dropout=ckpt.lora.dropout,
+            rename=lambda key: weights.from_hub(key, layout),
+        )
+        return tensors, {"adapter_config.json": about}
+    adapted: set[str] = set()
+    if ckpt.lora is not None:
+        source = Merged(source, ckpt.lora)
+        merged = R.by_ours(table, source.adapted)
+        adapted = {key for name, rule in merged.items() for key in rule.keys(shapes[name])}
+    tensors = R.export(table, source, None if dtype == "keep" else dtype)
+    form = partial_form(ckpt.family, layout)
+    if form is not None and not whole:
+        tensors = [t for t in tensors if form.keeps(t.key) or t.key in adapted]
+    tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
+    kinds = {str(t.dtype) for t in tensors}
+    hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}
+    return tensors, {"config.json": hf}
+
+
+def write_export(
+    destination: str | Path,
+    tensors: Sequence[R.Tensor],
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    form: Partial | None = None,
+    folders: Sequence[Path] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write an export for PyTorch: its tensors, JSON files, tokenizer and processor.
+
+    form: one file of torch.save, as ``partial_form`` tells; None for shards of safetensors.
+    """
+    adapter = "adapter_config.json" in files
+    with atomic_folder(destination, overwrite=overwrite) as folder:
+        if form is not None and not adapter:
+            write_torch(folder / form.file, tensors, progress=progress)
+        else:
+            stem = "adapter_model" if adapter else "model"
+            write_shards(folder, tensors, stem=stem, progress=progress)
+        copy_companions(folders, folder)
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")

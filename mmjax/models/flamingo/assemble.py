@@ -1,0 +1,346 @@
+"""Put a Flamingo together: its trained part, its language model and its vision tower.
+
+OpenFlamingo publishes what it trained: the resampler, the gated blocks and an embedding table. The
+language model and CLIP come from files of their own. Otter's folders hold everything.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.data.tokenize import load_tokenizer
+from mmjax.models.flamingo import towers
+from mmjax.models.flamingo.config import TOKENIZER_LENGTHS, architecture_of
+from mmjax.models.flamingo.processor_config import ProcessorConfig
+from mmjax.models.flamingo.special_tokens import complete_tokenizer
+from mmjax.models.json_files import read_json
+from mmjax.models.language import weights as language
+from mmjax.models.language.architecture import Architecture
+from mmjax.models.language.architectures import ARCHITECTURES, told_by
+from mmjax.models.parts import Assembled, Parts
+from mmjax.models.views import Resized
+from mmjax.types import MMJaxError
+from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
+
+LANGUAGE = "lang_encoder."
+GATED = "gated_cross_attn_layer"
+_ALIAS = re.compile(r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.")
+_HEAD_DIM = 64  # of resampler and gated blocks, in every published model
+_IDS = ("media_token_id", "eoc_token_id", "answer_token_id", "eos_token_id", "pad_token_id")
+
+log = logging.getLogger(__name__)
+
+
+def assemble(
+    readers: Sequence[Reader], layout: str, hf: Mapping[str, Any], parts: Parts
+) -> Assembled:
+    """Return the whole model that some checkpoints and the other parts make.
+
+    readers: in the names of ``to_hub``, the last counts. hf: the config.json beside them, or {}.
+    Raises MMJaxError, before any tensor is read, when parts are missing or do not fit.
+    """
+    files = [file for reader in readers for file in reader.files]
+    where = ",".join(map(str, files if len(files) < 4 else [files[0].parent])) or "the checkpoint"
+    own, text, lm = _language_model(parts.lm, hf, where)
+    trained = Overlay(*(_canonical(reader, own) for reader in readers))
+    tower, tower_layout, stated = _tower(parts.vision, trained, layout, hf)
+    whole = Overlay(*(part for part in (lm, tower, trained) if part is not None))
+    _check_there(whole, trained, own, parts, where)
+    every = _interval(trained, own, text, hf, where)
+    vision = towers.tower_config(whole, tower_layout, stated, parts.vision_config)
+    sizes = _sizes(trained, own, text, vision, where)
+    folders = [Path(parts.lm)] if parts.lm is not None else []
+    ids, known = _ids([*(file.parent for file in files), *folders]) if folders else ({}, None)
+    rows, resized = _rows(whole, trained, own, hf, ids, known)
+    out = {k: v for k, v in hf.items() if k != "vocab_size"}
+    out |= {"model_type": "flamingo", "cross_attn_every_n_layers": every, "vision_config": vision}
+    out |= {"text_config": {**text, "vocab_size": rows}, **sizes}
+    out = {**{k: v for k, v in ids.items() if v is not None}, **out}
+    _check_ids(out, own, rows, where)
+    adapter = _adapter(whole, hf, parts.tuning_config, where)
+    options = {"image_size": vision["image_size"]} if parts.given() else {}
+    return Assembled(
+        out,
+        Resized(whole, resized) if resized else whole,
+        tower_layout,
+        adapter,
+        tuple(folders),
+        options | {k: out[k] for k in _IDS if options and out.get(k) is not None},
+    )
+
+
+def _language_model(
+    folder: str | Path | None, hf: Mapping[str, Any], where: str
+) -> tuple[Architecture, dict[str, Any], Reader | None]:
+    """Return the language model's architecture and config, and its tensors if given apart."""
+    if folder is None:
+        if not hf.get("text_config"):
+            raise MMJaxError(
+                f"{where}: a Flamingo without config.json; give the folders of its language model "
+                "and its vision tower with --lm DIR --vision FILE_OR_DIR"
+            )
+        text = dict(hf["text_config"])
+        return ARCHITECTURES[architecture_of(text)], text, None
+    folder = Path(folder)
+    text = read_json(folder, "config.json")
+    if text is None or "mmjax" in text:
+        raise MMJaxError(
+            f"--lm {folder}: give the language model's folder as on Hugging Face, with config.json "
+            "and its weights; " + ("this one is converted" if text else "there is no config.json")
+        )
+    own, raw = ARCHITECTURES[architecture_of(text)], open_reader(folder)
+    told = told_by(raw.keys())
+    if told is not own:
+        raise MMJaxError(
+            f"--lm {folder}: config.json says {own.model_type} and the tensors are those of "
+            f"{told.model_type if told else 'no language model of mmjax'}"
+        )
+    layer = re.compile(rf"^{re.escape(own.layers)}\.(\d+)\.")
+
+    def rename(key: str) -> str:
+        key = language.to_hub(key, own.model_type)
+        return LANGUAGE + layer.sub(rf"{own.layers}.\1.decoder_layer.", key)
+
+    text["model_type"] = own.model_type
+    return own, text, Renamed(raw, rename)
+
+
+def _canonical(reader: Reader, own: Architecture) -> Renamed:
+    """Give the gated blocks and the head the names of the table; hide second names of a tensor."""
+    there = set(reader.keys())
+
+    def rename(key: str) -> str | None:
+        alias = _ALIAS.match(key)
+        if alias:
+            new = f"{LANGUAGE}{own.layers}.{alias[1]}.{GATED}.{key[alias.end() :]}"
+            return None if new in there else new
+        if key.startswith(f"{LANGUAGE}old_decoder_blocks."):
+            return None
+        if key.startswith(LANGUAGE):
+            return LANGUAGE + language.to_hub(key.removeprefix(LANGUAGE), own.model_type)
+        return key
+
+    return Renamed(reader, rename)
+
+
+def _tower(
+    path: str | Path | None, trained: Reader, layout: str, hf: Mapping[str, Any]
+) -> tuple[Reader | None, str, Mapping[str, Any]]:
+    """Return the tower's tensors if given apart, its layout, and what is stated of it."""
+    own = [key for key in trained.keys() if key.startswith(towers.ROOT)]  # noqa: SIM118
+    stated = hf.get("vision_config") or {}
+    kind = "otter" if any(".vision_model." in key for key in own) else "openflamingo"
+    if path is None:
+        return None, kind if own else layout, stated
+    tower, found, beside = towers.open_tower(path)
+    if not own:
+        return tower, found, beside or stated
+    log.warning(
+        "the checkpoint holds a vision tower of its own, which counts before --vision %s", path
+    )
+    return (tower if found == kind else None), kind, beside or stated
+
+
+def _check_there(
+    whole: Reader, trained: Reader, own: Architecture, parts: Parts, where: str
+) -> None:
+    """Raise MMJaxError naming every part that is neither in the checkpoint nor given."""
+    keys = list(whole.keys())
+    missing = []
+    if not any(key.startswith(f"{LANGUAGE}{own.layers}.0.decoder_layer.") for key in keys):
+        missing.append("the language model: give its folder, --lm DIR")
+    if not any(key.startswith(towers.ROOT) for key in keys):
+        missing.append("the vision tower: give CLIP's file or folder, --vision FILE_OR_DIR")
+    if "perceiver.latents" not in keys:
+        missing.append("the resampler (perceiver.*)")
+    gates = [key for key in trained.keys() if key.endswith(f".{GATED}.attn_gate")]  # noqa: SIM118
+    if not gates:
+        missing.append(f"the gated blocks (*.{GATED}.*)")
+    if missing:
+        hint = ""
+        if not gates:
+            hint = (
+                ". A file of a later training stage holds what that stage trained: give the "
+                "checkpoint it began with in front of it, FIRST.pt,SECOND.pt"
+            )
+        raise MMJaxError(f"{where} lacks {'; '.join(missing)}{hint}")
+    inside = f"{LANGUAGE}{own.layers}."
+    other = next((key for key in gates if not key.startswith(inside)), None)
+    if other:
+        path = other.removeprefix(LANGUAGE).split(f".{GATED}.")[0].rpartition(".")[0]
+        fits = [one.model_type for one in ARCHITECTURES.values() if one.layers == path]
+        raise MMJaxError(
+            f"{where} was trained on another language model: its gated blocks stand in {path}, "
+            f"which is {' or '.join(fits) or 'unknown'}, and the language model is "
+            f"{own.model_type} with {own.layers}; give --lm the model it was trained on"
+        )
+
+
+def _interval(
+    trained: Reader, own: Architecture, text: Mapping[str, Any], hf: Mapping[str, Any], where: str
+) -> int:
+    """Read off before which layers the gated blocks stand."""
+    gate = re.compile(rf"^{re.escape(LANGUAGE + own.layers)}\.(\d+)\.{GATED}\.attn_gate$")
+    found = sorted(int(m[1]) for key in trained.keys() if (m := gate.match(key)))  # noqa: SIM118
+    every, layers = found[0] + 1, own.read(text).num_layers
+    if found != list(range(every - 1, layers, every)):
+        raise MMJaxError(
+            f"{where}: its gated blocks stand before layers {_few(found)}, and a language model of "
+            f"{layers} layers has them before {_few(range(every - 1, layers, every))}; it was "
+            "trained on another language model, give that to --lm, or the file is incomplete"
+        )
+    stated = hf.get("cross_attn_every_n_layers", every)
+    if stated != every:
+        raise MMJaxError(
+            f"{where}: config.json says cross_attn_every_n_layers {stated}, and the gated blocks "
+            f"stand before layers {_few(found)}: every {every}; correct config.json"
+        )
+    return every
+
+
+def _few(numbers: Sequence[int]) -> str:
+    shown = list(map(str, numbers))
+    return ", ".join(shown if len(shown) < 5 else [*shown[:2], "...", shown[-1]])
+
+
+def _sizes(
+    trained: Reader,
+    own: Architecture,
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    where: str,
+) -> dict[str, Any]:
+    """Return the sizes of resampler and gated blocks, which no config.json states."""
+    keys = set(trained.keys())
+    gate = next(key for key in keys if key.endswith(f".{GATED}.attn_gate"))
+    block = gate.removesuffix("attn_gate")
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in keys:
+            raise MMJaxError(f"{where} lacks {key}; is the file complete?")
+        return tuple(trained.shape(key))
+
+    def table(key: str) -> int | None:
+        return shape(key)[0] if key in keys else None
+
+    latents, media = shape("perceiver.latents")
+    inner, width = shape(f"{block}attn.to_q.weight")
+    pairs = (
+        ("language model", "--lm", width, own.read(text).d_model),
+        ("vision tower", "--vision", media, vision["hidden_size"]),
+    )
+    for name, option, theirs, ours in pairs:
+        if theirs != ours:
+            raise MMJaxError(
+                f"{where} was trained on a {name} of width {theirs}, and this one has {ours}; give "
+                f"{option} the one it was trained on"
+            )
+    layers = {int(key.split(".")[2]) for key in keys if key.startswith("perceiver.layers.")}
+    return {
+        "max_num_frames": table("perceiver.frame_embs"),
+        "perceiver_config": {
+            "num_layers": len(layers),
+            "num_heads": shape("perceiver.layers.0.0.to_q.weight")[0] // _HEAD_DIM,
+            "head_dim": _HEAD_DIM,
+            "num_latents": latents,
+            "ff_mult": shape("perceiver.layers.0.1.1.weight")[0] // media,
+            "max_media": table("perceiver.media_time_embs"),
+        },
+        "cross_config": {
+            "num_heads": inner // _HEAD_DIM,
+            "head_dim": _HEAD_DIM,
+            "ff_mult": shape(f"{block}ff.1.weight")[0] // width,
+        },
+    }
+
+
+def _ids(folders: Sequence[Path]) -> tuple[dict[str, int | None], int | None]:
+    """Return the ids of the special tokens and the size of the vocabulary, from a tokenizer."""
+    found = (load_tokenizer(folder) for folder in dict.fromkeys(folders))
+    tokenizer = next((one for one in found if one is not None), None)
+    if tokenizer is None:
+        return {}, None
+    return complete_tokenizer(tokenizer, ProcessorConfig()), len(tokenizer)
+
+
+def _rows(
+    whole: Reader,
+    trained: Reader,
+    own: Architecture,
+    hf: Mapping[str, Any],
+    ids: Mapping[str, Any],
+    known: int | None,
+) -> tuple[int, dict[str, int]]:
+    """Return the vocabulary's size, and the rows of tables that have others.
+
+    The checkpoint's embedding decides. Where only the language model has one, OpenFlamingo cuts or
+    extends it to its tokenizer: MPT's 50432 rows to 50280.
+    """
+    theirs = {rule.ours: LANGUAGE + rule.theirs for rule in own.rules}
+    embed, head = theirs["decoder.embed.embedding"], theirs.get("decoder.head.kernel")
+    keys, apart = set(whole.keys()), set(whole.keys()) - set(trained.keys())
+    if embed not in keys:
+        raise MMJaxError(f"no {embed}, neither in the checkpoint nor in the language model")
+    rows = whole.shape(embed)[0]
+    if embed in apart:
+        first = TOKENIZER_LENGTHS[own.model_type]
+        media = hf.get("media_token_id", ids.get("media_token_id"))
+        # Without a tokenizer the usual one is a guess, which a smaller table belies.
+        last = media if media is not None else first + 1 if rows >= first else 0
+        rows = known or max(rows, last + 1)
+    resized = {key: rows for key in (embed, head) if key in apart and whole.shape(key)[0] != rows}
+    for key in resized:
+        there = whole.shape(key)[0]
+        if rows > there:
+            log.warning("%s: %d rows, and zeros for %d tokens more", key, there, rows - there)
+        else:
+            log.info("%s: %d of its %d rows", key, rows, there)
+    return rows, resized
+
+
+def _check_ids(hf: Mapping[str, Any], own: Architecture, rows: int, where: str) -> None:
+    first = TOKENIZER_LENGTHS[own.model_type]
+    ids = {"eoc_token_id": first, "media_token_id": first + 1}
+    ids = {key: hf.get(key, default) for key, default in ids.items()}
+    if max(ids.values()) >= rows:
+        said = ", ".join(f"{key} {value}" for key, value in ids.items())
+        raise MMJaxError(
+            f"{where}: {said}, outside its {rows} rows of embeddings; put the tokenizer it was "
+            "trained with into the --lm folder, or state the ids in a config.json beside it"
+        )
+
+
+def _adapter(
+    whole: Reader, hf: Mapping[str, Any], file: str | Path | None, where: str
+) -> dict[str, Any] | None:
+    """Return the settings of the LoRA pairs among the tensors, in PEFT's words; None without."""
+    pairs = [key for key in whole.keys() if key.endswith(".lora_A.weight")]  # noqa: SIM118
+    if not pairs:
+        if file is not None:
+            raise MMJaxError(f"{where}: holds no LoRA weights; leave --tuning-config away")
+        return None
+    ranks = {whole.shape(key)[0] for key in pairs}
+    said = dict(hf.get("lora_config") or {})
+    if file is not None:
+        found = read_json(Path(file).parent, Path(file).name)
+        if found is None:
+            raise MMJaxError(f"--tuning-config {file}: no such file")
+        said = {"r": found.get("lora_r"), "lora_alpha": found.get("lora_alpha")}
+        said |= {"lora_dropout": found.get("lora_dropout") or 0.0}
+    if said.get("lora_alpha") is None:
+        raise MMJaxError(
+            f"{where}: holds LoRA weights of rank {', '.join(map(str, sorted(ranks)))}, and not "
+            "their scale; give the tuning config of its training, --tuning-config FILE, a JSON "
+            'object with "lora_r" and "lora_alpha". Published are r 64 with alpha 64 (language '
+            "model) and r 128 with alpha 64 (language model and gated blocks)"
+        )
+    if said.get("r") is not None and {said["r"]} != ranks:
+        raise MMJaxError(
+            f"{where}: its LoRA weights have rank {', '.join(map(str, sorted(ranks)))}, and "
+            f"{file or 'config.json'} says {said['r']}; give the config of its own training"
+        )
+    return {"peft_type": "LORA", **said, "r": max(ranks)}
