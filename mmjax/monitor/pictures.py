@@ -18,7 +18,10 @@ _TARGET_PAPER = (198, 240, 208)
 
 @dataclasses.dataclass(frozen=True)
 class PackedImage:
-    """An image found in a row. first: its first token; patches: int[rows, cols] of the row."""
+    """An image found in a row. first: its first token; patches: int[rows, cols] of the row.
+
+    Where a row of ``patches`` is a whole image, there is one number.
+    """
 
     first: int
     patches: np.ndarray
@@ -47,21 +50,35 @@ def find_images(visual_index: np.ndarray, segment_ids: np.ndarray) -> list[Packe
     return [PackedImage(first, np.stack(rows)) for first, _, rows in images]
 
 
+def find_media(visual_index: np.ndarray, segment_ids: np.ndarray) -> list[PackedImage]:
+    """Find the images in a row whose every token points at the image that it looks at.
+
+    visual_index, segment_ids: int[t]. An image is found once, where the first token points at it.
+    """
+    found: dict[int, PackedImage] = {}
+    for place in np.flatnonzero((visual_index >= 0) & (segment_ids > 0)):
+        number = int(visual_index[place])
+        found.setdefault(number, PackedImage(int(place), np.array([[number]])))
+    return list(found.values())
+
+
 def draw_batch(
     batch: Mapping[str, np.ndarray],
     records: Sequence[Sequence[tuple[str, str]]],
     token_text: Callable[[int], str],
     *,
     max_rows: int = 4,
+    picture: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Draw the first rows of a batch (see ``Batch`` in mmjax/types.py) into uint8[h,w,3].
 
     records: (source, id) of the samples of each row, in order. token_text: writes one token.
+    picture: of a family whose rows of ``patches`` are whole images: makes uint8[h,w,3] of one.
     Each row shows a bar of its tokens (blue patches, grey text, green targets, light padding), and
     for each sample its images and its text, in which the supervised tokens lie on green.
     """
     rows = [
-        _draw_row(batch, row, records[row] if row < len(records) else (), token_text)
+        _draw_row(batch, row, records[row] if row < len(records) else (), token_text, picture)
         for row in range(min(max_rows, len(batch["tokens"])))
     ]
     return np.concatenate(rows)
@@ -127,7 +144,7 @@ class _Sheet:
         return np.asarray(paper)
 
 
-def _draw_row(batch, row: int, records, token_text) -> np.ndarray:
+def _draw_row(batch, row: int, records, token_text, picture) -> np.ndarray:
     """Draw one row of a batch."""
     tokens, segments = batch["tokens"][row], batch["segment_ids"][row]
     visual, index = batch["visual_index"][row], batch["target_index"][row]
@@ -139,34 +156,46 @@ def _draw_row(batch, row: int, records, token_text) -> np.ndarray:
         f"({1 - used / len(tokens):.1%} padding), {targets.sum()} targets"
     )
     sheet.new_line()
-    kinds = np.select([segments == 0, targets, visual >= 0], [0, 3, 2], 1)
+    patches = batch["patches"][row]
+    if picture is None:
+        images, shown = find_images(visual, segments), visual >= 0
+    else:  # a token that points at an image there is none of looks at no picture
+        images = [i for i in find_media(visual, segments) if i.patches.max() < len(patches)]
+        shown = np.isin(np.arange(len(tokens)), [i.first for i in images])
+    kinds = np.select([segments == 0, targets, shown], [0, 3, 2], 1)
     sheet.bar(np.array([_PADDING, _TEXT, _IMAGE, _TARGET], np.uint8)[kinds])
-    images = find_images(visual, segments)
     for segment in range(1, int(segments.max()) + 1):
         mine = [i for i in images if segments[i.first] == segment]
+        pixels = [
+            _pixels(patches, i.patches) if picture is None else picture(patches[i.patches[0, 0]])
+            for i in mine
+        ]
         source, name = records[segment - 1] if segment <= len(records) else ("", "")
         sizes = ", ".join("{1}x{0} patches".format(*i.patches.shape) for i in mine)
+        if picture is not None:
+            sizes = ", ".join("{1}x{0}".format(*p.shape) for p in pixels)
         sheet.text(f"{segment}: {source}/{name}  {sizes}")
         sheet.new_line()
         height = 0
-        for image in mine:
-            height = sheet.image(_pixels(batch["patches"][row], image.patches), height)
+        for one in pixels:
+            height = sheet.image(one, height)
         if mine:
             sheet.new_line(height + 4)
         places = np.flatnonzero(segments == segment)
-        _write_tokens(sheet, batch, row, places, mine, token_text)
+        _write_tokens(sheet, batch, row, places, [] if picture else mine, token_text)
         sheet.new_line(_LINE + _MARGIN)
     return sheet.pixels()
 
 
 def _write_tokens(sheet: _Sheet, batch, row: int, places, images, token_text) -> None:
-    """Write a sample's text tokens; an image, with its newline tokens, is one mark."""
+    """Write a sample's text tokens; an image of patches, with its newlines, is one mark."""
     tokens, visual = batch["tokens"][row], batch["visual_index"][row]
     targets, firsts = set(batch["target_index"][row].tolist()), {image.first for image in images}
     for at in places:
         if at in firsts:
             sheet.text("[image] ")
-        if visual[max(at - 1, 0) : at + 1].max() < 0:  # no patch, nor the newline behind one
+        # Of an image of patches neither those are written nor the newlines behind them.
+        if not images or visual[max(at - 1, 0) : at + 1].max() < 0:
             sheet.text(token_text(int(tokens[at])), _TARGET_PAPER if at in targets else None)
 
 

@@ -201,7 +201,8 @@ def show_batch(batch, records, processor, step: int, workdir: Path, writer) -> N
     def token_text(token: int) -> str:
         return str(processor.tokenizer.convert_ids_to_tokens(token)).replace("\u2581", " ")
 
-    pixels = draw_batch(batch, records, token_text)
+    # A family whose rows of patches are whole images says how one is drawn.
+    pixels = draw_batch(batch, records, token_text, picture=getattr(processor, "picture", None))
     try:
         save_picture(workdir / "pictures" / f"step_{step:07}.png", pixels)
     except OSError as error:

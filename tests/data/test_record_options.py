@@ -203,3 +203,13 @@ def test_a_saved_position_belongs_to_its_options():
         make(too_long="truncate").set_state(state)
     with pytest.raises(MMJaxError, match="too_long was 'truncate' and is None"):
         make(augment=("flip",)).set_state(state)
+
+
+def test_a_row_of_a_flamingo_is_drawn_as_its_picture():
+    processor = FlamingoProcessor(ProcessorConfig(image_size=4, frames=2), WORDS)
+    segments = [Segment("image", 0), Segment("text", "a", True)]
+    row = processor.encode(segments, [(SQUARE, SQUARE[::-1])])["patches"][0]
+    want = np.concatenate([SQUARE, SQUARE[::-1]], axis=1)
+    np.testing.assert_array_equal(processor.picture(row), want)
+    normalised = processor.config.normalise(row.reshape(2, 4, 4, 3)).reshape(-1)
+    np.testing.assert_array_equal(processor.picture(normalised), want)

@@ -82,3 +82,53 @@ def test_a_drawn_batch_shows_its_images_and_marks_what_is_supervised(tmp_path):
     np.testing.assert_allclose(shares, [13 / 40, 3 / 40], atol=0.01)
     pictures.save_picture(tmp_path / "new" / "a.png", sheet)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), sheet)
+
+
+def looking(images, tokens, targets):
+    """Whole images, a row each, and text that points at the last one before it."""
+    visual = np.cumsum(np.array(tokens) == MARK) - 1
+    rows = [np.ascontiguousarray(pixels).reshape(-1) for pixels in images]
+    return {
+        "tokens": np.array(tokens, np.int32),
+        "positions": np.arange(len(tokens), dtype=np.int32),
+        "loss_mask": np.arange(len(tokens)) >= len(tokens) - targets,
+        "visual_index": visual.astype(np.int32),
+        "patches": np.stack(rows),
+    }
+
+
+MARK = 9
+
+
+def test_an_image_that_many_tokens_look_at_is_drawn_once_where_the_first_does():
+    one, two, three = (picture(8, 8, seed) for seed in range(3))
+    batch = pack(
+        [
+            looking([one, two], [50, MARK, 51, 60, MARK, 52, 61], 1),
+            looking([three], [MARK, 53, 62], 1),
+        ],
+        BatchShape(1, 16, 4, 4),
+    )
+    found = pictures.find_media(batch["visual_index"][0], batch["segment_ids"][0])
+    assert [(i.first, int(i.patches[0, 0])) for i in found] == [(1, 0), (4, 1), (7, 2)]
+    written, drawn = [], []
+
+    def token_text(token):
+        written.append(token)
+        return f"t{token} "
+
+    def draw(row):
+        drawn.append(row)
+        return row.reshape(8, 8, 3)
+
+    sheet = pictures.draw_batch(batch, [[("a", "1"), ("b", "2")]], token_text, picture=draw)
+    assert written == [50, MARK, 51, 60, MARK, 52, 61, MARK, 53, 62]  # the marks are tokens, too
+    np.testing.assert_array_equal(drawn, [p.reshape(-1) for p in (one, two, three)])
+    assert all(contains(sheet, pixels) for pixels in (one, two, three))
+    bar = sheet[pictures._MARGIN + pictures._LINE + 4, 8:-8]
+    assert abs((bar == pictures._IMAGE).all(-1).mean() - 3 / 16) < 0.01
+    # Marks without an image: text points behind the last row.
+    short = batch | {"patches": batch["patches"][:, :1]}
+    drawn.clear()
+    pictures.draw_batch(short, [[]], token_text, picture=draw)
+    np.testing.assert_array_equal(drawn, [one.reshape(-1)])
