@@ -28,7 +28,7 @@ from mmjax.nn.stack import REMAT
 from mmjax.ops.attention import IMPLEMENTATIONS
 from mmjax.parallel import distributed
 from mmjax.parallel.sharding import process_rows
-from mmjax.train import adapters
+from mmjax.train import adapters, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train import state as train_state
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
@@ -41,7 +41,8 @@ class Blueprint:
 
     source: the opened folder its weights will be read from, or None for a random start.
     lora_init: where its adapters start, or None for fresh ones or those of ``source``. new_rows: of
-    the vocabulary, those that ``source`` has no numbers for.
+    the vocabulary, those of tokens that the run adds. source_rows: how many ``source`` has, where
+    the vocabulary grows; None where it does not.
     """
 
     family: str
@@ -52,6 +53,7 @@ class Blueprint:
     lora: LoRA | None = None
     lora_init: str | None = None
     new_rows: tuple[int, ...] = ()
+    source_rows: int | None = None
 
     def names(self) -> list[str]:
         """Dotted names of all parameters."""
@@ -78,7 +80,7 @@ def blueprint(
                 f"model.init {settings.init} holds a {source.family.name!r} model and "
                 f"model.family is {settings.family!r}"
             )
-        config = family.Config.from_hf({**source.hf_config, **settings.config})
+        hf = {**source.hf_config, **settings.config}
         processor = first_processor(family, source.folders)
     else:
         if not settings.words:
@@ -88,13 +90,19 @@ def blueprint(
             )
         draft = family.Config.from_hf(settings.config)
         processor = family.Processor.for_words(settings.words, draft)
-        config = family.Config.from_hf({**settings.config, **processor.token_ids()})
+        hf = {**settings.config, **processor.token_ids()}
+    config, had = family.Config.from_hf(hf), len(processor.tokenizer or ())
+    rows = config.vocab_size
     processor = processor.with_options(**settings.processor)
+    config, new = vocabulary.with_tokens(config, processor, hf, had)
     processor.check(config)
     make, adapter = maker(settings, lora, config, seed, chosen)
     if source is not None and source.lora is not None:
         adapters.check_continues(source.lora, adapter, f"model.init {settings.init}")
-    return Blueprint(settings.family, config, processor, source, make, adapter, lora.init)
+    return Blueprint(
+        settings.family, config, processor, source, make, adapter, lora.init, new,
+        rows if source is not None and rows < config.vocab_size else None,
+    )  # fmt: skip
 
 
 def maker(
@@ -148,7 +156,12 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
     each = None
     if kept == frozen_part.INT8:
         wanted, each = int8.while_loading(frozen, wanted, settings.model.dtype)
-    values = checkpoints.read_params(plan.source, wanted, each=each) | earlier
+    source = wanted
+    if plan.source_rows is not None:
+        axes = vocabulary.vocabulary_axes((abstract.params, frozen))
+        source = vocabulary.shortened(wanted, axes, plan.source_rows, mesh)
+        each = vocabulary.while_loading(axes, wanted, each)
+    values = checkpoints.read_params(plan.source, source, each=each) | earlier
     if missing := {n: x for n, x in wanted.items() if n not in values}:
         values |= _fresh(plan, missing)
     params = paths.replace(abstract.params, {n: values[n] for n in paths.flatten(abstract.params)})

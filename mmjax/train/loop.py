@@ -30,7 +30,7 @@ from mmjax.nn import int8, paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import check_divides, put_batch
-from mmjax.train import evaluation, optim, tuning
+from mmjax.train import evaluation, optim, tuning, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
@@ -70,6 +70,9 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         schedule = optim.schedule(settings.optim, settings.steps)
         _, abstract, abstract_frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
         check_divides(paths.flatten(abstract.params) | paths.flatten(abstract_frozen))
+        vocabulary.check_new_tokens(
+            plan.new_rows, plan.processor, (abstract.params, abstract_frozen), chosen
+        )
         rows = trained_rows.resolve(
             settings.train_rows, abstract.params, plan.processor, plan.new_rows
         )
@@ -78,6 +81,9 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             write_config(settings, workdir)
             table = part_rows(abstract, abstract_frozen, settings, rows)
             told |= trained_rows.describe(rows, plan.processor)
+            if plan.source_rows:
+                size = plan.config.vocab_size
+                told["vocabulary"] = f"{plan.source_rows} rows grow to {size}: the others' mean"
             print_startup(mesh, table, settings, workdir, told)
 
         # ---- Data, and the state: restored, or new --------------------------------------------

@@ -31,8 +31,8 @@ class RowSettings:
 
     params: a glob pattern of parameters, such as ``decoder.embed.embedding``. rows: token ids,
     tokens as the tokenizer spells them (``<image>``) or special tokens by their name in config.json
-    (``media`` is that of ``media_token_id``); ``new`` for the rows that ``model.init`` has not and
-    the processor's tokens need.
+    (``media`` is that of ``media_token_id``); ``new`` for those of the tokens that
+    ``model.processor`` adds to what ``model.init`` has.
     """
 
     params: str
@@ -57,7 +57,7 @@ def resolve(
 ) -> dict[str, Rows]:
     """Return the trained rows of each table by its dotted name.
 
-    params: the trained parameters, abstract or real. new: rows the weights did not have.
+    params: the trained parameters, abstract or real. new: rows of tokens that the run adds.
     Raises MMJaxError for a parameter without a vocabulary, an unknown token, and a row that the
     table lacks.
     """
@@ -128,8 +128,8 @@ def _ids(
     if one.rows == "new":
         if not new:
             raise MMJaxError(
-                f"train_rows: rows='new' for {name}, and model.init has a row for every token of "
-                "the processor; name the tokens, such as rows=('<image>',)"
+                f"train_rows: rows='new' for {name}, and model.processor adds no token to those of "
+                "model.init; name the tokens, such as rows=('<image>',)"
             )
         return list(new)
     if not one.rows:
