@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.openflamingo_9b import MPT_7B
 from mmjax.config import fill, recipe_options
 from mmjax.recipes import toy_flamingo
 from mmjax.train.settings import RunSettings
@@ -39,6 +40,7 @@ def settings(name: str, lora: dict[str, Any]) -> dict[str, Any]:
         model=dict(
             family="flamingo",
             init="set model.init to a folder of convert_weights.to_jax",
+            plan_config=dict(text_config=MPT_7B, vision_config=dict(image_size=336)),
             remat="names",
         ),
         train=("perceiver.*",),
@@ -46,6 +48,10 @@ def settings(name: str, lora: dict[str, Any]) -> dict[str, Any]:
         data=dict(
             sources=dict(train=dict(kind="json", path="set data.sources.train.path")),
             template="guanaco_no_prompt_chat",
+            multiturn=dict(turns=32, max_images=16, max_tokens=2048),
+            augment=("square_pad",),
+            max_images=16,
+            too_long="truncate",
             seq_len=2048,
             max_patches=16,
             max_targets=2048,

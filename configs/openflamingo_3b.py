@@ -24,21 +24,29 @@ from mmjax.config import fill, recipe_options
 from mmjax.recipes import toy_flamingo
 from mmjax.train.settings import RunSettings
 
+MPT_1B = dict(model_type="mosaic_gpt", d_model=2048, n_layers=24, n_heads=16, vocab_size=50_280,
+              attn_qk_ln=True)  # fmt: skip
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
     quick = recipe_options(arg, quick=False).quick
-    recipe = settings("openflamingo_3b", batch_size=32)
+    recipe = settings("openflamingo_3b", MPT_1B, every=1, batch_size=32)
     return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)
 
 
-def settings(name: str, *, batch_size: int) -> dict[str, Any]:
-    """Return what the OpenFlamingo recipes share."""
+def settings(name: str, language: dict, *, every: int, batch_size: int) -> dict[str, Any]:
+    """Return what the OpenFlamingo recipes share. language: its config.json, to plan with."""
     folder = "set model.init to a folder of convert_weights.to_jax"
     return dict(
         name=name,
         steps=234_000,
-        model=dict(family="flamingo", init=folder, remat="names"),
+        model=dict(
+            family="flamingo",
+            init=folder,
+            plan_config=dict(text_config=language, cross_attn_every_n_layers=every),
+            remat="names",
+        ),
         train=("perceiver.*", "cross.*"),
         train_rows=(dict(params="decoder.embed.embedding", rows=("media", "eoc")),),
         data=dict(
@@ -48,7 +56,9 @@ def settings(name: str, *, batch_size: int) -> dict[str, Any]:
             ),
             weights=dict(laion=2.0, mmc4=1.0),
             loss_weights=dict(laion=0.2, mmc4=1.0),
-            template="interleaved",
+            template=dict(laion="laion_caption", mmc4="interleaved"),
+            augment=dict(laion=("flip",)),
+            too_long="truncate",
             seq_len=2048,
             max_patches=48,
             max_targets=2048,

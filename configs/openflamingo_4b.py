@@ -17,9 +17,14 @@ from mmjax.config import fill, recipe_options
 from mmjax.recipes import toy_flamingo
 from mmjax.train.settings import RunSettings
 
+REDPAJAMA_3B = dict(
+    model_type="gpt_neox", hidden_size=2560, num_hidden_layers=32, num_attention_heads=32,
+    intermediate_size=10_240, use_parallel_residual=False, rotary_pct=1.0, vocab_size=50_280,
+)  # fmt: skip
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
     quick = recipe_options(arg, quick=False).quick
-    recipe = settings("openflamingo_4b", batch_size=16)
+    recipe = settings("openflamingo_4b", REDPAJAMA_3B, every=2, batch_size=16)
     return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)

@@ -17,9 +17,11 @@ from mmjax.config import fill, recipe_options
 from mmjax.recipes import toy_flamingo
 from mmjax.train.settings import RunSettings
 
+MPT_7B = dict(model_type="mpt", d_model=4096, n_layers=32, n_heads=32, vocab_size=50_280)
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
     quick = recipe_options(arg, quick=False).quick
-    recipe = settings("openflamingo_9b", batch_size=16)
+    recipe = settings("openflamingo_9b", MPT_7B, every=4, batch_size=16)
     return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.openflamingo_9b import MPT_7B
 from mmjax.config import fill, recipe_options
 from mmjax.recipes import toy_flamingo
 from mmjax.train.settings import RunSettings
@@ -35,6 +36,7 @@ def settings(name: str, *, max_patches: int = 24, batch_size: int = 16) -> dict[
         model=dict(
             family="flamingo",
             init="set model.init to a folder of convert_weights.to_jax",
+            plan_config=dict(text_config=MPT_7B),
             processor=dict(answer_token=True),
             remat="names",
         ),

@@ -151,10 +151,11 @@ def _model(settings: RunSettings):
     """Return (make, config, note): of the recipe's folder, or of the family's own sizes."""
     model = settings.model
     if model.init and not Path(model.init).exists():
-        config = registry.family(model.family).Config.from_hf(model.config)
+        config = registry.family(model.family).Config.from_hf(model.plan_config | model.config)
+        sizes = "the recipe's" if model.plan_config else f"{model.family}'s"
         choose = partial(train_state.chosen_by, settings)
         make, _ = maker(model, settings.lora, config, settings.seed, choose)
-        return make, config, f"model.init ({model.init}) is not here: {model.family}'s own sizes"
+        return make, config, f"model.init ({model.init}) is not here: {sizes} own sizes"
     choose = partial(train_state.chosen_by, settings)
     plan = blueprint(model, settings.lora, settings.seed, choose)
     return plan.make, plan.config, ""
@@ -232,6 +233,9 @@ def _residuals(
 
         jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
     inputs, found = set(map(id, (*jaxpr.invars, *jaxpr.constvars))), {}
+    for eqn in jaxpr.eqns:  # the same memory in another shape, such as layers in groups
+        if eqn.primitive.name == "reshape" and id(eqn.invars[0]) in inputs:
+            inputs.add(id(eqn.outvars[0]))
     for var in jaxpr.outvars:
         if hasattr(var, "aval") and not hasattr(var, "val") and id(var) not in inputs:
             found[id(var)] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)

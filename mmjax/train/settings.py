@@ -18,7 +18,9 @@ class ModelSettings:
 
     family: a name in ``mmjax.models.registry``. init: a model folder in any layout that
     ``mmjax.load`` reads; None starts from random weights with ``config``, whose keys are those of
-    the family's config.json. words: texts whose words make a small tokenizer, for random starts.
+    the family's config.json. plan_config: such values to plan with (``--plan``) while ``init`` is
+    not there; a run never looks at them. words: texts whose words make a small tokenizer, for
+    random starts.
     param_dtype: of trained parameters; frozen_dtype: of the others, int8 for their kernels in int8
     with a scale per output channel and all else in bfloat16. dtype: of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
@@ -29,6 +31,7 @@ class ModelSettings:
     family: str = "fuyu"
     init: str | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    plan_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     words: tuple[str, ...] = ()
     processor: dict[str, Any] = dataclasses.field(default_factory=dict)
     param_dtype: str = "float32"

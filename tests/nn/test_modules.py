@@ -1,5 +1,7 @@
 """The small modules against formulas in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +156,52 @@ def test_scan_equals_a_python_loop_with_every_remat(remat):
 
     for ours, theirs in zip(jax.value_and_grad(run)(x), jax.value_and_grad(plain)(x), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["off", "names", "full"])
+@pytest.mark.parametrize("count", [4, 5])
+def test_blocks_stand_before_every_second_layer(count, remat):
+    layers, blocks = stack.stack(Layer, count, nnx.Rngs(0)), stack.stack(Layer, 2, nnx.Rngs(1))
+    x = jnp.asarray(RNG.normal(size=(2, 3)), jnp.float32)
+    between = stack.Between(blocks, 2, lambda block, x, i: x + (i + 1) * block(x))
+
+    def run(w, v, x):
+        a, b = (paths.replace(nnx.state(m), {"w": k}) for m, k in ((layers, w), (blocks, v)))
+        stacked = nnx.merge(nnx.graphdef(layers), a)
+        among = dataclasses.replace(between, blocks=nnx.merge(nnx.graphdef(blocks), b))
+        step = lambda layer, x, i: layer(x) * (i + 1)  # noqa: E731
+        return stack.scan(stacked, count, step, x, remat=remat, between=among).sum()
+
+    def plain(w, v, x):
+        for i in range(count):
+            if i % 2:
+                x = x + (i // 2 + 1) * jnp.tanh(x @ v[i // 2])
+            x = jnp.tanh(x @ w[i]) * (i + 1)
+        return x.sum()
+
+    args = (layers.w[...], blocks.w[...], x)
+    for ours, theirs in zip(
+        jax.value_and_grad(run, (0, 1, 2))(*args), jax.value_and_grad(plain, (0, 1, 2))(*args),
+        strict=True,
+    ):  # fmt: skip
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs
+        )
+
+
+def test_weights_of_layers_in_groups_are_not_kept_a_second_time():
+    layers, blocks = stack.stack(Layer, 4, nnx.Rngs(0)), stack.stack(Layer, 2, nnx.Rngs(1))
+    between = stack.Between(blocks, 2, lambda block, x, i: block(x))
+
+    def pullback(x):
+        step = lambda layer, x, i: layer(x)  # noqa: E731
+        run = lambda x: stack.scan(layers, 4, step, x, remat="full", between=between)  # noqa: E731
+        return jax.vjp(run, x)[1]
+
+    jaxpr = jax.make_jaxpr(pullback)(jnp.ones((7, 3))).jaxpr
+    (scan,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+    kept = sorted(v.aval.shape for v in scan.outvars[scan.params["num_carry"] :])
+    assert kept == [(2, 7, 3)] * 3  # what each of two layers and a block of a group was given
 
 
 def test_an_unknown_remat_is_named():
