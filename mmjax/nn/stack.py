@@ -75,8 +75,11 @@ def scan(
     graphdef, state = nnx.split(layers)
     block_def, block_state = nnx.split(None if between is None else between.blocks)
 
-    def run(definition, step):
+    def run(definition, step, at: int | None = None):
         def one(carry, leaves, index):
+            # Inside of what is computed again: a slice made outside would be kept, a copy of all
+            # weights, where the scan's own slices are not.
+            leaves = leaves if at is None else jax.tree.map(lambda x: x[at], leaves)
             with layer_dropout(index):
                 return step(nnx.merge(definition, leaves), carry, index)
 
@@ -92,9 +95,9 @@ def scan(
             for i in range(every):
                 if between is not None and i == every - 1:
                     carry = run(block_def, between.step)(carry, block, index)
-                layer = leaves if every == 1 else jax.tree.map(lambda x: x[i], leaves)  # noqa: B023
                 which = step if i < every - 1 else last_step
-                carry = run(graphdef, which)(carry, layer, index * every + i)
+                at = None if every == 1 else i
+                carry = run(graphdef, which, at)(carry, leaves, index * every + i)
             return carry, None
 
         return body
@@ -116,5 +119,5 @@ def scan(
         carry = group(last)(carry, jax.tree.map(lambda x: x[-1], xs))[0]
     for i in range(groups * every, count):
         which = last if last is not None and i == count - 1 else step
-        carry = run(graphdef, which)(carry, jax.tree.map(lambda x: x[i], state), i)  # noqa: B023
+        carry = run(graphdef, which, i)(carry, state, i)
     return carry
