@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
+from rich.text import Text
 
 from mmjax.checkpoint import Checkpoints
 from mmjax.loading import LoadedModel
@@ -24,18 +22,19 @@ from mmjax.monitor.flops import find_peak
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.pictures import draw_batch, save_picture
 from mmjax.monitor.profile import ProfileWindow
-from mmjax.monitor.terminal import LiveLine, startup_table
+from mmjax.monitor.terminal import LiveLine
 from mmjax.monitor.writers import make_writer
 from mmjax.nn import int8, paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import check_divides, put_batch
-from mmjax.train import evaluation, optim, tuning, vocabulary
+from mmjax.train import evaluation, optim, startup, tuning, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, init_state, train_iterator
 from mmjax.train.loss import source_weights
+from mmjax.train.samples import Samples
 from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
@@ -48,7 +47,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     """Train as the settings say, or go on where the workdir stands; returns the last metrics.
 
     Writes into the workdir: config.json, metrics.jsonl, events (TensorBoard), skipped.jsonl,
-    checkpoints/, and at the end model/, predictions/, results.json and report.html.
+    samples.jsonl, checkpoints/, and at the end model/, predictions/, results.json and report.html.
     SIGTERM saves and returns; starting again continues with the very next batch.
     """
     workdir = Path(workdir)
@@ -79,12 +78,12 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         lead = jax.process_index() == 0
         if lead:
             write_config(settings, workdir)
-            table = part_rows(abstract, abstract_frozen, settings, rows)
             told |= trained_rows.describe(rows, plan.processor)
             if plan.source_rows:
                 size = plan.config.vocab_size
                 told["vocabulary"] = f"{plan.source_rows} rows grow to {size}: the others' mean"
-            print_startup(mesh, table, settings, workdir, told)
+            table = startup.part_rows(abstract, abstract_frozen, settings, rows)
+            startup.print_startup(mesh, table, settings, workdir, told)
 
         # ---- Data, and the state: restored, or new --------------------------------------------
         batches = train_iterator(settings, plan.processor, workdir)
@@ -128,6 +127,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         )  # fmt: skip
         tasks = evaluation.tasks_of(settings.eval)
         validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
+        samples = Samples(graphdef, plan.processor, workdir, mesh) if settings.log.samples else None
         metrics: dict[str, float] = {}
 
         def live_model() -> LoadedModel:
@@ -147,6 +147,10 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
                 with meter.pause():
                     show_batch(local, batches.records, plan.processor, step, workdir, writer)
             batch = put_batch(local, mesh, settings.data.batch_size)
+            if samples and step % settings.log.samples == 0:
+                with meter.pause():
+                    told_of = samples(step, local, batch, state.params, frozen, batches.records)
+                    line.print(Text(told_of))
             state, now = step_fn(state, frozen, batch)
             done = step + 1
             metrics |= watch.settle()  # the step before, while this one is under way
@@ -243,43 +247,6 @@ def check(settings: RunSettings) -> None:
     for name, value in positive.items():
         if value < 1:
             raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
-
-
-def print_startup(mesh, rows, settings: RunSettings, workdir: Path, told: dict[str, str]) -> None:
-    """Print what is about to run: mesh, parameters by part, shapes, and further lines ``told``."""
-    data = settings.data
-    facts = {
-        "run": f"{settings.name} in {workdir}",
-        "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
-        "batch": f"{data.batch_size} rows x {data.seq_len} tokens, {settings.steps} steps",
-        "compute": f"{settings.model.dtype}, trained parameters {settings.model.param_dtype}",
-        **told,
-    }
-    Console().print(startup_table(dict(mesh.shape), rows, facts))
-
-
-def part_rows(
-    abstract, frozen, settings: RunSettings, rows: Mapping[str, trained_rows.Rows]
-) -> list[tuple[str, int, int, int]]:
-    """Return (part, trained, total, bytes on a device) for the table at the start."""
-    trained, rest = paths.flatten(abstract.params), paths.flatten(frozen)
-    parts: dict[str, list[int]] = {}
-    for name, leaf in {**trained, **rest}.items():
-        part = ".".join(name.split(".")[:2]) if name.startswith("decoder.") else name.split(".")[0]
-        row = parts.setdefault(part, [0, 0, 0])
-        size = math.prod(leaf.shape)
-        itemsize = leaf.dtype.itemsize
-        if name in trained:
-            row[0] += trained_rows.count(rows, name, leaf.shape)
-        else:
-            itemsize = frozen_part.dtype_of(name, leaf, settings.model.frozen_dtype).itemsize
-        row[1] += size
-        row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
-    optimizer = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(abstract.opt)
-    )
-    return [(k, *v) for k, v in parts.items()] + [("optimizer", 0, 0, optimizer)]
 
 
 def step_flops(config, settings: RunSettings) -> float:

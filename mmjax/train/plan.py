@@ -30,6 +30,7 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import RULES, batch_sharding
 from mmjax.train import frozen as frozen_part
 from mmjax.train import matrices, optim, tuning
+from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, maker
 from mmjax.train.loss import loss_sum
@@ -99,7 +100,7 @@ def make_plan(
         )
     with use(mesh):
         settings, _ = tuning.applied(settings)
-        make, config, note = _model(settings)
+        make, config, known, note = _model(settings)
         names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
         chosen = train_state.chosen_by(settings, names)
         optim.check_decay(settings.optim, names)
@@ -107,16 +108,22 @@ def make_plan(
         graphdef, state, frozen = train_state.abstract_state(make, chosen, tx, mesh)
         frozen = frozen_part.cast_abstract(frozen, settings.model.frozen_dtype)
         batch = _batch(settings, config, data.batch_size, mesh)
+        rows = {}
+        if known is not None:  # without its tokenizer, a table counts whole
+            rows = trained_rows.resolve(
+                settings.train_rows, state.params, known.processor, known.new_rows
+            )
         compiled = None
         if compile_:
             rate = optim.schedule(settings.optim, settings.steps)
             fn = make_train_step(
-                graphdef, tx, rate, accumulate=accumulate, loss_chunk=settings.loss_chunk
-            )
+                graphdef, tx, rate,
+                accumulate=accumulate, loss_chunk=settings.loss_chunk, rows=rows,
+            )  # fmt: skip
             found = compile_step(fn, state).lower(state, frozen, batch).compile().memory_analysis()
             compiled = found.argument_size_in_bytes + found.temp_size_in_bytes
             compiled += found.output_size_in_bytes - found.alias_size_in_bytes
-    rows = data.batch_size // accumulate // ways
+    micro = data.batch_size // accumulate // ways
     gradients = _bytes(state.params) * (2 if accumulate > 1 else 1)
     parts = {
         "trained": _bytes(state.params),
@@ -124,13 +131,13 @@ def make_plan(
         "gradients": gradients,
         "optimizer": _bytes(state.opt),
         "batch": _bytes(batch),
-        **_activations(settings, config, state.params, frozen, mesh, rows),
+        **_activations(settings, config, state.params, frozen, mesh, micro),
         "gathered": _gathered(settings, state.params, frozen, mesh),
     }
     return MemoryPlan(
         settings.name,
         dict(mesh.shape),
-        rows * data.seq_len // mesh.shape["context"],
+        micro * data.seq_len // mesh.shape["context"],
         settings.model.remat,
         parts,
         {
@@ -138,9 +145,12 @@ def make_plan(
             "frozen": settings.model.frozen_dtype,
             "optimizer": f"{settings.optim.name}, momentum {optim.mu_dtype(settings.optim)}",
         },
-        tuple(
-            sum(math.prod(x.shape) for x in jax.tree.leaves(t))
-            for t in (state.params, (state.params, frozen))
+        (
+            sum(
+                trained_rows.count(rows, name, x.shape)
+                for name, x in paths.flatten(state.params).items()
+            ),
+            sum(math.prod(x.shape) for x in jax.tree.leaves((state.params, frozen))),
         ),
         compiled,
         note,
@@ -148,17 +158,21 @@ def make_plan(
 
 
 def _model(settings: RunSettings):
-    """Return (make, config, note): of the recipe's folder, or of the family's own sizes."""
+    """Return (make, config, blueprint, note) of the recipe's folder.
+
+    Where that is not here, it is of the family's own sizes and there is no blueprint.
+    """
     model = settings.model
     if model.init and not Path(model.init).exists():
         config = registry.family(model.family).Config.from_hf(model.plan_config | model.config)
         sizes = "the recipe's" if model.plan_config else f"{model.family}'s"
         choose = partial(train_state.chosen_by, settings)
         make, _ = maker(model, settings.lora, config, settings.seed, choose)
-        return make, config, f"model.init ({model.init}) is not here: {sizes} own sizes"
+        note = f"model.init ({model.init}) is not here: {sizes} own sizes"
+        return make, config, None, note
     choose = partial(train_state.chosen_by, settings)
     plan = blueprint(model, settings.lora, settings.seed, choose)
-    return plan.make, plan.config, ""
+    return plan.make, plan.config, plan, ""
 
 
 def _batch(settings: RunSettings, config, rows: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:

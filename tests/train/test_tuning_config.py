@@ -7,7 +7,7 @@ import pytest
 
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
-from mmjax.train import adapters, build, loop, optim, state, tuning
+from mmjax.train import adapters, build, optim, startup, state, tuning
 from mmjax.train.settings import LoRASettings, RunSettings
 from mmjax.types import MMJaxError
 from tests import small_flamingo
@@ -151,7 +151,7 @@ def test_adapters_and_whole_parts_are_one_state(tmp_path):
         chosen = state.chosen_by(got, plan.names())
         tx = optim.make_optimizer(got.optim, 10)
         _, train, frozen = state.abstract_state(plan.make, chosen, tx, mesh)
-    rows = loop.part_rows(train, frozen, got, {})
+    rows = startup.part_rows(train, frozen, got, {})
     names, rest = set(paths.flatten(train.params)), set(paths.flatten(frozen))
     assert names == chosen and {"perceiver.latents", "cross.attn.q.lora_a"} <= names
     assert {"cross.attn.q.kernel", "decoder.embed.embedding"} <= rest

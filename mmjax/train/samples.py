@@ -1,0 +1,82 @@
+"""What the model says of a sample that it is about to train on: prompt, targets, its own choices.
+
+Each target is predicted from the tokens before it, the right ones, as in training; nothing is
+generated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmjax.models.api import Processor
+from mmjax.types import Batch
+
+LIMIT = 64
+"""Targets of a sample that are looked at."""
+
+
+class Samples:
+    """Write the first sample of a batch into the workdir's ``samples.jsonl`` and tell of it."""
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        processor: Processor,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+    ):
+        self._processor, self._file = processor, workdir / "samples.jsonl"
+
+        def predict(params, frozen, batch):
+            model = nnx.merge(graphdef, params, frozen)
+            index = batch["target_index"][:, :LIMIT]
+            hidden = model(batch, jnp.maximum(index - 1, 0))
+            return jnp.argmax(model.logits(hidden[:1]), axis=-1)[0]
+
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._predict = jax.jit(predict, out_shardings=everywhere)
+
+    def __call__(
+        self,
+        step: int,
+        local: Batch,
+        batch: Batch,
+        params: nnx.State,
+        frozen: nnx.State,
+        records: Sequence[Sequence[tuple[str, str]]],
+    ) -> str:
+        """Return what is written: record, prompt, targets and the tokens that were likeliest.
+
+        local: this process's rows, of which the first process's are the first; batch: the same on
+        the devices. Every process calls this, and the first one writes.
+        """
+        likeliest = np.asarray(jax.device_get(self._predict(params, frozen, batch)))
+        found = self._first(local, likeliest)
+        row = {"step": step, "record": "/".join(records[0][0]) if records[0] else "", **found}
+        if jax.process_index() == 0:
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return "\n".join(f"  {name}: {value}" for name, value in row.items())
+
+    def _first(self, local: Mapping[str, np.ndarray], likeliest: np.ndarray) -> dict[str, str]:
+        """Decode the first sample of the first row: its tokens, targets and predictions."""
+        tokens, mine = local["tokens"][0], local["segment_ids"][0] == 1
+        index = local["target_index"][0, :LIMIT]
+        places = (index > 0) & mine[np.maximum(index, 0)]
+        return {
+            "input": self._text(tokens[mine]),
+            "labels": self._text(tokens[index[places]]),
+            "predicted": self._text(likeliest[places]),
+        }
+
+    def _text(self, tokens: np.ndarray) -> str:
+        size = len(self._processor.tokenizer)  # a table may have more rows than there are tokens
+        ids = [int(token) if token < size else 0 for token in tokens]
+        return self._processor.tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,55 @@
+"""What a run prints before it begins: mesh, shapes, and which part of the model is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from mmjax.monitor.terminal import startup_table
+from mmjax.nn import paths
+from mmjax.train import frozen as frozen_part
+from mmjax.train import rows as trained_rows
+from mmjax.train.settings import RunSettings
+
+
+def print_startup(
+    mesh, rows, settings: RunSettings, workdir: Path, told: Mapping[str, str]
+) -> None:
+    """Print what is about to run: mesh, parameters by part, shapes, and further lines ``told``."""
+    data = settings.data
+    facts = {
+        "run": f"{settings.name} in {workdir}",
+        "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
+        "batch": f"{data.batch_size} rows x {data.seq_len} tokens, {settings.steps} steps",
+        "compute": f"{settings.model.dtype}, trained parameters {settings.model.param_dtype}",
+        **told,
+    }
+    Console().print(startup_table(dict(mesh.shape), rows, facts))
+
+
+def part_rows(
+    abstract, frozen, settings: RunSettings, rows: Mapping[str, trained_rows.Rows]
+) -> list[tuple[str, int, int, int]]:
+    """Return (part, trained, total, bytes on a device) for the table at the start."""
+    trained, rest = paths.flatten(abstract.params), paths.flatten(frozen)
+    parts: dict[str, list[int]] = {}
+    for name, leaf in {**trained, **rest}.items():
+        part = ".".join(name.split(".")[:2]) if name.startswith("decoder.") else name.split(".")[0]
+        row = parts.setdefault(part, [0, 0, 0])
+        size = math.prod(leaf.shape)
+        itemsize = leaf.dtype.itemsize
+        if name in trained:
+            row[0] += trained_rows.count(rows, name, leaf.shape)
+        else:
+            itemsize = frozen_part.dtype_of(name, leaf, settings.model.frozen_dtype).itemsize
+        row[1] += size
+        row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
+    optimizer = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract.opt)
+    )
+    return [(k, *v) for k, v in parts.items()] + [("optimizer", 0, 0, optimizer)]

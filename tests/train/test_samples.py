@@ -1,0 +1,53 @@
+"""Samples in the log: a prompt, its targets, and what the model finds likeliest in their places."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import put_batch
+from mmjax.train.samples import Samples
+from tests import tiny
+
+
+class Words:
+    """A tokenizer of sixty tokens, four fewer than the model's table has rows."""
+
+    def __len__(self):
+        return 60
+
+    def decode(self, ids, skip_special_tokens):
+        assert not skip_special_tokens and all(0 <= i < 60 for i in ids)
+        return " ".join(map(str, ids))
+
+
+def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
+    batch = tiny.batch(seed=3)
+    batch["tokens"] = np.minimum(batch["tokens"], 59)
+    batch["segment_ids"][0, 12:] = 2  # the first sample ends there, and targets may lie behind it
+    batch["target_index"][0] = (5, 9, 13, -1)
+    model = tiny.model()
+    best = np.argmax(model.logits(model(batch))[0], -1)
+    shown = [int(best[i - 1]) if best[i - 1] < 60 else 0 for i in (5, 9)]
+    graphdef, params = nnx.split(model)
+    processor = SimpleNamespace(tokenizer=Words())
+    with use(make_mesh({"data": 2}, jax.devices()[:2])) as mesh:
+        samples = Samples(graphdef, processor, tmp_path, mesh)
+        placed = put_batch(batch, mesh, 8)
+        params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P()))
+        text = samples(40, batch, placed, params, nnx.State({}), [[("vqa", "7"), ("ocr", "9")]])
+        samples(80, batch, placed, params, nnx.State({}), [[]])
+    first, second = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    tokens = batch["tokens"][0]
+    assert first == {
+        "step": 40,
+        "record": "vqa/7",
+        "input": " ".join(map(str, tokens[:12])),
+        "labels": f"{tokens[5]} {tokens[9]}",
+        "predicted": " ".join(map(str, shown)),
+    }
+    assert second["step"] == 80 and second["predicted"] == first["predicted"]
+    assert "predicted: " + first["predicted"] in text
