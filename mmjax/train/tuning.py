@@ -102,7 +102,7 @@ def _config(model: ModelSettings) -> Any:
     Config = registry.family(model.family).Config
     if model.init and Path(model.init).exists():
         return Config.from_hf({**checkpoints.open_checkpoint(model.init).hf_config, **model.config})
-    return Config.from_hf(model.config)
+    return Config.from_hf({**(model.plan_config if model.init else {}), **model.config})
 
 
 def _targets(
