@@ -142,31 +142,21 @@ class LoadExample:
     def _load(self, record: Record, draw: tuple[int, int, int]) -> tuple[Example, int]:
         """Return the example of a record and how many images it shows."""
         more = self.options.multiturn
-        if more is None:
-            return self._example(record, draw)
-        others = draw_others(
-            self.mixture, self.templates[draw[0]], more.turns, self._rng(draw, _MULTITURN)
-        )
-        records = up_to(record, others, more.max_images)
-        if len(records) > 1:
+        if more is not None:
+            rng = self._rng(draw, _MULTITURN)
+            others = draw_others(self.mixture, self.templates[draw[0]], more.turns, rng)
+            records = up_to(record, others, more.max_images)
             try:
-                if more.max_tokens is not None:
-                    records = self._within(records, draw, more.max_tokens)
-                return self._example(join(records), draw)
+                found = self._together(records, draw, more.max_tokens)
+                if found is not None:
+                    return self._fitted(*found)
             except BadSample:
                 pass  # one of the others, or too long together: the record is used by itself
-        return self._example(record, draw)
+        return self._fitted(*self._encode(record, draw, self._limit))
 
-    def _example(self, record: Record, draw: tuple[int, int, int]) -> tuple[Example, int]:
-        """Make an example that fits into a row; raises BadSample."""
-        truncating, limit = self.options.too_long == "truncate", self.shape.seq_len
-        record, example = self._encode(record, draw, None if truncating else limit)
-        if truncating:
-            # A family that knows which token stands for an image cuts its examples itself.
-            cut = getattr(self.processor, "truncate", limits.truncate)
-            example = cut(example, limit)
-        self.shape.check(example)
-        return example, len(record.images)
+    @property
+    def _limit(self) -> int | None:
+        return None if self.options.too_long == "truncate" else self.shape.seq_len
 
     def _encode(
         self, record: Record, draw: tuple[int, int, int], max_tokens: int | None
@@ -183,22 +173,41 @@ class LoadExample:
         segments = self.templates[draw[0]](record)
         return record, self.processor.encode(segments, record.images, max_tokens=max_tokens)
 
-    def _within(
-        self, records: list[Record], draw: tuple[int, int, int], budget: int
-    ) -> list[Record]:
-        """Return as many of the records, from the first on, as make no more than so many tokens."""
+    def _fitted(self, record: Record, example: Example) -> tuple[Example, int]:
+        """Return an example that fits into a row and its number of images; raises BadSample."""
+        if self.options.too_long == "truncate":
+            # A family that knows which token stands for an image cuts its examples itself.
+            cut = getattr(self.processor, "truncate", limits.truncate)
+            example = cut(example, self.shape.seq_len)
+        self.shape.check(example)
+        return example, len(record.images)
 
-        def fits(count: int) -> bool:
-            _, example = self._encode(join(records[:count]), draw, None)
-            return len(example["tokens"]) <= budget
+    def _together(
+        self, records: list[Record], draw: tuple[int, int, int], budget: int | None
+    ) -> tuple[Record, Example] | None:
+        """Encode as many of the records, from the first on, as make no more than so many tokens.
 
-        if fits(len(records)):
-            return records
-        low, high = 1, len(records) - 1
+        None where that is the first alone.
+        """
+        if len(records) == 1:
+            return None
+        if budget is None:
+            return self._encode(join(records), draw, self._limit)
+
+        def fits(count: int) -> tuple[Record, Example] | None:
+            found = self._encode(join(records[:count]), draw, None)
+            return found if len(found[1]["tokens"]) <= budget else None
+
+        if (whole := fits(len(records))) is not None:  # mostly: pictures are then read once
+            return whole
+        low, high, best = 1, len(records) - 1, None
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return records[:low]
+            if (found := fits(middle)) is None:
+                high = middle - 1
+            else:
+                low, best = middle, found
+        return best
 
     def _rng(self, draw: tuple[int, int, int], *kind: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, *draw, *kind))

@@ -1,0 +1,108 @@
+"""A run with everything that trains a part of a model: what moves, what does not, and going on."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmjax
+from mmjax.checkpoint import CheckpointSettings
+from mmjax.config import to_dataclass
+from mmjax.nn import paths
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.train import build, loop, optim, state
+from mmjax.train.settings import RunSettings
+from mmjax.weights.store import StoreReader
+from tests import small_flamingo
+
+TABLE = "decoder.embed.embedding"
+SOURCE = dict(kind="magnifier", split="train", image_size=32)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
+
+
+def settings(steps):
+    """Adapters on the decoder, whole gated blocks, two rows of the embedding, two sources."""
+    made = to_dataclass(
+        RunSettings,
+        dict(
+            steps=steps,
+            train=("cross.*",),
+            train_rows=(dict(params=TABLE, rows=("eoc", "<image>")),),
+            lora=dict(rank=2),
+            model=dataclasses.asdict(small_flamingo.MODEL),
+            data=dict(
+                sources=dict(chat=SOURCE, choice=dict(SOURCE, mc_share=1.0)),
+                template=dict(chat="otter_chat", choice="guanaco_no_prompt_chat"),
+                loss_weights=dict(chat=0.2, choice=1.0),
+                multiturn=dict(turns=3, max_images=3, max_tokens=120),
+                augment=dict(chat=("square_pad", "flip")),
+                too_long="truncate",
+                max_images=2,
+                **dict(seq_len=128, max_patches=4, max_targets=32, batch_size=2),
+            ),
+            optim=dict(lr=1e-2, warmup=0, schedule="constant", decay=("cross.*",)),
+            log=dict(every=1, samples=2, pictures=2, tensorboard=False),
+        ),
+    )
+    return dataclasses.replace(made, checkpoint=CheckpointSettings(every=2))
+
+
+def weights(workdir):
+    reader = StoreReader(workdir / "model" / "params")
+    return {name: reader.read(name) for name in reader.keys()}  # noqa: SIM118
+
+
+def first_weights(run):
+    with use(make_mesh({}, jax.devices()[:1])) as mesh:
+        plan = build.blueprint(run.model, run.lora, run.seed)
+        chosen = state.chosen_by(run, plan.names())
+        tx = optim.make_optimizer(run.optim, run.steps)
+        _, train, frozen = build.init_state(plan, run, chosen, tx, mesh)
+    values = paths.flatten(train.params) | paths.flatten(frozen)
+    return plan, chosen, {name: np.asarray(x) for name, x in values.items()}
+
+
+def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path):
+    loop.run(settings(2), tmp_path / "cut")
+    loop.run(settings(4), tmp_path / "cut")
+    loop.run(settings(4), tmp_path / "whole")
+    got, undisturbed = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    for name, value in undisturbed.items():
+        assert value.tobytes() == got[name].tobytes(), name
+
+    plan, chosen, before = first_weights(settings(4))
+    ids = (plan.config.eoc_token_id, plan.config.media_token_id)
+    for name, value in before.items():
+        moved = got[name] != value
+        if name == TABLE:
+            assert np.flatnonzero(moved.any(1)).tolist() == sorted(ids)
+        elif name not in chosen:
+            assert not moved.any(), name
+        elif name.endswith(("kernel", "lora_b", "gate")):
+            assert moved.any(), name
+
+    lines = (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [s["step"] for s in samples] == [0, 2]
+    assert all(s["labels"] and "<image>" in s["input"] for s in samples)
+    drawn = sorted((tmp_path / "whole" / "pictures").iterdir())
+    assert [p.name for p in drawn] == ["step_0000000.png", "step_0000002.png"]
+    assert Image.open(drawn[0]).width == 1024
+    rows = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    last = next(r for r in rows if r.get("step") == 4)
+    parts = {k: last[f"train/loss/{k}"] for k in ("chat", "choice") if f"train/loss/{k}" in last}
+    want = sum({"chat": 0.2, "choice": 1.0}[k] * v for k, v in parts.items())
+    np.testing.assert_allclose(last["train/loss"], want, rtol=1e-5)
+
+    model = mmjax.load(tmp_path / "whole" / "model")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    assert isinstance(
+        model.generate("<image>User: what is it? GPT:", [picture], max_new_tokens=2)[0], str
+    )
