@@ -76,7 +76,9 @@ $(KEPT): build/flamingo/files/%: build/flamingo/files/%/instruct.npz .venv/insta
 	$$hf $@/jax $@/export; \
 	$$hf $@/checkpoint.pt,$@/instruct.pt $@/merged $$parts --tuning-config $@/tuning.json; \
 	$$check --export $@/export --golden $@/golden.npz; \
-	$$check --export $@/merged --golden $@/instruct.npz
+	$$check --export $@/merged --golden $@/instruct.npz; \
+	$$hf $@/checkpoint.pt,$@/instruct.pt $@/peft $$parts --tuning-config $@/tuning.json --adapter; \
+	$$check --export $@/merged --golden $@/instruct.npz --adapter $@/peft
 
 parity-flamingo: .venv/installed-test $(FLAMINGO) $(KEPT)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
 	FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest tests/parity/test_flamingo_matrix.py -v

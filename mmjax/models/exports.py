@@ -74,6 +74,7 @@ def plan_export(
             rslora=ckpt.lora.rslora,
             dropout=ckpt.lora.dropout,
             rename=lambda key: weights.from_hub(key, layout),
+            task=getattr(weights, "ADAPTER_TASK", "CAUSAL_LM"),
         )
         return tensors, {"adapter_config.json": about}
     adapted: set[str] = set()

@@ -175,12 +175,14 @@ def export_adapter(
     rslora: bool = False,
     dropout: float = 0.0,
     base: str | None = None,
+    task: str | None = "CAUSAL_LM",
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Return the tensors and the adapter_config.json of our LoRA leaves in ``source``.
 
-    rename: their key to the name the exported adapter shall carry. The result computes exactly
-    what ours does: q, k and v that no longer share one A become a pair of rank 3 r, whose
-    ``rank_pattern`` and ``alpha_pattern`` keep the scale alpha / r, or alpha / sqrt(r) with rslora.
+    rename: their key to the name the exported adapter shall carry. task: what PEFT takes the model
+    for, None for any module. The result computes exactly what ours does: q, k and v that no longer
+    share one A become a pair of rank 3 r, whose ``rank_pattern`` and ``alpha_pattern`` keep the
+    scale alpha / r, or alpha / sqrt(r) with rslora.
     """
     adapted = [
         key.removesuffix("lora_a") + "kernel"
@@ -196,15 +198,16 @@ def export_adapter(
     blocks = [group for group in groups.values() if not _same_a(source, group)]
     table = adapter_rules(rules, [path for group in blocks for path in group])
     tensors = [dataclasses.replace(t, key=PREFIX + rename(t.key)) for t in export(table, source)]
+    names = _short_names(rules, groups, rename)
     ranks, alphas = {}, {}
     for theirs, group in groups.items():
         if group in blocks:
-            name = _module(theirs)
+            name = names[theirs]
             more = math.sqrt(len(group)) if rslora else len(group)
             ranks[name], alphas[name] = rank * len(group), _number(alpha * more)
     return tensors, {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": _number(alpha),
@@ -212,7 +215,7 @@ def export_adapter(
         "alpha_pattern": alphas,
         "lora_dropout": dropout,
         "bias": "none",
-        "target_modules": sorted({_module(theirs) for theirs in groups}),
+        "target_modules": sorted(set(names.values())),
         "modules_to_save": None,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -222,8 +225,29 @@ def export_adapter(
     }
 
 
-def _module(theirs: str) -> str:
-    return theirs.removesuffix(".weight").rsplit(".", 1)[-1]
+def _short_names(
+    rules: Sequence[Rule], adapted: Iterable[str], rename: Callable[[str], str]
+) -> dict[str, str]:
+    """Return the end of each adapted module's name by which PEFT finds it and no other.
+
+    A bare number is never enough: containers are numbered, too.
+    """
+    module = {r.theirs: rename(r.key(0)).removesuffix(".weight") for r in rules}
+    others = [name for theirs, name in module.items() if theirs not in set(adapted)]
+    short = {}
+    for theirs in adapted:
+        parts = module[theirs].split(".")
+        ends = (".".join(parts[at:]) for at in reversed(range(len(parts))))
+        short[theirs] = next(
+            (
+                end
+                for end in ends
+                if not end.split(".")[0].isdigit()
+                and not any(f".{name}".endswith(f".{end}") for name in others)
+            ),
+            module[theirs],
+        )
+    return short
 
 
 def _number(x: float) -> float | int:

@@ -230,7 +230,8 @@ def check(
     ]
     if not (missing or unexpected or misshapen):
         return
-    where = reader.files[0].parent if reader.files else "checkpoint"
+    folders = list(dict.fromkeys(str(file.parent) for file in reader.files))
+    where = ", ".join(folders[:3]) or "checkpoint"
     lines = [f"{where}: its tensors are not those of the model:"]
     for name, keys in (
         ("missing", missing),

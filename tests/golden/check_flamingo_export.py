@@ -5,8 +5,9 @@
 
 --files: what make_flamingo_goldens.py kept of a model: `lm/`, `tower.pt`, `towers/`; the model is
 built from them as its users do, gated blocks and resampler fresh. --export: a folder of
-`convert_weights.to_hf --layout openflamingo`. --golden: a .npz with the peer's own logits, and with
-inputs or the ones of --inputs. Fails above 1e-5 of the largest logit.
+`convert_weights.to_hf --layout openflamingo`. --golden: a .npz with inputs and the peer's own
+logits. --adapter: a folder of `to_hf --adapter`; PEFT puts it on the model that was kept, which
+takes only the resampler from --export. Fails above 1e-5 of the largest logit.
 """
 
 import argparse
@@ -26,10 +27,14 @@ def main():
     parser.add_argument("--files", required=True)
     parser.add_argument("--export", required=True)
     parser.add_argument("--golden", required=True)
+    parser.add_argument("--adapter")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = fresh_model(args.files, args.every)
     state = torch.load(os.path.join(args.export, "checkpoint.pt"), weights_only=True)
+    if args.adapter:
+        kept = torch.load(os.path.join(args.files, "checkpoint.pt"), weights_only=True)
+        state = kept | {k: v for k, v in state.items() if k.startswith("perceiver.")}
     if args.lm == "neox":  # published names; transformers 5 has another for its head
         names = {k: k.replace("embed_out.", "lm_head.") for k in state}
         state = {names[k]: v for k, v in state.items()}
@@ -38,6 +43,8 @@ def main():
     left = sorted(k for k in trained & set(report.missing_keys) if not second_name(k))
     if report.unexpected_keys or left:
         raise SystemExit(f"unexpected {report.unexpected_keys[:5]}, not loaded {left[:5]}")
+    if args.adapter:
+        model = adapted(model, args.adapter)
     with np.load(args.golden) as file:
         inputs = (file[k] for k in ("vision_x", "input_ids", "attention_mask"))
         vision, ids, mask = map(torch.from_numpy, inputs)
@@ -73,6 +80,19 @@ def fresh_model(files, every):
     visual = {k.removeprefix("visual."): v for k, v in clip.items() if k.startswith("visual.")}
     model.vision_encoder.load_state_dict(visual)
     return model.eval()
+
+
+def adapted(model, folder):
+    """Return the model with an adapter as PEFT loads it."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(model, folder)
+    pairs = {k for k, _ in model.named_parameters() if ".lora_A." in k}
+    print(f"{folder}: {len(pairs)} pairs")
+    wrong = [k for k in pairs if "lang_encoder." not in k]
+    if wrong or not pairs:
+        raise SystemExit(f"PEFT adapts {sorted(wrong)[:5]}")
+    return model
 
 
 def second_name(key):

@@ -8,6 +8,7 @@ import pytest
 from mmjax.models import checkpoints, registry
 from mmjax.models.fuyu import weights as fuyu
 from mmjax.models.fuyu.model import FuyuConfig
+from mmjax.models.views import Resized
 from mmjax.weights import rules as R
 from mmjax.weights.writer import Arrays
 
@@ -169,3 +170,14 @@ def test_unknown_families_are_refused_by_name():
         registry.detect({"model_type": "llava"}, ["x.weight"])
     with pytest.raises(registry.MMJaxError, match="did you mean 'fuyu'"):
         registry.family("fuyuu")
+
+
+@pytest.mark.parametrize("rows", [3, 7, 5])
+def test_a_resized_table_is_cut_or_ends_in_zeros(rows):
+    table, other = np.arange(10.0).reshape(5, 2) + 1, np.ones(4)
+    there = Resized(Arrays({"t": table, "o": other}), {"t": rows} if rows != 5 else {})
+    want = np.concatenate([table, np.zeros((2, 2))])[:rows]
+    assert there.shape("t") == want.shape and there.shape("o") == (4,)
+    assert np.array_equal(there.read("t"), want) and np.array_equal(there.read("o"), other)
+    for part in (slice(0, 1), slice(2, rows), slice(rows - 1, rows), slice(6, 7)):
+        assert np.array_equal(there.read("t", (part, slice(1, 2))), want[part, 1:])

@@ -25,6 +25,7 @@ __all__ = ["assemble"]  # a part of the contract that has a file of its own
 
 LAYOUTS = ("otter", "openflamingo")
 ADAPTER_LAYOUT = "otter"
+ADAPTER_TASK = None  # for PEFT the peers' models are modules like any other
 
 IGNORE = (
     r"^lang_encoder\.lm_head\.weight$",  # where the head is tied to the embedding
