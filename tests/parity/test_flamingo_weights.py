@@ -343,8 +343,8 @@ def test_lora_goes_out_and_comes_back_as_an_adapter_of_peft(instruct, mpt, tmp_p
     want = read_all(chain, **parts)
     to_hf.main([chain, str(tmp_path / "peft"), "--adapter", *options(parts)])
     about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    # CLIP has an attn.out_proj as well, and the resampler's containers are called 1.
-    targets = {"Wqkv", "decoder_layer.attn.out_proj", "feed_forward.1", "attn.to_kv"}
+    # CLIP has an out_proj as well, and the resampler a feed_forward.1 and a to_kv.
+    targets = {"Wqkv", "attn.out_proj", "gated_cross_attn_layer.feed_forward.1", "attn.to_kv"}
     assert targets < set(about["target_modules"]) and about["task_type"] is None
     got = read_all(tmp_path / "peft", base=mpt[1] / "checkpoint.pt", **mpt[2])
     assert got[0].lora == want[0].lora
