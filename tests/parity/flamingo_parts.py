@@ -10,7 +10,13 @@ from safetensors.torch import save_file
 from tests.parity import flamingo_peer
 
 GATED = ".gated_cross_attn_layer."
-TABLES = {"mpt": ["transformer.wte.weight"], "llama": ["model.embed_tokens.weight"]}
+TABLES = {  # with new rows and saved by the peer
+    "mpt": ["transformer.wte.weight"],
+    "mosaic1b": ["transformer.wte.weight"],
+    "llama": ["model.embed_tokens.weight"],
+    "neox": ["gpt_neox.embed_in.weight", "embed_out.weight"],
+    "opt": ["model.decoder.embed_tokens.weight"],
+}
 SPARE = 272  # rows of a hub's table beyond the tokenizer
 
 
@@ -38,13 +44,13 @@ def write_language_model(golden, folder):
     }
     first = golden.config["ids"]["endofchunk"]
     rows = first if golden.lm == "llama" else SPARE
-    (name,) = TABLES[golden.lm]
-    state[name] = np.full((rows, state[name].shape[1]), 7.0, np.float32)
+    for name in TABLES[golden.lm]:
+        state[name] = np.full((rows, state[name].shape[1]), 7.0, np.float32)
     if golden.lm == "llama":  # a head of its own, which OpenFlamingo does not save
         state["lm_head.weight"] = state["lm_head.weight"][:rows]
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     else:
-        state.pop("lm_head.weight")
+        state.pop("lm_head.weight", None)
     save_file(tensors(state), folder / "model.safetensors")
     (folder / "config.json").write_text(
         json.dumps({**golden.config["language"], "vocab_size": rows})

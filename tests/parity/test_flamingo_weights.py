@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +149,17 @@ def test_every_form_of_a_checkpoint_holds_the_same(mpt, whole, tmp_path, form):
     assert_same(read_all(tmp_path / "a.pt", **parts)[1], whole[1])
 
 
+@pytest.mark.parametrize("lm", ["mosaic1b", "neox", "opt"])
+def test_parts_of_every_language_model_are_the_peers_whole_state(lm, tmp_path):
+    golden = flamingo_golden.load(FOLDER / f"flamingo_{lm}.npz")
+    whole = read_all(flamingo_peer.write_folder(golden, tmp_path / "whole"))
+    (tmp_path / "parts").mkdir()
+    parts = flamingo_parts.write_parts(golden, tmp_path / "parts")
+    got = read_all(tmp_path / "parts" / "checkpoint.pt", **parts)
+    assert_same(got[1], whole[1])
+    assert (got[0].config.cross_every, got[0].config.vocab_size) == (golden.every, 261)
+
+
 def test_wrappers_names_are_taken_off(mpt, whole, tmp_path):
     state = flamingo_parts.trained_state(mpt[0])
     wrapped = {
@@ -253,6 +265,10 @@ def test_otters_folder_holds_the_same(request, tmp_path, lm):
         assert ckpt.config.perceiver.max_frames == 8
         want["perceiver.frame_embed"] = frames
     assert_same(got, want)
+    later = {k: v + 1 for k, v in state.items() if k.startswith("perceiver.layers.")}
+    torch.save(flamingo_parts.tensors(later), tmp_path / "final_weights.pt")
+    chained = read_all(f"{otter},{tmp_path / 'final_weights.pt'}")[1]
+    assert_same(chained, {k: v + k.startswith("perceiver.layers.") for k, v in want.items()})
     to_hf.main([str(otter), str(tmp_path / "out")])
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert_same(written, state)
@@ -377,6 +393,15 @@ def test_lora_without_its_scale_or_with_anothers_is_refused(instruct, tmp_path):
         checkpoints.open_checkpoint(chain, **bare, tuning_config=tmp_path / "t.json")
     with pytest.raises(MMJaxError, match="holds no LoRA weights"):
         checkpoints.open_checkpoint(chain.split(",")[0], **parts)
+    # Otter's config.json says it itself.
+    first, second = chain.split(",")
+    for name, file in (("a.pt", first), ("b.pt", second)):
+        shutil.copy(file, tmp_path / name)
+    config = json.loads((Path(first).parent / "config.json").read_text())
+    config["lora_config"] = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    opened = checkpoints.open_checkpoint(f"{tmp_path}/a.pt,{tmp_path}/b.pt", **bare)
+    assert (opened.lora.scale, opened.lora.dropout) == (3.0, 0.1)
     with pytest.raises(MMJaxError, match="FIRST.pt,SECOND.pt"):
         checkpoints.open_checkpoint(chain.split(",")[1], **parts)
 

@@ -216,7 +216,7 @@ def _sizes(
 ) -> dict[str, Any]:
     """Return the sizes of resampler and gated blocks, which no config.json states."""
     keys = set(trained.keys())
-    gate = next(key for key in keys if key.endswith(f".{GATED}.attn_gate"))
+    gate = min(key for key in keys if key.endswith(f".{GATED}.attn_gate"))
     block = gate.removesuffix("attn_gate")
 
     def shape(key: str) -> tuple[int, ...]:

@@ -41,7 +41,10 @@ def open_tower(path: str | Path) -> tuple[Reader, str, dict[str, Any]]:
     path = Path(path)
     reader = open_reader(path)
     keys = [key.removeprefix("module.") for key in reader.keys()]  # noqa: SIM118
-    stated = read_json(path, "config.json") or {} if path.is_dir() else {}
+    stated: dict[str, Any] = {}
+    if path.is_dir():
+        files = ("open_clip_config.json", "config.json")
+        stated = next((found for name in files if (found := read_json(path, name))), {})
     if any("vision_model." in key for key in keys):
         return Renamed(reader, _from_transformers), "otter", stated
     if "embeddings.class_embedding" in keys:
