@@ -77,21 +77,23 @@ FLAMINGO_TOY: dict[str, Any] = dict(
 
 
 def toy_flamingo(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Shrink a Flamingo recipe to seconds on a CPU, as ``toy_fuyu`` does."""
+    """Shrink a Flamingo recipe to seconds on a CPU, as ``toy_fuyu`` does.
+
+    Its sources keep their names, and what the recipe says about them.
+    """
     toy = toy_fuyu(recipe)
-    data = {k: v for k, v in toy["data"].items() if k not in ("weights", "counts")}
-    weights = data.get("loss_weights")
-    source = data["sources"]["train"]
-    if weights:  # sources of the same names, so that their weights mean something
-        data["sources"] = {name: source for name in weights}
-    template = data["template"].removesuffix("_chat")
-    chat = data["template"].endswith("_chat")
+    (picture,) = toy["data"]["sources"].values()
+    template = recipe["data"]["template"]
+    chat = template if isinstance(template, str) and template.endswith("_chat") else None
+    asked = chat.replace("_chat", "_prompt") if chat else "open_flamingo_caption_prompt"
     return {
         **toy,
         "model": {**toy["model"], "config": FLAMINGO_TOY},
-        "data": {**data, **dict(seq_len=96, max_patches=4)},
-        "eval": {
-            **toy["eval"],
-            "template": f"{template}_prompt" if chat else "open_flamingo_caption_prompt",
+        "data": {
+            **toy["data"],
+            "sources": {name: picture for name in recipe["data"]["sources"]},
+            **dict(seq_len=128, max_patches=4),
         },
+        "optim": {**recipe["optim"], "warmup": 0.1},
+        "eval": {**toy["eval"], "template": asked},
     }
