@@ -1,0 +1,73 @@
+"""Few-shot questions: which examples stand before a question, and how."""
+
+import pytest
+
+from mmjax.evals.few_shot import Demonstrations, join
+from mmjax.evals.runner import evaluate
+from mmjax.evals.tasks import Task
+from mmjax.types import Message, MMJaxError, Record
+
+
+def solved(i, marked=True):
+    mark = "<image>" if marked else ""
+    messages = (Message("user", f"{mark}What is {i}?"), Message("assistant", f"a{i}"))
+    return Record(messages, (f"picture {i}",), {"id": f"r{i}", "answers": [f"a{i}"]})
+
+
+POOL = [solved(i) for i in range(20)]
+
+
+def test_examples_come_first_each_with_its_picture():
+    asked = Demonstrations(POOL, 2).before(solved(99), 5)
+    assert [m.role for m in asked.messages] == ["user", "assistant"] * 3
+    numbers = [int(m.text[1:]) for m in asked.messages if m.role == "assistant"]
+    assert numbers[-1] == 99 and asked.meta["id"] == "r99"
+    assert list(asked.images) == [f"picture {n}" for n in numbers]
+
+
+def test_examples_are_a_function_of_the_question_and_never_itself():
+    demos = Demonstrations(POOL, 3)
+    drawn = {i: demos.before(POOL[i], i).images for i in range(20)}
+    assert drawn == {i: demos.before(POOL[i], i).images for i in range(20)}
+    assert len(set(drawn.values())) > 15
+    assert all(len(set(images)) == 4 for images in drawn.values())
+    other = Demonstrations(POOL, 3, seed=1)
+    assert other.before(POOL[0], 0).images != drawn[0]
+
+
+def test_a_small_pool_is_drawn_once_for_all():
+    demos = Demonstrations(POOL, 2, pool=4)
+    seen = {image for i in range(20) for image in demos.before(solved(99), i).images[:-1]}
+    assert len(seen) == 4
+
+
+def test_examples_without_pictures_and_pictures_without_marks():
+    asked = Demonstrations(POOL, 2, text_only=True).before(solved(99), 0)
+    assert asked.images == ("picture 99",)
+    assert [m.text.count("<image>") for m in asked.messages if m.role == "user"] == [0, 0, 1]
+    joined = join([solved(1, marked=False), solved(2, marked=False)])
+    assert [m.text for m in joined.messages if m.role == "user"] == [
+        "<image>What is 1?", "<image>What is 2?"
+    ]  # fmt: skip
+
+
+def test_a_task_asks_with_shots_and_says_so():
+    seen = []
+
+    def answer(records, resolution, max_new_tokens):
+        seen.extend(records)
+        return [r.meta["answers"][0] for r in records]
+
+    task = Task("few", [solved(i) for i in range(30, 33)], shots=4, demos=POOL)
+    results = evaluate([task], answer, progress=False)["few"]["test"]
+    assert results["accuracy"] == 1.0 and results["shots"] == 4
+    assert [len(r.images) for r in seen] == [5, 5, 5]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(MMJaxError, match="20 shots need more than the 20 records"):
+        Demonstrations(POOL, 20)
+    with pytest.raises(MMJaxError, match="shots 2, text_shots 0 and demos None"):
+        Task("t", POOL, shots=2)
+    with pytest.raises(MMJaxError, match="one of the two numbers together with demos"):
+        Task("t", POOL, shots=2, text_shots=2, demos=POOL)
