@@ -1,4 +1,4 @@
-"""Emoji: the right drawing with the right name, variants by their draw, and files that are whole."""
+"""Emoji: the right drawing with the right name, variants by their draw, files that are whole."""
 
 import base64
 import hashlib

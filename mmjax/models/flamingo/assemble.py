@@ -52,7 +52,7 @@ def assemble(
     _check_there(whole, trained, own, parts, where)
     every = _interval(trained, own, text, hf, where)
     vision = towers.tower_config(whole, tower_layout, stated, parts.vision_config)
-    sizes = _sizes(trained, own, text, vision, where)
+    sizes = _sizes(trained, own, text, vision, hf, where)
     folders = [Path(parts.lm)] if parts.lm is not None else []
     ids, known = _ids([*(file.parent for file in files), *folders]) if folders else ({}, None)
     rows, resized = _rows(whole, trained, own, hf, ids, known)
@@ -212,9 +212,10 @@ def _sizes(
     own: Architecture,
     text: Mapping[str, Any],
     vision: Mapping[str, Any],
+    hf: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
-    """Return the sizes of resampler and gated blocks, which no config.json states."""
+    """Return the sizes of resampler and gated blocks, which only our config.json states."""
     keys = set(trained.keys())
     gate = min(key for key in keys if key.endswith(f".{GATED}.attn_gate"))
     block = gate.removesuffix("attn_gate")
@@ -240,19 +241,24 @@ def _sizes(
                 f"{option} the one it was trained on"
             )
     layers = {int(key.split(".")[2]) for key in keys if key.startswith("perceiver.layers.")}
+    perceiver, cross = ({**(hf.get(f"{part}_config") or {})} for part in ("perceiver", "cross"))
+    # Heads are not in the shapes.
+    of_perceiver, of_cross = (x.get("head_dim", _HEAD_DIM) for x in (perceiver, cross))
     return {
         "max_num_frames": table("perceiver.frame_embs"),
         "perceiver_config": {
+            **perceiver,
             "num_layers": len(layers),
-            "num_heads": shape("perceiver.layers.0.0.to_q.weight")[0] // _HEAD_DIM,
-            "head_dim": _HEAD_DIM,
+            "num_heads": shape("perceiver.layers.0.0.to_q.weight")[0] // of_perceiver,
+            "head_dim": of_perceiver,
             "num_latents": latents,
             "ff_mult": shape("perceiver.layers.0.1.1.weight")[0] // media,
             "max_media": table("perceiver.media_time_embs"),
         },
         "cross_config": {
-            "num_heads": inner // _HEAD_DIM,
-            "head_dim": _HEAD_DIM,
+            **cross,
+            "num_heads": inner // of_cross,
+            "head_dim": of_cross,
             "ff_mult": shape(f"{block}ff.1.weight")[0] // width,
         },
     }
