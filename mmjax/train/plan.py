@@ -211,13 +211,17 @@ def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int)
     kept = _residuals(settings, settings.model, config, **trace)
     everything = dataclasses.replace(settings.model, remat="off")
     every = _residuals(settings, everything, config, **trace)
-    saved, whole = (sum(cut.bytes(r) for r in some if cut.in_layers(r)) for some in (kept, every))
+
+    def in_stack(some: list[jax.ShapeDtypeStruct], size: int) -> int:
+        return sum(cut.bytes(r) for r in some if cut.in_stack(r, size))
+
     tensor = mesh.shape["tensor"]
     logits = min(own, settings.loss_chunk)
     return {
         "kept": sum(map(cut.bytes, kept)),
         # What was not kept is there again while its layer is differentiated, and gradients of all.
-        "layer": (2 * whole - saved) // cut.layers,
+        # Where layers stand in groups it is a whole group: more than is there at once.
+        "layer": max((2 * in_stack(every, n) - in_stack(kept, n)) // n for n in cut.stacks),
         "head": 2 * logits * config.vocab_size * 4 // tensor,
     }
 
@@ -264,8 +268,9 @@ class _Cut:
         leaves = jax.tree.leaves((params, frozen))
         # A parameter that is kept in the dtype of the computation lies as the parameter does.
         self.like = {x.shape: x.sharding for x in leaves if math.prod(x.shape) > 1}
-        self.layers, on_tensor = 1, {axis for axis, to in RULES if to == "tensor"}
-        self.sizes = set()
+        on_tensor = {axis for axis, to in RULES if to == "tensor"}
+        # How many layers each stack has, the shapes of their weights, and what tensor cuts.
+        self.stacks, self.weights, self.sizes = set(), set(), set()
         for variable in jax.tree.leaves(
             (params, frozen), is_leaf=lambda x: isinstance(x, nnx.Variable)
         ):
@@ -273,12 +278,15 @@ class _Cut:
             shape = jax.tree.leaves(variable)[0].shape
             for axis, size in zip(axes, shape, strict=True):
                 if axis == "layers":
-                    self.layers = size
+                    self.stacks.add(size)
+                    self.weights.add(shape[1:])
                 elif axis in on_tensor:
                     self.sizes |= {size, size * rows}  # attention's rows are rows x heads
 
-    def in_layers(self, x: jax.ShapeDtypeStruct) -> bool:
-        return len(x.shape) > 1 and x.shape[0] == self.layers and x.shape not in self.like
+    def in_stack(self, x: jax.ShapeDtypeStruct, size: int) -> bool:
+        """Tell whether a residual is of the layers of a stack of this size, and no weight."""
+        layered = len(x.shape) > 2 and x.shape[0] == size
+        return layered and x.shape not in self.like and x.shape[1:] not in self.weights
 
     def bytes(self, x: jax.ShapeDtypeStruct) -> int:
         shape, size = tuple(x.shape), x.dtype.itemsize
