@@ -3,6 +3,7 @@
     python -m bench                                  train, decode and input, beside torch
     python -m bench --suite probe,attention,loss,train,decode,input,shard        everything
     python -m bench --suite train --out bench/results/train.jsonl
+    python -m bench --suite flamingo --out bench/results/flamingo.jsonl     beside OpenFlamingo
     python -m bench --report bench/results/*.jsonl   write the document from raw rows again
     python -m bench.convert                          conversions: memory and time
     python -m bench.pipeline                         the training pipeline: rate and memory
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,11 +50,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="raw rows, default bench/results/DEVICE.jsonl")
     parser.add_argument("--torchvision-python", help="interpreter with torchvision, for the peer")
+    parser.add_argument(
+        "--flamingo-python",
+        default=os.environ.get("FLAMINGO_PYTHON", str(ROOT / ".venv-flamingo" / "bin" / "python")),
+        help="interpreter with OpenFlamingo, for the peer of the flamingo suite: FLAMINGO_PYTHON,\n"
+        "or .venv-flamingo/bin/python, which `make .venv-flamingo/installed` makes",
+    )
     parser.add_argument("--report", type=Path, nargs="+", help="only write the document from these")
     args = parser.parse_args(argv)
     args.suites = args.suite.split(",")
     if unknown := [s for s in args.suites if s not in suites.SUITES]:
         parser.error(f"unknown suite {unknown[0]!r}; choose from {', '.join(suites.SUITES)}")
+    beside_flamingo = "flamingo" in args.suites and args.peer == "torch" and not args.report
+    if beside_flamingo and not shutil.which(args.flamingo_python):
+        parser.error(
+            "the flamingo suite's peer runs in an environment of its own, and there is no "
+            f"{args.flamingo_python}; `make .venv-flamingo/installed` makes it, or give "
+            "--flamingo-python PATH, or --peer none"
+        )
     args.device = args.device or ("gpu" if environment.gpu() else "cpu")
     name = "quick.jsonl" if args.quick else f"{args.device}.jsonl"
     args.out = args.out or ROOT / "bench" / "results" / name
@@ -89,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             peer=peer,
             quick=args.quick,
             torchvision_python=args.torchvision_python,
+            flamingo_python=args.flamingo_python,
             deadline=args.deadline,
         ):
             row["command"] = command.strip()

@@ -31,6 +31,45 @@ class Size:
         return self.patch**2 * 3
 
 
+@dataclasses.dataclass(frozen=True)
+class FlamingoSize:
+    """A Flamingo on an MPT: its language model, the interval of gated blocks, and its tower.
+
+    The resampler is as published, 6 layers and 64 latents, and as wide as the tower. The last three
+    of the vocabulary are <|endofchunk|>, <image> and padding. image, patch: sides in pixels.
+    """
+
+    vocab: int = 4096
+    d: int = 256
+    layers: int = 6
+    heads: int = 8
+    every: int = 2
+    image: int = 112
+    patch: int = 14
+    tower_d: int = 256
+    tower_layers: int = 4
+    tower_heads: int = 4
+    positions: int = 512
+
+    @property
+    def eoc(self) -> int:
+        """Token id of <|endofchunk|>; text has the ids below."""
+        return self.vocab - 3
+
+    @property
+    def media(self) -> int:
+        """Token id of <image>."""
+        return self.vocab - 2
+
+    @property
+    def pad(self) -> int:
+        """Token id of the filling."""
+        return self.vocab - 1
+
+
+SIZES = {"flamingo": FlamingoSize}
+"""The suites whose models are no Fuyus."""
+
 TINY = Size(vocab=512, d=64, layers=2, heads=4, mlp=128, patch=8)
 
 
@@ -52,7 +91,7 @@ class Case:
     work: float
     unit: str
     bound: float
-    size: Size = Size()
+    size: Size | FlamingoSize = Size()
     peers: tuple[str, ...] = ("",)
     impls: tuple[str, ...] = ("",)
     target: float | None = None
@@ -65,7 +104,7 @@ class Case:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Case:
-        return cls(**{**data, "size": Size(**data["size"])})
+        return cls(**{**data, "size": SIZES.get(data["suite"], Size)(**data["size"])})
 
 
 def train_cases(quick: bool, device: str) -> list[Case]:

@@ -67,12 +67,12 @@ class Train:
         from mmjax.parallel.mesh import use
         from mmjax.train import optim, state, step
 
-        settings = optim.OptimSettings(lr=LEARNING_RATE, schedule="constant", warmup=0)
+        settings = optim.OptimSettings(schedule="constant", warmup=0, **self.optimizer())
         self.jax, self.use = jax, use
         loaded = mmjax.load(folder)
         self.mesh = loaded.mesh
         with use(self.mesh):
-            names = set(paths.flatten(nnx.state(loaded.model)))
+            names = self.trained(list(paths.flatten(nnx.state(loaded.model))))
             tx = optim.make_optimizer(settings, 100)
             graphdef, params, self.frozen = state.split(loaded.model, names)
             replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
@@ -81,12 +81,30 @@ class Train:
             )
             start = jax.device_put(jnp.int32(0), replicated)
             self.state = state.TrainState(start, params, opt)
-            train_step = step.make_train_step(graphdef, tx, optim.schedule(settings, 100))
-            self.batch = jax.device_put(cases.train_batch(case))
+            train_step = step.make_train_step(
+                graphdef, tx, optim.schedule(settings, 100), rows=self.rows(case)
+            )
+            self.batch = jax.device_put(self.make_batch(case))
             begun = time.perf_counter()
             compiled = step.compile_step(train_step, self.state)
             self.compiled = compiled.lower(self.state, self.frozen, self.batch).compile()
             self.compile_s = time.perf_counter() - begun
+
+    def optimizer(self) -> dict[str, Any]:
+        """Return what differs from the defaults of ``OptimSettings``."""
+        return {"lr": LEARNING_RATE}
+
+    def trained(self, names: list[str]) -> set[str]:
+        """Return the parameters that are trained."""
+        return set(names)
+
+    def rows(self, case: Case) -> dict[str, Any]:
+        """Return the tables of which some rows alone are trained."""
+        return {}
+
+    def make_batch(self, case: Case) -> dict[str, np.ndarray]:
+        """Make the batch of every step."""
+        return cases.train_batch(case)
 
     def step(self) -> Any:
         """Do one optimizer step and wait for it."""
@@ -111,14 +129,18 @@ class Decode:
         import mmjax
 
         self.model = mmjax.load(folder)
-        tokens, patches = cases.decode_prompts(case)
-        self.examples = [
-            self.model.encode(t.tolist(), [p]) for t, p in zip(tokens, patches, strict=True)
-        ]
+        self.examples = self.make_examples(case)
         self.new = case.options["new"]
         begun = time.perf_counter()
         self.step()
         self.compile_s = time.perf_counter() - begun
+
+    def make_examples(self, case: Case) -> list[dict[str, np.ndarray]]:
+        """Make the encoded prompts."""
+        return [
+            self.model.encode(tokens.tolist(), [patches])
+            for tokens, patches in zip(*cases.decode_prompts(case), strict=True)
+        ]
 
     def step(self) -> list[np.ndarray]:
         """Generate all answers."""

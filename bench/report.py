@@ -171,6 +171,8 @@ def _about(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     if suite in ("attention", "loss"):
         return report_surveys.about_kernels(rows)
+    if suite == "flamingo":
+        return report_surveys.about_flamingo(rows)
     s = rows[0]["size"]
     compile_s = ", ".join(f"{r['case']}: {r['compile_s']:g}" for r in rows if not _repeats(r))
     notes = sorted({r["peer_note"] for r in rows if r.get("peer_note")})

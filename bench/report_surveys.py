@@ -88,6 +88,30 @@ def about_kernels(rows: Sequence[dict[str, Any]]) -> list[str]:
     return parts
 
 
+def about_flamingo(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the paragraph over Flamingo's table: sizes, the peer's settings, memory, compiling."""
+    s, train = rows[0]["size"], [r for r in rows if "trained" in r]
+    parts = [
+        f"The model: an MPT of width {s['d']}, {s['layers']} layers, {s['heads']} heads and "
+        f"vocabulary {s['vocab']:,}, a gated block before every {s['every']} layers; a tower of "
+        f"width {s['tower_d']}, {s['tower_layers']} layers and {s['tower_heads']} heads, pictures "
+        f"of {s['image']} and patches of {s['patch']} pixels; the published resampler, 6 layers "
+        "and 64 latents, at the tower's width."
+    ]
+    if train:
+        whole, trained = train[0]["parameters"], train[0]["trained"]
+        parts.append(f"{whole / 1e6:.1f} M parameters, of which {trained / 1e6:.1f} M are trained.")
+    if notes := sorted({r["peer_note"] for r in rows if r.get("peer_note")}):
+        parts.append(f"The peer's fastest settings were {'; '.join(notes)}.")
+    compile_s = {r["case"]: r["compile_s"] for r in rows}
+    listing = "; ".join(f"{case}: {seconds:g}" for case, seconds in compile_s.items())
+    parts.append(f"Seconds to compile ours, not in the times: {listing}.")
+    if train:
+        memory = "; ".join(f"{r['case']}: {_mb(r['temp_size_in_bytes'])}" for r in train)
+        parts.append(f"Temporary memory of ours, from the compiler: {memory}.")
+    return [" ".join(parts) + "\n"]
+
+
 def packed_gains(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return {packed case and implementation: its dense causal partner's time over its own}."""
     dense, gains = {}, {}

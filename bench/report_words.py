@@ -60,6 +60,23 @@ SUITES = {
         "is in the time. Parity: share of new tokens that differ (bound {bound:g}). Units are new "
         "tokens.",
     ),
+    "flamingo": (
+        "Flamingo",
+        "Beside OpenFlamingo's own code (open-flamingo 2.0.1 in an environment of its own, today's "
+        "torch and transformers), built by its factory on a random MPT; its state dict is the "
+        "checkpoint that mmjax reads. float32, dropout 0. *Train step*: language model and tower "
+        "are frozen; resampler, gated blocks and the embeddings of <image> and <|endofchunk|> are "
+        "trained, the loss is on what follows an image. `mmjax.train.step` against the peer's "
+        "forward with labels, backward, mask of the embedding's gradient, clipping and the fastest "
+        "of torch's plain, fused and foreach AdamW; ours normalises the pictures in the step, the "
+        "peer's are normalised beforehand. *Generation*: greedy answers to prompts with solved "
+        "examples, `mmjax.load(...).generate_tokens` against `Flamingo.generate`; the tower and "
+        "the prefill are in the time. `use_cache=False` is what the peer does unless told "
+        "otherwise, for that is MPT's default: the whole text again for each token; `use_cache="
+        "True` is the peer told to keep keys and values. Parity: largest relative difference of "
+        "losses and gradient norms over four optimizer steps (bound {bound:g}); share of new "
+        "tokens that differ (bound 0). Units are tokens, in generation new ones.",
+    ),
     "input": (
         "Processor",
         "`FuyuProcessor.encode_prompt` of one decoded RGB picture and a question against the "

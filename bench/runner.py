@@ -22,14 +22,15 @@ def run_cases(
     peer: str | None,
     quick: bool = False,
     torchvision_python: str | None = None,
+    flamingo_python: str | None = None,
     deadline: float = suites.DEADLINE,
 ) -> Iterator[dict[str, Any]]:
     """Measure cases one by one and yield their rows.
 
     peer: ``torch`` or None. torchvision_python: an interpreter of another environment that also
-    has torchvision; without one the peers that need it are left out. deadline: seconds a suite has
-    from its first case on. What is not measured by then, and what fails, becomes a row with its
-    ``error``, and the run goes on.
+    has torchvision, flamingo_python: of one that has OpenFlamingo; without one the peers that need
+    it are left out. deadline: seconds a suite has from its first case on. What is not measured by
+    then, and what fails, becomes a row with its ``error``, and the run goes on.
     """
     ends: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -39,6 +40,8 @@ def run_cases(
                 makers["peer"] = {"name": "peer"}
                 if torchvision_python and suite in ("input", "all"):
                     makers["torchvision"] = {"name": "peer", "python": torchvision_python}
+                if flamingo_python:
+                    makers["flamingo"] = {"name": "peer", "python": flamingo_python}
             sides = Sides(
                 {key: {**maker, "cores": cores, "device": device} for key, maker in makers.items()}
             )
@@ -93,6 +96,7 @@ def _pairs(case: Case, sides: Sides) -> Iterator[tuple[str, str | None, str | No
             if i and j:
                 continue  # our other variants are compared with the peer's first one alone
             key = "torchvision" if peer_impl == "torchvision" else "peer"
+            key = "flamingo" if case.suite == "flamingo" else key
             if key in sides and case.peers:
                 yield impl, peer_impl, key
             elif not j:
@@ -106,9 +110,9 @@ def _measured(
     """Prepare both sides, compare what they return, then measure them in turns."""
     ours = sides.get("ours", until)
     peer = sides.get(peer_key, until) if peer_key else None
-    model = folder / f"model-{case.size.d}-{case.size.layers}"
-    if case.suite in ("train", "decode") and not model.exists():
-        (peer or ours).call("write_model", size=case.to_json()["size"], folder=str(model))
+    model = folder / f"{type(case.size).__name__}-{case.size.d}-{case.size.layers}"
+    if case.suite in ("train", "decode", "flamingo") and not model.exists():
+        (peer or ours).call("write_model", case=case.to_json(), folder=str(model))
     outputs = {}
     prepared = {}
     for side, variant in ((ours, impl), (peer, peer_impl)):
@@ -146,10 +150,10 @@ def _verdict(case: Case, errors: Mapping[str, float] | None) -> dict[str, Any]:
 def parity(suite: str, ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]):
     """Compare both sides' outputs; returns {what: error}, infinite where shapes differ.
 
-    train: largest relative difference of losses and gradient norms over four optimizer steps.
-    decode: share of new tokens that differ. input: share of tokens that differ, and the largest
-    difference of patches in grey levels. attention, loss: largest difference over largest value, of
-    each output.
+    train, and flamingo's train steps: largest relative difference of losses and gradient norms over
+    four optimizer steps. decode, and flamingo's generation: share of new tokens that differ. input:
+    share of tokens that differ, and the largest difference of patches in grey levels. attention,
+    loss: largest difference over largest value, of each output.
     """
     errors = {}
     for name, a in ours.items():

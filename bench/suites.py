@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from types import ModuleType
 
-from bench import cases, kernels, probe, shard
+from bench import cases, flamingo, kernels, probe, shard
 from bench.cases import Case
 
 SUITES = {
@@ -15,6 +17,9 @@ SUITES = {
     "loss": (kernels.loss_cases, "bench.kernels_ours:Loss", "bench.kernels_torch:Loss"),
     "train": (cases.train_cases, "bench.ours:Train", "bench.torch_peer:Train"),
     "decode": (cases.decode_cases, "bench.ours:Decode", "bench.torch_peer:Decode"),
+    "flamingo": (
+        flamingo.flamingo_cases, "bench.flamingo_ours:make", "bench.flamingo_torch:make",
+    ),
     "input": (cases.input_cases, "bench.ours:Input", "bench.torch_peer:Input"),
     "shard": (shard.shard_cases, "bench.shard:Shard", None),
 }  # fmt: skip
@@ -31,7 +36,12 @@ def cases_of(suite: str, quick: bool = False, device: str = "cpu") -> list[Case]
     return SUITES[suite][0](quick, device)
 
 
-def side_of(suite: str, side: str) -> type:
-    """Return the class that runs a suite's cases on a side, ours or peer."""
-    module, _, name = SUITES[suite][1 if side == "ours" else 2].partition(":")
-    return getattr(importlib.import_module(module), name)
+def module_of(suite: str, side: str) -> ModuleType:
+    """Return the module that runs a suite's cases on a side, ours or peer."""
+    return importlib.import_module(SUITES[suite][1 if side == "ours" else 2].partition(":")[0])
+
+
+def side_of(suite: str, side: str) -> Callable:
+    """Return what makes a case of a suite on a side: its class, or a function that chooses one."""
+    name = SUITES[suite][1 if side == "ours" else 2].partition(":")[2]
+    return getattr(module_of(suite, side), name)

@@ -210,7 +210,9 @@ def check_gpu() -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that matter on this side."""
-    found = environment.versions("torch", "transformers", "torchvision", "pillow")
+    found = environment.versions(
+        "torch", "transformers", "torchvision", "pillow", "open-flamingo", "open_clip_torch"
+    )
     if torch.version.cuda:
         found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return found

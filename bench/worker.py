@@ -56,11 +56,10 @@ class Worker:
         """Return library versions."""
         return self.module.versions()
 
-    def write_model(self, size: dict, folder: str) -> dict:
+    def write_model(self, case: dict, folder: str) -> dict:
         """Write a random model for both sides (the peer's request)."""
-        from bench.cases import Size
-
-        self.module.write_model(Size(**size), folder)
+        found = Case.from_json(case)
+        suites.module_of(found.suite, self.side).write_model(found.size, folder)
         return {}
 
     def prepare(
