@@ -151,5 +151,14 @@ class Linear(nnx.Module):
 
 
 def _contract(x: Array, kernel: Array, n: int) -> Array:
-    axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+    # As matrices: of several axes, XLA's CPU backend transposes x for the gradient of the kernel,
+    # and the kernel for that of x, before it multiplies. On several devices the axes stay apart,
+    # because they may be cut.
+    rows, d_out = x.shape[: x.ndim - n], kernel.shape[n:]
+    size = math.prod(x.shape[x.ndim - n :])
+    y = x.reshape(math.prod(rows), size) @ kernel.reshape(size, math.prod(d_out))
+    return y.reshape(*rows, *d_out)
