@@ -57,6 +57,19 @@ class LoRA:
 _DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout", default=None)
 
 
+_AS_MATRICES: contextvars.ContextVar[bool] = contextvars.ContextVar("as_matrices", default=True)
+
+
+@contextlib.contextmanager
+def axes_apart() -> Iterator[None]:
+    """Keep the axes of linear maps apart on one CPU too: as programs of other devices have them."""
+    token = _AS_MATRICES.set(False)
+    try:
+        yield
+    finally:
+        _AS_MATRICES.reset(token)
+
+
 @contextlib.contextmanager
 def adapter_dropout(key: Array | None) -> Iterator[None]:
     """Drop inputs of adapters while a model is traced inside; None, the default, drops nothing.
@@ -152,12 +165,12 @@ class Linear(nnx.Module):
 
 def _contract(x: Array, kernel: Array, n: int) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
+    one = mesh.empty or mesh.size == 1
+    if not (one and jax.default_backend() == "cpu" and _AS_MATRICES.get()):
         axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         return jax.lax.dot_general(x, kernel, (axes, ((), ())))
     # As matrices: of several axes, XLA's CPU backend transposes x for the gradient of the kernel,
-    # and the kernel for that of x, before it multiplies. On several devices the axes stay apart,
-    # because they may be cut.
+    # and the kernel for that of x, before it multiplies.
     rows, d_out = x.shape[: x.ndim - n], kernel.shape[n:]
     size = math.prod(x.shape[x.ndim - n :])
     y = x.reshape(math.prod(rows), size) @ kernel.reshape(size, math.prod(d_out))

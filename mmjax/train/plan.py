@@ -25,7 +25,7 @@ from rich.table import Table
 
 from mmjax.models import registry
 from mmjax.nn import paths
-from mmjax.nn.linear import adapter_dropout
+from mmjax.nn.linear import adapter_dropout, axes_apart
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import RULES, batch_sharding
 from mmjax.train import frozen as frozen_part
@@ -249,7 +249,8 @@ def _residuals(
 
             return jax.vjp(loss, params)[1]
 
-        jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
+        with axes_apart():
+            jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
     inputs, found = set(map(id, (*jaxpr.invars, *jaxpr.constvars))), {}
     for eqn in jaxpr.eqns:  # the same memory in another shape, such as layers in groups
         if eqn.primitive.name == "reshape" and id(eqn.invars[0]) in inputs:

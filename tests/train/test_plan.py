@@ -60,7 +60,8 @@ def recipe(name, devices, remat=None, **changes):
 @pytest.mark.parametrize(
     "case, within",
     [
-        (small("full", optimizer="adafactor", accumulate=2), 0.1),
+        # One CPU multiplies matrices and transposes less than the devices that plans are for.
+        (small("full", optimizer="adafactor", accumulate=2), 0.12),
         (small("names", rank=4, mesh={"fsdp": 2, "tensor": 2}), 0.25),
     ],
 )
