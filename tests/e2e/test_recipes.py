@@ -23,8 +23,10 @@ from tests.data import emoji_files
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name[0] != "_")
-# Recipes whose toy is another's but for its name and the length of a full-size run.
+# Recipes whose toy is another's but for its name, its sizes and what only a full-size run has.
 SAME_TOY = {
+    "otterhd_512": "otterhd_8b",
+    "otterhd_1024": "otterhd_8b",
     "openflamingo_4b": "openflamingo_3b",
     "openflamingo_9b": "openflamingo_3b",
     "otter_video": "otter_9b",
@@ -113,7 +115,8 @@ def test_resolutions_can_be_set_from_the_command_line():
 def test_a_toy_is_the_one_that_goes_all_the_way(name):
     one, other = (resolve_recipe(f"{ROOT}/configs/{n}.py:quick") for n in (name, SAME_TOY[name]))
     differ = {k for k in one if one[k] != other[k]}
-    assert differ <= {"name", "model", "lora"}
+    assert differ <= {"name", "model", "lora", "data"}
+    assert {k for k in one.data if one.data[k] != other.data[k]} <= {"resolutions"}
     assert {k for k in one.model if one.model[k] != other.model[k]} <= {"plan_config"}
     assert {k for k in one.lora if one.lora[k] != other.lora[k]} <= {"rank", "alpha", "targets"}
 
