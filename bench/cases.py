@@ -224,3 +224,12 @@ def normalised(levels: np.ndarray) -> np.ndarray:
 
 def _text(rng: np.random.Generator, size: Size, shape: tuple[int, ...]) -> np.ndarray:
     return rng.integers(8, size.vocab, shape).astype(np.int32)
+
+
+def first_steps(step) -> dict[str, np.ndarray]:
+    """Return the losses and gradient norms of a peer's first four steps; step() -> (loss, norm)."""
+    pairs = [step() for _ in range(4)]
+    return {
+        name: np.array([float(pair[i]) for pair in pairs])
+        for i, name in enumerate(("loss", "grad_norm"))
+    }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench import flamingo
-from bench.cases import Case, FlamingoSize
+from bench.cases import Case, FlamingoSize, first_steps
 from tests.golden import flamingo_peer
 
 FACTORY = flamingo_peer.import_peer()  # before transformers, which would stumble over torchvision
@@ -193,11 +193,7 @@ class Train:
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Return the losses and gradient norms of the first four steps."""
-        pairs = [self.step() for _ in range(4)]
-        return {
-            "loss": np.array([float(a) for a, _ in pairs]),
-            "grad_norm": np.array([float(b) for _, b in pairs]),
-        }
+        return first_steps(self.step)
 
     @property
     def note(self) -> str:

@@ -15,6 +15,7 @@ from flax import nnx
 
 import mmjax
 from mmjax.models import registry
+from mmjax.models.json_files import read_json
 from mmjax.models.parts import Assembled, Parts, split_chain
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.nn import paths
@@ -88,7 +89,7 @@ def open_checkpoint(
     for one in chain:
         refuse_incomplete(one)
     folders = tuple(dict.fromkeys(p if p.is_dir() else p.parent for p in chain))
-    hf = next((found for f in folders if (found := read_json(f / "config.json"))), {})
+    hf = next((found for f in folders if (found := read_json(f, "config.json"))), {})
     path = chain[0]
     if len(chain) == 1 and path.is_dir() and ("mmjax" in hf or (path / PARAMS).is_dir()):
         if given.given():
@@ -203,7 +204,7 @@ def _open_adapter(
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
-    about = read_json(folder / "adapter_config.json")
+    about = read_json(folder, "adapter_config.json")
     if not about:
         raise MMJaxError(
             f"{folder}: LoRA weights without adapter_config.json, which holds their scale; "
@@ -244,7 +245,7 @@ def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Che
     family, config: of the model they stand beside; its own weights are not needed.
     """
     path = Path(path)
-    hf = read_json(path / "config.json")
+    hf = read_json(path, "config.json") or {}
     if path.is_dir() and ("mmjax" in hf or (path / PARAMS).is_dir()):
         found = _open_converted(path, hf)
         if found.lora is None:
@@ -274,16 +275,6 @@ def merged(ckpt: Checkpoint) -> Checkpoint:
     reader = Merged(Canonical(ckpt.reader, ckpt.rules, shapes), ckpt.lora)
     same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
     return dataclasses.replace(ckpt, reader=reader, rules=same, ignore=(), lora=None)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object, {} where there is no file; raises MMJaxError naming the line."""
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise MMJaxError(f"{file}: not a JSON object ({error}); download it again") from error
 
 
 def abstract_params(

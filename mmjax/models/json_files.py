@@ -21,7 +21,9 @@ def read_json(folder: str | os.PathLike, file: str) -> dict[str, Any] | None:
         with open(path, encoding="utf-8") as stream:
             data = json.load(stream)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MMJaxError(f"{path}: not valid JSON ({error}); copy it anew") from error
+        raise MMJaxError(f"{path}: not a JSON object ({error}); download it again") from error
     if not isinstance(data, dict):
-        raise MMJaxError(f"{path}: expected a JSON object, got {type(data).__name__}")
+        raise MMJaxError(
+            f"{path}: not a JSON object but a {type(data).__name__}; download it again"
+        )
     return data

@@ -120,7 +120,9 @@ def make_plan(
                 graphdef, tx, rate,
                 accumulate=accumulate, loss_chunk=settings.loss_chunk, rows=rows,
             )  # fmt: skip
-            found = compile_step(fn, state).lower(state, frozen, batch).compile().memory_analysis()
+            step = compile_step(fn, state)
+            with axes_apart():  # the program of other devices, as what it is held beside
+                found = step.lower(state, frozen, batch).compile().memory_analysis()
             compiled = found.argument_size_in_bytes + found.temp_size_in_bytes
             compiled += found.output_size_in_bytes - found.alias_size_in_bytes
     micro = data.batch_size // accumulate // ways

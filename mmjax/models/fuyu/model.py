@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
-from mmjax.nn.cache import Cache
 from mmjax.nn.linear import DTypes, Linear, LoRA
-from mmjax.ops import ranges
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, MMJaxError
 
@@ -152,7 +151,7 @@ def _theta(hf: dict, nested: dict, rope: dict, default: float) -> float:
     return default
 
 
-class Fuyu(nnx.Module):
+class Fuyu(CausalModel):
     """A patch projection and a decoder: no vision encoder, no image positions, any image size."""
 
     def __init__(
@@ -202,50 +201,3 @@ class Fuyu(nnx.Module):
             return patches
         mean, std = self.config.image_mean * 255.0, self.config.image_std * 255.0
         return (patches.astype(jnp.float32) - mean) / std
-
-    def __call__(self, batch: Batch, at: Array | None = None) -> Array:
-        """Return hidden states [b, t, d] of a batch; see ``mmjax.types.Batch``.
-
-        at: int32[b, m], the positions whose states [b, m, d] are wanted; None for all.
-        """
-        k_start, k_end = ranges.from_segments(batch["segment_ids"])
-        x = self.embed(batch)
-        return self.decoder(x, batch["positions"], k_start=k_start, k_end=k_end, at=at)[0]
-
-    def logits(self, hidden: Array) -> Array:
-        """Return float32 logits [..., v]."""
-        return self.decoder.logits(hidden)
-
-    def prefill(
-        self, batch: Batch, lengths: Array, cache: Cache, layers=None
-    ) -> tuple[Array, Cache]:
-        """Run right-padded prompts and fill the cache.
-
-        lengths: int32[b]. layers: as in ``decode``. Returns the hidden state [b, d] of each
-        prompt's last token, and the cache with its lengths set. Causality alone hides the padding,
-        which stands at the end.
-        """
-        at = (lengths - 1)[:, None]
-        hidden, cache = self.decoder(
-            self.embed(batch), batch["positions"], at=at, cache=cache, layers=layers
-        )
-        return hidden[:, 0], Cache(cache.k, cache.v, lengths.astype(jnp.int32))
-
-    def decode(self, tokens: Array, cache: Cache, layers=None) -> tuple[Array, Cache]:
-        """Run one text token per row, int32[b], at the end of the cache; returns [b, d].
-
-        layers: those of ``unstack()``, beside an unstacked cache; None scans the stacked ones.
-        """
-        x = self.decoder.embed(tokens[:, None])
-        hidden, cache = self.decoder(
-            x, cache.length[:, None], cache=cache, decode=True, layers=layers
-        )
-        return hidden[:, 0], cache
-
-    def unstack(self):
-        """Return the decoder's layers one by one; see ``Decoder.unstack``."""
-        return self.decoder.unstack()
-
-    def init_cache(self, b: int, s: int, dtype=None) -> Cache:
-        """Return an empty cache for b rows of s tokens."""
-        return self.decoder.init_cache(b, s, dtype)

@@ -6,14 +6,11 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
-from jax import Array
 
+from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
-from mmjax.nn.cache import Cache
 from mmjax.nn.linear import DTypes, LoRA
-from mmjax.ops import ranges
-from mmjax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +71,7 @@ def _one(token: int | list[int] | None) -> int | None:
     return token[0] if isinstance(token, list) else token
 
 
-class Language(nnx.Module):
+class Language(CausalModel):
     """A decoder over its own token embeddings."""
 
     def __init__(
@@ -90,36 +87,3 @@ class Language(nnx.Module):
         self.config = config
         run = dict(remat=remat, attention=attention)
         self.decoder = Decoder(config.decoder, dtypes=dtypes, rngs=rngs, lora=lora, **run)
-
-    def __call__(self, batch: Batch, at: Array | None = None) -> Array:
-        """Return hidden states [b, t, d], or [b, m, d] at the positions ``at``, int32[b, m]."""
-        k_start, k_end = ranges.from_segments(batch["segment_ids"])
-        x = self.decoder.embed(batch["tokens"])
-        return self.decoder(x, batch["positions"], k_start=k_start, k_end=k_end, at=at)[0]
-
-    def logits(self, hidden: Array) -> Array:
-        """Return float32 logits [..., v]."""
-        return self.decoder.logits(hidden)
-
-    def prefill(
-        self, batch: Batch, lengths: Array, cache: Cache, layers=None
-    ) -> tuple[Array, Cache]:
-        """Run right-padded prompts; returns the last tokens' states [b, d] and the filled cache."""
-        x, at = self.decoder.embed(batch["tokens"]), (lengths - 1)[:, None]
-        hidden, cache = self.decoder(x, batch["positions"], at=at, cache=cache, layers=layers)
-        return hidden[:, 0], dataclasses.replace(cache, length=lengths)
-
-    def decode(self, tokens: Array, cache: Cache, layers=None) -> tuple[Array, Cache]:
-        """Run one token a row, int32[b], at the end of the cache; returns [b, d]."""
-        x = self.decoder.embed(tokens[:, None])
-        at = cache.length[:, None]
-        hidden, cache = self.decoder(x, at, cache=cache, decode=True, layers=layers)
-        return hidden[:, 0], cache
-
-    def unstack(self):
-        """Return the decoder's layers one by one; see ``Decoder.unstack``."""
-        return self.decoder.unstack()
-
-    def init_cache(self, b: int, s: int, dtype=None) -> Cache:
-        """Return an empty cache for b rows of s tokens."""
-        return self.decoder.init_cache(b, s, dtype)
