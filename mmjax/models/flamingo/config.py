@@ -8,7 +8,7 @@ from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.flamingo.cross_attention import CrossAttentionConfig
-from mmjax.models.flamingo.normalisation import CLIP_MEAN, CLIP_STD
+from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.flamingo.perceiver import PerceiverConfig
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.vit import ViTConfig

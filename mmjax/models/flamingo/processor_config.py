@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mmjax.data.images import MAX_PIXELS
-from mmjax.models.flamingo.normalisation import CLIP_MEAN, CLIP_STD
+from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.json_files import read_json
 from mmjax.types import MMJaxError
 
