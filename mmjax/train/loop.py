@@ -65,6 +65,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         names = plan.names()
         chosen = train_state.chosen_by(settings, names)
         optim.check_decay(settings.optim, names)
+        own_rate = optim.by_rate(settings.optim, chosen)
         tx = optim.make_optimizer(settings.optim, settings.steps)
         schedule = optim.schedule(settings.optim, settings.steps)
         _, abstract, abstract_frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
@@ -78,6 +79,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         lead = jax.process_index() == 0
         if lead:
             write_config(settings, workdir)
+            told |= startup.rate_lines(own_rate, settings.optim, abstract.params)
             told |= trained_rows.describe(rows, plan.processor)
             if plan.source_rows:
                 size = plan.config.vocab_size
@@ -107,7 +109,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
                 seed=settings.seed, num_sources=len(batches.source_names),
                 max_loss=settings.bad_steps.max_loss,
                 skip_bad=settings.bad_steps.action == "skip",
-                rows=rows, source_weights=weights,
+                rows=rows, source_weights=weights, rates=optim.shares(settings.optim),
             ),
             abstract,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import jax
@@ -22,6 +22,17 @@ DECAYED = ("*kernel", "*lora_a", "*lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
+class RateSettings:
+    """Some parameters have a peak learning rate of their own; the schedule keeps its shape.
+
+    params: a glob pattern on dotted names, such as ``projector.*``. lr: their peak.
+    """
+
+    params: str
+    lr: float
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimSettings:
     """An optimizer and its schedule. What it keeps, in bytes a parameter:
 
@@ -31,6 +42,8 @@ class OptimSettings:
     makes orthogonal, and AdamW's moments for everything else. Second moments are float32 always.
 
     lr: the peak, in AdamW's measure for all but lion, which takes a third to a tenth of it.
+    rates: parameters with another peak than ``lr``; of several that match, the first one counts.
+    As in torch's parameter groups their weight decay is times their own learning rate.
     warmup: steps of linear warm-up, or a share of all steps when below 1.
     final_lr: the last learning rate as a share of the peak (cosine and linear).
     b1, b2: decays of the moments. Adafactor has a schedule of its own for the second; lion is
@@ -44,6 +57,7 @@ class OptimSettings:
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     lr: float = 1e-5
+    rates: tuple[RateSettings, ...] = ()
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
     final_lr: float = 0.0
@@ -94,8 +108,47 @@ def check_decay(settings: OptimSettings, names: Sequence[str]) -> None:
             )
 
 
+def by_rate(settings: OptimSettings, trained: Collection[str]) -> dict[str, list[str]]:
+    """Return the trained parameters that each of ``optim.rates`` is for, by its pattern.
+
+    Raises MMJaxError for one that is left with no trained parameter, and rates that cannot work.
+    """
+    found: dict[str, list[str]] = {}
+    for one in settings.rates:
+        if not (settings.lr > 0 and math.isfinite(one.lr) and one.lr >= 0):
+            raise MMJaxError(
+                f"optim.rates gives {one.params!r} the rate {one.lr}, beside optim.lr "
+                f"{settings.lr}; a rate is at least 0 and lr above it (to train nothing else, "
+                "freeze the rest)"
+            )
+        matched = fnmatch.filter(sorted(trained), one.params)
+        if not matched:
+            raise MMJaxError(
+                f"optim.rates pattern {one.params!r} matches no trained parameter; names look like "
+                f"{', '.join(sorted(trained)[:4])}{nearest(one.params, trained)}"
+            )
+        left = [name for name in matched if _rate(settings, name) is one]
+        if one.params in found or not left:
+            raise MMJaxError(
+                f"optim.rates pattern {one.params!r} is left with no parameter: patterns before it "
+                "match them all, and the first counts; put it in front of them, or drop it"
+            )
+        found[one.params] = left
+    return found
+
+
+def shares(settings: OptimSettings) -> dict[str, float]:
+    """Return the rates of ``optim.rates`` as shares of ``lr``, by their patterns."""
+    return {one.params: one.lr / settings.lr for one in settings.rates}
+
+
+def _rate(settings: OptimSettings, name: str) -> RateSettings | None:
+    matching = (one for one in settings.rates if fnmatch.fnmatchcase(name, one.params))
+    return next(matching, None)
+
+
 def make_optimizer(settings: OptimSettings, steps: int) -> optax.GradientTransformation:
-    """Build an optimizer: clipping, the named update, decay by pattern, the learning rate.
+    """Build an optimizer: clipping, the named update, decay and the learning rate by pattern.
 
     adamw is Loshchilov & Hutter 2019, the same update as torch's AdamW after ``clip_grad_norm_``.
     """
@@ -110,7 +163,18 @@ def make_optimizer(settings: OptimSettings, steps: int) -> optax.GradientTransfo
         ),
         optax.scale_by_learning_rate(schedule(settings, steps)),
     )
-    return optax.chain(clip, update)
+    return optax.chain(clip, update, *([_at_their_rates(settings)] if settings.rates else []))
+
+
+def _at_their_rates(settings: OptimSettings) -> optax.GradientTransformation:
+    """Scale the finished updates of the parameters that have a learning rate of their own."""
+    share = shares(settings)
+
+    def scale(name: str, update):
+        one = _rate(settings, name)
+        return update if one is None else update * share[one.params]
+
+    return optax.stateless(lambda updates, _: map_named(scale, updates))
 
 
 def mu_dtype(settings: OptimSettings) -> str:

@@ -104,6 +104,7 @@ def make_plan(
         names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
         chosen = train_state.chosen_by(settings, names)
         optim.check_decay(settings.optim, names)
+        optim.by_rate(settings.optim, chosen)
         tx = optim.make_optimizer(settings.optim, settings.steps)
         graphdef, state, frozen = train_state.abstract_state(make, chosen, tx, mesh)
         frozen = frozen_part.cast_abstract(frozen, settings.model.frozen_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ from mmjax.monitor.terminal import startup_table
 from mmjax.nn import paths
 from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
+from mmjax.train.optim import OptimSettings
 from mmjax.train.settings import RunSettings
 
 
@@ -29,6 +30,21 @@ def print_startup(
         **told,
     }
     Console().print(startup_table(dict(mesh.shape), rows, facts))
+
+
+def rate_lines(own: Mapping[str, Sequence[str]], settings: OptimSettings, params) -> dict[str, str]:
+    """Return a line that tells learning rates, where parameters have other peaks than ``lr``.
+
+    own: the parameters of each pattern of ``optim.rates``. params: the trained ones, abstract.
+    """
+    if not own:
+        return {}
+    sizes = {name: math.prod(x.shape) for name, x in paths.flatten(params).items()}
+    parts = [
+        f"{one.lr:g} for {one.params} ({sum(sizes[name] for name in own[one.params]):,} parameters)"
+        for one in settings.rates
+    ]
+    return {"learning rate": ", ".join([f"{settings.lr:g}", *parts])}
 
 
 def part_rows(

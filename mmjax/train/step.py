@@ -33,6 +33,7 @@ def make_train_step(
     skip_bad: bool = False,
     rows: Mapping[str, Rows] = MappingProxyType({}),
     source_weights: Sequence[float] | None = None,
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return step(state, frozen, batch) -> (state, metrics).
 
@@ -46,6 +47,7 @@ def make_train_step(
     rows: tables of which some rows alone are trained, by name; see ``mmjax.train.rows``.
     source_weights: the loss is then sum_s w_s mean_s, each mean over the targets of its own source
         in the whole batch, not the mean over all of them; a source without any adds nothing.
+    rates: learning rates of some parameters as shares of the schedule's; they are only told.
 
     The metrics are scalars, and ``source_loss``, ``source_targets`` float32[sources].
     """
@@ -99,6 +101,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": norm,
             "lr": schedule(state.step),
+            **{f"lr/{name}": schedule(state.step) * share for name, share in rates.items()},
             "target_tokens": count,
             "tokens": tokens,
             "padding": 1.0 - tokens / batch["segment_ids"].size,

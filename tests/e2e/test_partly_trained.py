@@ -47,7 +47,10 @@ def settings(steps):
                 max_images=2,
                 **dict(seq_len=128, max_patches=4, max_targets=32, batch_size=2),
             ),
-            optim=dict(lr=1e-2, warmup=0, schedule="constant", decay=("cross.*",)),
+            optim=dict(
+                rates=(dict(params="cross.*", lr=5e-3),),
+                **dict(lr=1e-2, warmup=0, schedule="constant", decay=("cross.*",)),
+            ),
             log=dict(every=1, samples=2, pictures=2, tensorboard=False),
         ),
     )
@@ -97,6 +100,7 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path):
     assert Image.open(drawn[0]).width == 1024
     rows = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     last = next(r for r in rows if r.get("step") == 4)
+    assert (last["train/lr"], last["train/lr/cross.*"]) == pytest.approx((1e-2, 5e-3))
     parts = {k: last[f"train/loss/{k}"] for k in ("chat", "choice") if f"train/loss/{k}" in last}
     want = sum({"chat": 0.2, "choice": 1.0}[k] * v for k, v in parts.items())
     np.testing.assert_allclose(last["train/loss"], want, rtol=1e-5)
