@@ -133,7 +133,22 @@ class ConvPatch:
         return 3
 
 
-identity, transpose, flat, conv_patch = Identity(), Dense(1), Reshape(), ConvPatch()
+@dataclasses.dataclass(frozen=True)
+class ConvPixel:
+    """A torch Conv2d of one pixel, which is a Linear: theirs [out, in, 1, 1], ours [in, out]."""
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        return ours[1], ours[0], 1, 1
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        return theirs[:, :, 0, 0].T
+
+    def axis(self, ours: Shape) -> int:
+        return 1
+
+
+identity, transpose, flat = Identity(), Dense(1), Reshape()
+conv_patch, conv_pixel = ConvPatch(), ConvPixel()
 
 
 def reshape_in(n_in: int) -> Dense:
