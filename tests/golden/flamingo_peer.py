@@ -36,14 +36,7 @@ RENAMES = {"mosaic1b": MOSAIC, "neox": {"lm_head.": "embed_out."}}
 
 def import_peer():
     """Return open_flamingo's factory module."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:  # no C++ operators beside this torch; only pure-python transforms are used
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_peer.library = library  # a library that is collected takes its operators away
-        forget("torchvision")
+    import_torchvision()
     from open_flamingo.src import factory
 
     mixin = factory.FlamingoLMMixin
@@ -51,6 +44,18 @@ def import_peer():
         mixin.published_forward = mixin.forward
         mixin.forward = forward_without_mask
     return factory
+
+
+def import_torchvision():
+    """Import torchvision, of which only pure-Python parts are used."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # no C++ operators beside this torch
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import_torchvision.library = library  # one that is collected takes its operators away
+        forget("torchvision")
 
 
 def forget(package):
