@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mmjax.weights import tables
 from mmjax.weights.rules import Rule, conv_patch
+
+IGNORE = (
+    r"^proj$",  # into the space of a text tower
+    r"^head\.",  # SigLIP's pooling
+    r"^embeddings\.position_ids$",
+)
+"""Keys behind a root that are no part of a tower here; what is exported does not have them."""
 
 
 def open_clip(root: str, ours: str = "vision") -> tuple[Rule, ...]:
@@ -25,10 +34,10 @@ def open_clip(root: str, ours: str = "vision") -> tuple[Rule, ...]:
     )
 
 
-def hf_clip(root: str, ours: str = "vision") -> tuple[Rule, ...]:
-    """Return the table of transformers' CLIPVisionModel whose keys begin with ``root``.
+def transformers(root: str, ours: str = "vision") -> tuple[Rule, ...]:
+    """Return the table of a CLIPVisionModel or SiglipVisionModel whose keys begin with ``root``.
 
-    root: up to and with ``vision_model.``.
+    root: with the ``vision_model.`` that transformers wrote up to its version 4.
     """
     layer, embed = f"{root}encoder.layers.{{l}}.", f"{root}embeddings."
     return (
@@ -50,3 +59,18 @@ def hf_clip(root: str, ours: str = "vision") -> tuple[Rule, ...]:
         *tables.linear(f"{ours}.layers.mlp.down", f"{layer}mlp.fc2"),
         *tables.norm(f"{ours}.final_norm", f"{root}post_layernorm"),
     )
+
+
+LAYOUTS: dict[str, Callable[..., tuple[Rule, ...]]] = {
+    "open_clip": open_clip,
+    "hf_clip": transformers,
+    "hf_siglip": transformers,
+}
+
+
+def table(layout: str, root: str, ours: str = "vision") -> tuple[Rule, ...]:
+    """Return the table of a tower of a layout, a name in ``LAYOUTS``.
+
+    root: what its keys begin with there. ours: the path of the tower here.
+    """
+    return LAYOUTS[layout](root, ours)

@@ -436,7 +436,7 @@ def test_parts_that_do_not_fit_are_told_with_the_fix(mpt, llama, tmp_path):
     refused("hidden_size 1024 .the tensors: 16.", vision_config="ViT-L-14")
     refused("no file and no tower of mmjax; one of vit-b-32", vision_config="ViT-XXL")
     refused("heads cannot be read off its tensors; give --vision-config", vision_config=None)
-    refused("no CLIP tower: neither visual.conv1.weight", vision=parts["lm"])
+    refused("no vision tower: neither visual.conv1.weight", vision=parts["lm"])
     refused("lacks the language model: give its folder, --lm DIR|without config.json", lm=None)
     # A block less than the interval says, and a tensor less in one of them.
     state = flamingo_parts.trained_state(golden)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.data.tokenize import load_tokenizer
-from mmjax.models.flamingo import towers
+from mmjax.models import towers
 from mmjax.models.flamingo.config import TOKENIZER_LENGTHS, architecture_of
 from mmjax.models.flamingo.processor_config import ProcessorConfig
 from mmjax.models.flamingo.special_tokens import complete_tokenizer
@@ -27,6 +27,11 @@ from mmjax.types import MMJaxError
 from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
 
 LANGUAGE = "lang_encoder."
+VISION = "vision_encoder."
+TOWERS = {  # by our layout: the tower's own, and what its keys begin with
+    "otter": ("hf_clip", f"{VISION}vision_model."),
+    "openflamingo": ("open_clip", VISION),
+}
 GATED = "gated_cross_attn_layer"
 _ALIAS = re.compile(r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.")
 _HEAD_DIM = 64  # of resampler and gated blocks, in every published model
@@ -47,11 +52,12 @@ def assemble(
     where = ",".join(map(str, files if len(files) < 4 else [files[0].parent])) or "the checkpoint"
     own, text, lm = _language_model(parts.lm, hf, where)
     trained = Overlay(*(_canonical(reader, own) for reader in readers))
-    tower, tower_layout, stated = _tower(parts.vision, trained, layout, hf)
-    whole = Overlay(*(part for part in (lm, tower, trained) if part is not None))
+    tower, layout = _tower(parts, trained, layout, hf, where)
+    named = None if tower is None else Renamed(tower.reader, lambda key: TOWERS[layout][1] + key)
+    whole = Overlay(*(part for part in (lm, named, trained) if part is not None))
     _check_there(whole, trained, own, parts, where)
     every = _interval(trained, own, text, hf, where)
-    vision = towers.tower_config(whole, tower_layout, stated, parts.vision_config)
+    vision = tower.config
     sizes = _sizes(trained, own, text, vision, hf, where)
     folders = [Path(parts.lm)] if parts.lm is not None else []
     ids, known = _ids([*(file.parent for file in files), *folders]) if folders else ({}, None)
@@ -66,7 +72,7 @@ def assemble(
     return Assembled(
         out,
         Resized(whole, resized) if resized else whole,
-        tower_layout,
+        layout,
         adapter,
         tuple(folders),
         options | {k: out[k] for k in _IDS if options and out.get(k) is not None},
@@ -128,21 +134,35 @@ def _canonical(reader: Reader, own: Architecture) -> Renamed:
 
 
 def _tower(
-    path: str | Path | None, trained: Reader, layout: str, hf: Mapping[str, Any]
-) -> tuple[Reader | None, str, Mapping[str, Any]]:
-    """Return the tower's tensors if given apart, its layout, and what is stated of it."""
-    own = [key for key in trained.keys() if key.startswith(towers.ROOT)]  # noqa: SIM118
-    stated = hf.get("vision_config") or {}
+    parts: Parts, trained: Reader, layout: str, hf: Mapping[str, Any], where: str
+) -> tuple[towers.Tower | None, str]:
+    """Return the tower, given apart or in the checkpoint, and the layout that has its names."""
+    own = [key for key in trained.keys() if key.startswith(VISION)]  # noqa: SIM118
     kind = "otter" if any(".vision_model." in key for key in own) else "openflamingo"
-    if path is None:
-        return None, kind if own else layout, stated
-    tower, found, beside = towers.open_tower(path)
+    said = {"stated": hf.get("vision_config") or {}, "asked": parts.vision_config}
+    if parts.vision is None:
+        if not own:
+            return None, layout
+        return towers.tower_in(trained, where, root=VISION, **said), kind
+    given = towers.open_tower(parts.vision, **said)
+    layouts = {tower: ours for ours, (tower, _) in TOWERS.items()}
+    if given.layout not in layouts:
+        raise MMJaxError(
+            f"--vision {parts.vision} is a {given.config['model_type']}, and a Flamingo looks "
+            "through CLIP; give CLIP's file or folder"
+        )
+    found = layouts[given.layout]
     if not own:
-        return tower, found, beside or stated
+        return given, found
     log.warning(
-        "the checkpoint holds a vision tower of its own, which counts before --vision %s", path
+        "the checkpoint holds a vision tower of its own, which counts before --vision %s",
+        parts.vision,
     )
-    return (tower if found == kind else None), kind, beside or stated
+    if found != kind:
+        return towers.tower_in(trained, where, root=VISION, **said), kind
+    # Maybe not all of one.
+    under = Renamed(given.reader, lambda key: TOWERS[kind][1] + key)
+    return towers.tower_in(Overlay(under, trained), where, root=VISION, **said), kind
 
 
 def _check_there(
@@ -153,7 +173,7 @@ def _check_there(
     missing = []
     if not any(key.startswith(f"{LANGUAGE}{own.layers}.0.decoder_layer.") for key in keys):
         missing.append("the language model: give its folder, --lm DIR")
-    if not any(key.startswith(towers.ROOT) for key in keys):
+    if not any(key.startswith(VISION) for key in keys):
         missing.append("the vision tower: give CLIP's file or folder, --vision FILE_OR_DIR")
     if "perceiver.latents" not in keys:
         missing.append("the resampler (perceiver.*)")

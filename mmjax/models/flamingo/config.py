@@ -11,6 +11,7 @@ from mmjax.models.flamingo.cross_attention import CrossAttentionConfig
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.flamingo.perceiver import PerceiverConfig
 from mmjax.models.language.architectures import ARCHITECTURES
+from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
 from mmjax.types import MMJaxError
 
@@ -25,17 +26,6 @@ TOKENIZER_LENGTHS = {
 _CLASSES = {one.class_name: name for name, one in ARCHITECTURES.items()} | {
     "MPTForCausalLM": "mpt",
     "MPTModel": "mpt",
-}
-_VISION_KEYS = {
-    "hidden_size": "d_model",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "d_mlp",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "hidden_act": "activation",
-    "layer_norm_eps": "norm_eps",
-    "initializer_range": "init_std",
 }
 _PERCEIVER_KEYS = ("num_layers", "num_heads", "head_dim", "num_latents", "ff_mult", "max_media")
 _CROSS_KEYS = ("num_heads", "head_dim", "ff_mult", "gate_init")
@@ -104,7 +94,7 @@ class FlamingoConfig:
         text |= {key: hf[key] for key in ("vocab_size",) if key in hf}
         name = architecture_of(text)
         decoder = ARCHITECTURES[name].read({**text, "model_type": name})
-        vision = _vision(hf.get("vision_config") or {})
+        vision = read_vision_config(hf.get("vision_config") or {})
         own = hf.get("perceiver_config") or {}
         perceiver = PerceiverConfig(
             d_model=vision.d_model,
@@ -167,10 +157,7 @@ class FlamingoConfig:
                 **own.write(self.decoder),
                 **tokens,
             },
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                **{theirs: getattr(self.vision, ours) for theirs, ours in _VISION_KEYS.items()},
-            },
+            "vision_config": write_vision_config(self.vision),
             "perceiver_config": {key: getattr(self.perceiver, key) for key in _PERCEIVER_KEYS},
             "cross_config": {key: getattr(self.cross, key) for key in _CROSS_KEYS},
         }
@@ -204,12 +191,3 @@ def architecture_of(text: Mapping[str, Any]) -> str:
             f"{', '.join(ARCHITECTURES)}"
         )
     return found
-
-
-def _vision(hf: Mapping[str, Any]) -> ViTConfig:
-    """Read the vision_config of a CLIP tower; what it leaves out is ViT-L/14's."""
-    sizes = {ours: hf[theirs] for theirs, ours in _VISION_KEYS.items() if theirs in hf}
-    base = ViTConfig()
-    heads = sizes.get("num_heads", base.num_heads)
-    head_dim = sizes.get("d_model", base.d_model) // heads
-    return ViTConfig(**sizes, num_kv_heads=heads, head_dim=head_dim)

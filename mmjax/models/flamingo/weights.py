@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmjax.models import vit_tables
-from mmjax.models.flamingo.assemble import GATED, LANGUAGE, assemble
+from mmjax.models.flamingo.assemble import GATED, LANGUAGE, TOWERS, assemble
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.language.weights import IGNORE as LANGUAGE_IGNORE
 from mmjax.models.parts import Partial
@@ -41,9 +41,6 @@ IGNORE = (
 def rules(config: Any, layout: str = "otter") -> tuple[Rule, ...]:
     """Return the table of a Flamingo of this config, with the tower of a layout."""
     own = ARCHITECTURES[config.architecture]
-    tower = vit_tables.hf_clip("vision_encoder.vision_model.")
-    if layout == "openflamingo":
-        tower = vit_tables.open_clip("vision_encoder.")
     inside = (
         dataclasses.replace(
             rule, theirs="lang_encoder." + rule.theirs.replace("{l}", "{l}.decoder_layer")
@@ -60,7 +57,7 @@ def rules(config: Any, layout: str = "otter") -> tuple[Rule, ...]:
     gated = (dataclasses.replace(rule, first=every - 1, step=every) for rule in gated)
     layer = "perceiver.layers.{l}."
     return (
-        *tower,
+        *vit_tables.table(*TOWERS[layout]),
         Rule("perceiver.latents", "perceiver.latents"),
         Rule("perceiver.frame_embed", "perceiver.frame_embs"),
         Rule("perceiver.media_embed", "perceiver.media_time_embs"),
