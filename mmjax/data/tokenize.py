@@ -44,6 +44,37 @@ def token_id(tokenizer: Any, token: str) -> int | None:
     return int(found)
 
 
+def need_tokenizer(tokenizer: Any | None, folder: str | None) -> Any:
+    """Return the tokenizer; raises MMJaxError naming the folder that has none."""
+    if tokenizer is None:
+        raise MMJaxError(
+            f"{folder or 'this processor'} has no tokenizer.json or tokenizer.model, so "
+            "text cannot be encoded or decoded; put the language model's tokenizer files "
+            "beside its config.json, or give the prompt as token ids"
+        )
+    return tokenizer
+
+
+def table_rows(tokenizer: Any) -> int:
+    """Return the rows of a new model's vocabulary: rounded up to 64, to divide over any mesh."""
+    return -(-len(tokenizer) // 64) * 64
+
+
+def opening_ids(tokenizer: Any, bos: bool | None) -> list[int]:
+    """Return the ids a prompt begins with: what the tokenizer puts there, or <bos>, or nothing.
+
+    bos: None for the tokenizer's own way. Raises MMJaxError when True and there is no <bos>.
+    """
+    if bos is None:
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+        starts = range(len(whole) - len(bare) + 1)
+        return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
+    if bos and tokenizer.bos_token_id is None:
+        raise MMJaxError("bos = True, but the tokenizer has no bos_token; leave bos at None")
+    return [tokenizer.bos_token_id] if bos else []
+
+
 @functools.lru_cache(maxsize=4096)
 def encode_text(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise without special tokens: ids int32[t] and character spans int32[t,2], read-only.

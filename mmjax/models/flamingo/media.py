@@ -6,13 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmjax.data.images import (
-    center_crop,
-    open_image,
-    resize_shortest,
-    source_name,
-    to_rgb,
-)
 from mmjax.models.flamingo.processor_config import ProcessorConfig
 from mmjax.types import BadSample, ImageSource
 
@@ -24,11 +17,9 @@ def media_rows(sources: list[ImageSource], config: ProcessorConfig) -> np.ndarra
     frame_count, bad_image_type, and those of ``open_image``.
     """
     rows = [_medium(source, i, config) for i, source in enumerate(sources)]
-    if any(row.dtype != np.uint8 for row in rows):
-        rows = [config.normalise(row) if row.dtype == np.uint8 else row for row in rows]
     if not rows:
         return np.zeros((0, config.patch_dim), np.uint8)
-    return np.stack(rows).reshape(len(rows), config.patch_dim)
+    return np.stack(config.alike(rows)).reshape(len(rows), config.patch_dim)
 
 
 def look_at(media: np.ndarray, mode: Literal["previous", "next"]) -> np.ndarray:
@@ -56,10 +47,7 @@ def _medium(source: ImageSource, index: int, config: ProcessorConfig) -> np.ndar
             f"image {index} holds {len(frames)} frames and the model takes {config.frames}; give "
             f"{wanted} for each <image>, or set the processor's option frames",
         )
-    pixels = [_picture(frame, config) for frame in frames]
-    if len({p.dtype for p in pixels}) > 1:
-        pixels = [config.normalise(p) if p.dtype == np.uint8 else p for p in pixels]
-    return np.stack(pixels)
+    return np.stack(config.alike([config.pixels(frame) for frame in frames]))
 
 
 def _frames(source: ImageSource) -> list[Any]:
@@ -72,33 +60,3 @@ def _frames(source: ImageSource) -> list[Any]:
     while array.ndim > 4 and len(array) == 1:  # the peer's axes for batch and media
         array = array[0]
     return list(array)
-
-
-def _picture(source: ImageSource, config: ProcessorConfig) -> np.ndarray:
-    """Bring one picture to [image_size, image_size, 3]."""
-    side = config.image_size
-    if hasattr(source, "__array__") and getattr(source, "ndim", 0):
-        array = np.asarray(source)
-        if np.issubdtype(array.dtype, np.floating):
-            return _normalised(array, source_name(source), side)
-        source = array
-    name = source_name(source)
-    image = open_image(source, max_pixels=config.max_pixels, transpose=config.transpose)
-    image = to_rgb(image, name)
-    if config.fit == "squash":
-        return np.asarray(image.resize((side, side), config.resample))
-    image = resize_shortest(image, config.shortest_edge or side, config.resample)
-    return center_crop(image, side, round_down=config.fit == "crop_down")
-
-
-def _normalised(array: np.ndarray, name: str, side: int) -> np.ndarray:
-    """Take ready pixels with the channels on either side."""
-    if array.shape == (3, side, side):
-        array = array.transpose(1, 2, 0)
-    if array.shape != (side, side, 3):
-        raise BadSample(
-            "bad_image_type",
-            f"{name}: float images are normalised pixels [{side},{side},3] or [3,{side},{side}], "
-            f"with frames in front for a video; got {list(array.shape)}",
-        )
-    return array.astype(np.float32)

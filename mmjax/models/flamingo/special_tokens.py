@@ -1,4 +1,4 @@
-"""The tokens that Flamingo adds to a language model's tokenizer, and what the tokenizer adds."""
+"""The tokens that Flamingo adds to a language model's tokenizer."""
 
 from __future__ import annotations
 
@@ -51,18 +51,3 @@ def complete_tokenizer(tokenizer: Any, config: ProcessorConfig) -> dict[str, int
         "eos_token_id": end,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def opening_ids(tokenizer: Any, bos: bool | None) -> list[int]:
-    """Return the ids a prompt begins with: what the tokenizer puts there, or <bos>, or nothing.
-
-    bos: None for the tokenizer's own way. Raises MMJaxError when True and there is no <bos>.
-    """
-    if bos is None:
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-        starts = range(len(whole) - len(bare) + 1)
-        return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
-    if bos and tokenizer.bos_token_id is None:
-        raise MMJaxError("bos = True, but the tokenizer has no bos_token; leave bos at None")
-    return [tokenizer.bos_token_id] if bos else []

@@ -16,7 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens, token_id
+from mmjax.data.tokenize import (
+    encode_text,
+    load_tokenizer,
+    need_tokenizer,
+    supervised_tokens,
+    table_rows,
+    token_id,
+)
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.coordinates import CoordinateTokens, split_coordinates
 from mmjax.models.fuyu.image_plan import (
@@ -28,41 +35,18 @@ from mmjax.models.fuyu.image_plan import (
     plan_image,
 )
 from mmjax.models.fuyu.processor_config import ProcessorConfig
+from mmjax.models.token_stream import (
+    TokenStream,
+    check_answers,
+    check_targets,
+    make_example,
+    token_array,
+)
 from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 
 __all__ = ["FuyuProcessor", "ProcessorConfig", "check_vocabulary"]
 
 IMAGE_MARK = "<image>"
-
-
-@dataclasses.dataclass
-class _Stream:
-    """The growing token stream: pieces of equal-length ids, targets and visual rows."""
-
-    ids: list[np.ndarray] = dataclasses.field(default_factory=list)
-    loss: list[np.ndarray] = dataclasses.field(default_factory=list)
-    visual: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    def add(self, ids: Any, loss: Any = False, visual: Any = -1) -> None:
-        ids = np.asarray(ids, np.int32).reshape(-1)
-        self.ids.append(ids)
-        # np.full, not broadcast_to: this runs for every piece of every sample.
-        self.loss.append(np.full(len(ids), loss, bool) if np.ndim(loss) == 0 else loss)
-        self.visual.append(np.full(len(ids), visual, np.int32) if np.ndim(visual) == 0 else visual)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.ids))
-
-    def example(self, patches: np.ndarray) -> Example:
-        empty = [np.zeros(0, np.int32)]
-        tokens = np.concatenate(self.ids or empty)
-        return {
-            "tokens": tokens,
-            "positions": np.arange(len(tokens), dtype=np.int32),
-            "loss_mask": np.concatenate(self.loss or empty).astype(bool),
-            "visual_index": np.concatenate(self.visual or empty),
-            "patches": patches,
-        }
 
 
 class FuyuProcessor:
@@ -119,8 +103,7 @@ class FuyuProcessor:
         """Return the vocabulary size and special ids under their names in config.json."""
         config = self.config
         return {
-            # Rounded up, so that the table divides over any mesh.
-            "vocab_size": -(-len(self.tokenizer) // 64) * 64,
+            "vocab_size": table_rows(self.tokenizer),
             "image_token_id": config.image_token_id,
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
@@ -169,7 +152,7 @@ class FuyuProcessor:
         Raises BadSample: empty_answer, too_long (before any pixel is read), image_mismatch,
         bad_coordinates, and those of ``open_image``.
         """
-        _check_answers(segments)
+        check_answers(segments, bare_end=True)
         plans = [plan_image(image, self.config) for image in images]
         for plan in plans:
             if not plan.cols:
@@ -178,12 +161,11 @@ class FuyuProcessor:
                     f"{plan.name}: patches without a grid cannot stand in a text prompt; give the "
                     "pixels [3,h,w], or a prompt of token ids",
                 )
-        stream = self._stream(segments, plans)
-        if max_tokens is not None and len(stream) > max_tokens:
-            raise BadSample("too_long", self._too_long(plans, len(stream), max_tokens))
-        example = stream.example(self._patches(plans))
-        if any(s.loss for s in segments) and not example["loss_mask"].any():
-            raise BadSample("empty_answer", "no token lies inside the supervised text")
+        tokens, loss, visual = self._stream(segments, plans).arrays()
+        if max_tokens is not None and len(tokens) > max_tokens:
+            raise BadSample("too_long", self._too_long(plans, len(tokens), max_tokens))
+        example = make_example(tokens, loss, visual, self._patches(plans))
+        check_targets(segments, loss)
         return example
 
     def encode_prompt(
@@ -208,7 +190,7 @@ class FuyuProcessor:
         What stands before the last <0x04> is the prompt, what follows <eos> is padding. Coordinates
         are written as tags in pixels of the original image: scale is ``image_scale`` of it.
         """
-        self._require_tokenizer()
+        tokenizer = need_tokenizer(self.tokenizer, self.folder)
         ids = [int(token) for token in np.asarray(tokens).reshape(-1)]
         config = self.config
         if config.answer_token_id in ids:
@@ -224,14 +206,12 @@ class FuyuProcessor:
         ids = [i for i in ids if i >= 0 and i not in dropped]
         text = ""
         for plain, tag in self.coordinates.split_ids(ids, scale):
-            text += (self.tokenizer.decode(plain, skip_special_tokens=True) if plain else "") + tag
+            text += (tokenizer.decode(plain, skip_special_tokens=True) if plain else "") + tag
         return text
 
     def _encode_ids(self, prompt: Sequence[int], images: Sequence[ImageSource]) -> Example:
         """Lay the patches on the image ids of a ready token sequence."""
-        tokens = np.asarray(prompt).reshape(-1)
-        if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
-            raise MMJaxError(f"a prompt is a string or integer token ids, not {tokens.dtype}")
+        tokens = token_array(prompt)
         plans = [plan_image(image, self.config) for image in images]
         places = np.flatnonzero(tokens == self.config.image_token_id) if plans else []
         total = sum(plan.num_patches for plan in plans)
@@ -243,14 +223,14 @@ class FuyuProcessor:
             )
         visual = np.full(len(tokens), -1, np.int32)
         visual[places] = np.arange(total, dtype=np.int32)
-        stream = _Stream()
+        stream = TokenStream()
         stream.add(tokens, visual=visual)
-        return stream.example(self._patches(plans))
+        return make_example(*stream.arrays(), self._patches(plans))
 
-    def _stream(self, segments: Sequence[Segment], plans: Sequence[ImagePlan]) -> _Stream:
+    def _stream(self, segments: Sequence[Segment], plans: Sequence[ImagePlan]) -> TokenStream:
         """Turn segments into ids, targets and visual rows."""
         firsts = np.cumsum([0] + [plan.num_patches for plan in plans])
-        stream = _Stream()
+        stream = TokenStream()
         run: list[tuple[str, bool]] = []
         scale = plans[0].scale if plans else 1.0
         used = set()
@@ -282,7 +262,7 @@ class FuyuProcessor:
             raise BadSample("image_mismatch", f"images {missing} have no place in the prompt")
         return stream
 
-    def _add_image(self, stream: _Stream, plan: ImagePlan, first: int) -> None:
+    def _add_image(self, stream: TokenStream, plan: ImagePlan, first: int) -> None:
         """Add the rows of one image: cols patch tokens and a newline each."""
         ids = np.full((plan.rows, plan.cols + 1), self.config.image_token_id, np.int32)
         ids[:, -1] = self.config.newline_token_id
@@ -290,16 +270,16 @@ class FuyuProcessor:
         visual[:, :-1] = first + np.arange(plan.num_patches).reshape(plan.rows, plan.cols)
         stream.add(ids, visual=visual.reshape(-1))
 
-    def _add_text(self, stream: _Stream, run: list[tuple[str, bool]], scale: float) -> None:
+    def _add_text(self, stream: TokenStream, run: list[tuple[str, bool]], scale: float) -> None:
         """Add one run of text; coordinate tags cut it, and each part is tokenised by itself."""
         text = "".join(part for part, _ in run)
         if not text:
             return
-        self._require_tokenizer()
+        tokenizer = need_tokenizer(self.tokenizer, self.folder)
         for span in split_coordinates(text):
             part = text[span.start : span.end]
             if span.kind is None:
-                ids, spans = encode_text(self.tokenizer, part)
+                ids, spans = encode_text(tokenizer, part)
             else:
                 ids = self.coordinates.encode(span, scale)
                 spans = np.tile(np.int32([0, len(part)]), (len(ids), 1))
@@ -337,14 +317,6 @@ class FuyuProcessor:
             f"{message}; the largest size of it that fits is {best[0]}x{best[1]}: lower max_height "
             "and max_width, or raise max_tokens"
         )
-
-    def _require_tokenizer(self) -> None:
-        if self.tokenizer is None:
-            raise MMJaxError(
-                f"{self.folder or 'this processor'} has no tokenizer.json or tokenizer.model, so "
-                "text cannot be encoded or decoded; put the checkpoint's tokenizer files beside "
-                "its config.json, or give the prompt as token ids"
-            )
 
 
 def prompt_segments(prompt: str, num_images: int) -> list[Segment]:
@@ -393,24 +365,6 @@ def check_vocabulary(processor: FuyuProcessor, vocab_size: int, image_token_id: 
             f"image_token_id is {image_token_id}: they are of different checkpoints; use the "
             "tokenizer the model was trained with, or correct image_token_id in config.json"
         )
-
-
-def _check_answers(segments: Sequence[Segment]) -> None:
-    """Refuse supervised stretches that hold no text: they would train the end mark alone.
-
-    An end mark that closes a text which is no target is meant so (``fuyu_legacy_otter``).
-    """
-    stretch: list[Segment] = []
-    before: Segment | None = None
-    for segment in [*segments, None]:
-        if segment is not None and segment.loss:
-            stretch.append(segment)
-            continue
-        texts = [str(s.value) for s in stretch if s.kind == "text"]
-        closes_text = not texts and before is not None and before.kind == "text"
-        if stretch and not closes_text and not "".join(texts).strip():
-            raise BadSample("empty_answer", "an answer is empty; drop the record or fill it in")
-        stretch, before = [], segment
 
 
 def _ids_of(tokenizer: Any) -> dict[str, int]:

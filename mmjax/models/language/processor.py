@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens
+from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens, table_rows
 from mmjax.data.tokenizers_small import build_word_tokenizer
+from mmjax.models.token_stream import make_example
 from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 
 
@@ -47,7 +48,7 @@ class LanguageProcessor:
         """Return the vocabulary size and special ids under their names in config.json."""
         tokenizer = self._needed()
         ids = {
-            "vocab_size": -(-len(tokenizer) // 64) * 64,  # divides over any mesh
+            "vocab_size": table_rows(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
@@ -126,10 +127,5 @@ class LanguageProcessor:
 
 
 def _example(tokens: np.ndarray, loss_mask: np.ndarray) -> Example:
-    return {
-        "tokens": tokens,
-        "positions": np.arange(len(tokens), dtype=np.int32),
-        "loss_mask": loss_mask.astype(bool),
-        "visual_index": np.full(len(tokens), -1, np.int32),
-        "patches": np.zeros((0, 1), np.uint8),
-    }
+    visual = np.full(len(tokens), -1, np.int32)
+    return make_example(tokens, loss_mask.astype(bool), visual, np.zeros((0, 1), np.uint8))
