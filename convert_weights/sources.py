@@ -27,12 +27,17 @@ PARTS = {
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add SRC and the options for what it leaves out."""
     parser.add_argument("source", help="a folder, a file, or files a.pt,b.pt: the last counts")
+    add_parts(parser)
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what a checkpoint leaves out."""
     parser.add_argument("--base", help="the model folder of an adapter")
     for name, (value, text) in PARTS.items():
         parser.add_argument("--" + name.replace("_", "-"), metavar=value, help=text)
 
 
-def open_source(args: argparse.Namespace) -> checkpoints.Checkpoint:
-    """Open the checkpoint that the options name."""
+def open_source(args: argparse.Namespace, source: str | None = None) -> checkpoints.Checkpoint:
+    """Open the checkpoint that the options name; source: another than SRC."""
     parts = {name: getattr(args, name) for name in PARTS}
-    return checkpoints.open_checkpoint(args.source, base=args.base, **parts)
+    return checkpoints.open_checkpoint(source or args.source, base=args.base, **parts)

@@ -31,7 +31,7 @@ COMMANDS = (
 FAMILY_FREE = (
     "train", "data/pipeline.py", "data/examples.py", "generate", "parallel", "weights", "nn", "ops",
     "monitor", "loading.py", "checkpoint.py", "config.py", "cli.py", "models/decoder.py",
-    "models/causal.py",     "models/api.py", "models/checkpoints.py",
+    "models/causal.py",     "models/api.py", "models/checkpoints.py", "models/averages.py",
 )  # fmt: skip
 FAMILIES = {p.name for p in (ROOT / "mmjax/models").iterdir() if (p / "model.py").exists()}
 # These import on a bare accelerator machine.

@@ -1,10 +1,11 @@
-"""Readers that show a checkpoint in another way: by our names, in part, merged, or resized."""
+"""Readers that show checkpoints otherwise: by our names, in part, merged, averaged, resized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.nn.linear import LoRA
@@ -93,6 +94,24 @@ class Merged(Subset):
         high = high.astype(np.float32).reshape(layers, r, -1)
         update = np.matmul(low, high).reshape(kernel.shape) * np.float32(self.scale)
         return (kernel.astype(np.float32) + update).astype(kernel.dtype)
+
+
+class Averaged(Subset):
+    """The weighted sum of readers of the same arrays, in float32, in the widest of their dtypes."""
+
+    def __init__(self, readers: Sequence[Reader], weights: Sequence[float]):
+        super().__init__(readers[0], list(readers[0].keys()))
+        self.readers, self.weights = list(readers), [np.float32(w) for w in weights]
+        self.files = [file for reader in readers for file in reader.files]
+
+    def dtype(self, key: str) -> np.dtype:
+        return np.dtype(jnp.result_type(*(reader.dtype(key) for reader in self.readers)))
+
+    def read(self, key: str, index: Any = ...) -> np.ndarray:
+        total = np.float32(0)
+        for reader, weight in zip(self.readers, self.weights, strict=True):
+            total = total + reader.read(key, index).astype(np.float32) * weight
+        return total.astype(self.dtype(key))
 
 
 class Resized(Subset):
