@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 
-from mmjax.data.packing import BatchBuilder, BatchShape
+from mmjax.data.packing import BatchBuilder, BatchShape, empty_batch
 from mmjax.data.skips import Skip, SkipLog
 from mmjax.types import Batch, Example, MMJaxError
 
@@ -104,6 +105,71 @@ class _PackIterator(grain.DatasetIterator):
         else:
             self._origin_place, self._origin = self._place, self._parent.get_state()
         self._used = {p for p in self._used if p >= self._origin_place}
+
+
+class RowDataset(grain.IterDataset):
+    """Give every sample of a stream a row, in order; the row of a skip stays empty.
+
+    A batch is so many draws, whatever became of them: batches that were put together by their
+    draws stay together. Yields what ``PackDataset`` does.
+    """
+
+    def __init__(self, parent: grain.IterDataset, shape: BatchShape):
+        super().__init__(parent)
+        self._shape = shape
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _RowIterator(iter(self._parent), self._shape)
+
+
+class _RowIterator(grain.DatasetIterator):
+    """The state is that of the parent."""
+
+    def __init__(self, parent, shape: BatchShape):
+        super().__init__(parent)
+        self._shape = shape
+        self._patches: np.ndarray | None = None  # of any example: their width and dtype
+
+    def __next__(self) -> dict[str, Any]:
+        builder = BatchBuilder(self._shape, 1)
+        skips: list[Skip] = []
+        seen = 0
+        for row, sample in zip(range(self._shape.rows), self._parent, strict=False):
+            seen += 1
+            if isinstance(sample, Skip):
+                skips.append(sample)
+            else:
+                builder.add(sample, row)
+                self._patches = sample["patches"]
+        if not seen:
+            raise StopIteration
+        item = {"seen": seen, "skips": tuple(skips)}
+        if builder:
+            return {**item, "batch": builder.batch(), "origins": builder.origins}
+        if self._patches is None:
+            self._look_ahead()
+        if self._patches is None:
+            return item
+        return {
+            **item,
+            "batch": empty_batch(self._shape, self._patches),
+            "origins": builder.origins,
+        }
+
+    def _look_ahead(self) -> None:
+        """Find an example to learn what patches are like; the stream stands where it stood."""
+        state = self._parent.get_state()
+        for _, sample in zip(range(_FLUSH), self._parent, strict=False):
+            if not isinstance(sample, Skip):
+                self._patches = sample["patches"]
+                break
+        self._parent.set_state(state)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
 
 
 class TrainIterator(grain.DatasetIterator):

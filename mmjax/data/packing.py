@@ -93,7 +93,7 @@ class BatchBuilder:
     def add(self, example: Example, row: int) -> None:
         """Write an example behind what the row already holds; the caller knows that it fits."""
         if self._batch is None:
-            self._batch = _empty(self.shape, example["patches"])
+            self._batch = empty_batch(self.shape, example["patches"])
         batch = self._batch
         start, first_patch, first_target = self.used[row]
         targets = _targets(example)
@@ -136,7 +136,7 @@ def _targets(example: Example) -> np.ndarray:
     return places[places > 0]
 
 
-def _empty(shape: BatchShape, patches: np.ndarray) -> Batch:
+def empty_batch(shape: BatchShape, patches: np.ndarray) -> Batch:
     """Return a batch of padding; patches take their width and dtype from an example's."""
     rows, t = shape.rows, shape.seq_len
     return {

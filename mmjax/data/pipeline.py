@@ -21,7 +21,8 @@ import grain
 import numpy as np
 
 from mmjax.data.examples import RecordOptions, make_loader
-from mmjax.data.iterator import PackDataset, TrainIterator
+from mmjax.data.grouping import Grouped, check_group
+from mmjax.data.iterator import PackDataset, RowDataset, TrainIterator
 from mmjax.data.mixture import Mixture, Weights
 from mmjax.data.packing import BatchShape
 from mmjax.data.skips import SkipLog
@@ -46,6 +47,7 @@ def make_train_iterator(
     weights: Weights | None = None,
     epochs: int | None = None,
     pack: bool = True,
+    group: str | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
@@ -61,7 +63,8 @@ def make_train_iterator(
     template: a name or a function, or one for each source by its name; processor: has
     ``encode(segments, images, max_tokens=)``. seq_len, max_patches, max_targets: what one row
     holds; batch_size: rows of this process. epochs: of the mixture (None: for ever). pack: False
-    gives every sample its own row. num_workers: processes that read and pack, each its own batches;
+    gives every sample its own row; group="modality" then makes batches of one kind, see
+    ``mmjax.data.grouping``. num_workers: processes that read and pack, each its own batches;
     0 packs in this process. read_threads: threads a worker reads with (for slow disks). prefetch:
     batches made ahead, by every worker, or by a thread where there are none. max_bad_share,
     min_bad_samples: see ``SkipLog``; workdir: where ``skipped.jsonl`` is written. options: those of
@@ -73,13 +76,21 @@ def make_train_iterator(
     mixture = Mixture.of(sources, weights)
     shape = BatchShape(batch_size, seq_len, max_patches, max_targets)
     prepare = RecordOptions(**options)
+    check_group(group, pack, prepare.multiturn)
     load = make_loader(mixture, template, processor, shape, seed, prepare)
-    draws = draw_records(mixture, seed, epochs)[process_index::process_count]
+    batches = dict(
+        rows=batch_size * process_count, streams=process_count, workers=max(1, num_workers)
+    )
+    draws = draw_records(mixture, seed, epochs, **(batches if group else {}))
+    draws = draws[process_index::process_count]
     reading = grain.ReadOptions(
         num_threads=read_threads, prefetch_buffer_size=4 * read_threads if read_threads else 0
     )
     dataset = draws.map(load).to_iter_dataset(reading)
-    dataset = PackDataset(dataset, shape, None if pack else 1)
+    if group:
+        dataset = RowDataset(dataset, shape)
+    else:
+        dataset = PackDataset(dataset, shape, None if pack else 1)
     if num_workers:
         parse_no_flags()
         tell_of_early_deaths()
@@ -98,6 +109,7 @@ def make_train_iterator(
         "process_count": process_count,
         "epochs": epochs,
         "pack": pack,
+        "group": group,
         "shape": list(dataclasses.astuple(shape)),
         **prepare.facts(),
         "sources": {
@@ -111,16 +123,22 @@ def make_train_iterator(
     return TrainIterator(dataset, skips, fixed, mixture.names)
 
 
-def draw_records(mixture: Mixture, seed: int, epochs: int | None = None) -> grain.MapDataset:
+def draw_records(
+    mixture: Mixture, seed: int, epochs: int | None = None, **batches: int
+) -> grain.MapDataset:
     """Return the dataset of draws (source, record, epoch of the source), mixed and shuffled.
 
     epochs: of the mixture, each of exactly ``mixture.counts`` draws; None goes on for ever.
+    batches: where they are grouped, ``rows``, ``streams`` and ``workers`` of ``Grouped``.
     """
     orders = []
     for number, source in enumerate(mixture.sources):
         order = int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % (2**31))
         orders.append(_Order(order, len(source)))
     draw = _Draw(mixture, tuple(orders))
+    if batches:
+        total = None if epochs is None else epochs * mixture.epoch
+        draw = Grouped(draw, mixture.sources, total, seed, **batches)
     return grain.MapDataset.range(mixture.epoch).repeat(epochs).map_with_index(draw)
 
 
@@ -158,6 +176,6 @@ class _Draw:
     mixture: Mixture
     orders: tuple[_Order, ...]
 
-    def __call__(self, place: int, _: int) -> tuple[int, int, int]:
+    def __call__(self, place: int, _: int = 0) -> tuple[int, int, int]:
         source, place = self.mixture.pick(place)
         return source, *self.orders[source][place]

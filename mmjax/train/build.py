@@ -236,6 +236,7 @@ def _stream(
         batch_size=data.batch_size // count,
         seed=settings.seed,
         pack=data.pack,
+        group=data.group,
         process_index=number,
         process_count=count,
         num_workers=data.workers,

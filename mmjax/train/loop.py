@@ -28,7 +28,7 @@ from mmjax.nn import int8, paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import check_divides, put_batch
-from mmjax.train import evaluation, optim, startup, tuning, vocabulary
+from mmjax.train import evaluation, lengths, optim, startup, tuning, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
@@ -57,6 +57,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     enable_compilation_cache()
     mesh = make_mesh(settings.mesh)
     check_batch(mesh, settings.data.batch_size, settings.data.seq_len, settings.accumulate)
+    lengths.check_lengths(settings.data, mesh)
     with use(mesh), StopFlag() as stop:
         # ---- The model, before anything is allocated ------------------------------------------
         settings, told = tuning.applied(settings)
@@ -117,7 +118,6 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             workdir, tensorboard=settings.log.tensorboard, wandb=settings.log.wandb,
             name=settings.name, config=dataclasses.asdict(settings), process=jax.process_index(),
         )  # fmt: skip
-        flops = step_flops(plan.config, settings)
         peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
         meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
         line = LiveLine(settings.steps, enabled=lead)
@@ -144,7 +144,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         for step in range(first, settings.steps):
             profile.before(step, state)
             with meter.wait():
-                local = next(batches)
+                local = lengths.fitted(next(batches), settings.data.lengths)
             if lead and settings.log.pictures and step % settings.log.pictures == 0:
                 with meter.pause():
                     show_batch(local, batches.records, plan.processor, step, workdir, writer)
@@ -160,6 +160,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             parts = settings.data.batch_size // len(local["tokens"])  # like this process's
             tokens = int(np.count_nonzero(local["segment_ids"])) * parts
             images = batches.images * parts
+            flops = step_flops(plan.config, settings, *local["tokens"].shape[1:])
             meter.step(tokens=tokens, images=images, flops=flops)
             evaluating = settings.eval.every and done % settings.eval.every == 0
             evaluating = evaluating and done < settings.steps and settings.eval.tasks
@@ -251,14 +252,14 @@ def check(settings: RunSettings) -> None:
             raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
 
 
-def step_flops(config, settings: RunSettings) -> float:
-    """Estimate the FLOPs of one step: forward once, backward twice, in full rows.
+def step_flops(config, settings: RunSettings, length: int) -> float:
+    """Estimate the FLOPs of one step: forward once, backward twice, in full rows of ``length``.
 
     Frozen kernels need no weight gradient, so adapters count two thirds of it.
     """
     data = settings.data
-    share = min(1.0, data.max_targets / data.seq_len)
-    forward = config.flops_per_token(data.seq_len, asked=share) * data.seq_len
+    share = min(1.0, data.max_targets / length)
+    forward = config.flops_per_token(length, asked=share) * length
     forward += config.flops_per_visual() * data.max_patches
     return forward * data.batch_size * (2.0 if settings.lora.rank else 3.0)
 

@@ -82,6 +82,9 @@ class DataSettings:
     ``{"turns": 32, "max_images": 16, "max_tokens": 2048}``; see ``mmjax.data.multiturn``.
     max_images: of a record only its first ones are kept. too_long: a sample above ``seq_len`` is
     skipped, or cut on the right as long as a target is left.
+    group: with ``pack=False``, ``modality`` makes batches of samples with images or of text alone,
+    of similar lengths; see ``mmjax.data.grouping``. lengths: tokens below ``seq_len`` that a
+    batch's rows may be cut to when its samples are shorter, each a program of its own.
     workers: processes that read and pack, of each stream.
     streams: packers that share out records and rows; 0 for one a process. Runs with the same
     number see the same rows in every step, however many processes they are.
@@ -105,6 +108,8 @@ class DataSettings:
     max_images: int | None = None
     too_long: Literal["skip", "truncate"] = "skip"
     pack: bool = True
+    group: Literal["modality"] | None = None
+    lengths: tuple[int, ...] = ()
     workers: int = 0
     streams: int = 0
     max_bad_share: float = 0.05
