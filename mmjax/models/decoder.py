@@ -21,6 +21,7 @@ from mmjax.nn.layer import Layer, LayerConfig
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import make_norm
 from mmjax.nn.stack import Between, scan, stack, unstack
+from mmjax.ops import ranges
 from mmjax.parallel.context import length_shards, take_on_length
 from mmjax.parallel.sharding import constrain
 
@@ -33,9 +34,13 @@ class DecoderConfig(LayerConfig):
     """Sizes and switches of a decoder; the defaults are Persimmon-8B as Fuyu-8B uses it.
 
     position: how tokens learn where they stand: ``rope`` (rope_fraction is the leading part of
-    each head that is rotated), ``alibi`` (slopes 2 ** -(alibi_max * i / heads)), or ``learned``, a
-    table of max_positions rows after position_offset unused ones (OPT).
+    each head that is rotated, rope_scaling changes its frequencies), ``alibi`` (slopes
+    2 ** -(alibi_max * i / heads)), or ``learned``, a table of max_positions rows after
+    position_offset unused ones (OPT).
+    window: how many keys a token sees, its own among them (Phi-3); None for all.
     tied: the head is the embedding table. head_bias: of the head.
+    embed_scale: multiplies the embedded stream, images in it too (Gemma, MiniCPM). logit_scale:
+    multiplies the hidden states that the head is given (MiniCPM).
     """
 
     vocab_size: int = 262_144
@@ -43,11 +48,15 @@ class DecoderConfig(LayerConfig):
     position: Literal["rope", "alibi", "learned"] = "rope"
     rope_theta: float = 25_000.0
     rope_fraction: float = 0.5
+    rope_scaling: rope.Llama3Scaling | None = None
     alibi_max: float = 8.0
     max_positions: int = 16_384
     position_offset: int = 0
+    window: int | None = None
     tied: bool = False
     head_bias: bool = False
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
         """Return the FLOPs of a forward pass per token in a causal row of ``length`` tokens.
@@ -55,7 +64,8 @@ class DecoderConfig(LayerConfig):
         asked: the share of positions whose logits are computed; see ``trims_last_layer``. Norms,
         rotations and activations are not counted: they are below one percent.
         """
-        seen = (length + 1) / 2  # keys a query sees, on average
+        most = min(length, self.window or length)
+        seen = most * (length - (most - 1) / 2) / length  # keys a query sees, on average
         rest = self.query_side_weights + 2 * self.num_heads * self.head_dim * seen
         layers = self.num_layers - (1 - asked if self.trims_last_layer else 0)
         head = asked * self.d_model * self.vocab_size
@@ -135,16 +145,20 @@ class Decoder(nnx.Module):
         Returns the normed hidden states [b, t, d] and the updated cache.
         """
         c = self.config
+        x = x if c.embed_scale == 1.0 else x * c.embed_scale
         cos = sin = slopes = None
         if c.position == "rope":
             dims = rope_dims(c.head_dim, c.rope_fraction)
-            cos, sin = rope.angles(positions, dims, c.rope_theta)
+            cos, sin = rope.angles(positions, dims, c.rope_theta, c.rope_scaling)
         elif c.position == "alibi":
             slopes = jnp.asarray(c.alibi_slopes, jnp.float32)
         else:
             x = x + self.position_embed(positions + c.position_offset)
         length = cache.length if decode else None
-        context = Context(cos, sin, k_start, k_end, length, slopes, implementation=self.attention)
+        if c.window is not None and not decode:
+            k_start = ranges.in_window(k_start, *x.shape[:2], c.window)
+        run = dict(window=c.window, implementation=self.attention)
+        context = Context(cos, sin, k_start, k_end, length, slopes, **run)
         x = constrain(x, "batch", "length", "embed")
         trim = at is not None and length_shards(*x.shape[1::-1]) == 1
         if cache is None:
@@ -191,7 +205,9 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Return float32 logits [..., v] of hidden states [..., d]."""
-        head = self.embed.attend if self.head is None else self.head
+        head, scale = self.embed.attend if self.head is None else self.head, self.config.logit_scale
+        if scale != 1.0:  # in float32: bfloat16 would round the factor itself
+            hidden = (hidden.astype(jnp.float32) * scale).astype(hidden.dtype)
         return head(hidden).astype(jnp.float32)
 
     def init_cache(self, b: int, s: int, dtype=None) -> Cache:

@@ -44,10 +44,14 @@ class Family:
         return self._module("weights")
 
 
+LANGUAGES = (
+    "llama", "mpt", "mosaic_gpt", "gpt_neox", "opt", "phi", "phi3", "stablelm", "stablelm_epoch",
+    "qwen2", "minicpm", "gemma",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
     "fuyu": Family("fuyu", "Fuyu", ("fuyu",)),
     "flamingo": Family("flamingo", "Flamingo", ("flamingo", "otter")),
-    "language": Family("language", "Language", ("llama", "mpt", "mosaic_gpt", "gpt_neox", "opt")),
+    "language": Family("language", "Language", LANGUAGES),
 }
 
 

@@ -31,7 +31,8 @@ class Context:
 
     cos, sin: rotary angles, [b, t, dims / 2], or None. k_start, k_end: key ranges int32[b, t] or
     None. length: int32[b], the filled part of the cache when decoding one token, else None.
-    slopes: of ALiBi, float32[n], or None. causal: hide later keys.
+    slopes: of ALiBi, float32[n], or None. causal: hide later keys. window: how many keys a decoded
+    token sees, its own among them, None for all; where there are more tokens, k_start tells.
     implementation: of attention, a name in ``mmjax.ops.attention.IMPLEMENTATIONS``.
     """
 
@@ -42,6 +43,7 @@ class Context:
     length: Array | None = None
     slopes: Array | None = None
     causal: bool = dataclasses.field(default=True, metadata=dict(static=True))
+    window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     implementation: str = dataclasses.field(default="auto", metadata=dict(static=True))
 
     def of_queries(self, at: Array) -> Context:
@@ -130,9 +132,8 @@ class SelfAttention(nnx.Module):
         else:  # one new token against the cache; its own key is in there by now
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in cached)
             k, v = k.astype(q.dtype), v.astype(q.dtype)
-            out = decode_attention(q[:, 0], k, v, context.length + 1, alibi_slopes=context.slopes)[
-                :, None
-            ]
+            of = dict(alibi_slopes=context.slopes, window=context.window)
+            out = decode_attention(q[:, 0], k, v, context.length + 1, **of)[:, None]
         out = self.o(constrain(out, "batch", "length", "heads", None))
         return out if cached is None else (out, cached)
 

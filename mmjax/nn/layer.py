@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -23,11 +24,13 @@ class LayerConfig:
 
     activation: a name in ``mmjax.nn.mlp.ACTIVATIONS``. gated: the MLP is down(act(gate) * up).
     norm: LayerNorm or RMSNorm; norm_bias: whether a LayerNorm has a bias, its query and key norms
-    too. qk_norm: LayerNorm of queries and keys over the dimensions of a ``head`` (Persimmon), or
-    over all heads' together, the ``model`` width (MPT-1B), or none. clip_qkv: bound on queries,
-    keys and values (MPT), before any norm. residual: ``sequential`` is x + attn(norm(x)), then
-    x + mlp(norm(x)); ``parallel`` is x + attn(attn_norm(x)) + mlp(mlp_norm(x)) (GPT-NeoX), and
-    ``shared`` that with one norm for both (GPT-J, Phi). qkv_bias, out_bias, mlp_bias: of the maps.
+    too; norm_plus_one: an RMSNorm multiplies by 1 + scale (Gemma). qk_norm: LayerNorm of queries
+    and keys over the dimensions of a ``head`` (Persimmon), or over all heads' together, the
+    ``model`` width (MPT-1B), or none. clip_qkv: bound on queries, keys and values (MPT), before any
+    norm. residual: ``sequential`` is x + attn(norm(x)), then x + mlp(norm(x)); ``parallel`` is
+    x + attn(attn_norm(x)) + mlp(mlp_norm(x)) (GPT-NeoX), and ``shared`` that with one norm for both
+    (GPT-J, Phi). residual_scale: multiplies what attention and MLP add to x (MiniCPM). qkv_bias,
+    out_bias, mlp_bias: of the maps.
     """
 
     d_model: int = 4096
@@ -39,10 +42,12 @@ class LayerConfig:
     gated: bool = False
     norm: Literal["layer", "rms"] = "layer"
     norm_bias: bool = True
+    norm_plus_one: bool = False
     norm_eps: float = 1e-5
     qk_norm: Literal["none", "head", "model"] = "head"
     clip_qkv: float | None = None
     residual: Literal["sequential", "parallel", "shared"] = "sequential"
+    residual_scale: float = 1.0
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
@@ -75,7 +80,7 @@ class Layer(nnx.Module):
         rngs: nnx.Rngs,
         prefix: str = "",
     ):
-        self.residual = c.residual
+        self.residual, self.residual_scale = c.residual, c.residual_scale
         shared = dict(dtypes=dtypes, lora=lora, rngs=rngs, prefix=prefix)
         self.attn_norm = make_norm(c, dtypes=dtypes)
         self.attn = SelfAttention(c, **shared)
@@ -99,9 +104,14 @@ class Layer(nnx.Module):
         if at is not None:
             x, normed = take_on_length(x, at), take_on_length(normed, at)
         if self.residual == "sequential":
-            x = checkpoint_name(constrain(x + out, "batch", "length", "embed"), "attn_sum")
+            x = checkpoint_name(self._add(x, out), "attn_sum")
             out = self.mlp(self.mlp_norm(x))
         else:
             out = out + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
-        x = constrain(x + out, "batch", "length", "embed")
+        x = self._add(x, out)
         return x if cached is None else (x, cached)
+
+    def _add(self, x: Array, out: Array) -> Array:
+        if self.residual_scale != 1.0:  # in float32: bfloat16 would round the factor itself
+            out = (out.astype(jnp.float32) * self.residual_scale).astype(out.dtype)
+        return constrain(x + out, "batch", "length", "embed")

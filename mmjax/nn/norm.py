@@ -33,23 +33,28 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis with scale (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm over the last axis with scale (Zhang & Sennrich 2019).
 
-    def __init__(self, d: int, *, eps: float, dtypes: DTypes):
-        self.eps, self.dtype = eps, dtypes.compute
-        self.scale = nnx.Param(jnp.ones((d,), jnp.dtype(dtypes.param)), out_sharding=("norm",))
+    plus_one: multiply by 1 + scale, which then starts at 0 (Gemma).
+    """
+
+    def __init__(self, d: int, *, eps: float, dtypes: DTypes, plus_one: bool = False):
+        self.eps, self.dtype, self.plus_one = eps, dtypes.compute, plus_one
+        scale = jnp.full((d,), 0.0 if plus_one else 1.0, jnp.dtype(dtypes.param))
+        self.scale = nnx.Param(scale, out_sharding=("norm",))
 
     def __call__(self, x: Array) -> Array:
         """Normalise [..., d]; returns the compute dtype."""
         x = x.astype(jnp.float32)
         rstd = lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return (x * rstd * self.scale[...]).astype(self.dtype)
+        scale = self.scale[...]
+        return (x * rstd * (1.0 + scale if self.plus_one else scale)).astype(self.dtype)
 
 
 def make_norm(c: LayerConfig, *, dtypes: DTypes) -> LayerNorm | RMSNorm:
     """Build the norm that a block's config names, over its model width."""
     if c.norm == "rms":
-        return RMSNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
+        return RMSNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes, plus_one=c.norm_plus_one)
     return LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes, bias=c.norm_bias)
 
 

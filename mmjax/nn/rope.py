@@ -1,15 +1,42 @@
 """Rotary position embedding (Su et al. 2021), on a leading part of the head."""
 
+import dataclasses
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
 
-def angles(positions: Array, dims: int, theta: float) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's rotation for longer texts: slow frequencies are divided by ``factor``.
+
+    Those that turn fewer than ``low_freq_factor`` times in ``original_max_positions`` tokens are
+    divided, those that turn more than ``high_freq_factor`` times stay; between them both blend.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+    def __call__(self, inverse: Array) -> Array:
+        """Return the frequencies, radians a token, that take the place of float32[dims / 2]."""
+        turns = self.original_max_positions * inverse / (2.0 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        stays = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return inverse * (stays + (1.0 - stays) / self.factor)
+
+
+def angles(
+    positions: Array, dims: int, theta: float, scaling: Llama3Scaling | None = None
+) -> tuple[Array, Array]:
     """Return cos and sin, float32[b, t, dims / 2], of each position's rotation.
 
     positions: int32[b, t]; dims: rotated dimensions of a head. Compute once, share by all layers.
     """
     inverse = theta ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    inverse = inverse if scaling is None else scaling(inverse)
     angle = positions.astype(jnp.float32)[..., None] * inverse
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -13,11 +13,13 @@ def decode_attention(
     *,
     scale: float | None = None,
     alibi_slopes: Array | None = None,
+    window: int | None = None,
 ) -> Array:
     """Attend from one query a row to the first ``length`` keys of its cache.
 
     q: [b, n, h]; k, v: [b, k, s, h], heads before length so that nothing is transposed for each
         token; length: int32[b]. alibi_slopes: float32[n]; adds slope times (j - the last key).
+    window: the last so many of them alone, None for all.
     Returns [b, n, h]. Scores are float32 [b, n, s].
     """
     b, n, h = q.shape
@@ -29,6 +31,8 @@ def decode_attention(
         past = (jnp.arange(s)[None] - (length[:, None] - 1)).astype(jnp.float32)
         scores += alibi_slopes.reshape(1, kv, n // kv, 1) * past[:, None, None]
     seen = jnp.arange(s)[None] < length[:, None]
+    if window is not None:
+        seen &= jnp.arange(s)[None] >= length[:, None] - window
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)

@@ -33,3 +33,13 @@ def from_lengths(lengths: Array, t: int) -> tuple[Array, Array]:
     """
     end = jnp.broadcast_to(lengths[:, None], (lengths.shape[0], t)).astype(jnp.int32)
     return jnp.zeros_like(end), end
+
+
+def in_window(k_start: Array | None, b: int, t: int, window: int) -> Array:
+    """Return k_start, int32[b, t], so that each query sees at most ``window`` keys, its own last.
+
+    k_start: of the ranges so far, None for 0. Queries and keys count from the start of a row.
+    """
+    first = jnp.maximum(jnp.arange(t, dtype=jnp.int32) - (window - 1), 0)
+    first = jnp.broadcast_to(first, (b, t))
+    return first if k_start is None else jnp.maximum(k_start, first)

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmjax.types import MMJaxError
 from mmjax.weights.reader import Reader
-from mmjax.weights.rules import Dense, Fused, Op, Rule, Shape, Tensor, export
+from mmjax.weights.rules import Chunk, Dense, Fused, Op, Rule, Shape, Tensor, export
 
 PREFIX = "base_model.model."
 
@@ -57,10 +57,10 @@ def adapter_rules(rules: Sequence[Rule], paths: Iterable[str] | None = None) -> 
             sharing.setdefault(rule.theirs, []).append(rule.ours)
     derived = []
     for rule in rules:
-        if not rule.ours.endswith(".kernel") or not isinstance(rule.op, Dense | Fused):
+        if not rule.ours.endswith(".kernel") or not isinstance(rule.op, Dense | Fused | Chunk):
             continue
         ours, theirs = rule.ours.removesuffix("kernel"), rule.theirs.removesuffix("weight")
-        fused = isinstance(rule.op, Fused)
+        fused = isinstance(rule.op, Fused | Chunk)
         a: Op = Dense(1) if fused else rule.op
         b: Op = rule.op if fused else Dense(1)
         group = sharing.get(rule.theirs, [])

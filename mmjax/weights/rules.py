@@ -116,6 +116,28 @@ class Fused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Part i of a torch Linear that is several, one after the other: theirs [parts * f, d].
+
+    ours [d, f]: the gate or the rest of a gated MLP's first map (Phi-3).
+    """
+
+    i: int
+    parts: int = 2
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        d, f = ours
+        return self.parts * f, d
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        f = ours[1]
+        return theirs[self.i * f : (self.i + 1) * f].T
+
+    def axis(self, ours: Shape) -> int:
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvPatch:
     """A torch Conv2d over whole patches: theirs [out, channel, row, column].
 

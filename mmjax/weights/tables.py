@@ -29,6 +29,11 @@ def from_heads(ours: str, theirs: str) -> tuple[Rule, ...]:
     return linear(ours, theirs, reshape_in(2))
 
 
+def split_qkv(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Return the rules of q, k and v under ``ours``, which theirs calls ``q_proj`` and so on."""
+    return tuple(rule for x in "qkv" for rule in to_heads(f"{ours}.{x}", f"{theirs}.{x}_proj"))
+
+
 def fused_qkv(
     ours: str, weight: str, bias: str | None = None, *, by_head: bool
 ) -> tuple[Rule, ...]:

@@ -14,7 +14,10 @@ from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
 from tests import tiny
 
-CONFIG = dataclasses.replace(tiny.CONFIG.decoder, num_kv_heads=2)  # two queries a key
+# Two queries a key, and the switches that every path has to obey.
+CONFIG = dataclasses.replace(
+    tiny.CONFIG.decoder, num_kv_heads=2, window=7, embed_scale=2.0, residual_scale=0.8
+)
 POSITIONS = np.tile(np.arange(12, dtype=np.int32), (2, 1))
 
 

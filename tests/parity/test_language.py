@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
+from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
 import mmjax
 from mmjax.models import checkpoints, exports
@@ -13,23 +14,25 @@ VOCAB, WIDTH, LAYERS, HEADS = 96, 32, 3, 4
 EOS = 1
 
 
-def llama(**more):
+def hf(name, **more):
+    """A model of transformers whose config has the usual words."""
     sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS)
-    return T.LlamaForCausalLM(
-        T.LlamaConfig(**sizes, intermediate_size=80, vocab_size=VOCAB, eos_token_id=EOS, **more)
-    )
+    sizes |= dict(intermediate_size=80, vocab_size=VOCAB, eos_token_id=EOS, pad_token_id=0)
+    config = getattr(T, f"{name}Config")(**sizes | more)
+    return getattr(T, f"{name}ForCausalLM")(config)
+
+
+def fused_phi():
+    """Phi as Hugging Face had it first, with Persimmon's attention, of which that was a copy."""
+    peer = hf("Phi")
+    for i, layer in enumerate(peer.model.layers):
+        layer.self_attn = PersimmonAttention(peer.config, i)
+    return peer
 
 
 def mpt(**more):
     sizes = dict(d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, max_seq_len=64) | more
     return T.MptForCausalLM(T.MptConfig(**sizes, vocab_size=VOCAB, eos_token_id=EOS))
-
-
-def neox(**more):
-    sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS)
-    return T.GPTNeoXForCausalLM(
-        T.GPTNeoXConfig(**sizes, intermediate_size=80, vocab_size=VOCAB, eos_token_id=EOS, **more)
-    )
 
 
 def opt():
@@ -43,25 +46,35 @@ def opt():
 
 
 PEERS = {
-    "llama": llama,
-    # SmolLM2's switches: grouped queries, tied head; and biases, and a stated theta.
-    "llama_tied_gqa": lambda: llama(
-        num_key_value_heads=2, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    "llama": lambda: hf("Llama"),
+    # SmolLM2's switches: grouped queries, tied head, a stated theta; and Llama 3.1's frequencies:
+    # of four, one stays, one blends, two are divided.
+    "llama_tied_gqa": lambda: hf(
+        "Llama", num_key_value_heads=2, tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 60,
+        },
     ),
-    "llama_bias": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama_bias": lambda: hf("Llama", attention_bias=True, mlp_bias=True),
     "mpt": mpt,
     "mpt_six_heads_clipped": lambda: mpt(
         d_model=48, n_heads=6, attn_config=dict(clip_qkv=0.5)
     ),
-    "neox_parallel": neox,
-    "neox_sequential": lambda: neox(
-        use_parallel_residual=False,
+    "neox_parallel": lambda: hf("GPTNeoX"),
+    "neox_sequential": lambda: hf(
+        "GPTNeoX", use_parallel_residual=False,
         rope_parameters={
             "rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0
         },
     ),
     "opt": opt,
+    "phi": lambda: hf("Phi"),
+    "phi_fused": fused_phi,
+    "stablelm_gqa": lambda: hf("StableLm", num_key_value_heads=2, use_qkv_bias=True),
+    "qwen2": lambda: hf("Qwen2", num_key_value_heads=HEADS),
+    "phi3_window": lambda: hf("Phi3", sliding_window=6),
+    "gemma_wide_heads": lambda: hf("Gemma", head_dim=16, num_key_value_heads=1),
 }  # fmt: skip
 
 

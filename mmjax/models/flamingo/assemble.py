@@ -192,7 +192,7 @@ def _check_there(
     other = next((key for key in gates if not key.startswith(inside)), None)
     if other:
         path = other.removeprefix(LANGUAGE).split(f".{GATED}.")[0].rpartition(".")[0]
-        fits = [one.model_type for one in ARCHITECTURES.values() if one.layers == path]
+        fits = [name for name in TOKENIZER_LENGTHS if ARCHITECTURES[name].layers == path]
         raise MMJaxError(
             f"{where} was trained on another language model: its gated blocks stand in {path}, "
             f"which is {' or '.join(fits) or 'unknown'}, and the language model is "

@@ -16,6 +16,7 @@ from mmjax.models.vit import ViTConfig
 from mmjax.types import MMJaxError
 
 # Where the tokenizer of an architecture ends: <|endofchunk|> and <image> are the next two ids.
+# These are the language models that a Flamingo was built on.
 TOKENIZER_LENGTHS = {
     "llama": 32_000,
     "mpt": 50_277,
@@ -184,10 +185,10 @@ def architecture_of(text: Mapping[str, Any]) -> str:
     named = text.get("model_type")
     by_class = _CLASSES.get((text.get("architectures") or [None])[0])
     found = named if named in ARCHITECTURES else by_class
-    if found is None:
+    if found not in TOKENIZER_LENGTHS:
         raise MMJaxError(
             f"text_config says model_type {named!r} and architectures "
-            f"{text.get('architectures')!r}, no language model of mmjax; one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{text.get('architectures')!r}, no language model of a Flamingo; one of "
+            f"{', '.join(TOKENIZER_LENGTHS)}"
         )
     return found

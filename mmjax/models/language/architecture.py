@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
+from mmjax.nn import rope
 from mmjax.types import MMJaxError
 from mmjax.weights.rules import Rule
 
@@ -18,6 +19,8 @@ class Architecture:
     layers: the path of its list of layers. read, write: from config.json's values to a decoder, and
     back. rules: the table, under ``decoder`` here. marks: the beginnings of keys by which its
     tensors are told from others'. ignore: regular expressions of keys without anything to learn.
+    fused: the table of older files in which q, k and v are one map. aliases: further model_types
+    that mean the same.
     """
 
     model_type: str
@@ -28,6 +31,8 @@ class Architecture:
     rules: Sequence[Rule]
     marks: tuple[str, ...]
     ignore: tuple[str, ...] = ()
+    fused: Sequence[Rule] = ()
+    aliases: tuple[str, ...] = ()
 
 
 def refuse(hf: Mapping[str, Any], **supported: Any) -> None:
@@ -44,30 +49,50 @@ def refuse(hf: Mapping[str, Any], **supported: Any) -> None:
             )
 
 
-def rope_of(hf: Mapping[str, Any], theta: float, fraction: float = 1.0) -> dict[str, float]:
-    """Return ``rope_theta`` and ``rope_fraction`` from any of the places transformers keeps them.
+_LLAMA3 = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
 
-    theta, fraction: where nothing is stated. Raises MMJaxError for a scaled rotation.
+
+def rope_of(hf: Mapping[str, Any], theta: float, fraction: float = 1.0) -> dict[str, Any]:
+    """Return the decoder's ``rope_...`` values from any of the places transformers keeps them.
+
+    theta, fraction: where nothing is stated. Raises MMJaxError for a rotation that is scaled in
+    another way than Llama 3.1's.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise MMJaxError(f"config.json says rope_type {kind!r}; supported is 'default'")
+    stated = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise MMJaxError(
+            f"config.json of a {hf.get('model_type')} model says rope_type {kind!r}; supported is "
+            "'default' or 'llama3'. Give a model of the shorter context, if there is one"
+        )
+    if kind == "llama3":
+        missing = [key for key in _LLAMA3.values() if key not in stated]
+        if missing:
+            raise MMJaxError(f"config.json says rope_type 'llama3' without {', '.join(missing)}")
 
     def pick(*keys: str, default: float) -> float:
-        stated = (place.get(key) for place in (rope, hf) for key in keys)
-        return float(next((value for value in stated if value is not None), default))
+        values = (place.get(key) for place in (stated, hf) for key in keys)
+        return float(next((value for value in values if value is not None), default))
 
+    scaled = {ours: stated[theirs] for ours, theirs in _LLAMA3.items()} if kind == "llama3" else {}
     return {
         "rope_theta": pick("rope_theta", "rotary_emb_base", default=theta),
-        "rope_fraction": pick("partial_rotary_factor", "rotary_pct", default=fraction),
+        "rope_fraction": pick("partial_rotary_factor", "rotary_pct", "rope_pct", default=fraction),
+        "rope_scaling": rope.Llama3Scaling(**scaled) if scaled else None,
     }
 
 
 def rope_json(c: DecoderConfig) -> dict[str, Any]:
     """Return the rotation's values for config.json, where old and new transformers look."""
     both = {"rope_theta": c.rope_theta, "partial_rotary_factor": c.rope_fraction}
-    return {
-        "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", **both},
-    }
+    if c.rope_scaling is None:
+        parameters = {"rope_type": "default", **both}
+        return {**both, "rope_parameters": parameters}
+    scaled = {theirs: getattr(c.rope_scaling, ours) for ours, theirs in _LLAMA3.items()}
+    parameters = {"rope_type": "llama3", **scaled, **both}
+    return {**both, "rope_parameters": parameters, "rope_scaling": parameters}

@@ -1,8 +1,8 @@
-"""LLaMA (Touvron et al. 2023), and what shares its names: SmolLM2, Vicuna, Llama 2."""
+"""LLaMA (Touvron et al. 2023), and what shares its names: SmolLM2, Vicuna, Llama 2 and 3."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
@@ -10,7 +10,7 @@ from mmjax.models.language.architecture import Architecture, refuse, rope_json, 
 from mmjax.weights import tables
 from mmjax.weights.rules import Rule, transpose
 
-_LAYER = "model.layers.{l}."
+LAYER = "model.layers.{l}."
 
 
 def read(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -41,8 +41,8 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def write(c: DecoderConfig) -> dict[str, Any]:
-    """Return what a LLaMA config.json says of a decoder."""
+def sizes(c: DecoderConfig) -> dict[str, Any]:
+    """Return what config.json says of a decoder in the words that LLaMA's kin share."""
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.d_model,
@@ -51,15 +51,37 @@ def write(c: DecoderConfig) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
         "intermediate_size": c.d_mlp,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps,
-        "attention_bias": c.qkv_bias,
-        "mlp_bias": c.mlp_bias,
         "max_position_embeddings": c.max_positions,
         "initializer_range": c.init_std,
         "tie_word_embeddings": c.tied,
         **rope_json(c),
     }
+
+
+def write(c: DecoderConfig) -> dict[str, Any]:
+    """Return what a LLaMA config.json says of a decoder."""
+    return {
+        **sizes(c),
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": c.mlp_bias,
+    }
+
+
+def names(qkv: Sequence[Rule], gate_up: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Return LLaMA's table around the rules of q, k, v and of an MLP's gate and up."""
+    return (
+        Rule("decoder.embed.embedding", "model.embed_tokens.weight"),
+        *tables.norm("decoder.layers.attn_norm", f"{LAYER}input_layernorm"),
+        *qkv,
+        *tables.from_heads("decoder.layers.attn.o", f"{LAYER}self_attn.o_proj"),
+        *tables.norm("decoder.layers.mlp_norm", f"{LAYER}post_attention_layernorm"),
+        *gate_up,
+        *tables.linear("decoder.layers.mlp.down", f"{LAYER}mlp.down_proj"),
+        *tables.norm("decoder.final_norm", "model.norm"),
+        Rule("decoder.head.kernel", "lm_head.weight", transpose),
+    )
 
 
 LLAMA = Architecture(
@@ -68,19 +90,12 @@ LLAMA = Architecture(
     layers="model.layers",
     read=read,
     write=write,
-    rules=(
-        Rule("decoder.embed.embedding", "model.embed_tokens.weight"),
-        *tables.norm("decoder.layers.attn_norm", f"{_LAYER}input_layernorm"),
-        *tables.to_heads("decoder.layers.attn.q", f"{_LAYER}self_attn.q_proj"),
-        *tables.to_heads("decoder.layers.attn.k", f"{_LAYER}self_attn.k_proj"),
-        *tables.to_heads("decoder.layers.attn.v", f"{_LAYER}self_attn.v_proj"),
-        *tables.from_heads("decoder.layers.attn.o", f"{_LAYER}self_attn.o_proj"),
-        *tables.norm("decoder.layers.mlp_norm", f"{_LAYER}post_attention_layernorm"),
-        *tables.linear("decoder.layers.mlp.gate", f"{_LAYER}mlp.gate_proj"),
-        *tables.linear("decoder.layers.mlp.up", f"{_LAYER}mlp.up_proj"),
-        *tables.linear("decoder.layers.mlp.down", f"{_LAYER}mlp.down_proj"),
-        *tables.norm("decoder.final_norm", "model.norm"),
-        Rule("decoder.head.kernel", "lm_head.weight", transpose),
+    rules=names(
+        tables.split_qkv("decoder.layers.attn", f"{LAYER}self_attn"),
+        (
+            *tables.linear("decoder.layers.mlp.gate", f"{LAYER}mlp.gate_proj"),
+            *tables.linear("decoder.layers.mlp.up", f"{LAYER}mlp.up_proj"),
+        ),
     ),
     marks=("model.layers.", "model.embed_tokens."),
     ignore=(r"rotary_emb\.inv_freq$",),

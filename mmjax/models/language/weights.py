@@ -12,6 +12,7 @@ from mmjax.weights.reader import Reader
 from mmjax.weights.rules import Rule
 
 LAYOUTS = ("hub", "transformers5")
+FUSED = "fused"  # of older files, in which q, k and v are one map
 ADAPTER_LAYOUT = "transformers5"  # PEFT names modules as they stand in memory
 IGNORE = tuple(
     # A tied head may be written out beside the embedding.
@@ -20,14 +21,18 @@ IGNORE = tuple(
 
 
 def rules(config: Any, layout: str = "hub") -> tuple[Rule, ...]:
-    """Return the table of a language model of this config."""
-    return tuple(ARCHITECTURES[config.architecture].rules)
+    """Return the table of a language model of this config; ``config.architecture`` is read."""
+    own = ARCHITECTURES[config.architecture]
+    return tuple(own.fused or own.rules) if layout == FUSED else tuple(own.rules)
 
 
 def detect_layout(keys: Iterable[str]) -> str | None:
-    """Tell the architecture by the keys; None if it is none of these."""
-    found = told_by(keys)
-    return None if found is None else found.model_type
+    """Tell the architecture by the keys, or ``FUSED``; None if it is none of these."""
+    found = told_by(keys := list(keys))
+    if found is None:
+        return None
+    fused = found.fused and any(".self_attn.query_key_value." in key for key in keys)
+    return FUSED if fused else found.model_type
 
 
 def to_hub(key: str, layout: str) -> str:

@@ -1,0 +1,48 @@
+"""StableLM (Stability AI 2023): StableLM-3B-4E1T, StableLM-2-1.6B and Zephyr; LLaMA's names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.models.decoder import DecoderConfig
+from mmjax.models.language import llama
+from mmjax.models.language.architecture import Architecture, refuse, rope_of
+
+
+def read(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Return the decoder of a StableLM config.json, also in the words of ``stablelm_epoch``."""
+    refuse(hf, qk_layernorm=False)
+    return dataclasses.replace(
+        llama.read({**hf, "attention_bias": False, "mlp_bias": False}),
+        norm="layer",
+        norm_eps=hf.get("layer_norm_eps", hf.get("norm_eps", 1e-5)),
+        residual="shared" if hf.get("use_parallel_residual", False) else "sequential",
+        qkv_bias=bool(hf.get("use_qkv_bias", False)),
+        **rope_of(hf, 10_000.0, 0.25),
+    )
+
+
+def write(c: DecoderConfig) -> dict[str, Any]:
+    """Return what a StableLM config.json says of a decoder."""
+    return {
+        **llama.sizes(c),
+        "hidden_act": "silu",
+        "layer_norm_eps": c.norm_eps,
+        "use_qkv_bias": c.qkv_bias,
+        "use_parallel_residual": c.residual == "shared",
+        "qk_layernorm": False,
+    }
+
+
+STABLELM = Architecture(
+    model_type="stablelm",
+    class_name="StableLmForCausalLM",
+    layers="model.layers",
+    read=read,
+    write=write,
+    rules=llama.LLAMA.rules,
+    marks=("model.norm.bias",),
+    aliases=("stablelm_epoch",),
+)

@@ -1,0 +1,74 @@
+"""Which config.json is which language model, and which are refused."""
+
+import json
+
+import pytest
+import torch
+import transformers as T
+
+from mmjax.models import checkpoints, exports, registry
+from mmjax.models.flamingo.config import FlamingoConfig
+from mmjax.models.language.architectures import ARCHITECTURES, architecture
+from mmjax.types import MMJaxError
+
+BASE = dict(
+    vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+)
+
+
+def test_the_registry_names_every_architecture():
+    aliases = {alias for one in ARCHITECTURES.values() for alias in one.aliases}
+    assert set(registry.LANGUAGES) == set(ARCHITECTURES) | aliases
+
+
+def test_stablelm_epoch_says_the_same_in_other_words():
+    new = dict(model_type="stablelm", layer_norm_eps=1e-6, partial_rotary_factor=0.5)
+    old = dict(model_type="stablelm_epoch", norm_eps=1e-6, rope_pct=0.5)
+    new, old = (dict(**BASE, **more, use_qkv_bias=True) for more in (new, old))
+    config = registry.family("language").Config.from_hf(old)
+    assert config == registry.family("language").Config.from_hf(new)
+    assert config.to_hf()["model_type"] == "stablelm"
+
+
+@pytest.mark.parametrize(
+    "said, names",
+    [
+        (dict(model_type="phi", qk_layernorm=True), "qk_layernorm True"),
+        (dict(model_type="phi3", num_key_value_heads=2), "num_key_value_heads 2"),
+        (dict(model_type="phi3", rope_scaling={"type": "su"}), "phi3 model says rope_type 'su'"),
+        (dict(model_type="qwen2", use_sliding_window=True), "use_sliding_window True"),
+        (dict(model_type="llama", rope_scaling={"rope_type": "yarn"}), "rope_type 'yarn'"),
+        (dict(model_type="llama", rope_scaling={"rope_type": "llama3"}), "without factor, low_f"),
+        (dict(model_type="gemma", hidden_activation="gelu"), "hidden_activation 'gelu'"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(said, names):
+    with pytest.raises(MMJaxError, match=names):
+        architecture(said).read({**BASE, **said})
+
+
+def test_a_flamingo_on_a_language_model_that_none_was_built_on_is_refused():
+    text = dict(**BASE, model_type="phi")
+    with pytest.raises(MMJaxError, match="'phi'.*no language model of a Flamingo; one of llama"):
+        FlamingoConfig.from_hf({"text_config": text})
+
+
+def test_bunny_drops_the_bias_of_phis_head_and_transformers_takes_zeros(tmp_path):
+    """The file of a Phi without one is complete, and its export is what transformers computes."""
+    config = registry.family("language").Config.from_hf(
+        dict(**BASE, model_type="phi", lm_head_bias=False)
+    )
+    assert not config.decoder.head_bias
+    torch.manual_seed(0)
+    peer = T.PhiForCausalLM(T.PhiConfig(**BASE, pad_token_id=0)).eval()
+    state = peer.state_dict()
+    assert not state.pop("lm_head.bias").any()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    again = T.PhiForCausalLM.from_pretrained(tmp_path).eval()
+    ckpt = checkpoints.open_checkpoint(tmp_path)
+    tensors, _ = exports.plan_export(ckpt, checkpoints.abstract_params(ckpt.family, ckpt.config))
+    assert {t.key for t in tensors} == set(state)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, peer(ids).logits)
