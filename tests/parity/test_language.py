@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
+from peft import LoraConfig, get_peft_model
 from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
 import mmjax
@@ -129,3 +130,20 @@ def test_an_export_is_read_by_transformers(pair, tmp_path):
     ids = torch.from_numpy(PROMPTS[0])[None]
     with torch.no_grad():
         np.testing.assert_allclose(again(ids).logits, peer(ids).logits, atol=1e-5)
+
+
+def test_an_adapter_of_peft_on_fused_maps_answers_as_it_does_there(tmp_path):
+    torch.manual_seed(2)
+    peer = PEERS["phi3_window"]()
+    peer.save_pretrained(tmp_path / "base")
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    peer = get_peft_model(peer, LoraConfig(r=2, target_modules=targets)).eval()
+    for name, parameter in peer.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    peer.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        want = peer(torch.from_numpy(PROMPTS[0])[None]).logits[0].numpy()
+    _, got = mmjax.load(tmp_path / "adapter", base=tmp_path / "base").logits(PROMPTS[0].tolist())
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert np.abs(got - mmjax.load(tmp_path / "base").logits(PROMPTS[0].tolist())[1]).max() > 0.05
