@@ -181,8 +181,8 @@ class Projector(nnx.Module):
         if c.kind in _SPP:
             maps = iter(self.layers)
             for step in _SPP[c.kind]:
-                x = next(maps)(x) if step == "map" else _pool(x)
-            return constrain(x, "batch", None, "embed")
+                x = constrain(next(maps)(x) if step == "map" else _pool(x), "batch", None, "embed")
+            return x
         for i, layer in enumerate(self.layers):
             if i:
                 x = ACTIVATIONS["gelu"](constrain(x, "batch", None, "mlp" if i % 2 else "embed"))

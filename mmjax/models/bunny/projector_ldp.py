@@ -9,6 +9,7 @@ from jax import Array
 
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import LayerNorm
+from mmjax.parallel.sharding import constrain
 from mmjax.weights import tables
 from mmjax.weights.rules import Rule, conv_patch, conv_pixel
 
@@ -58,6 +59,9 @@ class MobileBlock(nnx.Module):
         """Map a grid [b, row, column, d] to one of 1/stride of its rows and columns, rounded up."""
         kernel = self.depthwise_kernel[...].astype(self.dtype)
         y = jax.nn.hard_swish(self.depthwise_norm(_depthwise(x, kernel, self.stride)))
+        # Pinned: left alone, XLA's partitioner (jax 0.10.2) swaps samples between devices in the
+        # gradient of the map below, on a mesh with data, fsdp and tensor.
+        y = constrain(y, "batch", None, None, "embed")
         gate = jax.nn.relu(self.squeeze(y.mean((1, 2))))
         y = y * jax.nn.hard_sigmoid(self.excite(gate))[:, None, None]
         y = self.project_norm(self.project(y))

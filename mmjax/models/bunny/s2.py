@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mmjax.parallel.sharding import constrain
 from mmjax.types import MMJaxError
 
 _A = -0.75  # of the cubic kernel, as torch and OpenCV have it; others take -0.5
@@ -55,7 +56,8 @@ def s2_features(
     out = out.reshape(b, -1, p, d)
     ends = np.cumsum([n * n for n in counts])
     parts = jnp.split(out, ends[:-1].tolist(), axis=1)
-    return jnp.concatenate([_average(part, n) for part, n in zip(parts, counts, strict=True)], -1)
+    merged = [_average(part, n) for part, n in zip(parts, counts, strict=True)]
+    return constrain(jnp.concatenate(merged, axis=-1), "batch", None, "embed")
 
 
 def _cut(images: Array, n: int, tile: int) -> Array:
