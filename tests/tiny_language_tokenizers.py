@@ -84,3 +84,17 @@ def build_llama_tokenizer(num_pieces=500, first_only=False):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def build_llama3_tokenizer(num_pieces=400):
+    """Byte-level BPE as LLaMA-3 has it: <|begin_of_text|> in front, <|end_of_text|> ends a text."""
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = build_neox_tokenizer(num_pieces).backend_tokenizer
+    specials = begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end)

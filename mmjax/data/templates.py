@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import re
 
+from mmjax.data import templates_bunny as bunny
 from mmjax.data import templates_flamingo as flamingo
 from mmjax.data.turns import (
     IMAGE_MARK,
@@ -184,6 +185,7 @@ TEMPLATES: dict[str, Template] = {
         *(simple_chat, simple_prompt, llama2_chat, llama2_prompt, idefics_chat, idefics_prompt),
         plain,
         *flamingo.TEMPLATES,
+        *bunny.TEMPLATES,
     )
 }
 """Every template by its name: ``*_chat`` to train on, ``*_prompt`` to generate from."""

@@ -32,11 +32,18 @@ def messages_before_answer(record: Record) -> tuple[Message, ...]:
 
 
 def answer(
-    record: Record, message: Message, supervised: bool, *, space: str = "", end: str = "eos"
+    record: Record,
+    message: Message,
+    supervised: bool,
+    *,
+    space: str = "",
+    end: str = "eos",
+    strip: bool = True,
 ) -> list[Segment]:
     """Return an answer and the token that ends it; both are targets in training.
 
-    space: what stands between the prompt and the answer, and belongs to the answer.
+    space: what stands between the prompt and the answer, and belongs to the answer. strip: without
+    the white space around it.
     """
     if not message.text.strip():
         raise BadSample("empty_answer", f"{name_record(record)}: an assistant turn is empty")
@@ -46,8 +53,20 @@ def answer(
             f"{name_record(record)}: {IMAGE_MARK} stands in an assistant turn; only system and "
             "user turns may hold images",
         )
-    text = space + message.text.strip()
+    text = space + (message.text.strip() if strip else message.text)
     return [Segment("text", text, supervised), Segment("special", end, supervised)]
+
+
+def count_marks(record: Record) -> int:
+    """Count the marks of a record; raises BadSample ``image_count`` for neither none nor all."""
+    total = sum(m.text.count(IMAGE_MARK) for m in record.messages)
+    if total not in (0, len(record.images)):
+        raise BadSample(
+            "image_count",
+            f"{name_record(record)}: {total} {IMAGE_MARK} mark(s) for {len(record.images)} "
+            "image(s); write one mark for each image, or none to put them all in front",
+        )
+    return total
 
 
 def place_images(
@@ -58,14 +77,7 @@ def place_images(
     Without any mark all images open the prompt. Line ends that touch a mark go with it: they
     separate the mark from the text in LLaVA's files and are no part of the question.
     """
-    total = sum(m.text.count(IMAGE_MARK) for m in record.messages)
-    if total not in (0, len(record.images)):
-        raise BadSample(
-            "image_count",
-            f"{name_record(record)}: {total} {IMAGE_MARK} mark(s) for {len(record.images)} "
-            "image(s); write one mark for each image, or none to put them all in front",
-        )
-    front = [] if total else [Segment("image", i) for i in range(len(record.images))]
+    front = [] if count_marks(record) else [Segment("image", i) for i in range(len(record.images))]
     turns: list[list[Segment]] = []
     index = 0
     for message in messages:
