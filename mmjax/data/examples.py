@@ -26,10 +26,9 @@ from mmjax.data.resizing import (
 )
 from mmjax.data.skips import Skip
 from mmjax.data.templates import Template, fuyu_chat, fuyu_legacy_otter, get_template
-from mmjax.types import BadSample, Example, Message, MMJaxError, Record
+from mmjax.types import BadSample, Example, MMJaxError, Record
 
 _MULTITURN, _AUGMENT = 1, 2  # kinds of draws
-_TWO_WORDS = Record((Message("user", "a"), Message("assistant", "b")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,7 @@ def make_loader(
 ) -> LoadExample:
     """Make what turns a draw into an example; arguments as in ``make_train_iterator``.
 
-    Raises MMJaxError for a template that the processor cannot encode.
+    Raises MMJaxError for a template that is not one for the processor's tokenizer.
     """
     sides = list_resolutions(options.resolutions)
     each = by_source("template", template, mixture.names)
@@ -89,23 +88,10 @@ def make_loader(
     if options.legacy_otter:
         templates, (resize, *_) = zip(*(legacy_loading(t, sides) for t in templates), strict=True)
     augments = augments_of(options.augment, mixture.names)
-    for one in dict.fromkeys(templates):
-        check_template(one, processor)
+    if (check := getattr(processor, "check_template", None)) is not None:
+        for one in dict.fromkeys(templates):
+            check(one)
     return LoadExample(mixture, templates, processor, shape, seed, options, sides, resize, augments)
-
-
-def check_template(template: Template, processor: Any) -> None:
-    """Raise MMJaxError where the processor lacks a token that the template asks for.
-
-    Two words are laid out and encoded: no record is read.
-    """
-    name = getattr(template, "__name__", repr(template))
-    try:
-        processor.encode(template(_TWO_WORDS), ())
-    except BadSample:
-        pass  # it asks for an image
-    except MMJaxError as error:
-        raise MMJaxError(f"template {name!r}: {error}") from error
 
 
 def legacy_loading(

@@ -24,7 +24,7 @@ from mmjax.data.tokenize import (
     table_rows,
 )
 from mmjax.data.tokenizers_small import build_word_tokenizer
-from mmjax.data.turns import IMAGE_MARK
+from mmjax.data.turns import IMAGE_MARK, Template
 from mmjax.models.bunny.images import image_rows
 from mmjax.models.bunny.processor_config import ProcessorConfig
 from mmjax.models.token_stream import (
@@ -37,7 +37,15 @@ from mmjax.models.token_stream import (
     mismatch,
     token_array,
 )
-from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
+from mmjax.types import (
+    BadSample,
+    Example,
+    ImageSource,
+    Message,
+    MMJaxError,
+    Record,
+    Segment,
+)
 
 __all__ = ["BunnyProcessor", "ProcessorConfig"]
 
@@ -138,6 +146,18 @@ class BunnyProcessor:
                     f"the processor's {name} is {getattr(own, name)!r} and the model's is "
                     f"{getattr(config, name)!r}; set both to the same"
                 )
+
+    def check_template(self, template: Template) -> None:
+        """Raise MMJaxError where a template ends answers with another token than the model."""
+        if self.tokenizer is None:
+            return
+        try:
+            self._stream(template(Record((Message("user", "a"), Message("assistant", "b")))))
+        except BadSample:
+            return  # it asks for an image, as that of pretraining does, which has no end
+        except MMJaxError as error:
+            name = getattr(template, "__name__", repr(template))
+            raise MMJaxError(f"template {name!r}: {error}") from error
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the files that transformers' image processors and AutoTokenizer load."""
