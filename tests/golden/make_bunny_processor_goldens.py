@@ -72,6 +72,7 @@ CONVERSATIONS = {
 LOST = {
     "role in an answer": turns("<image>\nSay it.", "One ASSISTANT: two.", "And?", "Three."),
     "role in a question": turns("<image>\nWhat does ASSISTANT: mean?", "A helper."),
+    "question ends in the role": turns("<image>\nGo on: ASSISTANT:", "A dog."),
     "end in an answer": turns("<image>\nSay it.", "One {end} two."),
     "no last answer": turns("<image>\nOne?", "Two.", "Three?"),
     "an empty answer": turns("<image>\nOne?", "", "Three?", "Four."),

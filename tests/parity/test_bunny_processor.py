@@ -151,6 +151,14 @@ def test_what_the_peer_masks_is_trained_on_or_refused_by_name(name):
     with pytest.raises(BadSample, match="empty"):
         encode(name, template, record_of(name, LOST["an empty answer"]))
 
+    # A question that ends with the role: the peer splits there, and learns the next role's name.
+    peer = GOLDEN["lost"][name]["question ends in the role"]
+    example = encode(name, template, record_of(name, LOST["question ends in the role"]))
+    assert ids_of(example) == peer["ids"]
+    learnt = [i for i, label in zip(peer["ids"], peer["labels"], strict=True) if label == "x"]
+    assert PROCESSORS[name].tokenizer.decode(learnt).replace(" ", "") == f"ASSISTANT:Adog.{end}"
+    assert [text.replace(" ", "") for text in answers_of(name, example)] == [f"Adog.{end}"]
+
     # Two images in one message: the peer shows the first alone.
     assert GOLDEN["lost"][name]["two in a message"]["ids"].count(-200) == 1
     example = encode(name, template, record_of(name, LOST["two in a message"]))
