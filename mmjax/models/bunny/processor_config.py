@@ -64,7 +64,7 @@ class ProcessorConfig(SquareImages):
         """
         data = read_image_file(folder)
         model = read_json(folder, "config.json") or {}
-        config = cls.from_hf(data) if data else cls(**_seen_by_tower(model))
+        config = cls.from_hf(data) if data else cls(**seen_by_tower(model))
         changes = {} if is_own(data) else _told_by_model(model)
         eos = model.get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
@@ -73,8 +73,12 @@ class ProcessorConfig(SquareImages):
         return dataclasses.replace(config, **changes)
 
 
-def _seen_by_tower(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Read from config.json how its tower was shown pictures."""
+def seen_by_tower(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Read from config.json how its tower was shown pictures, as options of the processor.
+
+    ``image_size`` is the tower's own, below the largest scale of S2. Nothing without a
+    ``vision_config``.
+    """
     vision = model.get("vision_config") or {}
     if not vision:
         return {}
