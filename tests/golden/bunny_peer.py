@@ -65,6 +65,7 @@ def import_peer(checkout):
     for name in ("is_flax_available", "is_torch_fx_available"):
         for module in (transformers.utils, transformers.utils.import_utils):
             setattr(module, name, lambda: False)
+    transformers.pytorch_utils.is_torch_greater_or_equal_than_1_13 = True
     transformers.PretrainedConfig.pad_token_id = None
     transformers.PretrainedConfig.use_return_dict = True
     sys.path.insert(0, checkout)
@@ -74,7 +75,7 @@ def import_peer(checkout):
 
 
 def stand_in(name, *classes):
-    """Register an empty package of this name, all its parents too, unless it is installed."""
+    """Register an empty package of this name and its parents, and empty classes in it."""
     parts = name.split(".")
     for i in range(1, len(parts) + 1):
         path = ".".join(parts[:i])
@@ -149,6 +150,7 @@ def repair(cls):
 def plain_rope(attention):
     """Let the published method see a rope_scaling of None; today it names rope_parameters."""
     config = attention.config
+    attention.rope_scaling = None
     attention.config = types.SimpleNamespace(**vars_of(config), rope_scaling=None)
     attention.published_init_rope()
     attention.config = config

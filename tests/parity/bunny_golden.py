@@ -14,6 +14,7 @@ from tests.parity.flamingo_golden import relative_error
 COMMITTED = Path(__file__).parents[1] / "golden"
 TOWERS = ("siglip", "clip", "eva")
 TOWER = "model.vision_tower.vision_tower."  # of every tensor of a tower in a merged checkpoint
+IMAGE_TOKENS = 4
 NOTHING = 1e-6  # a gradient below is nothing but rounding: the bias of keys without rotation
 
 
@@ -34,6 +35,13 @@ class Case:
     prompt_lengths: np.ndarray | None = None  # int[b], ids of a row before its answer
     greedy: np.ndarray | None = None  # int[b,12], what follows each prompt
     greedy_margin: float | None = None  # least distance between its two best logits
+
+    def row_mask(self):
+        """Return bool[b,T]: the places of the peer's rows that hold a token or an image."""
+        tokens = self.attention_mask.sum(1) + (IMAGE_TOKENS - 1) * (self.ids == -200).sum(1)
+        tokens = np.minimum(tokens, self.config["tokenizer_model_max_length"])
+        mask = np.arange(self.logits.shape[1]) < tokens[:, None]
+        return mask[:, ::-1] if self.config["tokenizer_padding_side"] == "left" else mask
 
     def image_slots(self):
         """Return for each row the rows of ``pixel_values`` that are its images."""
