@@ -29,6 +29,7 @@ _FAMILIES = {
     "hf_clip": "clip_vision_model",
     "open_clip": "clip_vision_model",
     "hf_siglip": "siglip_vision_model",
+    "eva": "eva02_clip",
 }
 # Of the published towers, by width: what no tensor tells.
 _HEADS = {768: 12, 1024: 16, 1152: 16}
@@ -56,11 +57,11 @@ def open_tower(
     asked: str | Path | None = None,
     stated: Mapping[str, Any] | None = None,
 ) -> Tower:
-    """Open a tower's file or folder: CLIP of OpenAI, open_clip or transformers, or SigLIP.
+    """Open the file or folder of a CLIP, a SigLIP or an EVA-02, as those who publish it name it.
 
-    path: a state dict of a whole CLIP or of its visual part, or a folder of transformers'
-        CLIPModel, SiglipModel or the vision part of either, of any version. A text tower is left
-        out.
+    path: a state dict of OpenAI, open_clip, EVA-CLIP or timm, of a whole CLIP or of its visual
+        part; or a folder of transformers' CLIPModel, SiglipModel or the vision part of either, of
+        any version. A text tower is left out.
     stated: a ``vision_config`` for a path without a JSON file. The rest is as for ``tower_in``.
     """
     path = Path(path)
@@ -96,6 +97,7 @@ def tower_in(
         if not key.startswith(root):
             return None
         key = key[len(root) :]
+        key = vit_tables.from_timm(key) if layout == "eva" else key
         return None if any(re.search(p, key) for p in vit_tables.IGNORE) else key
 
     tower = Renamed(reader, rename)
@@ -111,7 +113,7 @@ def tower_in(
 def _find(keys: Iterable[str], where: str) -> tuple[str, str]:
     """Tell the layout by the patch projection's name, and what stands before it."""
     keys = sorted(keys, key=len)
-    for layout in ("hf_clip", "open_clip"):
+    for layout in ("hf_clip", "eva", "open_clip"):
         mark = _names(layout)["embed.kernel"]
         found = next((key for key in keys if f".{key}".endswith(f".{mark}")), None)
         if found is not None:
@@ -120,7 +122,8 @@ def _find(keys: Iterable[str], where: str) -> tuple[str, str]:
             return "hf_siglip" if siglip else layout, root
     raise MMJaxError(
         f"{where}: no vision tower: neither visual.conv1.weight, as open_clip names it, nor "
-        "vision_model.embeddings.*, as transformers does; it begins with "
+        "vision_model.embeddings.*, as transformers does, nor patch_embed.*, as EVA-CLIP and timm "
+        "do; it begins with "
         f"{', '.join(sorted(keys)[:3]) or 'nothing'}"
     )
 
@@ -137,7 +140,10 @@ def _measured(reader: Reader, layout: str) -> dict[str, int]:
     keys = set(reader.keys())
     lacks = [key for key in (patch, table, up.replace("{l}", "0")) if key not in keys]
     if lacks:
-        raise MMJaxError(f"the vision tower lacks {', '.join(lacks)}; is its file complete?")
+        raise MMJaxError(
+            f"the vision tower lacks {', '.join(lacks)}, which every {_FAMILIES[layout]} has; is "
+            "it another ViT, or its file not complete?"
+        )
     shape = reader.shape(patch)
     if len(shape) != 4:
         raise MMJaxError(

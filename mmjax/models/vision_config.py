@@ -17,9 +17,13 @@ SIGLIP = ViTConfig(  # so400m-patch14-384
     activation="gelu_tanh", norm_eps=1e-6, image_size=384, class_token=False, pre_norm=False,
     patch_bias=True,
 )  # fmt: skip
+EVA02 = ViTConfig(  # EVA02_CLIP_L_336_psz14
+    d_mlp=2730, activation="silu", gated=True, norm_eps=1e-6, k_bias=False, sub_norm=True,
+    rope_interleaved=True, rope_grid=16, image_size=336, pre_norm=False, patch_bias=True,
+)  # fmt: skip
 
 # By model_type. A config.json may leave out what all of a family share.
-FAMILIES = {"clip_vision_model": CLIP, "siglip_vision_model": SIGLIP}
+FAMILIES = {"clip_vision_model": CLIP, "siglip_vision_model": SIGLIP, "eva02_clip": EVA02}
 _KEYS = {
     "hidden_size": "d_model",
     "num_hidden_layers": "num_layers",
@@ -31,6 +35,7 @@ _KEYS = {
     "hidden_act": "activation",
     "layer_norm_eps": "norm_eps",
     "initializer_range": "init_std",
+    "pt_hw_seq_len": "rope_grid",
     "feature_layer": "feature_layer",
 }
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -80,6 +85,7 @@ def write_vision_config(config: ViTConfig) -> dict[str, Any]:
     Raises ValueError for a tower that is none of the published families.
     """
     out = {theirs: getattr(config, ours) for theirs, ours in _KEYS.items()}
+    out = {key: value for key, value in out.items() if value is not None}
     hub = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     out["hidden_act"] = hub.get(config.activation, config.activation)
     for family in FAMILIES:
@@ -126,21 +132,27 @@ def asked_config(asked: str | Path) -> dict[str, Any]:
 
 
 def stated_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return transformers' words for a tower from its JSON there or in open_clip.
+    """Return transformers' words for a tower from its JSON there, in open_clip or in EVA-CLIP.
 
-    Raises MMJaxError for a tower of open_clip that is not CLIP's own ViT.
+    Raises MMJaxError for a tower of open_clip that is neither CLIP's own ViT nor an EVA-02.
     """
     config = config.get("model_cfg", config)
     if "vision_cfg" not in config:
         config = config.get("vision_config") or config
         return {key: config[key] for key in _KEYS if config.get(key) is not None}
     sizes = config["vision_cfg"]
+    if str(sizes.get("timm_model_name")).startswith("eva02_"):  # that name says the rest
+        return {"image_size": sizes["image_size"]} if "image_size" in sizes else {}
     odd = [key for key in _UNSUPPORTED if sizes.get(key)]
     if odd or not isinstance(sizes.get("layers", 12), int):
         raise MMJaxError(
-            f"vision_cfg has {', '.join(odd) or 'several stages'}: only CLIP's own ViT is supported"
+            f"vision_cfg has {', '.join(odd) or 'several stages'}: only CLIP's own ViT and "
+            "EVA-02 are supported"
         )
     width = sizes.get("width", 768)
+    own = {"hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu"}
+    if sizes.get("eva_model_name"):
+        own = {"pt_hw_seq_len": sizes.get("pt_hw_seq_len", 16)}
     return {
         "hidden_size": width,
         "num_hidden_layers": sizes.get("layers", 12),
@@ -148,5 +160,5 @@ def stated_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": int(width * sizes.get("mlp_ratio", 4.0)),
         "image_size": sizes.get("image_size", 224),
         "patch_size": sizes.get("patch_size", 16),
-        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        **own,
     }

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mmjax.nn import rope
 from mmjax.nn.attention import Context
 from mmjax.nn.layer import Layer, LayerConfig
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import make_norm
 from mmjax.nn.stack import scan, stack
 from mmjax.parallel.sharding import constrain
+
+_ROPE_THETA = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +28,11 @@ class ViTConfig(LayerConfig):
 
     image_size, patch_size in pixels; what a last whole patch leaves over at the right and bottom is
     not seen. class_token: a learned token before the patches; it is never returned. position: a
-    learned table, or none. pre_norm: a norm before the first layer. patch_bias: of the patch map.
-    feature_layer: the layer whose output is returned, counted from the end as -1.
-    final_norm: ``applied`` to that output; or ``kept``: checkpoints carry it, features are taken
-    before it; or ``none``.
+    learned table, or none. rope_grid: patches turn by rows and columns as well, counted as on a
+    grid of so many a side (EVA-02); None: they do not. pre_norm: a norm before the first layer.
+    patch_bias: of the patch map. feature_layer: the layer whose output is returned, counted from
+    the end as -1. final_norm: ``applied`` to that output; or ``kept``: checkpoints carry it,
+    features are taken before it; or ``none``.
     """
 
     d_model: int = 1024
@@ -43,6 +47,7 @@ class ViTConfig(LayerConfig):
     num_channels: int = 3
     class_token: bool = True
     position: Literal["learned", "none"] = "learned"
+    rope_grid: int | None = None
     pre_norm: bool = True
     patch_bias: bool = False
     feature_layer: int = -1
@@ -133,7 +138,8 @@ class ViT(nnx.Module):
             x = x + self.positions[...].astype(x.dtype)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        context = Context(causal=False, implementation=self.attention)
+        cos, sin = self._angles()
+        context = Context(cos=cos, sin=sin, causal=False, implementation=self.attention)
         x = scan(
             self.layers,
             c.layers_run,
@@ -144,6 +150,16 @@ class ViT(nnx.Module):
         if c.class_token:
             x = x[:, 1:]
         return self.final_norm(x) if c.final_norm == "applied" else x
+
+    def _angles(self) -> tuple[Array | None, Array | None]:
+        """Return cos and sin, float32[1, t, h / 2], of all tokens; a class token stays."""
+        c = self.config
+        if c.rope_grid is None:
+            return None, None
+        side = c.image_size // c.patch_size
+        cos, sin = rope.grid_angles(side, c.rope_grid, c.head_dim, _ROPE_THETA)
+        stays = ((0, 0), (int(c.class_token), 0), (0, 0))
+        return jnp.pad(cos, stays, constant_values=1.0), jnp.pad(sin, stays)
 
 
 def patches_of(images: Array, c: ViTConfig) -> Array:

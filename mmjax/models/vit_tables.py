@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from mmjax.weights import tables
-from mmjax.weights.rules import Rule, conv_patch
+from mmjax.weights.rules import Leading, Rule, conv_patch, flat, transpose
 
 IGNORE = (
     r"^proj$",  # into the space of a text tower
-    r"^head\.",  # SigLIP's pooling
+    r"^head\.",  # SigLIP's pooling, EVA's projection
+    r"(^|\.)rope\.",  # EVA's angles
     r"^embeddings\.position_ids$",
 )
 """Keys behind a root that are no part of a tower here; what is exported does not have them."""
@@ -61,10 +63,50 @@ def transformers(root: str, ours: str = "vision") -> tuple[Rule, ...]:
     )
 
 
+def eva(root: str, ours: str = "vision") -> tuple[Rule, ...]:
+    """Return the table of an EVA-02 of EVA-CLIP whose keys begin with ``root``."""
+    block = f"{root}blocks.{{l}}."
+    attn, mlp = f"{ours}.layers.attn", f"{ours}.layers.mlp"
+    return (
+        Rule(f"{ours}.class_token", f"{root}cls_token", Leading(2)),
+        Rule(f"{ours}.positions", f"{root}pos_embed", Leading(1)),
+        *tables.linear(f"{ours}.embed", f"{root}patch_embed.proj", conv_patch),
+        *tables.norm(f"{ours}.layers.attn_norm", f"{block}norm1"),
+        *(Rule(f"{attn}.{x}.kernel", f"{block}attn.{x}_proj.weight", transpose) for x in "qkv"),
+        *(Rule(f"{attn}.{x}.bias", f"{block}attn.{x}_bias", flat) for x in "qv"),
+        *tables.norm(f"{attn}.sub_norm", f"{block}attn.inner_attn_ln"),
+        *tables.from_heads(f"{attn}.o", f"{block}attn.proj"),
+        *tables.norm(f"{ours}.layers.mlp_norm", f"{block}norm2"),
+        *tables.linear(f"{mlp}.gate", f"{block}mlp.w1"),
+        *tables.linear(f"{mlp}.up", f"{block}mlp.w2"),
+        *tables.norm(f"{mlp}.sub_norm", f"{block}mlp.ffn_ln"),
+        *tables.linear(f"{mlp}.down", f"{block}mlp.w3"),
+        *tables.norm(f"{ours}.final_norm", f"{root}norm"),
+    )
+
+
+_TIMM = (
+    (re.compile(r"\.attn\.([qv])_proj\.bias$"), r".attn.\1_bias"),
+    (re.compile(r"\.attn\.norm\."), ".attn.inner_attn_ln."),
+    (re.compile(r"\.mlp\.fc1_g\."), ".mlp.w1."),
+    (re.compile(r"\.mlp\.fc1_x\."), ".mlp.w2."),
+    (re.compile(r"\.mlp\.fc2\."), ".mlp.w3."),
+    (re.compile(r"\.mlp\.norm\."), ".mlp.ffn_ln."),
+)
+
+
+def from_timm(key: str) -> str:
+    """Rename a key of timm's EVA-02, open_clip's too, to the one that the table ``eva`` speaks."""
+    for pattern, new in _TIMM:
+        key = pattern.sub(new, key)
+    return key
+
+
 LAYOUTS: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "open_clip": open_clip,
     "hf_clip": transformers,
     "hf_siglip": transformers,
+    "eva": eva,
 }
 
 

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmjax.nn import cache as kv_cache
 from mmjax.nn import rope
 from mmjax.nn.linear import DTypes, Linear, LoRA
-from mmjax.nn.norm import LayerNorm
+from mmjax.nn.norm import LayerNorm, RMSNorm, make_norm
 from mmjax.ops.attention import attention
 from mmjax.ops.decode import decode_attention
 from mmjax.parallel.context import take_on_length
@@ -75,12 +75,13 @@ class SelfAttention(nnx.Module):
     ):
         shared = dict(dtypes=dtypes, init_std=c.init_std, lora=lora, rngs=rngs)
         d, n, kv, h = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
-        self.clip = c.clip_qkv
+        self.clip, self.interleaved = c.clip_qkv, c.rope_interleaved
 
         def project(name: str, heads: int, axis: str) -> Linear:
             axes = ("embed", axis, "head_dim")
             full = f"{prefix}attn.{name}"
-            return Linear((d,), (heads, h), axes, name=full, bias=c.qkv_bias, **shared)
+            bias = c.qkv_bias and (name != "k" or c.k_bias)
+            return Linear((d,), (heads, h), axes, name=full, bias=bias, **shared)
 
         self.q = project("q", n, "heads")
         self.k, self.v = project("k", kv, "kv_heads"), project("v", kv, "kv_heads")
@@ -91,6 +92,7 @@ class SelfAttention(nnx.Module):
         widths = {"none": (0, 0), "head": (h, h), "model": (n * h, kv * h)}[c.qk_norm]
         of = dict(eps=c.norm_eps, dtypes=dtypes, bias=c.norm_bias)
         self.q_norm, self.k_norm = (LayerNorm(w, **of) if w else None for w in widths)
+        self.sub_norm = make_norm(c, dtypes=dtypes, width=n * h) if c.sub_norm else None
 
     def __call__(
         self, x: Array, context: Context, layer: Array, cached=None, at: Array | None = None
@@ -110,8 +112,8 @@ class SelfAttention(nnx.Module):
         if self.q_norm is not None:
             q, k = _norm_heads(self.q_norm, q), _norm_heads(self.k_norm, k)
         if context.cos is not None:
-            q = rope.rotate(q, queries.cos, queries.sin)
-            k = rope.rotate(k, context.cos, context.sin)
+            q = rope.rotate(q, queries.cos, queries.sin, interleaved=self.interleaved)
+            k = rope.rotate(k, context.cos, context.sin, interleaved=self.interleaved)
         q = constrain(q, "batch", "length", "heads", None)
         if cached is not None:
             cached = tuple(
@@ -134,11 +136,13 @@ class SelfAttention(nnx.Module):
             k, v = k.astype(q.dtype), v.astype(q.dtype)
             of = dict(alibi_slopes=context.slopes, window=context.window)
             out = decode_attention(q[:, 0], k, v, context.length + 1, **of)[:, None]
+        if self.sub_norm is not None:
+            out = _norm_heads(self.sub_norm, out)
         out = self.o(constrain(out, "batch", "length", "heads", None))
         return out if cached is None else (out, cached)
 
 
-def _norm_heads(norm: LayerNorm, x: Array) -> Array:
+def _norm_heads(norm: LayerNorm | RMSNorm, x: Array) -> Array:
     """Normalise [b, t, n, h] over h, or over n and h together where the norm is that wide."""
     if norm.scale.shape[-1] == x.shape[-1]:
         return norm(x)

@@ -30,7 +30,10 @@ class LayerConfig:
     norm. residual: ``sequential`` is x + attn(norm(x)), then x + mlp(norm(x)); ``parallel`` is
     x + attn(attn_norm(x)) + mlp(mlp_norm(x)) (GPT-NeoX), and ``shared`` that with one norm for both
     (GPT-J, Phi). residual_scale: multiplies what attention and MLP add to x (MiniCPM). qkv_bias,
-    out_bias, mlp_bias: of the maps.
+    out_bias, mlp_bias: of the maps; k_bias: whether that of keys has one too (EVA-02's has none).
+    sub_norm: a norm more, before the output map of attention and before the last of the MLP
+    (Magneto, Wang et al. 2022). rope_interleaved: rotary positions turn neighbours; see
+    ``mmjax.nn.rope``.
     """
 
     d_model: int = 4096
@@ -49,8 +52,11 @@ class LayerConfig:
     residual: Literal["sequential", "parallel", "shared"] = "sequential"
     residual_scale: float = 1.0
     qkv_bias: bool = True
+    k_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
+    sub_norm: bool = False
+    rope_interleaved: bool = False
     init_std: float = 0.02
 
     @property
@@ -87,6 +93,7 @@ class Layer(nnx.Module):
         self.mlp_norm = None if c.residual == "shared" else make_norm(c, dtypes=dtypes)
         self.mlp = MLP(
             c.d_model, c.d_mlp, activation=c.activation, gated=c.gated, bias=c.mlp_bias,
+            sub_norm=make_norm(c, dtypes=dtypes, width=c.d_mlp) if c.sub_norm else None,
             init_std=c.init_std, **shared,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.nn.linear import DTypes, Linear, LoRA
+from mmjax.nn.norm import LayerNorm, RMSNorm
 from mmjax.parallel.sharding import constrain
 
 
@@ -34,7 +35,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class MLP(nnx.Module):
-    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020).
+
+    sub_norm: a norm of what ``down`` is given, over f.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
         gated: bool = False,
         bias: bool = True,
+        sub_norm: LayerNorm | RMSNorm | None = None,
         prefix: str = "",
     ):
         shared = dict(bias=bias, dtypes=dtypes, init_std=init_std, lora=lora, rngs=rngs)
@@ -58,13 +63,15 @@ class MLP(nnx.Module):
         widen = (d,), (f,), ("embed", "mlp")
         self.up = Linear(*widen, name=f"{prefix}mlp.up", **shared)
         self.gate = Linear(*widen, name=f"{prefix}mlp.gate", **shared) if gated else None
+        self.sub_norm = sub_norm
         self.down = Linear((f,), (d,), ("mlp", "embed"), name=f"{prefix}mlp.down", **shared)
 
     def __call__(self, x: Array) -> Array:
         """Map [b, t, d] to [b, t, d]."""
         act = ACTIVATIONS[self.activation]
         up = _hidden(self.up(x))
-        return self.down(act(up) if self.gate is None else act(_hidden(self.gate(x))) * up)
+        hidden = act(up) if self.gate is None else act(_hidden(self.gate(x))) * up
+        return self.down(hidden if self.sub_norm is None else self.sub_norm(hidden))
 
 
 def _hidden(x: Array) -> Array:

@@ -51,11 +51,12 @@ class RMSNorm(nnx.Module):
         return (x * rstd * (1.0 + scale if self.plus_one else scale)).astype(self.dtype)
 
 
-def make_norm(c: LayerConfig, *, dtypes: DTypes) -> LayerNorm | RMSNorm:
-    """Build the norm that a block's config names, over its model width."""
+def make_norm(c: LayerConfig, *, dtypes: DTypes, width: int | None = None) -> LayerNorm | RMSNorm:
+    """Build the norm that a block's config names, over its model width or another."""
+    width = c.d_model if width is None else width
     if c.norm == "rms":
-        return RMSNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes, plus_one=c.norm_plus_one)
-    return LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes, bias=c.norm_bias)
+        return RMSNorm(width, eps=c.norm_eps, dtypes=dtypes, plus_one=c.norm_plus_one)
+    return LayerNorm(width, eps=c.norm_eps, dtypes=dtypes, bias=c.norm_bias)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -41,13 +41,31 @@ def angles(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
+def grid_angles(side: int, grid: int, dims: int, theta: float) -> tuple[Array, Array]:
+    """Return cos and sin, float32[1, side * side, dims / 2], for patches row by row (EVA-02).
+
+    The first half of the angles is the row's, the second the column's. grid: patches a side that
+    positions are counted in, whatever ``side`` is: that of the images a tower was trained on first.
+    """
+    along = jnp.arange(side, dtype=jnp.float32) / side * grid
+    rows, columns = jnp.repeat(along, side)[None], jnp.tile(along, side)[None]
+    pairs = zip(angles(rows, dims // 2, theta), angles(columns, dims // 2, theta), strict=True)
+    cos, sin = (jnp.concatenate(pair, axis=-1) for pair in pairs)
+    return cos, sin
+
+
+def rotate(x: Array, cos: Array, sin: Array, *, interleaved: bool = False) -> Array:
     """Rotate the first ``2 * cos.shape[-1]`` dimensions of each head and pass the rest.
 
-    x: [b, t, n, h]. Dimension i pairs with i + dims / 2, not with i + 1 (the GPT-NeoX order, which
-    is also Persimmon's and LLaMA's in their Hugging Face layout).
+    x: [b, t, n, h]. Dimension i pairs with i + dims / 2 (the GPT-NeoX order, which is also
+    Persimmon's and LLaMA's in their Hugging Face layout), or ``interleaved`` 2i with 2i + 1 (GPT-J,
+    EVA-02).
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+    if interleaved:
+        a, b, rest = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

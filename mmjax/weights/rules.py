@@ -88,6 +88,22 @@ class Reshape:
 
 
 @dataclasses.dataclass(frozen=True)
+class Leading:
+    """The same array with ``n`` axes of length 1 before it."""
+
+    n: int = 1
+
+    def theirs_shape(self, ours: Shape) -> Shape:
+        return (1,) * self.n + ours
+
+    def view(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
+        return theirs.reshape(ours)
+
+    def axis(self, ours: Shape) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Fused:
     """Part i of a fused projection such as q, k, v: theirs [n * parts * h, ...].
 

@@ -124,3 +124,6 @@ def test_flops_are_two_a_weight_and_key():
     want = 2 * (tokens * weights + 9 * 12 * 16) + 4 * tokens**2 * 16
     assert c.flops_per_medium() == want and c.flops_per_medium(frames=3) == 3 * want
     assert dataclasses.replace(SMALL, feature_layer=-2).flops_per_medium() == want
+    gated = dataclasses.replace(c, gated=True, class_token=False, rope_grid=3, sub_norm=True)
+    want = 2 * 9 * (weights + 16 * 24 + 12 * 16) + 4 * 9**2 * 16
+    assert gated.flops_per_medium() == want

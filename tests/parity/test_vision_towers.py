@@ -16,7 +16,7 @@ from mmjax.models.vision_config import CLIP, SIGLIP
 from mmjax.models.vit import ViTConfig
 from mmjax.nn import paths
 from mmjax.types import MMJaxError
-from mmjax.weights.rules import WeightsMismatch, expected, export
+from mmjax.weights.rules import WeightsMismatch, export
 from mmjax.weights.writer import Arrays, write_shards
 from tests.parity import vision_peer
 from tests.parity.vision_peer import forward, images, opened, pixels
@@ -165,32 +165,22 @@ def test_a_tower_may_lack_what_lies_behind_its_feature(siglip, tmp_path):
         opened(tmp_path)
 
 
-def published(config, layout, cut=0):
-    """The tensors of a published tower, without memory."""
-    shapes = {f"vision.{name}": leaf.shape for name, leaf in vision_peer.abstract(config).items()}
-    keys = expected(vision_peer.rules(layout), shapes)
-    last = f"encoder.layers.{config.num_layers - cut}."
-    return Arrays(
-        {k: np.broadcast_to(np.float32(0), s) for k, s in keys.items() if not k.startswith(last)}
-    )
-
-
 def test_published_towers_need_no_config():
     for layout, config in (
         ("hf_siglip", SIGLIP),
         ("hf_clip", dataclasses.replace(CLIP, image_size=336)),
         ("open_clip", dataclasses.replace(CLIP, image_size=336)),
     ):
-        tower = tower_in(published(config, layout), "it", feature_layer=-2)
+        tower = tower_in(vision_peer.published(config, layout), "it", feature_layer=-2)
         assert tower.layout == layout
         assert read_vision_config(tower.config) == dataclasses.replace(config, feature_layer=-2)
     cut = read_vision_config(
-        tower_in(published(SIGLIP, "hf_siglip", cut=1), "it", feature_layer=-2).config
+        tower_in(vision_peer.published(SIGLIP, "hf_siglip", cut=1), "it", feature_layer=-2).config
     )
     assert cut == dataclasses.replace(SIGLIP, num_layers=26) and cut.layers_run == 26
     wide = ViTConfig(d_model=1536, num_heads=16, num_kv_heads=16, head_dim=96, num_layers=1)
     with pytest.raises(MMJaxError, match="1536 wide, and its heads cannot .* num_attention_heads"):
-        tower_in(published(wide, "hf_clip"), "it")
+        tower_in(vision_peer.published(wide, "hf_clip"), "it")
 
 
 @pytest.mark.parametrize(

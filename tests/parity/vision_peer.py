@@ -14,6 +14,8 @@ from mmjax.models.vision_config import read_vision_config
 from mmjax.models.vit import ViT
 from mmjax.nn import paths
 from mmjax.weights.load import load_params
+from mmjax.weights.rules import expected
+from mmjax.weights.writer import Arrays
 
 
 def random_peer(make, config):
@@ -48,7 +50,7 @@ def rules(layout):
 def parts_of(tower, config=None):
     """Our tower with the tensors of a folder: every one of them is claimed."""
     config = config or read_vision_config(tower.config)
-    graphdef, params = nnx.split(ViT(config, rngs=nnx.Rngs(0)))
+    graphdef, params = jax.eval_shape(lambda: nnx.split(ViT(config, rngs=nnx.Rngs(0))))
     abstract = {f"vision.{name}": leaf for name, leaf in paths.flatten(params).items()}
     values = load_params(tower.reader, rules(tower.layout), abstract)
     values = {name.removeprefix("vision."): value for name, value in values.items()}
@@ -71,3 +73,13 @@ def abstract(config):
 
 def count(config):
     return sum(math.prod(leaf.shape) for leaf in abstract(config).values())
+
+
+def published(config, layout, cut=0):
+    """The tensors of a published tower, without memory."""
+    shapes = {f"vision.{name}": leaf.shape for name, leaf in abstract(config).items()}
+    keys = expected(rules(layout), shapes)
+    last = f"encoder.layers.{config.num_layers - cut}."
+    return Arrays(
+        {k: np.broadcast_to(np.float32(0), s) for k, s in keys.items() if not k.startswith(last)}
+    )

@@ -8,9 +8,9 @@ from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.flamingo.cross_attention import CrossAttentionConfig
-from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.flamingo.perceiver import PerceiverConfig
 from mmjax.models.language.architectures import ARCHITECTURES
+from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
 from mmjax.types import MMJaxError

@@ -12,8 +12,8 @@ from tiny_language_tokenizers import build_llama_tokenizer, build_neox_tokenizer
 
 from mmjax.data.templates import TEMPLATES
 from mmjax.data.templates_flamingo import GUANACO_SYSTEM
-from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.flamingo.processor import FlamingoProcessor, ProcessorConfig
+from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
 
 SMALL = ProcessorConfig(image_size=8, answer_token=True)
