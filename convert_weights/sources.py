@@ -9,11 +9,12 @@ from mmjax.models import checkpoints
 PARTS = {
     "lm": (
         "DIR",
-        "a checkpoint of trained parts: its language model's folder, as on Hugging Face",
+        "a checkpoint without its language model: that one's folder, as on Hugging Face",
     ),
     "vision": (
         "FILE_OR_DIR",
-        "its vision tower: a state dict of open_clip, or a folder of transformers' CLIP",
+        "its vision tower: a folder of transformers' CLIP or SigLIP, or a state dict of open_clip, "
+        "timm or EVA-CLIP",
     ),
     "vision_config": (
         "NAME_OR_JSON",

@@ -5,7 +5,8 @@ python -m convert_weights.to_hf SRC DST [--layout NAME] [--dtype keep] [--adapte
 SRC is a converted folder (or any checkpoint that to_jax reads, then this changes its layout). A
 model with a LoRA adapter is written merged, or with --adapter as the adapter alone. A Flamingo is
 written as Otter's folders are, or with --layout openflamingo as checkpoint.pt: what OpenFlamingo
-trains, and the kernels that an adapter was merged into.
+trains, and the kernels that an adapter was merged into. A Bunny is written as its merged models
+are, or with --layout projector as mm_projector.bin, which its first stage trains.
 """
 
 import argparse
@@ -30,14 +31,15 @@ def main(argv: list[str] | None = None) -> None:
         "--layout",
         help="names of the tensors, and for adapters of the modules. Fuyu and language models: hub "
         "(default; every transformers reads it) or transformers5 (default for adapters: PEFT names "
-        "modules as they stand in memory). Flamingo: otter (default) or openflamingo",
+        "modules as they stand in memory). Flamingo: otter (default) or openflamingo. Bunny: bunny "
+        "(default) or projector",
     )
     parser.add_argument(
         "--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep"
     )
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone")
     parser.add_argument(
-        "--whole", action="store_true", help="openflamingo: also what OpenFlamingo does not train"
+        "--whole", action="store_true", help="of a layout of trained parts: all the rest as well"
     )
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
@@ -49,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     tensors, files = exports.plan_export(
         ckpt, abstract, layout=layout, dtype=args.dtype, adapter=args.adapter, whole=args.whole
     )
-    total = sum(tensor.nbytes for tensor in tensors)
+    beside = [t for content in files.values() if not isinstance(content, dict) for t in content]
+    total = sum(tensor.nbytes for tensor in (*tensors, *beside))
     with bar(f"{ckpt.family.name} -> {layout}", total) as progress:
         exports.write_export(
             args.destination,

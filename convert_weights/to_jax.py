@@ -4,10 +4,10 @@ python -m convert_weights.to_jax SRC DST [--dtype bfloat16|float32|keep] [--base
     [--lm DIR] [--vision FILE_OR_DIR] [--vision-config NAME_OR_JSON] [--tuning-config FILE]
 
 SRC is a folder or a file in any layout of a supported family, a PEFT adapter (then --base is the
-model it belongs to), or a checkpoint of OpenFlamingo's trained parts (then --lm and --vision are
-the rest); several files, a.pt,b.pt, are loaded in order. DST gets the parameters, config.json,
-tokenizer and processor files, and appears only when it is whole. The memory needed does not grow
-with the model.
+model it belongs to), or a checkpoint of trained parts, OpenFlamingo's or a Bunny's projector (then
+--lm and --vision are the rest); several files, a.pt,b.pt, are loaded in order. DST gets the
+parameters, config.json, tokenizer and processor files, and appears only when it is whole. The
+memory needed does not grow with the model.
 """
 
 import argparse

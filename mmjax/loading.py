@@ -58,6 +58,7 @@ def load(
     if weights not in (None, "int8"):
         raise MMJaxError(f'weights is {weights!r}; give "int8", or None to keep them in {dtype}')
     opened = checkpoints.open_checkpoint(path, base=base, **parts)
+    checkpoints.require_trained(opened)
     family, config = opened.family, opened.config
     processor = first_processor(family, opened.folders)
     if opened.options:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from flax import nnx
 import mmjax
 from mmjax.models import registry
 from mmjax.models.json_files import read_json
-from mmjax.models.parts import Assembled, Parts, split_chain
+from mmjax.models.parts import Assembled, Partial, Parts, split_chain
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
@@ -56,6 +57,7 @@ class Checkpoint:
     kind: ``mmjax``, ``hub``, ``transformers5``, ``megatron`` or ``peft``. hf_config: config.json as
     it stands, or the sizes read off the tensors. config: the family's own. reader: tensors in the
     names that ``rules`` speak. lora: the adapters it holds, None without.
+    fresh: glob patterns of the parameters that it lacks because nobody has trained them yet.
     folders: where its companion files lie, the nearest first. options: of the processor, where its
     files do not tell them.
     """
@@ -70,6 +72,7 @@ class Checkpoint:
     ignore: tuple[str, ...]
     lora: LoRA | None
     folders: tuple[Path, ...]
+    fresh: tuple[str, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -81,7 +84,8 @@ def open_checkpoint(
     path: several files separated by commas are one checkpoint: of a tensor in more than one of
         them, the last counts.
     base: folder of the model an adapter belongs to; by default the local folder that its
-        adapter_config.json names.
+        adapter_config.json names. Where the adapter's own config.json tells a whole model, this
+        may be the language model alone, as ``lm`` is.
     parts: where the parts lie that the checkpoint leaves out; see ``Parts``.
     Raises MMJaxError for what is missing, half-written, damaged or of no known family.
     """
@@ -101,19 +105,8 @@ def open_checkpoint(
     keys = [key for reader in raw for key in reader.keys()]  # noqa: SIM118
     about = (folders[0] / "adapter_config.json").is_file()
     if any(about or key.startswith(peft.PREFIX) for key in keys if ".lora_A." in key):
-        return _open_adapter(folders[0], Overlay(*raw), base, parts)
-    return _assemble(Path(",".join(map(str, chain))), raw, keys, hf, folders, given)
-
-
-def _assemble(
-    path: Path,
-    raw: Sequence[Reader],
-    keys: Sequence[str],
-    hf: dict[str, Any],
-    folders: tuple[Path, ...],
-    given: Parts,
-) -> Checkpoint:
-    """Tell the family of some files, and let it add the parts that they leave out."""
+        return _open_adapter(folders[0], Overlay(*raw), base, parts, hf)
+    path = Path(",".join(map(str, chain)))
     try:
         family, layout = registry.detect(hf, keys)
     except MMJaxError:
@@ -121,6 +114,35 @@ def _assemble(
             raise
         # Beside a file of trained parts may lie the config.json of one of the others.
         (family, layout), hf = registry.detect({}, keys), {}
+    return _assemble(path, family, layout, raw, hf, folders, given)
+
+
+def open_parts(
+    family: registry.Family, hf: Mapping[str, Any], **parts: str | Path | None
+) -> Checkpoint:
+    """Put a model together from published parts alone; what stands between them is ``fresh``.
+
+    hf: what config.json shall say beside what the parts tell. Raises MMJaxError for a family that
+    has no such parts, or lacks some of them.
+    """
+    given = Parts(**parts)
+    if not hasattr(family.weights, "assemble"):
+        raise MMJaxError(f"a {family.name} model has no {_options(given)}; leave that away")
+    layout = family.weights.LAYOUTS[0]
+    where = Path(str(given.lm or given.vision))
+    return _assemble(where, family, layout, [], dict(hf), (), given)
+
+
+def _assemble(
+    path: Path,
+    family: registry.Family,
+    layout: str,
+    raw: Sequence[Reader],
+    hf: dict[str, Any],
+    folders: tuple[Path, ...],
+    given: Parts,
+) -> Checkpoint:
+    """Let a family make a model of some files, and of the parts that they leave out."""
     readers = [Renamed(one, lambda key: family.weights.to_hub(key, layout)) for one in raw]
     assemble = getattr(family.weights, "assemble", None)
     if assemble is not None:
@@ -142,6 +164,7 @@ def _assemble(
         tuple(family.weights.IGNORE),
         None,
         (*folders, *(f for f in made.folders if f not in folders)),
+        made.fresh,
         made.options,
     )
     if made.adapter is None:
@@ -176,17 +199,26 @@ def _open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
 
 
 def _open_adapter(
-    folder: Path, raw: Reader, base: str | Path | None, parts: Mapping[str, Any]
+    folder: Path,
+    raw: Reader,
+    base: str | Path | None,
+    parts: Mapping[str, Any],
+    hf: Mapping[str, Any],
 ) -> Checkpoint:
     about = _adapter_config(folder)
     named = about.get("base_model_name_or_path")
-    base = base or (named if named and Path(named).is_dir() else None)
+    base = base or parts.get("lm") or (named if named and Path(named).is_dir() else None)
     if base is None:
         raise MMJaxError(
             f"{folder}: an adapter of {named or 'an unnamed model'}; give that model's folder "
             "with --base DIR (in Python base=...)"
         )
-    under = open_checkpoint(base, **parts)
+    family = registry.named_by(hf)
+    beside = family and partial_adapter(family)
+    if beside is None or not (folder / beside.file).is_file():
+        under = open_checkpoint(base, **parts)
+    else:
+        under = _base_and_beside(folder, beside, family, base, parts, hf)
     if under.lora is not None or under.kind == "mmjax":
         raise MMJaxError(f"{base}: the base of an adapter has to be a PyTorch checkpoint")
     names = _peft_names(raw, under.family)
@@ -201,6 +233,32 @@ def _open_adapter(
         lora=lora,
         folders=(folder, *under.folders),
     )
+
+
+def partial_adapter(family: registry.Family) -> Partial | None:
+    """Return the file of whole tensors that a family's adapters have beside them, None if none."""
+    return getattr(family.weights, "ADAPTER_BESIDE", None)
+
+
+def _base_and_beside(
+    folder: Path,
+    beside: Partial,
+    family: registry.Family,
+    base: str | Path,
+    parts: Mapping[str, Any],
+    hf: Mapping[str, Any],
+) -> Checkpoint:
+    """Return what lies under an adapter: its base, with the whole tensors saved beside it.
+
+    base: a model of the family, or its language model alone.
+    """
+    whole = Renamed(open_reader(folder / beside.file), lambda key: key.removeprefix(peft.PREFIX))
+    if registry.named_by(read_json(base, "config.json") or {}) is family:
+        under = open_checkpoint(base, **{**parts, "lm": None})
+        renamed = _peft_names(whole, family)
+        return dataclasses.replace(under, reader=Overlay(under.reader, renamed))
+    given, layout = Parts(**{**parts, "lm": base}), family.weights.LAYOUTS[0]
+    return _assemble(folder, family, layout, [whole], dict(hf), (folder,), given)
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
@@ -269,12 +327,27 @@ def merged(ckpt: Checkpoint) -> Checkpoint:
     """
     if ckpt.lora is None:
         raise MMJaxError(f"{ckpt.path}: holds no adapters to merge")
-    abstract = abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    shapes = check(ckpt, abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora))
     reader = Merged(Canonical(ckpt.reader, ckpt.rules, shapes), ckpt.lora)
     same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
     return dataclasses.replace(ckpt, reader=reader, rules=same, ignore=(), lora=None)
+
+
+def check(ckpt: Checkpoint, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, R.Shape]:
+    """Return the shapes of a model; raises MMJaxError unless a checkpoint holds all of it."""
+    require_trained(ckpt)
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    return shapes
+
+
+def require_trained(ckpt: Checkpoint) -> None:
+    """Raise MMJaxError for a model a part of which nobody has trained."""
+    if ckpt.fresh:
+        raise MMJaxError(
+            f"{ckpt.path}: nothing holds {', '.join(ckpt.fresh)}, which would be random numbers; "
+            "give the file that does, or train it first (train.py with model.parts)"
+        )
 
 
 def abstract_params(
@@ -302,12 +375,17 @@ def read_params(
 ) -> dict[str, jax.Array]:
     """Load a checkpoint's parameters in the dtypes and onto the shardings of ``abstract``.
 
-    each: as for ``load_params``. LoRA leaves that the checkpoint does not have are left out of the
-    result: a new adapter starts from its own initial values. Raises WeightsMismatch when keys or
-    shapes differ otherwise.
+    each: as for ``load_params``. LoRA leaves that the checkpoint does not have, and what ``fresh``
+    names, are left out of the result: they start from their own initial values. Raises
+    WeightsMismatch when keys or shapes differ otherwise.
     """
     have = {rule.ours for rule in ckpt.rules} if ckpt.lora else set()
-    wanted = {name: leaf for name, leaf in abstract.items() if not is_lora(name) or name in have}
+    fresh = {n for pattern in ckpt.fresh for n in fnmatch.filter(abstract, pattern)}
+    wanted = {
+        name: leaf
+        for name, leaf in abstract.items()
+        if name in have or not (is_lora(name) or name in fresh)
+    }
     return load_params(
         ckpt.reader, ckpt.rules, wanted, ignore=ckpt.ignore, progress=progress, each=each
     )
@@ -331,9 +409,7 @@ def plan_conversion(
 
     dtype: ``bfloat16``, ``float32`` or ``keep``; LoRA leaves stay float32, they are trained.
     """
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
-    arrays = {}
+    shapes, arrays = check(ckpt, abstract), {}
     for name, rule in R.by_ours(ckpt.rules, shapes).items():
         kind = np.dtype(np.float32)
         if not is_lora(name):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mmjax.models import registry
-from mmjax.models.checkpoints import Checkpoint, copy_companions
+from mmjax.models.checkpoints import Checkpoint, check, copy_companions, partial_adapter
 from mmjax.models.parts import Partial
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.types import MMJaxError
@@ -21,6 +21,9 @@ from mmjax.weights.load import Progress
 from mmjax.weights.reader import Reader
 from mmjax.weights.torch_file import write_torch
 from mmjax.weights.writer import atomic_folder, write_shards
+
+File = Mapping[str, Any] | Sequence[R.Tensor]
+"""A file beside an export's tensors: JSON, or tensors for ``torch.load``."""
 
 
 def choose_layout(family: registry.Family, asked: str | None, *, adapter: bool = False) -> str:
@@ -50,15 +53,14 @@ def plan_export(
     dtype: str = "keep",
     adapter: bool = False,
     whole: bool = False,
-) -> tuple[list[R.Tensor], dict[str, dict[str, Any]]]:
-    """Return the tensors of an export and its JSON files by name.
+) -> tuple[list[R.Tensor], dict[str, File]]:
+    """Return the tensors of an export and its other files by name.
 
     A model with adapters is exported merged, or with ``adapter`` as the adapter alone, in PEFT's
     format, named as the layout names its modules. Of a layout that holds the trained part, merged
     kernels are a part; whole: write all the rest as well.
     """
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    shapes = check(ckpt, abstract)
     source: Reader = Canonical(ckpt.reader, ckpt.rules, shapes)
     weights = ckpt.family.weights
     layout = choose_layout(ckpt.family, layout, adapter=adapter)
@@ -76,7 +78,16 @@ def plan_export(
             rename=lambda key: weights.from_hub(key, layout),
             task=getattr(weights, "ADAPTER_TASK", "CAUSAL_LM"),
         )
-        return tensors, {"adapter_config.json": about}
+        files: dict[str, File] = {"adapter_config.json": about}
+        beside = partial_adapter(ckpt.family)
+        if beside is not None:
+            files["config.json"] = ckpt.config.to_hf()
+            files[beside.file] = [
+                dataclasses.replace(t, key=peft.PREFIX + weights.from_hub(t.key, layout))
+                for t in R.export(table, Subset(source, [n for n in shapes if not is_lora(n)]))
+                if beside.keeps(t.key)
+            ]
+        return tensors, files
     adapted: set[str] = set()
     if ckpt.lora is not None:
         source = Merged(source, ckpt.lora)
@@ -95,14 +106,14 @@ def plan_export(
 def write_export(
     destination: str | Path,
     tensors: Sequence[R.Tensor],
-    files: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, File],
     *,
     form: Partial | None = None,
     folders: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write an export for PyTorch: its tensors, JSON files, tokenizer and processor.
+    """Write an export for PyTorch: its tensors, other files, tokenizer and processor.
 
     form: one file of torch.save, as ``partial_form`` tells; None for shards of safetensors.
     """
@@ -115,4 +126,7 @@ def write_export(
             write_shards(folder, tensors, stem=stem, progress=progress)
         copy_companions(folders, folder)
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            if isinstance(content, Mapping):
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            else:
+                write_torch(folder / name, content, progress=progress)

@@ -34,7 +34,8 @@ class Parts:
 class Assembled:
     """A model put together from its parts by ``assemble`` of its family's weights.
 
-    hf: its config.json. reader: all of it, in the names that ``rules(config, layout)`` speak.
+    hf: its config.json. reader: all of it, in the names that ``rules(config, layout)`` speak, but
+    for the parameters that glob patterns of ``fresh`` name: nobody has trained those yet.
     adapter: settings of the LoRA pairs in ``reader``, in the words of PEFT; None without any.
     folders: where companion files of the parts lie. options: what the processor cannot read there.
     """
@@ -43,6 +44,7 @@ class Assembled:
     reader: Reader
     layout: str
     adapter: Mapping[str, Any] | None = None
+    fresh: tuple[str, ...] = ()
     folders: tuple[Path, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

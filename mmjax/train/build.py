@@ -22,6 +22,7 @@ from mmjax.data.survey import require_some_good
 from mmjax.loading import first_processor
 from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
+from mmjax.models.parts import split_chain
 from mmjax.nn import int8, paths
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.stack import REMAT
@@ -72,16 +73,12 @@ def blueprint(
     chosen: what is trained, nothing by default; only asked where frozen kernels are int8.
     """
     family = registry.family(settings.family)
-    source = None
-    if settings.init:
-        source = checkpoints.open_checkpoint(settings.init)
-        if source.family.name != settings.family:
-            raise MMJaxError(
-                f"model.init {settings.init} holds a {source.family.name!r} model and "
-                f"model.family is {settings.family!r}"
-            )
+    source = open_init(settings)
+    if source is not None:
         hf = {**source.hf_config, **settings.config}
         processor = first_processor(family, source.folders)
+        if source.options:
+            processor = processor.with_options(**source.options)
     else:
         if not settings.words:
             raise MMJaxError(
@@ -103,6 +100,33 @@ def blueprint(
         settings.family, config, processor, source, make, adapter, lora.init, new,
         rows if source is not None and rows < config.vocab_size else None,
     )  # fmt: skip
+
+
+def absent_files(settings: ModelSettings) -> list[str]:
+    """Return those of ``model.init`` and ``model.parts`` that are not there, with their names."""
+    files = {"model.init": settings.init}
+    files |= {f"model.parts {k}": v for k, v in settings.parts.items() if k != "vision_config"}
+    return [f"{name} ({x})" for name, x in files.items() if x and not _exists(x)]
+
+
+def _exists(path: str) -> bool:
+    return all(one.exists() for one in split_chain(path))
+
+
+def open_init(settings: ModelSettings) -> checkpoints.Checkpoint | None:
+    """Open what a run starts from; None where that is random weights alone."""
+    if not settings.init:
+        if not settings.parts:
+            return None
+        family = registry.family(settings.family)
+        return checkpoints.open_parts(family, settings.config, **settings.parts)
+    source = checkpoints.open_checkpoint(settings.init, **settings.parts)
+    if source.family.name != settings.family:
+        raise MMJaxError(
+            f"model.init {settings.init} holds a {source.family.name!r} model and "
+            f"model.family is {settings.family!r}"
+        )
+    return source
 
 
 def maker(
@@ -152,7 +176,7 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
         graphdef, state, rest = train_state.init(plan.make, chosen, tx, mesh)
         rest = frozen_part.cast(rest, kept)
         return graphdef, *train_state.with_params(state, rest, earlier)
-    # Without adapters that neither the earlier run nor the model has: those start fresh.
+    # Without what neither the earlier run nor the model has, adapters and untrained parts.
     each = None
     if kept == frozen_part.INT8:
         wanted, each = int8.while_loading(frozen, wanted, settings.model.dtype)
@@ -172,7 +196,7 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
 
 
 def _fresh(plan: Blueprint, wanted: dict) -> dict[str, jax.Array]:
-    """Initialise the adapters alone; XLA drops the rest of the model from the program."""
+    """Initialise some parameters alone; XLA drops the rest of the model from the program."""
 
     def build():
         values = paths.flatten(nnx.state(plan.make()))

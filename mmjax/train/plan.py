@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from mmjax.train import frozen as frozen_part
 from mmjax.train import matrices, optim, tuning
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
-from mmjax.train.build import blueprint, maker
+from mmjax.train.build import absent_files, blueprint, maker
 from mmjax.train.loss import loss_sum
 from mmjax.train.settings import ModelSettings, RunSettings
 from mmjax.train.step import compile_step, make_train_step
@@ -166,12 +165,12 @@ def _model(settings: RunSettings):
     Where that is not here, it is of the family's own sizes and there is no blueprint.
     """
     model = settings.model
-    if model.init and not Path(model.init).exists():
+    if absent := absent_files(model):
         config = registry.family(model.family).Config.from_hf(model.plan_config | model.config)
         sizes = "the recipe's" if model.plan_config else f"{model.family}'s"
         choose = partial(train_state.chosen_by, settings)
         make, _ = maker(model, settings.lora, config, settings.seed, choose)
-        note = f"model.init ({model.init}) is not here: {sizes} own sizes"
+        note = f"{absent[0]} is not here: {sizes} own sizes"
         return make, config, None, note
     choose = partial(train_state.chosen_by, settings)
     plan = blueprint(model, settings.lora, settings.seed, choose)

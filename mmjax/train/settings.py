@@ -17,10 +17,12 @@ class ModelSettings:
     """Which model, and where its weights come from.
 
     family: a name in ``mmjax.models.registry``. init: a model folder in any layout that
-    ``mmjax.load`` reads; None starts from random weights with ``config``, whose keys are those of
-    the family's config.json. plan_config: such values to plan with (``--plan``) while ``init`` is
-    not there; a run never looks at them. words: texts whose words make a small tokenizer, for
-    random starts.
+    ``mmjax.load`` reads. parts: what ``init`` leaves out, ``{"lm": DIR, "vision": FILE_OR_DIR}``;
+    see ``mmjax.models.parts.Parts``. With parts and no ``init``, what stands between them starts
+    from random weights; with neither, everything does. config: values that replace those of the
+    family's config.json, or make one where there is none. plan_config: such values to plan with
+    (``--plan``) while ``init`` or a part is not there; a run never looks at them. words: texts
+    whose words make a small tokenizer, for random starts.
     param_dtype: of trained parameters; frozen_dtype: of the others, int8 for their kernels in int8
     with a scale per output channel and all else in bfloat16. dtype: of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
@@ -30,6 +32,7 @@ class ModelSettings:
 
     family: str = "fuyu"
     init: str | None = None
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     plan_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     words: tuple[str, ...] = ()

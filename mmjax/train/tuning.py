@@ -17,7 +17,7 @@ from flax import nnx
 from mmjax.config import nearest, to_dataclass
 from mmjax.models import checkpoints, registry
 from mmjax.nn import paths
-from mmjax.train.build import maker
+from mmjax.train.build import absent_files, maker, open_init
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 from mmjax.weights.tuning import PeerNames
@@ -100,9 +100,10 @@ def _read(file: Path) -> TuningFile:
 def _config(model: ModelSettings) -> Any:
     """Return the config of the model, as far as the names of its parameters depend on it."""
     Config = registry.family(model.family).Config
-    if model.init and Path(model.init).exists():
-        return Config.from_hf({**checkpoints.open_checkpoint(model.init).hf_config, **model.config})
-    return Config.from_hf({**(model.plan_config if model.init else {}), **model.config})
+    if absent_files(model):
+        return Config.from_hf({**model.plan_config, **model.config})
+    opened = open_init(model)
+    return Config.from_hf({**(opened.hf_config if opened else {}), **model.config})
 
 
 def _targets(

@@ -40,7 +40,10 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 }
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 # Files that lie beside the weights and hold none.
-_NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler|\.index\.json$")
+_NOT_WEIGHTS = re.compile(
+    r"training_args|optimizer|scheduler|rng_state|scaler|\.index\.json$"
+    r"|^non_lora_trainables\."  # whole tensors beside an adapter, read with it
+)
 
 
 class Reader(Protocol):
