@@ -51,6 +51,16 @@ LANGUAGES = (
 FAMILIES: dict[str, Family] = {
     "fuyu": Family("fuyu", "Fuyu", ("fuyu",)),
     "flamingo": Family("flamingo", "Flamingo", ("flamingo", "otter")),
+    "bunny": Family(
+        "bunny",
+        "Bunny",
+        tuple(
+            f"bunny-{language}"
+            for language in (
+                *("phi", "stablelm", "qwen", "qwen2", "minicpm", "phi3", "llama", "gemma"),
+            )
+        ),
+    ),
     "language": Family("language", "Language", LANGUAGES),
 }
 
@@ -62,6 +72,12 @@ def family(name: str) -> Family:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise MMJaxError(f"family {name!r} is unknown; one of {', '.join(FAMILIES)}{hint}")
     return FAMILIES[name]
+
+
+def named_by(hf_config: Mapping[str, Any]) -> Family | None:
+    """Return the family whose ``model_type`` a config.json states, None if it states none."""
+    kind = hf_config.get("model_type")
+    return next((one for one in FAMILIES.values() if kind in one.model_types), None)
 
 
 def detect(hf_config: Mapping[str, Any], keys: Iterable[str]) -> tuple[Family, str]:

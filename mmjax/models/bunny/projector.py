@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from functools import partial
 
 from flax import nnx
@@ -132,6 +133,21 @@ class ProjectorConfig:
             per_image, per_token = 2 * d * squeezed(d), d * (9 + d)
             total += 2 * per_image + (patches + tokens) * per_token
         return 2.0 * total
+
+
+def kind_of(keys: Iterable[str]) -> str | None:
+    """Tell the kind of a connector by the names of its tensors; None where they do not say.
+
+    Gelu stands between the maps of an ``mlpNx_gelu`` and has no tensors. ``linear``, ``minigpt``
+    and ``vanilla`` are named alike: of these it is ``linear``.
+    """
+    weights = {key for key in keys if key.endswith("weight")}
+    depth = len(weights)
+    if weights == {"weight"}:
+        return "linear"
+    if depth and weights == {f"{2 * i}.weight" for i in range(depth)}:
+        return f"mlp{depth}x_gelu"
+    return None
 
 
 class Projector(nnx.Module):

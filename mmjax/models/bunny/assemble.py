@@ -1,0 +1,215 @@
+"""Put a Bunny together: its language model, its vision tower, and the projector between them.
+
+The peer's files name the tower by a path and leave it out, its first stage saves the projector
+alone, its adapters lie beside neither. What a folder holds is told by its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.data.tokenize import load_tokenizer
+from mmjax.models.bunny import projector
+from mmjax.models.bunny.config import PREFIX, BunnyConfig, architecture_of
+from mmjax.models.bunny.processor_config import seen_by_tower
+from mmjax.models.json_files import read_json
+from mmjax.models.language import weights as language
+from mmjax.models.language.architecture import Architecture
+from mmjax.models.language.architectures import ARCHITECTURES, architecture, told_by
+from mmjax.models.parts import Assembled, Parts
+from mmjax.models.towers import Tower, open_tower, tower_in
+from mmjax.models.vision_config import read_vision_config, write_vision_config
+from mmjax.models.vit import ViTConfig
+from mmjax.types import MMJaxError
+from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
+
+PROJECTOR = "model.mm_projector."
+TOWER = "model.vision_tower.vision_tower."
+OPEN_CLIP = "open_clip"
+FEATURE_LAYER = -2  # of every tower, whatever its family
+_LAYOUTS = {
+    "siglip_vision_model": "hf_siglip",
+    "clip_vision_model": "hf_clip",
+    "eva02_clip": "eva",
+}
+_ROOTS = {"eva": f"{TOWER}model.", OPEN_CLIP: TOWER}
+
+
+def tower_root(layout: str) -> str:
+    """Return what stands before a tower's tensors in a Bunny, by the tower's layout."""
+    return _ROOTS.get(layout, f"{TOWER}vision_model.")
+
+
+def tower_layout(vision: ViTConfig) -> str:
+    """Return the layout in which a Bunny holds a tower."""
+    return _LAYOUTS[write_vision_config(vision)["model_type"]]
+
+
+def assemble(
+    readers: Sequence[Reader], layout: str, hf: Mapping[str, Any], parts: Parts
+) -> Assembled:
+    """Return the whole model that some checkpoints and the other parts make.
+
+    readers: in the names of ``to_hub``, the last counts; without any, the projector is fresh. hf:
+    the config.json beside them, or {}. Raises MMJaxError, before any tensor is read, when parts are
+    missing or do not fit.
+    """
+    own = Overlay(*readers)
+    where = ",".join(map(str, dict.fromkeys(own.files))) or str(parts.lm or parts.vision)
+    if parts.tuning_config is not None:
+        raise MMJaxError(f"{where}: a Bunny has no tuning config; leave --tuning-config away")
+    name, text, lm = _language_model(own, hf, parts.lm, where)
+    tower = _tower(own, hf, parts, where)
+    root = tower_root(tower.layout)
+    vision = Renamed(tower.reader, lambda key: root + key)
+    rest = Renamed(own, lambda key: None if key.startswith(TOWER) else key)
+    whole = Overlay(*([lm] if lm else []), vision, rest)
+    connector = _projector(own, hf, tower, where)
+    out = {**text, **hf, **connector, "model_type": PREFIX + name, "vision_config": tower.config}
+    out["vocab_size"] = _rows(whole, ARCHITECTURES[name], where)
+    folders = [Path(parts.lm)] if parts.lm is not None else []
+    if out.get("eos_token_id") is None:  # so in Phi's own files
+        out["eos_token_id"] = _end_of_text([*(file.parent for file in own.files), *folders])
+    fresh = () if any(key.startswith(PROJECTOR) for key in own.keys()) else ("projector.*",)  # noqa: SIM118
+    odd = [OPEN_CLIP] if tower.layout == OPEN_CLIP else []
+    odd += [language.FUSED] if language.detect_layout(whole.keys()) == language.FUSED else []
+    return Assembled(
+        out,
+        whole,
+        "+".join(["bunny", *odd]),
+        fresh=fresh if connector["mm_projector_type"] != "identity" else (),
+        options=_seen(out),
+        folders=tuple(folders),
+    )
+
+
+def _language_model(
+    own: Reader, hf: Mapping[str, Any], folder: str | Path | None, where: str
+) -> tuple[str, dict[str, Any], Reader | None]:
+    """Return the language model's architecture and config, and its tensors if given apart."""
+    stated = architecture_of(hf) if str(hf.get("model_type")).startswith(PREFIX) else None
+    rest = [key for key in own.keys() if not key.startswith((PROJECTOR, TOWER))]  # noqa: SIM118
+    inside = told_by(rest)
+    if folder is None:
+        if stated is None:
+            raise MMJaxError(
+                f"{where}: no config.json of a Bunny beside it; give the folder of its language "
+                "model with --lm DIR"
+            )
+        if inside is None:
+            raise MMJaxError(
+                f"{where}: holds no language model; give the folder of the one it was trained "
+                f"with, a {stated} model, with --lm DIR"
+            )
+        return stated, {}, None
+    if inside is not None:
+        raise MMJaxError(
+            f"{where}: holds a language model of its own ({inside.model_type}); leave --lm away"
+        )
+    folder = Path(folder)
+    text = read_json(folder, "config.json")
+    if text is None or "mmjax" in text:
+        raise MMJaxError(
+            f"--lm {folder}: give the language model's folder as on Hugging Face, with config.json "
+            "and its weights; " + ("this one is converted" if text else "there is no config.json")
+        )
+    found = architecture(text)
+    name = architecture_of({"model_type": PREFIX + found.model_type})
+    if stated not in (None, name):
+        raise MMJaxError(
+            f"{where}: was trained on a {stated} model, and --lm {folder} is {name}; give the one "
+            "it was trained on"
+        )
+    raw = open_reader(folder)
+    # Several have LLaMA's names: only another's can be told.
+    if not any(key.startswith(found.marks) for key in raw.keys()):  # noqa: SIM118
+        told = told_by(raw.keys())
+        raise MMJaxError(
+            f"--lm {folder}: config.json says {name} and the tensors are those of "
+            f"{told.model_type if told else 'no language model of mmjax'}"
+        )
+    wrong = {
+        key: (hf[key], text[key])
+        for key in ("hidden_size", "num_hidden_layers", "intermediate_size")
+        if key in hf and key in text and hf[key] != text[key]
+    }
+    if wrong:
+        said = ", ".join(f"{key} {a} and --lm {b}" for key, (a, b) in wrong.items())
+        raise MMJaxError(
+            f"{where}: was trained on another language model: its config.json says {said}; give "
+            "the one it was trained on"
+        )
+
+    def rename(key: str) -> str | None:
+        return None if key.startswith((PROJECTOR, TOWER)) else language.to_hub(key, name)
+
+    return name, text, Renamed(raw, rename)
+
+
+def _tower(own: Reader, hf: Mapping[str, Any], parts: Parts, where: str) -> Tower:
+    """Return the tower: the one inside, or the one given, or the local one that config.json names.
+
+    A tower inside counts: it may have been trained. The peer's loader takes the one it names
+    unless config.json says unfreeze_vision_tower, then both are the same.
+    """
+    about = dict(feature_layer=FEATURE_LAYER, asked=parts.vision_config)
+    stated = hf.get("vision_config")
+    if any(key.startswith(TOWER) for key in own.keys()):  # noqa: SIM118
+        return tower_in(own, where, root=TOWER, stated=stated, **about)
+    named = hf.get("mm_vision_tower")
+    path = parts.vision or (named if named and Path(named).exists() else None)
+    if path is None:
+        raise MMJaxError(
+            f"{where}: holds no vision tower"
+            + (f", and {named} is not here" if named else "")
+            + "; give the tower's files with --vision FILE_OR_DIR (in Python vision=...)"
+        )
+    return open_tower(path, stated=stated, **about)
+
+
+def _projector(own: Reader, hf: Mapping[str, Any], tower: Tower, where: str) -> dict[str, Any]:
+    """Return the connector's kind and input width, as stated or as its tensors tell."""
+    keys = [key for key in own.keys() if key.startswith(PROJECTOR)]  # noqa: SIM118
+    kind = hf.get("mm_projector_type")
+    if kind is None and not keys:
+        kind = "mlp2x_gelu"  # fresh, and nothing said: what all published models have
+    elif kind is None:
+        kind = projector.kind_of(key.removeprefix(PROJECTOR) for key in keys)
+    if kind is None:
+        raise MMJaxError(
+            f"{where}: the kind of its projector cannot be told from its tensors; put the "
+            "config.json that it was saved with beside it (mm_projector_type)"
+        )
+    width = read_vision_config(tower.config).d_model
+    first = next((f"{PROJECTOR}{n}" for n in ("0.weight", "weight") if PROJECTOR + n in keys), None)
+    if hf.get("use_s2"):
+        width *= len(hf.get("s2_scales", "384,768,1152").split(","))
+    stated = own.shape(first)[-1] if first and len(own.shape(first)) == 2 else None
+    return {
+        "mm_projector_type": kind,
+        "mm_hidden_size": stated or hf.get("mm_hidden_size") or width,
+    }
+
+
+def _end_of_text(folders: Sequence[Path]) -> int | None:
+    """Return the id of the nearest tokenizer's end token."""
+    found = (load_tokenizer(folder) for folder in dict.fromkeys(folders))
+    return next((one.eos_token_id for one in found if one is not None), None)
+
+
+def _seen(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the tower was shown pictures, and the tokens of one, for the processor."""
+    config = BunnyConfig.from_hf(hf)
+    own = {"image_size": config.image_size, "image_tokens": config.image_tokens}
+    return {**seen_by_tower(hf), **own, "image_aspect_ratio": config.image_aspect_ratio}
+
+
+def _rows(whole: Reader, language_model: Architecture, where: str) -> int:
+    """Read off the size of the vocabulary: the peer cuts the table to its tokenizer on merging."""
+    theirs = {rule.ours: rule.theirs for rule in language_model.rules}
+    embed = theirs["decoder.embed.embedding"]
+    if embed not in set(whole.keys()):
+        raise MMJaxError(f"{where} lacks {embed}; is its file complete?")
+    return whole.shape(embed)[0]

@@ -1,0 +1,214 @@
+"""A Bunny's config: which language model, which tower, and the projector between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mmjax.models.bunny.processor_config import seen_by_tower
+from mmjax.models.bunny.projector import ProjectorConfig
+from mmjax.models.bunny.s2 import check_scales, num_tiles
+from mmjax.models.decoder import DecoderConfig
+from mmjax.models.language.architectures import ARCHITECTURES
+from mmjax.models.vision_config import read_vision_config, write_vision_config
+from mmjax.models.vit import ViTConfig
+from mmjax.types import MMJaxError
+
+PREFIX = "bunny-"
+_CLASS_NAMES = {
+    "phi": "BunnyPhiForCausalLM",
+    "stablelm": "BunnyStableLMForCausalLM",
+    "qwen2": "BunnyQwen2ForCausalLM",
+    "minicpm": "BunnyMiniCPMForCausalLM",
+    "phi3": "BunnyPhi3ForCausalLM",
+    "llama": "BunnyLlamaForCausalLM",
+    "gemma": "BunnyGemmaForCausalLM",
+}
+MODEL_TYPES = tuple(PREFIX + name for name in _CLASS_NAMES)
+_OLDER = {"bunny-qwen": "qwen2"}
+S2_SCALES = (384, 768, 1152)
+# By the model_type of the tower: its name where it is published, as the peer asks for it.
+_PUBLISHED = {
+    "siglip_vision_model": "google/siglip-so400m-patch14-384",
+    "clip_vision_model": "openai/clip-vit-large-patch14-336",
+    "eva02_clip": "QuanSun/EVA-CLIP/EVA02_CLIP_L_336_psz14_s6B.pt",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BunnyConfig:
+    """A Bunny.
+
+    architecture: of the language model, a ``model_type`` of ``mmjax.models.language``. s2_scales:
+    sides in pixels at which the tower looks at an image, cut into tiles of its own size (Shi et al.
+    2024); None for its own size alone. image_aspect_ratio: how the processor makes an image square.
+    image_mean, image_std: of RGB in 0 to 1. vision_tower: the path or hub name that the peer loads
+    its tower from. max_length: tokens of a training sample, text and images.
+    """
+
+    decoder: DecoderConfig
+    architecture: str
+    vision: ViTConfig
+    projector: ProjectorConfig
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    s2_scales: tuple[int, ...] | None = None
+    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    # Two models that were trained alike differ in these at will.
+    vision_tower: str = dataclasses.field(default="", compare=False)
+    max_length: int = dataclasses.field(default=2048, compare=False)
+    bos_token_id: int | None = None
+    eos_token_id: int = 0
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise MMJaxError where tower, projector and language model do not fit."""
+        width = self.vision.d_model * len(self.s2_scales or (1,))
+        if self.projector.d_vision != width:
+            raise MMJaxError(
+                f"the vision tower ({self.vision_tower or 'of no name'}) gives features of "
+                f"width {width}, and the projector ({self.projector.kind}) takes "
+                f"{self.projector.d_vision}; give the tower the projector was trained with, or "
+                "train a new projector"
+            )
+        if self.projector.d_model != self.decoder.d_model:
+            raise MMJaxError(
+                f"the projector ({self.projector.kind}) gives width {self.projector.d_model}, and "
+                f"the language model ({self.architecture}) takes {self.decoder.d_model}; give the "
+                "language model the projector was trained with, or train a new projector"
+            )
+        if self.s2_scales:
+            check_scales(self.s2_scales, self.vision.image_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of an image as the model takes it."""
+        return max(self.s2_scales) if self.s2_scales else self.vision.image_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the stream that an image takes."""
+        return self.projector.num_tokens(self.vision.num_patches)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers of one row of the visual stream: an image."""
+        return self.image_size**2 * self.vision.num_channels
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids the model knows."""
+        return self.decoder.vocab_size
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The token that ends an answer."""
+        return (self.eos_token_id,)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> BunnyConfig:
+        """Read a Bunny's config.json with its tower's ``vision_config`` in it.
+
+        The peer's files name the tower by a path alone: ``assemble`` reads the tower and adds its
+        config. The language model's head has no bias, whatever its own config says: the peer
+        leaves it out (bunny_phi.py).
+        """
+        name = architecture_of(hf)
+        decoder = ARCHITECTURES[name].read({**hf, "model_type": name})
+        decoder = dataclasses.replace(decoder, head_bias=False)
+        if not hf.get("vision_config"):
+            raise MMJaxError(
+                "config.json of a Bunny does not tell the sizes of its vision tower; give the "
+                "tower's files with --vision FILE_OR_DIR (in Python vision=...)"
+            )
+        vision = read_vision_config(hf["vision_config"])
+        scales = _scales(hf)
+        width = vision.d_model * len(scales or (1,))
+        projector = ProjectorConfig(
+            kind=hf.get("mm_projector_type") or "linear",  # as the peer's builder
+            d_vision=hf.get("mm_hidden_size") or width,
+            d_model=decoder.d_model,
+        )
+        seen = seen_by_tower(hf)
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        tokens = {key: _one(hf.get(key)) for key in ids}
+        tokens["eos_token_id"] = tokens["eos_token_id"] or 0
+        return cls(
+            decoder=decoder,
+            architecture=name,
+            vision=vision,
+            projector=projector,
+            image_mean=seen["image_mean"],
+            image_std=seen["image_std"],
+            s2_scales=scales,
+            image_aspect_ratio="pad" if hf.get("image_aspect_ratio") == "pad" else "square",
+            vision_tower=hf.get("mm_vision_tower") or "",
+            max_length=hf.get("tokenizer_model_max_length") or 2048,
+            **tokens,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return a config.json that Bunny's code reads, with the tower's sizes beside it."""
+        vision = write_vision_config(self.vision)
+        return {
+            "architectures": [_CLASS_NAMES[self.architecture]],
+            **ARCHITECTURES[self.architecture].write(self.decoder),
+            "model_type": PREFIX + self.architecture,
+            "mm_vision_tower": self.vision_tower or _PUBLISHED[vision["model_type"]],
+            "mm_hidden_size": self.projector.d_vision,
+            "mm_projector_type": self.projector.kind,
+            "use_mm_proj": True,
+            "image_aspect_ratio": self.image_aspect_ratio,
+            "tokenizer_padding_side": "right",
+            "tokenizer_model_max_length": self.max_length,
+            "tune_mm_mlp_adapter": False,
+            "freeze_mm_mlp_adapter": False,
+            "use_s2": self.s2_scales is not None,
+            **({"s2_scales": ",".join(map(str, self.s2_scales))} if self.s2_scales else {}),
+            "image_tokens": self.image_tokens,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "vision_config": vision,
+        }
+
+    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
+        """Return the FLOPs of a forward pass per token; an image's tokens count like any other."""
+        return self.decoder.flops_per_token(length, asked=asked)
+
+    def flops_per_visual(self) -> float:
+        """Return the FLOPs of a forward pass of an image: tower and projector."""
+        size = self.vision.image_size
+        tiles = num_tiles(self.s2_scales or (size,), size)
+        tower = self.vision.flops_per_medium(frames=tiles)
+        return tower + self.projector.flops(self.vision.num_patches)
+
+
+def architecture_of(hf: Mapping[str, Any]) -> str:
+    """Tell the language model of a Bunny's config.json by its model_type."""
+    found = str(hf.get("model_type"))
+    name = _OLDER.get(found, found.removeprefix(PREFIX))
+    if name not in _CLASS_NAMES or not found.startswith(PREFIX):
+        near = difflib.get_close_matches(found, MODEL_TYPES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise MMJaxError(
+            f"config.json says model_type {found!r}, no Bunny; one of "
+            f"{', '.join(MODEL_TYPES)}{hint}"
+        )
+    return name
+
+
+def _scales(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Read the sides of S2 from ``use_s2`` and ``s2_scales``, a string of numbers in the peer's."""
+    if not hf.get("use_s2"):
+        return None
+    stated = hf.get("s2_scales") or S2_SCALES
+    return tuple(map(int, stated.split(",") if isinstance(stated, str) else stated))
+
+
+def _one(token: int | list[int] | None) -> int | None:
+    return token[0] if isinstance(token, list) else token

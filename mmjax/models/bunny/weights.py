@@ -1,0 +1,86 @@
+"""Bunny's published checkpoints: full and merged models, projectors, and what adapters lie beside.
+
+The table speaks the names of a full model: the language model's own, ``model.mm_projector.`` and
+``model.vision_tower.vision_tower.``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from mmjax.models import vit_tables
+from mmjax.models.bunny import projector
+from mmjax.models.bunny.assemble import (
+    OPEN_CLIP,
+    PROJECTOR,
+    TOWER,
+    assemble,
+    tower_layout,
+    tower_root,
+)
+from mmjax.models.language import weights as language
+from mmjax.models.parts import Partial
+from mmjax.weights.rules import Rule
+
+__all__ = ["assemble"]  # a part of the contract that has a file of its own
+
+LAYOUTS = ("bunny", "projector")
+ADAPTER_LAYOUT = "bunny"
+IGNORE = (
+    r"^lm_head\.bias$",  # of phi; Bunny's head has none
+    *language.IGNORE,
+    *projector.IGNORE,
+)
+
+
+def rules(config: Any, layout: str = "bunny") -> tuple[Rule, ...]:
+    """Return the table of a Bunny of this config, its tower in transformers' or EVA's names.
+
+    layout: ``bunny``, with ``+open_clip`` where the tower has that library's names, and with
+    ``+fused`` where q, k and v are one map; both are read alone.
+    """
+    odd = layout.split("+")
+    tower = OPEN_CLIP if OPEN_CLIP in odd else tower_layout(config.vision)
+    return (
+        *vit_tables.table(tower, tower_root(tower)),
+        *projector.rules(config.projector, PROJECTOR),
+        *language.rules(config, language.FUSED if language.FUSED in odd else "hub"),
+    )
+
+
+def detect_layout(keys: Iterable[str]) -> str | None:
+    """Tell a Bunny by its projector or its tower; None if it is none."""
+    found = any(clean(key).startswith((PROJECTOR, TOWER)) for key in keys)
+    return LAYOUTS[0] if found else None
+
+
+def clean(key: str) -> str:
+    """Return a key without the names of wrappers, PEFT's and DDP's."""
+    key = key.removeprefix("module.").removeprefix("base_model.model.")
+    return re.sub(r"^(?=(mm_projector|vision_tower)\.)", "model.", key)
+
+
+def to_hub(key: str, layout: str) -> str:
+    """Rename a key of a checkpoint to the name that the table speaks."""
+    return clean(key)
+
+
+def from_hub(key: str, layout: str) -> str:
+    """Return the name under which a key is written: the table's own."""
+    return key
+
+
+def lora_target(kernel: str) -> str:
+    """Return the name by which ``nn.LoRA.targets`` knows a kernel: ``vision.attn.q``."""
+    name = re.sub(r"^decoder\.(layers\.)?", "", kernel).removesuffix(".kernel")
+    return re.sub(r"^vision\.layers\.", "vision.", name)
+
+
+def _of_projector(key: str) -> bool:
+    return key.startswith(PROJECTOR)
+
+
+PARTIAL = {"projector": Partial("mm_projector.bin", _of_projector)}
+ADAPTER_BESIDE = Partial("non_lora_trainables.bin", _of_projector)
