@@ -73,9 +73,9 @@ def assemble(
         out,
         Resized(whole, resized) if resized else whole,
         layout,
-        adapter,
-        tuple(folders),
-        options | {k: out[k] for k in _IDS if options and out.get(k) is not None},
+        adapter=adapter,
+        folders=tuple(folders),
+        options=options | {k: out[k] for k in _IDS if options and out.get(k) is not None},
     )
 
 
