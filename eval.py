@@ -6,7 +6,7 @@ from mmjax.cli import run_with_config
 from mmjax.types import MMJaxError
 
 flags.DEFINE_string("checkpoint", None, "a workdir of train.py, one of its checkpoints, or a model")
-flags.DEFINE_enum("weights", None, ["int8"], "round the kernels of a model folder to int8")
+flags.DEFINE_enum("weights", None, ["int8", "nf4"], "quantise the kernels of a model folder")
 flags.DEFINE_string("workdir", None, "where results go; default: the workdir of the checkpoint")
 
 

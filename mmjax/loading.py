@@ -21,7 +21,7 @@ from mmjax.generate.loop import Generator, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
-from mmjax.nn import int8, paths
+from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import parameter_shardings
@@ -49,14 +49,16 @@ def load(
         bfloat16 is many times slower. mesh: devices to spread the weights over, default one.
     base: the model folder of an adapter, when its config names none that is there.
     weights: "int8" keeps the kernels of linear maps as int8 with a scale per output channel: half
-        of bfloat16's memory, and what decoding reads, for a small loss of precision.
+        of bfloat16's memory, and what decoding reads, for a small loss of precision. "nf4": in 4.5
+        bits a weight, see ``mmjax.nn.nf4``; the loss is larger, and decoding no faster.
     parts: ``lm=``, ``vision=`` and so on, where a checkpoint of the trained parts leaves out the
         others; see ``mmjax.models.parts.Parts``.
     Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if weights not in (None, "int8"):
-        raise MMJaxError(f'weights is {weights!r}; give "int8", or None to keep them in {dtype}')
+    if weights is not None and weights not in quantized.KINDS:
+        known = " or ".join(f'"{kind}"' for kind in quantized.KINDS)
+        raise MMJaxError(f"weights is {weights!r}; give {known}, or None to keep them in {dtype}")
     opened = checkpoints.open_checkpoint(path, base=base, **parts)
     checkpoints.require_trained(opened)
     family, config = opened.family, opened.config
@@ -78,8 +80,8 @@ def load(
             for name, leaf in paths.flatten(abstract).items()
         }
         each = None
-        if weights == "int8":
-            wanted, each = int8.while_loading(abstract, wanted, dtype)
+        if weights is not None:
+            wanted, each = quantized.while_loading(abstract, wanted, dtype)
         values = checkpoints.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
     return LoadedModel(family.name, config, model, processor, mesh)

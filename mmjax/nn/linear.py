@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mmjax.nn import int8
+from mmjax.nn import nf4, quantized
 
 
 @dataclasses.dataclass(frozen=True)
 class DTypes:
     """The dtypes a model is given; softmax, norms, angles and loss are float32 anyway.
 
-    kernel: of the kernels of linear maps, None for ``param``, or int8; see ``mmjax.nn.int8``. maps:
-    the maps it is for, by their names in ``LoRA.targets``; None for all.
+    kernel: of the kernels of linear maps, None for ``param``, or a kind of ``mmjax.nn.quantized``:
+    int8 or nf4. maps: the maps it is for, by their names in ``LoRA.targets``; None for all.
     """
 
     param: str = "float32"
@@ -28,9 +28,10 @@ class DTypes:
     kernel: str | None = None
     maps: tuple[str, ...] | None = None
 
-    def rounds(self, name: str) -> bool:
-        """Tell whether the kernel of a linear map is kept in int8."""
-        return self.kernel == "int8" and (self.maps is None or name in self.maps)
+    def quantized(self, name: str) -> str | None:
+        """Return the kind that the kernel of a linear map is quantised to, or None."""
+        chosen = self.kernel in quantized.KINDS and (self.maps is None or name in self.maps)
+        return self.kernel if chosen else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Linear(nnx.Module):
     """y = x kernel + bias, contracting the last ``len(d_in)`` axes of x.
 
     kernel: [*d_in, *d_out]; bias: [*d_out]; lora_a: [*d_in, r]; lora_b: [r, *d_out]. An int8
-    kernel counts steps of kernel_scale: [*d_out].
+    kernel counts steps of kernel_scale: [*d_out]; of an nf4 kernel see ``mmjax.nn.nf4``.
     """
 
     def __init__(
@@ -113,17 +114,17 @@ class Linear(nnx.Module):
         lora: LoRA | None = None,
     ):
         param = jnp.dtype(dtypes.param)
-        self.n_in, self.dtype = len(d_in), dtypes.compute
+        self.d_in, self.n_in, self.dtype = d_in, len(d_in), dtypes.compute
         normal = jax.nn.initializers.normal(init_std)
         kernel = normal(rngs.params(), (*d_in, *d_out), param)
         out_axes = axes[self.n_in :]
         # A bias is too small to be worth cutting by fsdp; by tensor it follows its kernel.
         bias_axes = tuple("norm" if a == "embed" else a for a in out_axes)
-        scale = None
-        if dtypes.rounds(name):
-            kernel, scale = int8.quantize(kernel, tuple(range(self.n_in)))
-        self.kernel_scale = None if scale is None else nnx.Param(scale, out_sharding=bias_axes)
-        self.kernel = nnx.Param(kernel, out_sharding=axes)
+        self.kind = dtypes.quantized(name)
+        if self.kind is None:
+            self.kernel, self.kernel_scale = nnx.Param(kernel, out_sharding=axes), None
+        else:
+            self.kernel, self.kernel_scale = quantized.params(self.kind, kernel, d_in, axes)
         self.bias = nnx.Param(jnp.zeros(d_out, param), out_sharding=bias_axes) if bias else None
         if lora is None or name not in lora.targets:
             self.lora_a = self.lora_b = None
@@ -143,9 +144,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Map [..., *d_in] to [..., *d_out] in the compute dtype."""
         x = x.astype(self.dtype)
-        y = _contract(x, self.kernel[...].astype(self.dtype), self.n_in)
-        if self.kernel_scale is not None:
-            y = (y * self.kernel_scale[...]).astype(self.dtype)
+        if self.kind is None:
+            y = _contract(x, self.kernel[...].astype(self.dtype), self.n_in)
+        else:  # the kernel is multiplied out again for the gradient of x, not kept for it
+            y = jax.checkpoint(self._quantized)(x, self.kernel[...], self.kernel_scale[...])
         if self.lora_a is not None:
             low = _contract(self._drop(x), self.lora_a[...].astype(self.dtype), self.n_in)
             up = _contract(low, self.lora_b[...].astype(self.dtype), 1)
@@ -153,6 +155,13 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y
+
+    def _quantized(self, x: Array, codes: Array, scale: Array) -> Array:
+        if self.kind == "nf4":
+            kernel = nf4.dequantize(codes, scale, self.d_in, 0, self.dtype)
+            return _contract(x, kernel, self.n_in)
+        y = _contract(x, codes.astype(self.dtype), self.n_in)
+        return (y * scale).astype(self.dtype)
 
     def _drop(self, x: Array) -> Array:
         key = _DROPOUT.get()

@@ -65,6 +65,12 @@ def shards(axis: str, size: int) -> int:
     return ways if size % ways == 0 else 1
 
 
+def divides(axis: str, size: int) -> bool:
+    """Tell whether the mesh in use cuts a parameter's axis of this size evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % _ways(mesh, dict(RULES)[axis]) == 0
+
+
 def _dividing(mesh, shape: tuple[int, ...], axes: PartitionSpec) -> PartitionSpec:
     """Return the spec without the mesh axes that do not divide the shape."""
     return PartitionSpec(

@@ -23,7 +23,7 @@ from mmjax.loading import first_processor
 from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
 from mmjax.models.parts import split_chain
-from mmjax.nn import int8, paths
+from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.stack import REMAT
 from mmjax.ops.attention import IMPLEMENTATIONS
@@ -70,7 +70,7 @@ def blueprint(
 ) -> Blueprint:
     """Read configs and tokenizer, and check that they fit; allocates nothing.
 
-    chosen: what is trained, nothing by default; only asked where frozen kernels are int8.
+    chosen: what is trained, nothing by default; only asked where frozen kernels are quantised.
     """
     family = registry.family(settings.family)
     source = open_init(settings)
@@ -138,7 +138,8 @@ def maker(
 ) -> tuple[Callable[[], nnx.Module], LoRA | None]:
     """Return the function that makes the model of a config, and the adapters it gets."""
     family = registry.family(settings.family)
-    for key, known in (("remat", REMAT), ("attention", IMPLEMENTATIONS)):
+    choices = dict(remat=REMAT, attention=IMPLEMENTATIONS, frozen_dtype=frozen_part.KINDS)
+    for key, known in choices.items():
         if (name := getattr(settings, key)) not in known:
             raise MMJaxError(f"model.{key} is {name!r}; choose one of {', '.join(known)}")
 
@@ -153,10 +154,10 @@ def maker(
     if lora.rank or lora.init:
         maps = adapters.linear_maps(names_of(partial(make, dtypes)))
         adapter = adapters.make_lora(lora, maps)
-    if settings.frozen_dtype == frozen_part.INT8:
+    if (kind := settings.frozen_dtype) in quantized.KINDS:
         names = names_of(partial(make, dtypes, adapter))
-        rounded = frozen_part.int8_maps(names, chosen(names))
-        dtypes = dataclasses.replace(dtypes, kernel=frozen_part.INT8, maps=rounded)
+        maps = frozen_part.quantized_maps(names, chosen(names), kind)
+        dtypes = dataclasses.replace(dtypes, kernel=kind, maps=maps)
     return partial(make, dtypes, adapter), adapter
 
 
@@ -178,8 +179,8 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
         return graphdef, *train_state.with_params(state, rest, earlier)
     # Without what neither the earlier run nor the model has, adapters and untrained parts.
     each = None
-    if kept == frozen_part.INT8:
-        wanted, each = int8.while_loading(frozen, wanted, settings.model.dtype)
+    if kept in quantized.KINDS:
+        wanted, each = quantized.while_loading(frozen, wanted, settings.model.dtype)
     source = wanted
     if plan.source_rows is not None:
         axes = vocabulary.vocabulary_axes((abstract.params, frozen))

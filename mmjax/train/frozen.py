@@ -1,7 +1,8 @@
-"""What a run does not train: kept in bfloat16 or float32, or with its kernels in int8."""
+"""What a run does not train: in bfloat16 or float32, or with its kernels in int8 or nf4."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,34 +10,50 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mmjax.nn import quantized
 from mmjax.nn.paths import map_named
 from mmjax.train.adapters import linear_maps
 from mmjax.types import MMJaxError
 
-INT8 = "int8"
+KINDS = ("bfloat16", "float32", "float16", *quantized.KINDS)
+"""What ``model.frozen_dtype`` may be."""
+
 REST = "bfloat16"
-"""Dtype of frozen parameters that are no kernels, where the kernels are int8."""
+"""Dtype of frozen parameters that are no kernels, where the kernels are quantised."""
 
 
-def int8_maps(names: Sequence[str], chosen: set[str]) -> tuple[str, ...]:
+def quantized_maps(names: Sequence[str], chosen: set[str], kind: str) -> tuple[str, ...]:
     """Return the linear maps whose kernels are not trained; see ``DTypes.maps``.
 
-    names: of all parameters. chosen: those that are trained. Raises MMJaxError without any.
+    names: of all parameters. chosen: those that are trained. kind: what the others are quantised
+    to. Raises MMJaxError where there are none.
     """
     frozen = [name for name in names if name.endswith(".kernel") and name not in chosen]
     if not frozen:
         raise MMJaxError(
-            "model.frozen_dtype is int8 and every kernel is trained; set it to bfloat16, or freeze "
-            "something (train, freeze, lora.rank)"
+            f"model.frozen_dtype is {kind} and every kernel is trained; set it to bfloat16, or "
+            "freeze something (train, freeze, lora.rank)"
         )
     return tuple(linear_maps(frozen))
 
 
 def dtype_of(name: str, leaf: Any, frozen_dtype: str) -> jnp.dtype:
     """Return the dtype that a frozen parameter is kept in."""
-    if leaf.dtype == jnp.int8 or name.endswith(".kernel_scale"):
+    if leaf.dtype in (jnp.int8, jnp.uint8) or name.endswith(".kernel_scale"):
         return leaf.dtype
-    return jnp.dtype(REST if frozen_dtype == INT8 else frozen_dtype)
+    return jnp.dtype(REST if frozen_dtype in quantized.KINDS else frozen_dtype)
+
+
+def count(name: str, leaf: Any) -> int:
+    """Return how many of a model's parameters an array holds: two a byte of nf4, none in scales."""
+    if name.endswith(".kernel_scale"):
+        return 0
+    return math.prod(leaf.shape) * pairs(leaf)
+
+
+def pairs(leaf: Any) -> int:
+    """Return how many parameters one number of an array holds: a byte of nf4 two."""
+    return 2 if leaf.dtype == jnp.uint8 else 1
 
 
 def cast_abstract(frozen: nnx.State, frozen_dtype: str) -> nnx.State:

@@ -24,7 +24,7 @@ from mmjax.monitor.pictures import draw_batch, save_picture
 from mmjax.monitor.profile import ProfileWindow
 from mmjax.monitor.terminal import LiveLine
 from mmjax.monitor.writers import make_writer
-from mmjax.nn import int8, paths
+from mmjax.nn import paths, quantized
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import check_divides, put_batch
@@ -270,7 +270,7 @@ def export(model: LoadedModel, workdir: Path, lora: LoRA | None) -> None:
         model.processor.save_pretrained(folder)
         model_checkpoints.save_model(
             workdir / "model",
-            int8.multiplied_out(nnx.state(model.model), frozen_part.REST),
+            quantized.multiplied_out(nnx.state(model.model), frozen_part.REST),
             family=registry.family(model.family),
             config=model.config,
             lora=lora,

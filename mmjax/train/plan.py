@@ -52,6 +52,7 @@ PARTS = {
     "kept": "activations kept for the backward pass",
     "layer": "one layer while it is differentiated",
     "head": "logits of one chunk and their gradient",
+    "multiplied": "the largest kernel multiplied out",
     "gathered": "weights gathered from other devices",
 }
 
@@ -134,6 +135,7 @@ def make_plan(
         "optimizer": _bytes(state.opt),
         "batch": _bytes(batch),
         **_activations(settings, config, state.params, frozen, mesh, micro),
+        "multiplied": _multiplied(settings, frozen),
         "gathered": _gathered(settings, state.params, frozen, mesh),
     }
     return MemoryPlan(
@@ -152,7 +154,11 @@ def make_plan(
                 trained_rows.count(rows, name, x.shape)
                 for name, x in paths.flatten(state.params).items()
             ),
-            sum(math.prod(x.shape) for x in jax.tree.leaves((state.params, frozen))),
+            sum(
+                frozen_part.count(name, x)
+                for tree in (state.params, frozen)
+                for name, x in paths.flatten(tree).items()
+            ),
         ),
         compiled,
         note,
@@ -303,6 +309,18 @@ class _Cut:
         return count * size
 
 
+def _multiplied(settings: RunSettings, frozen) -> int:
+    """Return the bytes of the largest quantised kernel, a layer's, as its map multiplies by it."""
+    largest, compute = 0, jnp.dtype(settings.model.dtype).itemsize
+    for _, variable in nnx.to_flat_state(frozen):
+        if "quantized" not in variable.get_metadata():
+            continue
+        x, layered = jax.tree.leaves(variable)[0], "layers" in matrices.axes_of(variable)
+        count = math.prod(x.sharding.shard_shape(x.shape)) // (x.shape[0] if layered else 1)
+        largest = max(largest, count * frozen_part.pairs(x) * compute)
+    return largest
+
+
 def _gathered(settings: RunSettings, params, frozen, mesh) -> int:
     """Return the bytes of weights that are whole for a moment, where fsdp cuts them.
 
@@ -318,7 +336,7 @@ def _gathered(settings: RunSettings, params, frozen, mesh) -> int:
             axes, x = matrices.axes_of(variable) or (), jax.tree.leaves(variable)[0]
             whole = math.prod(x.sharding.shard_shape(x.shape)) * (fsdp if "embed" in axes else 1)
             if "layers" in axes:
-                layer += whole // x.shape[0] * compute
+                layer += whole // x.shape[0] * compute * frozen_part.pairs(x)
             else:
                 largest = max(largest, whole * x.dtype.itemsize * more)
     return layer + largest
@@ -337,6 +355,7 @@ def table(plan: MemoryPlan) -> Table:
         "kept": f"remat {plan.remat}: {plan.parts['kept'] / plan.tokens / 1e6:.2f} MB a token",
         "layer": "estimate",
         "head": "estimate",
+        "multiplied": "estimate",
         "gathered": "estimate",
     }
     for part, words in PARTS.items():

@@ -23,8 +23,9 @@ class ModelSettings:
     family's config.json, or make one where there is none. plan_config: such values to plan with
     (``--plan``) while ``init`` or a part is not there; a run never looks at them. words: texts
     whose words make a small tokenizer, for random starts.
-    param_dtype: of trained parameters; frozen_dtype: of the others, int8 for their kernels in int8
-    with a scale per output channel and all else in bfloat16. dtype: of the computation.
+    param_dtype: of trained parameters; frozen_dtype: of the others, with int8 or nf4 their kernels
+    in 8 or 4.5 bits a weight (see ``mmjax.nn.int8`` and ``nf4``) and all else in bfloat16. dtype:
+    of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. attention: which implementation
     of ``mmjax.ops.attention`` runs: auto, xla or triton.

@@ -56,13 +56,12 @@ def part_rows(
     for name, leaf in {**trained, **rest}.items():
         part = ".".join(name.split(".")[:2]) if name.startswith("decoder.") else name.split(".")[0]
         row = parts.setdefault(part, [0, 0, 0])
-        size = math.prod(leaf.shape)
         itemsize = leaf.dtype.itemsize
         if name in trained:
             row[0] += trained_rows.count(rows, name, leaf.shape)
         else:
             itemsize = frozen_part.dtype_of(name, leaf, settings.model.frozen_dtype).itemsize
-        row[1] += size
+        row[1] += frozen_part.count(name, leaf)
         row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
     optimizer = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -61,7 +61,7 @@ def trainable_names(
     chosen = {
         name
         for name in names
-        if not name.endswith(".kernel_scale")  # of an int8 kernel, which is frozen itself
+        if not name.endswith(".kernel_scale")  # of a quantised kernel, which is frozen itself
         if everything
         or (lora and name.rsplit(".", 1)[-1] in ("lora_a", "lora_b"))
         or matches(name, (*train, *rows))

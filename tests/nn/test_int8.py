@@ -1,4 +1,4 @@
-"""int8 kernels: how far a weight moves, and a model of them against the numbers they stand for."""
+"""Quantised kernels: how far a weight moves, and models against the numbers they stand for."""
 
 import jax
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 import mmjax
-from mmjax.nn import int8, paths
-from mmjax.parallel.mesh import make_mesh
+from mmjax.nn import int8, paths, quantized
+from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
 from tests.parity import peer
 
@@ -55,6 +55,25 @@ def test_a_model_of_int8_kernels_is_the_one_their_numbers_stand_for(folder, mesh
     assert answers[0] == answers[1]
 
 
+def test_a_model_of_nf4_kernels_is_the_one_their_numbers_stand_for(folder):
+    mesh = make_mesh({"tensor": 2, "fsdp": 2}, jax.devices()[:4])
+    model, exact = mmjax.load(folder, weights="nf4", mesh=mesh), mmjax.load(folder)
+    state, before = nnx.state(model.model), paths.flatten(nnx.state(exact.model))
+    codes = {name: x for name, x in paths.flatten(state).items() if name.endswith(".kernel")}
+    assert len(codes) == 8
+    for name, kernel in codes.items():
+        assert kernel.dtype == np.uint8 and kernel.size * 2 == before[name].size
+    # The inputs of down are cut by tensor, those of up by fsdp, as whole kernels are.
+    cut = [codes[f"decoder.layers.mlp.{name}.kernel"].sharding.spec for name in ("up", "down")]
+    assert [tuple(spec) for spec in cut] == [(None, "fsdp", "tensor"), (None, "tensor", "fsdp")]
+    with use(mesh):
+        stand_for = jax.device_get(quantized.multiplied_out(state, "float32"))
+    assert all(0 < np.abs(stand_for[name] - before[name]).max() < 0.2 for name in codes)
+    nnx.update(exact.model, paths.replace(nnx.state(exact.model), stand_for))
+    want = exact.logits(IDS, PATCHES)[1]
+    np.testing.assert_allclose(model.logits(IDS, PATCHES)[1], want, atol=2e-5)
+
+
 def test_other_weights_are_refused(folder):
-    with pytest.raises(MMJaxError, match="weights is 'int4'; give \"int8\", or None"):
+    with pytest.raises(MMJaxError, match='weights is \'int4\'; give "int8" or "nf4", or None'):
         mmjax.load(folder, weights="int4")

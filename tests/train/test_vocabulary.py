@@ -11,7 +11,7 @@ from flax import nnx
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models import checkpoints, registry
 from mmjax.models.flamingo.processor import FlamingoProcessor, ProcessorConfig
-from mmjax.nn import paths
+from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import build, optim, state, vocabulary
@@ -92,20 +92,23 @@ def test_tables_grow_and_new_rows_begin_as_the_mean(folder):
         np.testing.assert_array_equal(got[name], params[name], err_msg=name)
 
 
-def test_a_head_in_int8_grows_before_it_is_rounded(folder):
+@pytest.mark.parametrize("kind, rows", [("int8", 16), ("nf4", 8)])
+def test_a_quantised_head_grows_before_it_is_rounded(folder, kind, rows):
     run = settings(folder, train_rows=GROWING)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, frozen_dtype="int8"))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, frozen_dtype=kind))
     with use() as mesh:
         plan = build.blueprint(run.model, run.lora, 0, partial(state.chosen_by, run))
         chosen = state.chosen_by(run, plan.names())
         tx = optim.make_optimizer(run.optim, 10)
         _, _, frozen = build.init_state(plan, run, chosen, tx, mesh)
     got = paths.flatten(frozen)
-    kernel, scale = np.asarray(got[HEAD]), np.asarray(got[f"{HEAD}_scale"])
-    assert kernel.dtype == np.int8 and kernel.shape == (16, plan.config.vocab_size)
+    assert got[HEAD].dtype.itemsize == 1 and got[HEAD].shape == (rows, plan.config.vocab_size)
+    kernel = np.asarray(quantized.multiplied_out(frozen, "float32")[HEAD])
     old = folder[1][HEAD]
     want = np.concatenate([old, np.repeat(old.mean(1, keepdims=True), kernel.shape[1], 1)], 1)
-    assert (np.abs(kernel * scale - want[:, : len(scale)]) < 0.51 * scale).all()
+    want = want[:, : kernel.shape[1]]
+    step = {"int8": 1 / 127, "nf4": 1 - 0.6961928}[kind] * np.abs(want).max(0)
+    assert (np.abs(kernel - want) < 0.51 * step).all()
 
 
 def test_a_frozen_table_is_no_place_for_new_tokens(folder):

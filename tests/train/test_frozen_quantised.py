@@ -1,0 +1,127 @@
+"""A frozen base in int8 or nf4: what is rounded, and that the rest trains beside it."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.nn import paths, quantized
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.train import build, frozen, optim
+from mmjax.train import state as train_state
+from mmjax.train.loss import loss_sum
+from mmjax.train.plan import make_plan
+from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
+from mmjax.train.step import make_train_step
+from mmjax.types import MMJaxError
+from tests import tiny
+
+SIZES = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=4
+)
+KINDS = {"int8": "int8", "nf4": "uint8"}
+MODEL = ModelSettings(config=SIZES, words=("what",), dtype="float32", frozen_dtype="int8")
+LORA = LoRASettings(rank=2, targets=("attn.*",))
+
+
+def made(settings):
+    """Return (graphdef, trained, frozen, plan) of a run that starts from random weights."""
+    plan = build.blueprint(
+        settings.model, settings.lora, 0, lambda names: train_state.chosen_by(settings, names)
+    )
+    chosen = train_state.chosen_by(settings, plan.names())
+    tx = optim.make_optimizer(settings.optim, 10)
+    graphdef, state, rest = build.init_state(
+        plan, settings, chosen, tx, make_mesh({}, jax.devices()[:1])
+    )
+    return graphdef, state.params, rest, plan
+
+
+@functools.cache
+def base(kind):
+    """Return (graphdef, trained, frozen, plan) of adapters over kernels of a kind."""
+    model = dataclasses.replace(MODEL, frozen_dtype=kind)
+    with use(make_mesh({}, jax.devices()[:1])):
+        return made(RunSettings(model=model, lora=LORA))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_kernels_are_quantised_and_adapters_train_beside_them(kind):
+    graphdef, params, rest, _ = base(kind)
+    kinds = {name: x.dtype.name for name, x in paths.flatten(rest).items()}
+    kernels = {n for n in kinds if n.endswith(".kernel")}
+    assert len(kernels) == 8 and {kinds[n] for n in kernels} == {KINDS[kind]}
+    assert {kinds[f"{n}_scale"] for n in kernels} == {"float32"}
+    others = {k for n, k in kinds.items() if not n.endswith((".kernel", ".kernel_scale"))}
+    assert others == {"bfloat16"}
+    assert all(n.endswith(("lora_a", "lora_b")) for n in paths.flatten(params))
+    # The numbers that the kernels stand for, in a model whose kernels are not quantised.
+    plain_def, plain_params, plain_rest, _ = base("float32")
+    with use(make_mesh({}, jax.devices()[:1])):
+        whole = quantized.multiplied_out(rest, "float32")
+        plain_rest = paths.replace(plain_rest, {n: whole[n] for n in paths.flatten(plain_rest)})
+        plain_params = paths.replace(plain_params, paths.flatten(params))
+        grads = [
+            jax.jit(jax.grad(lambda p, g=g, r=r: loss_sum(nnx.merge(g, p, r), tiny.batch())[0]))(p)
+            for g, p, r in ((graphdef, params, rest), (plain_def, plain_params, plain_rest))
+        ]
+    for (name, ours), theirs in zip(
+        paths.flatten(grads[0]).items(), paths.flatten(grads[1]).values(), strict=True
+    ):
+        loose = dict(rtol=1e-3, atol=1e-4) if kind == "int8" else dict(rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours, theirs, **loose, err_msg=name)
+    assert max(np.abs(x).max() for x in paths.flatten(grads[0]).values()) > 0.1
+
+
+def test_adapters_learn_over_an_nf4_base_that_does_not_move():
+    graphdef, params, rest, _ = base("nf4")
+    before = jax.device_get(paths.flatten(rest))
+    settings = optim.OptimSettings(lr=1e-2, warmup=0, schedule="constant")
+    tx = optim.make_optimizer(settings, 10)
+    with use(make_mesh({}, jax.devices()[:1])):
+        step = jax.jit(make_train_step(graphdef, tx, optim.schedule(settings, 10)))
+        state = train_state.TrainState(np.int32(0), params, tx.init(params))
+        losses = []
+        for _ in range(6):
+            state, metrics = step(state, rest, tiny.batch())
+            losses.append(float(metrics["loss"]))
+    assert all(b < a for a, b in itertools.pairwise(losses)) and losses[-1] < losses[0] - 0.05
+    for name, value in paths.flatten(rest).items():
+        assert before[name].tobytes() == np.asarray(value).tobytes(), name
+
+
+def test_the_plan_counts_four_and_a_half_bits_a_weight():
+    def planned(kind):
+        run = RunSettings(model=dataclasses.replace(MODEL, frozen_dtype=kind), lora=LORA)
+        return make_plan(run, jax.devices()[:1])
+
+    whole, nf4 = planned("bfloat16"), planned("nf4")
+    assert whole.parameters == nf4.parameters
+    d, f, patch, layers, v = 32, 64, 48, 2, base("nf4")[3].config.vocab_size
+    weights = layers * (4 * d * d + 2 * d * f) + patch * d + v * d
+    maxima = layers * (5 * d + f) + d + v  # no map has more than 64 inputs: one for each output
+    assert whole.parts["frozen"] - nf4.parts["frozen"] == 2 * weights - weights / 2 - 4 * maxima
+    assert (whole.parts["multiplied"], nf4.parts["multiplied"]) == (0, v * d * 4)
+    assert nf4.parts["kept"] <= whole.parts["kept"]  # no kernel is kept multiplied out
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(MMJaxError, match="model.frozen_dtype is 'fp4'; choose one of bfloat16"):
+        base("fp4")
+
+
+def test_trained_kernels_stay_whole():
+    settings = RunSettings(model=MODEL, freeze=("decoder.layers.*",))
+    with use(make_mesh({}, jax.devices()[:1])):
+        _, params, rest, _ = made(settings)
+    assert paths.flatten(params)["patch_embed.kernel"].dtype == np.float32
+    assert paths.flatten(rest)["decoder.layers.attn.q.kernel"].dtype == np.int8
+
+
+def test_where_every_kernel_is_trained_there_is_nothing_to_round():
+    with pytest.raises(MMJaxError, match="every kernel is trained; set it to bfloat16"):
+        frozen.quantized_maps(["a.kernel", "b.bias"], {"a.kernel"}, "int8")
