@@ -178,7 +178,7 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
         rest = frozen_part.cast(rest, kept)
         return graphdef, *train_state.with_params(state, rest, earlier)
     # Without what neither the earlier run nor the model has, adapters and untrained parts.
-    each = None
+    each, every = None, wanted
     if kept in quantized.KINDS:
         wanted, each = quantized.while_loading(frozen, wanted, settings.model.dtype)
     source = wanted
@@ -187,7 +187,7 @@ def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mes
         source = vocabulary.shortened(wanted, axes, plan.source_rows, mesh)
         each = vocabulary.while_loading(axes, wanted, each)
     values = checkpoints.read_params(plan.source, source, each=each) | earlier
-    if missing := {n: x for n, x in wanted.items() if n not in values}:
+    if missing := {n: x for n, x in every.items() if n not in values}:
         values |= _fresh(plan, missing)
     params = paths.replace(abstract.params, {n: values[n] for n in paths.flatten(abstract.params)})
     rest = paths.replace(frozen, {n: values[n] for n in paths.flatten(frozen)})
