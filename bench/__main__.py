@@ -4,6 +4,7 @@
     python -m bench --suite probe,attention,loss,train,decode,input,shard        everything
     python -m bench --suite train --out bench/results/train.jsonl
     python -m bench --suite flamingo --out bench/results/flamingo.jsonl     beside OpenFlamingo
+    python -m bench --suite bunny --out bench/results/bunny.jsonl     beside what Bunny is made of
     python -m bench --report bench/results/*.jsonl   write the document from raw rows again
     python -m bench.convert                          conversions: memory and time
     python -m bench.pipeline                         the training pipeline: rate and memory

@@ -67,7 +67,33 @@ class FlamingoSize:
         return self.vocab - 1
 
 
-SIZES = {"flamingo": FlamingoSize}
+@dataclasses.dataclass(frozen=True)
+class BunnySize:
+    """A Bunny on a Phi: its language model, and a SigLIP tower of which all layers but one run.
+
+    image, patch: sides in pixels. rank: of the adapters.
+    """
+
+    vocab: int = 4096
+    d: int = 256
+    layers: int = 6
+    heads: int = 8
+    mlp: int = 1024
+    image: int = 112
+    patch: int = 14
+    tower_d: int = 256
+    tower_layers: int = 4
+    tower_heads: int = 4
+    positions: int = 512
+    rank: int = 16
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the stream that an image takes."""
+        return (self.image // self.patch) ** 2
+
+
+SIZES = {"flamingo": FlamingoSize, "bunny": BunnySize}
 """The suites whose models are no Fuyus."""
 
 TINY = Size(vocab=512, d=64, layers=2, heads=4, mlp=128, patch=8)
@@ -91,7 +117,7 @@ class Case:
     work: float
     unit: str
     bound: float
-    size: Size | FlamingoSize = Size()
+    size: Size | FlamingoSize | BunnySize = Size()
     peers: tuple[str, ...] = ("",)
     impls: tuple[str, ...] = ("",)
     target: float | None = None
@@ -182,7 +208,7 @@ def train_batch(case: Case) -> dict[str, np.ndarray]:
     b, t, targets = (case.options[k] for k in ("b", "t", "targets"))
     rng = np.random.default_rng(0)
     patches = t * 3 // 4 - 1
-    tokens = _text(rng, case.size, (b, t))
+    tokens = text(rng, case.size, (b, t))
     tokens[:, 1 : 1 + patches] = IMAGE
     visual = np.full((b, t), -1, np.int32)
     visual[:, 1 : 1 + patches] = np.arange(patches)
@@ -202,7 +228,7 @@ def decode_prompts(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
     grid = np.full((b, rows, cols + 1), IMAGE, np.int32)
     grid[:, :, -1] = 6  # a newline closes each row of patches
-    tokens = np.concatenate([grid.reshape(b, -1), _text(rng, case.size, (b, 24))], axis=1)
+    tokens = np.concatenate([grid.reshape(b, -1), text(rng, case.size, (b, 24))], axis=1)
     patches = rng.integers(0, 256, (b, rows * cols, case.size.patch_dim), np.uint8)
     return tokens, normalised(patches)
 
@@ -222,14 +248,6 @@ def normalised(levels: np.ndarray) -> np.ndarray:
     return (levels.astype(np.float32) / 255.0 - 0.5) / 0.5
 
 
-def _text(rng: np.random.Generator, size: Size, shape: tuple[int, ...]) -> np.ndarray:
+def text(rng: np.random.Generator, size: Size | BunnySize, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw token ids of text, int32."""
     return rng.integers(8, size.vocab, shape).astype(np.int32)
-
-
-def first_steps(step) -> dict[str, np.ndarray]:
-    """Return the losses and gradient norms of a peer's first four steps; step() -> (loss, norm)."""
-    pairs = [step() for _ in range(4)]
-    return {
-        name: np.array([float(pair[i]) for pair in pairs])
-        for i, name in enumerate(("loss", "grad_norm"))
-    }

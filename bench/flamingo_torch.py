@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import time
 
 import numpy as np
 import torch
 
-from bench import flamingo
-from bench.cases import Case, FlamingoSize, first_steps
+from bench import flamingo, torch_peer
+from bench.cases import Case, FlamingoSize
 from tests.golden import flamingo_peer
 
 FACTORY = flamingo_peer.import_peer()  # before transformers, which would stumble over torchvision
 TWICE = (".old_decoder_blocks.", ".gated_cross_attn_layers.")
 """Parts of names of tensors that stand in the layers too."""
-ADAMW = {"plain": {}, "fused": {"fused": True}, "foreach": {"foreach": True}}
 
 
 def write_model(size: FlamingoSize, folder: str) -> None:
@@ -134,9 +132,11 @@ def make(case: Case, folder: str, impl: str) -> Train | Decode:
     return (Train if case.options["kind"] == "train" else Decode)(case, folder, impl)
 
 
-class Train:
+class Train(torch_peer.TrainStep):
     """A step of its training loop on one batch: forward with labels, backward, the mask of the
-    embedding's gradient, clipping, AdamW; in whichever of torch's three forms is fastest."""
+    embedding's gradient, clipping, AdamW."""
+
+    rate = flamingo.LEARNING_RATE
 
     def __init__(self, case: Case, folder: str, impl: str):
         batch, self.size, self.folder = flamingo.train_batch(case), case.size, folder
@@ -146,58 +146,34 @@ class Train:
         for row, index in enumerate(batch["target_index"]):
             some = torch.from_numpy(index[index > 0]).long()
             self.labels[row, some] = self.ids[row, some]
-        self.compile_s = 0.0
-        self._build("plain")
+        self.build("plain")
 
-    def _build(self, adamw: str) -> None:
-        self.model, self.adamw = _load(self.size, self.folder).train(), adamw
+    def load(self) -> list[dict]:
+        """Make the model; returns the groups of what is trained."""
+        self.model = _load(self.size, self.folder).train()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
+        return [
             {"params": [p for n, p in named if ("gated_cross_attn" in n) == gated],
              "weight_decay": flamingo.WEIGHT_DECAY * gated}
             for gated in (True, False)
         ]  # fmt: skip
-        self.optimizer = torch.optim.AdamW(groups, lr=flamingo.LEARNING_RATE, **ADAMW[adamw])
 
-    def tune(self) -> None:
-        """Choose the fastest AdamW."""
-        seconds = {}
-        for adamw in ADAMW:
-            self._build(adamw)
-            times = []
-            for _ in range(4):
-                begun = time.perf_counter()
-                self.step()
-                times.append(time.perf_counter() - begun)
-            seconds[adamw] = min(times[1:])
-        self._build(min(seconds, key=seconds.get))
-
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do one optimizer step; returns (loss, gradient norm)."""
-        loss = self.model(
+    def loss(self) -> torch.Tensor:
+        """Return the loss as the peer computes it."""
+        return self.model(
             vision_x=self.vision,
             lang_x=self.ids,
             attention_mask=torch.ones_like(self.ids),
             labels=self.labels,
         )[0]
-        loss.backward()
+
+    def edit(self) -> None:
+        """Keep the gradients of two rows of the embedding."""
         table = self.model.lang_encoder.get_input_embeddings().weight
         mask = torch.zeros_like(table.grad)
         mask[self.size.media] = 1
         mask[self.size.eoc] = 1
         table.grad = table.grad * mask
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """Return the losses and gradient norms of the first four steps."""
-        return first_steps(self.step)
-
-    @property
-    def note(self) -> str:
-        return f"AdamW {self.adamw}"
 
 
 class Decode:

@@ -171,8 +171,8 @@ def _about(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     if suite in ("attention", "loss"):
         return report_surveys.about_kernels(rows)
-    if suite == "flamingo":
-        return report_surveys.about_flamingo(rows)
+    if suite in report_surveys.MODELS:
+        return report_surveys.about_family(rows)
     s = rows[0]["size"]
     compile_s = ", ".join(f"{r['case']}: {r['compile_s']:g}" for r in rows if not _repeats(r))
     notes = sorted({r["peer_note"] for r in rows if r.get("peer_note")})
@@ -247,7 +247,9 @@ def _not_measured(rows: Sequence[dict[str, Any]]) -> str:
     if not any(r.get("device") == "gpu" for r in rows):
         missing.append("anything on a GPU: no row here says how fast mmjax is there")
         missing.append("bfloat16, which both frameworks avoid here on a CPU")
-    missing.append("torch.compile, which the peer's users may turn on")
+    missing.append(
+        "torch.compile, which the peer's users may turn on, but where a row says compiled"
+    )
     if not any(r["peer_impl"] == "torchvision" and "error" not in r for r in rows):
         missing.append(
             "the peer's torchvision image processor (give `--torchvision-python PATH`, an "

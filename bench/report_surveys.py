@@ -88,19 +88,40 @@ def about_kernels(rows: Sequence[dict[str, Any]]) -> list[str]:
     return parts
 
 
-def about_flamingo(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the paragraph over Flamingo's table: sizes, the peer's settings, memory, compiling."""
-    s, train = rows[0]["size"], [r for r in rows if "trained" in r]
-    parts = [
+def _flamingo(s: dict[str, Any]) -> str:
+    return (
         f"The model: an MPT of width {s['d']}, {s['layers']} layers, {s['heads']} heads and "
         f"vocabulary {s['vocab']:,}, a gated block before every {s['every']} layers; a tower of "
         f"width {s['tower_d']}, {s['tower_layers']} layers and {s['tower_heads']} heads, pictures "
         f"of {s['image']} and patches of {s['patch']} pixels; the published resampler, 6 layers "
         "and 64 latents, at the tower's width."
-    ]
+    )
+
+
+def _bunny(s: dict[str, Any]) -> str:
+    return (
+        f"The model: a Phi of width {s['d']}, {s['layers']} layers, {s['heads']} heads, MLP "
+        f"{s['mlp']} and vocabulary {s['vocab']:,}; a SigLIP tower of width {s['tower_d']}, "
+        f"{s['tower_layers']} layers and {s['tower_heads']} heads, pictures of {s['image']} and "
+        f"patches of {s['patch']} pixels: {(s['image'] // s['patch']) ** 2} tokens an image; the "
+        f"projector mlp2x_gelu; adapters of rank {s['rank']}."
+    )
+
+
+MODELS = {"flamingo": _flamingo, "bunny": _bunny}
+"""The suites of a family that is no Fuyu, and what tells the sizes of its model."""
+
+
+def about_family(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the paragraph over a family's table: sizes, the peer's settings, memory, compiling."""
+    train = [r for r in rows if "trained" in r]
+    parts = [MODELS[rows[0]["suite"]](rows[0]["size"])]
     if train:
-        whole, trained = train[0]["parameters"], train[0]["trained"]
-        parts.append(f"{whole / 1e6:.1f} M parameters, of which {trained / 1e6:.1f} M are trained.")
+        counts = (f"{r['trained'] / 1e6:.1f} M" for r in train)
+        parts.append(
+            f"{train[0]['parameters'] / 1e6:.1f} M parameters, of which "
+            f"{' or '.join(dict.fromkeys(counts))} are trained."
+        )
     if notes := sorted({r["peer_note"] for r in rows if r.get("peer_note")}):
         parts.append(f"The peer's fastest settings were {'; '.join(notes)}.")
     # The first row of a case: the next ones find its program compiled.
@@ -108,8 +129,9 @@ def about_flamingo(rows: Sequence[dict[str, Any]]) -> list[str]:
     listing = "; ".join(f"{case}: {seconds:g}" for case, seconds in reversed(compile_s.items()))
     parts.append(f"Seconds to compile ours, not in the times: {listing}.")
     if train:
-        memory = "; ".join(f"{r['case']}: {_mb(r['temp_size_in_bytes'])}" for r in train)
-        parts.append(f"Temporary memory of ours, from the compiler: {memory}.")
+        memory = {r["case"]: _mb(r["temp_size_in_bytes"]) for r in train}
+        listing = "; ".join(f"{case}: {size}" for case, size in memory.items())
+        parts.append(f"Temporary memory of ours, from the compiler: {listing}.")
     return [" ".join(parts) + "\n"]
 
 

@@ -77,6 +77,28 @@ SUITES = {
         "losses and gradient norms over four optimizer steps (bound {bound:g}); share of new "
         "tokens that differ (bound 0). Units are tokens, in generation new ones.",
     ),
+    "bunny": (
+        "Bunny",
+        "Beside the classes of transformers that Bunny's own are made of, for its code does not "
+        "run with today's: `PhiForCausalLM` without a bias in its head, `SiglipVisionModel` "
+        "without its last layer (`hidden_states[-2]` of the whole) and a torch `Sequential`, "
+        "joined by `masked_scatter` and run with `inputs_embeds`, sdpa. Both read one random model "
+        "in the form of Bunny's merge script. float32, dropout 0. *Train step*: stage 2 of Bunny's "
+        "scripts, the tower frozen: language model and projector, or adapters (PEFT's on the "
+        "peer's side) and projector; rows of an image, questions and answers, of different "
+        "lengths and padded on the right on both sides, the loss on the answers; "
+        "`mmjax.train.step` against forward, backward, clipping and the fastest of torch's plain, "
+        "fused and foreach AdamW. *sdpa* is what Bunny does: the padding's mask, and logits of "
+        "every token; *gathered logits* computes those alone that the loss needs, and no mask; "
+        "*compiled layers* runs each layer of it under `torch.compile`. Ours normalises the "
+        "pictures in the step, the peer's are normalised beforehand. *Generation*: greedy answers "
+        "to prompts of different lengths, each with its own image, "
+        "`mmjax.load(...).generate_tokens` against `generate` with its default cache, left-padded; "
+        "tower, projector and prefill are in the time. Parity: largest relative difference of "
+        "losses and gradient norms over four optimizer steps (bound {bound:g}); share of new "
+        "tokens that differ (bound 0). Units are tokens, padding not counted, in generation new "
+        "ones.",
+    ),
     "input": (
         "Processor",
         "`FuyuProcessor.encode_prompt` of one decoded RGB picture and a question against the "

@@ -111,7 +111,7 @@ def _measured(
     ours = sides.get("ours", until)
     peer = sides.get(peer_key, until) if peer_key else None
     model = folder / f"{type(case.size).__name__}-{case.size.d}-{case.size.layers}"
-    if case.suite in ("train", "decode", "flamingo") and not model.exists():
+    if case.suite in ("train", "decode", "flamingo", "bunny") and not model.exists():
         (peer or ours).call("write_model", case=case.to_json(), folder=str(model))
     outputs = {}
     prepared = {}
@@ -150,10 +150,10 @@ def _verdict(case: Case, errors: Mapping[str, float] | None) -> dict[str, Any]:
 def parity(suite: str, ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]):
     """Compare both sides' outputs; returns {what: error}, infinite where shapes differ.
 
-    train, and flamingo's train steps: largest relative difference of losses and gradient norms over
-    four optimizer steps. decode, and flamingo's generation: share of new tokens that differ. input:
-    share of tokens that differ, and the largest difference of patches in grey levels. attention,
-    loss: largest difference over largest value, of each output.
+    train, and the train steps of flamingo and bunny: largest relative difference of losses and
+    gradient norms over four optimizer steps. decode, and their generation: share of new tokens that
+    differ. input: share of tokens that differ, and the largest difference of patches in grey
+    levels. attention, loss: largest difference over largest value, of each output.
     """
     errors = {}
     for name, a in ours.items():

@@ -14,6 +14,8 @@ from bench.cases import Case, Size
 from bench.ours import LEARNING_RATE
 from mmjax.types import MMJaxError
 
+ADAMW = {"plain": {}, "fused": {"fused": True}, "foreach": {"foreach": True}}
+
 
 def write_model(size: Size, folder: str) -> None:
     """Write a random model with the peer's own save_pretrained.
@@ -56,8 +58,70 @@ def _load(folder: str):
     return FuyuForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
 
 
-class Train:
-    """Forward, loss, backward, clip_grad_norm_, AdamW; fused or foreach, whichever is faster."""
+class TrainStep:
+    """Loss, backward, clip_grad_norm_, AdamW in whichever of torch's forms is fastest.
+
+    A subclass has ``load``, which makes its model and returns the optimizer's groups, ``loss`` and
+    ``rate``, and ends its __init__ with ``build``; ``edit`` may change the gradients.
+    """
+
+    rate, compile_s = LEARNING_RATE, 0.0
+
+    def build(self, adamw: str) -> None:
+        """Start again from the files, with one of ``ADAMW``."""
+        self.adamw, groups = adamw, self.load()
+        self.clipped = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, **ADAMW[adamw])
+
+    def load(self) -> list[dict[str, Any]]:
+        """Make the model; returns the groups of what is trained."""
+        raise NotImplementedError
+
+    def loss(self) -> torch.Tensor:
+        """Return the loss of the batch."""
+        raise NotImplementedError
+
+    def edit(self) -> None:
+        """Change gradients before they are clipped."""
+
+    def tune(self) -> None:
+        """Choose the fastest AdamW."""
+        seconds = {}
+        for adamw in ADAMW:
+            self.build(adamw)
+            times = []
+            for _ in range(4):
+                begun = time.perf_counter()
+                self.step()
+                times.append(time.perf_counter() - begun)
+            seconds[adamw] = min(times[1:])
+        self.build(min(seconds, key=seconds.get))
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do one optimizer step; returns (loss, gradient norm)."""
+        loss = self.loss()
+        loss.backward()
+        self.edit()
+        norm = torch.nn.utils.clip_grad_norm_(self.clipped, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return the losses and gradient norms of the first four steps."""
+        pairs = [self.step() for _ in range(4)]
+        return {
+            name: np.array([float(pair[i]) for pair in pairs])
+            for i, name in enumerate(("loss", "grad_norm"))
+        }
+
+    @property
+    def note(self) -> str:
+        return f"AdamW {self.adamw}"
+
+
+class Train(TrainStep):
+    """A train step of transformers' Fuyu."""
 
     def __init__(self, case: Case, folder: str, impl: str):
         batch = cases.train_batch(case)
@@ -68,57 +132,31 @@ class Train:
         self.keep = torch.arange(first - 1, self.ids.shape[1] - 1)
         self.labels = self.ids.clone()
         self.labels[:, :first] = -100
-        self.compile_s = 0.0
-        self._build("fused")
+        self.build("fused")
 
-    def _build(self, adamw: str) -> None:
-        self.model, self.adamw = _load(self.folder).train(), adamw
+    def load(self) -> list[dict[str, Any]]:
+        """Make the model; returns the groups of what is trained."""
+        self.model = _load(self.folder).train()
         named = list(self.model.named_parameters())
         decayed = [p for n, p in named if p.ndim > 1 and "embed_tokens" not in n]
         others = [p for n, p in named if p.ndim < 2 or "embed_tokens" in n]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        kind = {"fused": adamw == "fused", "foreach": adamw == "foreach"}
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=0.1, **kind)
+        return [
+            {"params": decayed, "weight_decay": 0.1},
+            {"params": others, "weight_decay": 0.0},
+        ]
 
-    def tune(self) -> None:
-        """Choose the faster AdamW."""
-        seconds = {}
-        for adamw in ("fused", "foreach"):
-            self._build(adamw)
-            times = []
-            for _ in range(3):
-                begun = time.perf_counter()
-                self.step()
-                times.append(time.perf_counter() - begun)
-            seconds[adamw] = min(times[1:])
-        self._build(min(seconds, key=seconds.get))
-
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do one optimizer step; returns (loss, gradient norm)."""
-        if self.gathered:
-            logits = self.model(
-                input_ids=self.ids, pixel_values=self.patches, logits_to_keep=self.keep,
-                use_cache=False,
-            ).logits  # fmt: skip
-            targets = self.ids[:, self.keep + 1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        else:
-            loss = self.model(
+    def loss(self) -> torch.Tensor:
+        """Return the loss, from all logits or those alone that it needs."""
+        if not self.gathered:
+            return self.model(
                 input_ids=self.ids, pixel_values=self.patches, labels=self.labels, use_cache=False
             ).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """Return the losses and gradient norms of the first four steps."""
-        return cases.first_steps(self.step)
-
-    @property
-    def note(self) -> str:
-        return f"AdamW {self.adamw}"
+        logits = self.model(
+            input_ids=self.ids, pixel_values=self.patches, logits_to_keep=self.keep,
+            use_cache=False,
+        ).logits  # fmt: skip
+        targets = self.ids[:, self.keep + 1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class Decode:
@@ -207,7 +245,7 @@ def check_gpu() -> None:
 def versions() -> dict[str, str]:
     """Return the versions that matter on this side."""
     found = environment.versions(
-        "torch", "transformers", "torchvision", "pillow", "open-flamingo", "open_clip_torch"
+        "torch", "transformers", "peft", "torchvision", "pillow", "open-flamingo", "open_clip_torch"
     )
     if torch.version.cuda:
         found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
