@@ -46,7 +46,7 @@ def bunny_cases(quick: bool, device: str) -> list[Case]:
                 options,
                 work=sum(lengths(b, t)),
                 unit="tokens",
-                bound=1e-3,
+                bound=1e-4,
                 size=size,
                 peers=(SDPA, GATHERED) if quick else (SDPA, GATHERED, COMPILED),
                 target=1.2,
@@ -241,7 +241,7 @@ def train_batch(case: Case) -> dict[str, np.ndarray]:
         segments[row, :length] = 1
         first, rounds = int(np.flatnonzero(visual[row] >= 0)[-1]) + 1, 1 + row % 2
         share = (length - first) // rounds
-        ends = [first + (i + 1) * share for i in range(rounds)]
+        ends = [length - i * share for i in reversed(range(rounds))]
         targets.append(np.concatenate([np.arange(e - share * 3 // 5, e) for e in ends]))
     index = np.full((b, max(map(len, targets))), -1, np.int32)
     for row, some in enumerate(targets):
