@@ -8,6 +8,12 @@ COMMAND
         --config.data.sources.laion.path='/data/laion/{0000..0999}.tar' \\
         --config.data.sources.mmc4.path='/data/mmc4/{0000..0999}.tar'
 
+From a language model and CLIP alone, as the published ones began, instead of a checkpoint:
+    python train.py --config=configs/openflamingo_3b.py:parts --workdir=runs/of3b \\
+        --config.model.parts.lm=/data/mpt-1b-redpajama-200b \\
+        --config.model.parts.vision=/data/ViT-L-14.pt \\
+        --config.data.sources.laion.path=... --config.data.sources.mmc4.path=...
+
 The published recipe (Awadalla et al. 2023, and the options of open_flamingo/train/train.py): AdamW
 at 1e-4, constant after 1,875 steps of warm-up, weight decay 0.1 on the gated blocks alone, the loss
 of LAION's captions weighs 0.2 beside MMC4's documents; trained are the resampler, the gated blocks
@@ -29,21 +35,31 @@ MPT_1B = dict(model_type="mosaic_gpt", d_model=2048, n_layers=24, n_heads=16, vo
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
-    quick = recipe_options(arg, quick=False).quick
-    recipe = settings("openflamingo_3b", MPT_1B, every=1, batch_size=32)
-    return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)
+    """Return the recipe; ``:quick`` is a toy on generated data, ``:parts`` starts from parts."""
+    given = recipe_options(arg, quick=False, parts=False)
+    recipe = settings("openflamingo_3b", MPT_1B, every=1, batch_size=32, parts=given.parts)
+    return fill(RunSettings, toy_flamingo(recipe) if given.quick else recipe)
 
 
-def settings(name: str, language: dict, *, every: int, batch_size: int) -> dict[str, Any]:
-    """Return what the OpenFlamingo recipes share. language: its config.json, to plan with."""
-    folder = "set model.init to a folder of convert_weights.to_jax"
+def settings(
+    name: str, language: dict, *, every: int, batch_size: int, parts: bool
+) -> dict[str, Any]:
+    """Return what the OpenFlamingo recipes share.
+
+    language: its config.json, to plan with. parts: start from a language model and CLIP alone.
+    """
+    start = dict(init="set model.init to a folder of convert_weights.to_jax")
+    if parts:
+        start = dict(
+            parts=dict(lm="set model.parts.lm", vision="set model.parts.vision"),
+            config=dict(cross_attn_every_n_layers=every),
+        )
     return dict(
         name=name,
         steps=234_000,
         model=dict(
             family="flamingo",
-            init=folder,
+            **start,
             plan_config=dict(text_config=language, cross_attn_every_n_layers=every),
             remat="names",
         ),

@@ -6,6 +6,11 @@ COMMAND
     python train.py --config=configs/openflamingo_4b.py --workdir=runs/of4b \\
         --config.model.init=/data/of4b
 
+From a language model and CLIP alone, as the published ones began, instead of a checkpoint:
+    python train.py --config=configs/openflamingo_4b.py:parts --workdir=runs/of4b \\
+        --config.model.parts.lm=/data/RedPajama-INCITE-Base-3B-v1 \\
+        --config.model.parts.vision=/data/ViT-L-14.pt
+
 Data and training are those of configs/openflamingo_3b.py, which says where they come from. Not
 measured: the authors have not run this on GPUs.
 """
@@ -24,7 +29,7 @@ REDPAJAMA_3B = dict(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
-    quick = recipe_options(arg, quick=False).quick
-    recipe = settings("openflamingo_4b", REDPAJAMA_3B, every=2, batch_size=16)
-    return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)
+    """Return the recipe; ``:quick`` is a toy on generated data, ``:parts`` starts from parts."""
+    given = recipe_options(arg, quick=False, parts=False)
+    recipe = settings("openflamingo_4b", REDPAJAMA_3B, every=2, batch_size=16, parts=given.parts)
+    return fill(RunSettings, toy_flamingo(recipe) if given.quick else recipe)

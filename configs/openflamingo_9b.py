@@ -6,6 +6,11 @@ COMMAND
     python train.py --config=configs/openflamingo_9b.py --workdir=runs/of9b \\
         --config.model.init=/data/of9b
 
+From a language model and CLIP alone, as the published ones began, instead of a checkpoint:
+    python train.py --config=configs/openflamingo_9b.py:parts --workdir=runs/of9b \\
+        --config.model.parts.lm=/data/mpt-7b \\
+        --config.model.parts.vision=/data/ViT-L-14.pt
+
 Data and training are those of configs/openflamingo_3b.py, which says where they come from. Not
 measured: the authors have not run this on GPUs.
 """
@@ -21,7 +26,7 @@ MPT_7B = dict(model_type="mpt", d_model=4096, n_layers=32, n_heads=32, vocab_siz
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
-    quick = recipe_options(arg, quick=False).quick
-    recipe = settings("openflamingo_9b", MPT_7B, every=4, batch_size=16)
-    return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)
+    """Return the recipe; ``:quick`` is a toy on generated data, ``:parts`` starts from parts."""
+    given = recipe_options(arg, quick=False, parts=False)
+    recipe = settings("openflamingo_9b", MPT_7B, every=4, batch_size=16, parts=given.parts)
+    return fill(RunSettings, toy_flamingo(recipe) if given.quick else recipe)

@@ -41,7 +41,7 @@ def toy_fuyu(recipe: dict[str, Any]) -> dict[str, Any]:
         num_attention_heads=4,
         patch_size=8,
     )
-    model = {**recipe["model"], "init": None, "config": sizes, "words": WORDS}
+    model = {**recipe["model"], "init": None, "parts": {}, "config": sizes, "words": WORDS}
     return {
         **recipe,
         "steps": 10,

@@ -57,7 +57,8 @@ class Checkpoint:
     kind: ``mmjax``, ``hub``, ``transformers5``, ``megatron`` or ``peft``. hf_config: config.json as
     it stands, or the sizes read off the tensors. config: the family's own. reader: tensors in the
     names that ``rules`` speak. lora: the adapters it holds, None without.
-    fresh: glob patterns of the parameters that it lacks because nobody has trained them yet.
+    fresh: glob patterns of the parameters that it lacks because nobody has trained them yet. rows:
+    of its tables of the vocabulary, where ``config`` has more for tokens that are new; else None.
     folders: where its companion files lie, the nearest first. options: of the processor, where its
     files do not tell them.
     """
@@ -73,6 +74,7 @@ class Checkpoint:
     lora: LoRA | None
     folders: tuple[Path, ...]
     fresh: tuple[str, ...] = ()
+    rows: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -165,6 +167,7 @@ def _assemble(
         None,
         (*folders, *(f for f in made.folders if f not in folders)),
         made.fresh,
+        made.rows,
         made.options,
     )
     if made.adapter is None:

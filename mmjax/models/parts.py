@@ -37,6 +37,8 @@ class Assembled:
     hf: its config.json. reader: all of it, in the names that ``rules(config, layout)`` speak, but
     for the parameters that glob patterns of ``fresh`` name: nobody has trained those yet.
     adapter: settings of the LoRA pairs in ``reader``, in the words of PEFT; None without any.
+    rows: of its tables of the vocabulary, where ``hf`` tells of more, those of tokens that the
+    family adds to its parts; None where they are as ``hf`` says.
     folders: where companion files of the parts lie. options: what the processor cannot read there.
     """
 
@@ -45,6 +47,7 @@ class Assembled:
     layout: str
     adapter: Mapping[str, Any] | None = None
     fresh: tuple[str, ...] = ()
+    rows: int | None = None
     folders: tuple[Path, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

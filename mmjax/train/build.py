@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmjax.loading import first_processor
 from mmjax.models import checkpoints, registry
 from mmjax.models.api import Config, Processor
 from mmjax.models.parts import split_chain
+from mmjax.models.views import is_lora
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.stack import REMAT
@@ -90,6 +92,8 @@ def blueprint(
         hf = {**settings.config, **processor.token_ids()}
     config, had = family.Config.from_hf(hf), len(processor.tokenizer or ())
     rows = config.vocab_size
+    if source is not None and source.rows is not None:  # it lacks those of the family's own tokens
+        rows, had = source.rows, min(had, source.rows)
     processor = processor.with_options(**settings.processor)
     config, new = vocabulary.with_tokens(config, processor, hf, had)
     processor.check(config)
@@ -100,6 +104,21 @@ def blueprint(
         settings.family, config, processor, source, make, adapter, lora.init, new,
         rows if source is not None and rows < config.vocab_size else None,
     )  # fmt: skip
+
+
+def check_fresh(plan: Blueprint, chosen: set[str]) -> dict[str, str]:
+    """Return a line that tells which parts start from initial values.
+
+    Raises MMJaxError where nothing of such a part is trained: it would stay random.
+    """
+    fresh = () if plan.source is None else plan.source.fresh
+    for pattern in fresh:
+        if not any(fnmatch.fnmatchcase(n, pattern) and not is_lora(n) for n in chosen):
+            raise MMJaxError(
+                f"{pattern} is in none of model.parts, so it starts from random numbers, and it is "
+                f"frozen; train it, train=({pattern!r},), or begin with a model that has it"
+            )
+    return {"fresh": f"{', '.join(fresh)} start from initial values"} if fresh else {}
 
 
 def absent_files(settings: ModelSettings) -> list[str]:

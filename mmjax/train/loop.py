@@ -32,7 +32,7 @@ from mmjax.train import evaluation, lengths, optim, startup, tuning, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
-from mmjax.train.build import blueprint, init_state, train_iterator
+from mmjax.train.build import blueprint, check_fresh, init_state, train_iterator
 from mmjax.train.loss import source_weights
 from mmjax.train.samples import Samples
 from mmjax.train.settings import RunSettings
@@ -74,6 +74,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         vocabulary.check_new_tokens(
             plan.new_rows, plan.processor, (abstract.params, abstract_frozen), chosen
         )
+        told |= check_fresh(plan, chosen)
         rows = trained_rows.resolve(
             settings.train_rows, abstract.params, plan.processor, plan.new_rows
         )

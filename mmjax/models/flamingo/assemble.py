@@ -1,7 +1,8 @@
 """Put a Flamingo together: its trained part, its language model and its vision tower.
 
 OpenFlamingo publishes what it trained: the resampler, the gated blocks and an embedding table. The
-language model and CLIP come from files of their own. Otter's folders hold everything.
+language model and CLIP come from files of their own. Otter's folders hold everything. A language
+model and CLIP alone are what OpenFlamingo's own training begins with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mmjax.data.tokenize import load_tokenizer
 from mmjax.models import towers
 from mmjax.models.flamingo.config import TOKENIZER_LENGTHS, architecture_of
 from mmjax.models.flamingo.processor_config import ProcessorConfig
+from mmjax.models.flamingo.sizes import GATED, LANGUAGE, interval, sizes
 from mmjax.models.flamingo.special_tokens import complete_tokenizer
 from mmjax.models.json_files import read_json
 from mmjax.models.language import weights as language
@@ -26,15 +28,14 @@ from mmjax.models.views import Resized
 from mmjax.types import MMJaxError
 from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
 
-LANGUAGE = "lang_encoder."
 VISION = "vision_encoder."
 TOWERS = {  # by our layout: the tower's own, and what its keys begin with
     "otter": ("hf_clip", f"{VISION}vision_model."),
     "openflamingo": ("open_clip", VISION),
 }
-GATED = "gated_cross_attn_layer"
 _ALIAS = re.compile(r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.")
-_HEAD_DIM = 64  # of resampler and gated blocks, in every published model
+_FRESH = ("perceiver.*", "cross.*")
+_FRESH_INTERVAL = 1  # the default of open_flamingo/train/train.py
 _IDS = ("media_token_id", "eoc_token_id", "answer_token_id", "eos_token_id", "pad_token_id")
 
 log = logging.getLogger(__name__)
@@ -45,35 +46,51 @@ def assemble(
 ) -> Assembled:
     """Return the whole model that some checkpoints and the other parts make.
 
-    readers: in the names of ``to_hub``, the last counts. hf: the config.json beside them, or {}.
-    Raises MMJaxError, before any tensor is read, when parts are missing or do not fit.
+    readers: in the names of ``to_hub``, the last counts; without any, resampler and gated blocks
+    are fresh. hf: the config.json beside them, or {}. Raises MMJaxError, before any tensor is read,
+    when parts are missing or do not fit.
     """
+    if not readers and None in (parts.lm, parts.vision):
+        raise MMJaxError(
+            "a Flamingo that starts from published parts needs a language model and a vision "
+            "tower, model.parts={'lm': DIR, 'vision': FILE_OR_DIR}, and only "
+            f"{', '.join(parts.given())} is given"
+        )
     files = [file for reader in readers for file in reader.files]
-    where = ",".join(map(str, files if len(files) < 4 else [files[0].parent])) or "the checkpoint"
+    where = ",".join(map(str, files if len(files) < 4 else [files[0].parent]))
+    where = where or str(parts.lm or parts.vision)
     own, text, lm = _language_model(parts.lm, hf, where)
     trained = Overlay(*(_canonical(reader, own) for reader in readers))
     tower, layout = _tower(parts, trained, layout, hf, where)
     named = None if tower is None else Renamed(tower.reader, lambda key: TOWERS[layout][1] + key)
     whole = Overlay(*(part for part in (lm, named, trained) if part is not None))
-    _check_there(whole, trained, own, parts, where)
-    every = _interval(trained, own, text, hf, where)
-    vision = tower.config
-    sizes = _sizes(trained, own, text, vision, hf, where)
+    if readers:
+        _check_there(whole, trained, own, parts, where)
+        every = interval(trained, own, text, hf, where)
+        measured = sizes(trained, own, text, tower.config, hf, where)
+    else:  # as stated, and OpenFlamingo's where nothing is
+        every, measured = hf.get("cross_attn_every_n_layers", _FRESH_INTERVAL), {}
     folders = [Path(parts.lm)] if parts.lm is not None else []
     ids, known = _ids([*(file.parent for file in files), *folders]) if folders else ({}, None)
     rows, resized = _rows(whole, trained, own, hf, ids, known)
+    # Rows of new tokens begin as those of tokens that a run adds, not as zeros.
+    short = {} if readers else {key: n for key in resized if (n := whole.shape(key)[0]) < rows}
+    resized = {key: n for key, n in resized.items() if key not in short}
+    _tell(whole, resized)
     out = {k: v for k, v in hf.items() if k != "vocab_size"}
-    out |= {"model_type": "flamingo", "cross_attn_every_n_layers": every, "vision_config": vision}
-    out |= {"text_config": {**text, "vocab_size": rows}, **sizes}
+    out |= {"model_type": "flamingo", "cross_attn_every_n_layers": every}
+    out |= {"text_config": {**text, "vocab_size": rows}, "vision_config": tower.config, **measured}
     out = {**{k: v for k, v in ids.items() if v is not None}, **out}
     _check_ids(out, own, rows, where)
     adapter = _adapter(whole, hf, parts.tuning_config, where)
-    options = {"image_size": vision["image_size"]} if parts.given() else {}
+    options = {"image_size": tower.config["image_size"]} if parts.given() else {}
     return Assembled(
         out,
         Resized(whole, resized) if resized else whole,
         layout,
         adapter=adapter,
+        fresh=() if readers else _FRESH,
+        rows=min(short.values(), default=None),
         folders=tuple(folders),
         options=options | {k: out[k] for k in _IDS if options and out.get(k) is not None},
     )
@@ -200,90 +217,6 @@ def _check_there(
         )
 
 
-def _interval(
-    trained: Reader, own: Architecture, text: Mapping[str, Any], hf: Mapping[str, Any], where: str
-) -> int:
-    """Read off before which layers the gated blocks stand."""
-    gate = re.compile(rf"^{re.escape(LANGUAGE + own.layers)}\.(\d+)\.{GATED}\.attn_gate$")
-    found = sorted(int(m[1]) for key in trained.keys() if (m := gate.match(key)))  # noqa: SIM118
-    every, layers = found[0] + 1, own.read(text).num_layers
-    if found != list(range(every - 1, layers, every)):
-        raise MMJaxError(
-            f"{where}: its gated blocks stand before layers {_few(found)}, and a language model of "
-            f"{layers} layers has them before {_few(range(every - 1, layers, every))}; it was "
-            "trained on another language model, give that to --lm, or the file is incomplete"
-        )
-    stated = hf.get("cross_attn_every_n_layers", every)
-    if stated != every:
-        raise MMJaxError(
-            f"{where}: config.json says cross_attn_every_n_layers {stated}, and the gated blocks "
-            f"stand before layers {_few(found)}: every {every}; correct config.json"
-        )
-    return every
-
-
-def _few(numbers: Sequence[int]) -> str:
-    shown = list(map(str, numbers))
-    return ", ".join(shown if len(shown) < 5 else [*shown[:2], "...", shown[-1]])
-
-
-def _sizes(
-    trained: Reader,
-    own: Architecture,
-    text: Mapping[str, Any],
-    vision: Mapping[str, Any],
-    hf: Mapping[str, Any],
-    where: str,
-) -> dict[str, Any]:
-    """Return the sizes of resampler and gated blocks, which only our config.json states."""
-    keys = set(trained.keys())
-    gate = min(key for key in keys if key.endswith(f".{GATED}.attn_gate"))
-    block = gate.removesuffix("attn_gate")
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in keys:
-            raise MMJaxError(f"{where} lacks {key}; is the file complete?")
-        return tuple(trained.shape(key))
-
-    def table(key: str) -> int | None:
-        return shape(key)[0] if key in keys else None
-
-    latents, media = shape("perceiver.latents")
-    inner, width = shape(f"{block}attn.to_q.weight")
-    pairs = (
-        ("language model", "--lm", width, own.read(text).d_model),
-        ("vision tower", "--vision", media, vision["hidden_size"]),
-    )
-    for name, option, theirs, ours in pairs:
-        if theirs != ours:
-            raise MMJaxError(
-                f"{where} was trained on a {name} of width {theirs}, and this one has {ours}; give "
-                f"{option} the one it was trained on"
-            )
-    layers = {int(key.split(".")[2]) for key in keys if key.startswith("perceiver.layers.")}
-    perceiver, cross = ({**(hf.get(f"{part}_config") or {})} for part in ("perceiver", "cross"))
-    # Heads are not in the shapes.
-    of_perceiver, of_cross = (x.get("head_dim", _HEAD_DIM) for x in (perceiver, cross))
-    return {
-        "max_num_frames": table("perceiver.frame_embs"),
-        "perceiver_config": {
-            **perceiver,
-            "num_layers": len(layers),
-            "num_heads": shape("perceiver.layers.0.0.to_q.weight")[0] // of_perceiver,
-            "head_dim": of_perceiver,
-            "num_latents": latents,
-            "ff_mult": shape("perceiver.layers.0.1.1.weight")[0] // media,
-            "max_media": table("perceiver.media_time_embs"),
-        },
-        "cross_config": {
-            **cross,
-            "num_heads": inner // of_cross,
-            "head_dim": of_cross,
-            "ff_mult": shape(f"{block}ff.1.weight")[0] // width,
-        },
-    }
-
-
 def _ids(folders: Sequence[Path]) -> tuple[dict[str, int | None], int | None]:
     """Return the ids of the special tokens and the size of the vocabulary, from a tokenizer."""
     found = (load_tokenizer(folder) for folder in dict.fromkeys(folders))
@@ -319,13 +252,16 @@ def _rows(
         last = media if media is not None else first + 1 if rows >= first else 0
         rows = known or max(rows, last + 1)
     resized = {key: rows for key in (embed, head) if key in apart and whole.shape(key)[0] != rows}
-    for key in resized:
+    return rows, resized
+
+
+def _tell(whole: Reader, resized: Mapping[str, int]) -> None:
+    for key, rows in resized.items():
         there = whole.shape(key)[0]
         if rows > there:
             log.warning("%s: %d rows, and zeros for %d tokens more", key, there, rows - there)
         else:
             log.info("%s: %d of its %d rows", key, rows, there)
-    return rows, resized
 
 
 def _check_ids(hf: Mapping[str, Any], own: Architecture, rows: int, where: str) -> None:
