@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from bench import environment
 from mmjax.types import MMJaxError
@@ -72,7 +72,7 @@ class Side:
         """Return the answer to a request; past the deadline the process is ended."""
         left = self.until - time.monotonic()
         if left <= 0:
-            raise DeadlineError()
+            self._end()
         try:
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
@@ -80,9 +80,7 @@ class Side:
         except BrokenPipeError:
             line = ""
         except queue.Empty:
-            self.process.kill()
-            self.process.wait(timeout=60)
-            raise DeadlineError() from None
+            self._end()
         if not line:
             code = self.process.wait(timeout=60)  # negative: the signal that ended it
             raise BenchError(
@@ -93,6 +91,11 @@ class Side:
         if "error" in answer:
             raise BenchError(f"{self.name} side, {do}: {answer['error']}")
         return answer
+
+    def _end(self) -> NoReturn:
+        self.process.kill()
+        self.process.wait(timeout=60)
+        raise DeadlineError() from None
 
     def close(self) -> None:
         """End the process; one that does not end by itself is killed."""

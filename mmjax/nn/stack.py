@@ -13,7 +13,7 @@ from mmjax.nn.linear import layer_dropout
 # What the backward pass finds saved; everything else is computed again.
 REMAT = {
     "off": None,  # save all: most memory, and its traffic costs more than the recomputation saves
-    # What matmuls and attention return, nothing else: no matmul runs twice.
+    # What matmuls and attention return, nothing else: no matmul runs twice but adapters' low ones.
     "names": policies.save_only_these_names("qkv", "attn_out", "attn_lse", "attn_sum", "mlp_up"),
     "dots": policies.dots_with_no_batch_dims_saveable,
     "full": policies.nothing_saveable,

@@ -1,6 +1,6 @@
 """Write nf4_bitsandbytes.npz: what bitsandbytes' quantize_4bit makes of a small weight on a CPU.
 
-    .venv-bitsandbytes/bin/python tests/golden/make_nf4_golden.py --out tests/golden/nf4_bitsandbytes.npz
+    python tests/golden/make_nf4_golden.py --out tests/golden/nf4_bitsandbytes.npz
 
 Needs torch and bitsandbytes (0.50.2 made the file). Blocks of 64, quant_type nf4, without
 compress_statistics.
