@@ -15,10 +15,10 @@ import mmjax
 from convert_weights import inspect, merge, to_hf, to_jax
 from mmjax.generate.loop import pad_batch
 from mmjax.models import checkpoints
-from mmjax.models.views import Canonical
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 from tests.parity import flamingo_golden, flamingo_parts, flamingo_peer
+from tests.parity.parameters import assert_same, options, read_all
 
 FOLDER = flamingo_golden.COMMITTED
 EMBED = "decoder.embed.embedding"
@@ -39,28 +39,6 @@ def write(lm, tmp_path_factory):
     golden = flamingo_golden.load(FOLDER / f"flamingo_{lm}.npz")
     folder = tmp_path_factory.mktemp(lm)
     return golden, folder, flamingo_parts.write_parts(golden, folder)
-
-
-def options(parts):
-    """The same parts as a command's options."""
-    return [x for k, v in parts.items() for x in ("--" + k.replace("_", "-"), str(v))]
-
-
-def read_all(path, **parts):
-    """Every parameter of a checkpoint by our names, adapters unmerged."""
-    ckpt = checkpoints.open_checkpoint(path, **parts)
-    with use():
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    checkpoints.R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
-    view = Canonical(ckpt.reader, ckpt.rules, shapes)
-    return ckpt, {name: view.read(name) for name in shapes}
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    for name in want:
-        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
 def logits(golden, ours):
