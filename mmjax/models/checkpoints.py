@@ -17,7 +17,7 @@ from flax import nnx
 import mmjax
 from mmjax.models import registry
 from mmjax.models.json_files import read_json
-from mmjax.models.parts import Assembled, Partial, Parts, split_chain
+from mmjax.models.parts import Assembled, Partial, Parts, differing, split_chain
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
@@ -91,7 +91,7 @@ def open_checkpoint(
     parts: where the parts lie that the checkpoint leaves out; see ``Parts``.
     Raises MMJaxError for what is missing, half-written, damaged or of no known family.
     """
-    given, chain = Parts(**parts), split_chain(path)
+    given, chain = Parts.of(parts), split_chain(path)
     for one in chain:
         refuse_incomplete(one)
     folders = tuple(dict.fromkeys(p if p.is_dir() else p.parent for p in chain))
@@ -127,7 +127,7 @@ def open_parts(
     hf: what config.json shall say beside what the parts tell. Raises MMJaxError for a family that
     has no such parts, or lacks some of them.
     """
-    given = Parts(**parts)
+    given = Parts.of(parts)
     if not hasattr(family.weights, "assemble"):
         raise MMJaxError(f"a {family.name} model has no {_options(given)}; leave that away")
     layout = family.weights.LAYOUTS[0]
@@ -172,7 +172,7 @@ def _assemble(
     )
     if made.adapter is None:
         return opened
-    pairs, rules, lora = _adapter_pairs(made.reader, made.adapter, family, config, made.layout)
+    pairs, rules, lora = _adapter_pairs(made.reader, made.adapter, opened)
     return dataclasses.replace(opened, reader=pairs, rules=(*opened.rules, *rules), lora=lora)
 
 
@@ -218,14 +218,20 @@ def _open_adapter(
         )
     family = registry.named_by(hf)
     beside = family and partial_adapter(family)
-    if beside is None or not (folder / beside.file).is_file():
+    if "mmjax" in (read_json(base, "config.json") or {}):
+        raise MMJaxError(
+            f"--base {base}: the base of an adapter has to be a PyTorch checkpoint, and this one "
+            "is converted; give what it was converted from"
+        )
+    if beside is None:
         under = open_checkpoint(base, **parts)
     else:
-        under = _base_and_beside(folder, beside, family, base, parts, hf)
-    if under.lora is not None or under.kind == "mmjax":
-        raise MMJaxError(f"{base}: the base of an adapter has to be a PyTorch checkpoint")
-    names = _peft_names(raw, under.family)
-    pairs, rules, lora = _adapter_pairs(names, about, under.family, under.config)
+        under = _base_and_beside(folder, folder / beside.file, family, base, parts, hf)
+    if under.lora is not None:
+        raise MMJaxError(
+            f"--base {base}: holds adapters itself; merge them first (convert_weights.merge)"
+        )
+    pairs, rules, lora = _adapter_pairs(_peft_names(raw, under.family), about, under)
     return dataclasses.replace(
         under,
         path=folder,
@@ -245,23 +251,39 @@ def partial_adapter(family: registry.Family) -> Partial | None:
 
 def _base_and_beside(
     folder: Path,
-    beside: Partial,
+    file: Path,
     family: registry.Family,
     base: str | Path,
     parts: Mapping[str, Any],
-    hf: Mapping[str, Any],
+    hf: dict[str, Any],
 ) -> Checkpoint:
     """Return what lies under an adapter: its base, with the whole tensors saved beside it.
 
-    base: a model of the family, or its language model alone.
+    base: a model of the family, or its language model alone. hf: the adapter's own config.json,
+    which counts before the base's.
     """
-    whole = Renamed(open_reader(folder / beside.file), lambda key: key.removeprefix(peft.PREFIX))
-    if registry.named_by(read_json(base, "config.json") or {}) is family:
-        under = open_checkpoint(base, **{**parts, "lm": None})
-        renamed = _peft_names(whole, family)
-        return dataclasses.replace(under, reader=Overlay(under.reader, renamed))
-    given, layout = Parts(**{**parts, "lm": base}), family.weights.LAYOUTS[0]
-    return _assemble(folder, family, layout, [whole], dict(hf), (folder,), given)
+    own, layout = read_json(base, "config.json") or {}, family.weights.LAYOUTS[0]
+    whole = registry.named_by(own) is family
+    if parts.get("lm") not in (None, *([] if whole else [base])):
+        raise MMJaxError(f"{folder}: --base {base} and --lm {parts['lm']} are given; leave one")
+    beside = []
+    if file.is_file():
+        strip = lambda key: key.removeprefix(peft.PREFIX)  # noqa: E731
+        beside = [Renamed(open_reader(file), strip)]
+    if not whole:
+        if not beside:
+            raise MMJaxError(
+                f"{folder}: lacks {file.name}, which holds what was trained of a {family.name} "
+                f"beside its language model; copy it there, or give with --base a whole "
+                f"{family.name} model"
+            )
+        given = Parts.of({**parts, "lm": base})
+        return _assemble(folder, family, layout, beside, hf, (folder,), given)
+    if differ := differing({"model_type": None, **own}, hf):
+        raise MMJaxError(f"{folder}: an adapter of another model than --base {base}: {differ}")
+    raw = [open_reader(base), *beside]
+    given = Parts.of({**parts, "lm": None})
+    return _assemble(folder, family, layout, raw, {**own, **hf}, (folder, Path(base)), given)
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
@@ -287,16 +309,19 @@ def _peft_names(raw: Reader, family: registry.Family) -> Renamed:
 
 
 def _adapter_pairs(
-    reader: Reader, about: Mapping[str, Any], family: registry.Family, config: Any, *layout: str
+    reader: Reader, about: Mapping[str, Any], under: Checkpoint
 ) -> tuple[peft.AdapterReader, list[R.Rule], LoRA]:
-    """Return the LoRA pairs in a reader, the rules that read them, and what they amount to."""
+    """Return the LoRA pairs in a reader, the rules that read them, and what they amount to.
+
+    under: the model they belong to, whose table says how its maps are cut.
+    """
     with use():
-        shapes = {k: tuple(v.shape) for k, v in abstract_params(family, config).items()}
-    table = family.weights.rules(config, *layout)
-    pairs = peft.AdapterReader(reader, about, table, shapes)
+        abstract = abstract_params(under.family, under.config)
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    pairs = peft.AdapterReader(reader, about, under.rules, shapes)
     stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
-    rules = [r for r in peft.adapter_rules(table) if r.ours.startswith(stems)]
-    targets = tuple(family.weights.lora_target(kernel) for kernel in pairs.kernels)
+    rules = [r for r in peft.adapter_rules(under.rules) if r.ours.startswith(stems)]
+    targets = tuple(under.family.weights.lora_target(kernel) for kernel in pairs.kernels)
     return pairs, rules, LoRA(pairs.rank, pairs.alpha, targets, pairs.rslora, pairs.dropout)
 
 
@@ -316,11 +341,11 @@ def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Che
         return dataclasses.replace(found, reader=reader, rules=rules)
     refuse_incomplete(path)
     raw, folder = open_reader(path), path if path.is_dir() else path.parent
+    table = tuple(family.weights.rules(config))
+    alone = Checkpoint(path, "peft", family, {}, config, raw, table, (), None, (folder,))
     names = _peft_names(raw, family)
-    pairs, rules, lora = _adapter_pairs(names, _adapter_config(folder), family, config)
-    if not pairs.kernels:
-        raise MMJaxError(f"{path}: holds no adapters of a {family.name} model")
-    return Checkpoint(path, "peft", family, {}, config, pairs, tuple(rules), (), lora, (folder,))
+    pairs, rules, lora = _adapter_pairs(names, _adapter_config(folder), alone)
+    return dataclasses.replace(alone, reader=pairs, rules=tuple(rules), lora=lora)
 
 
 def merged(ckpt: Checkpoint) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ class Parts:
     vision: str | Path | None = None
     vision_config: str | Path | None = None
     tuning_config: str | Path | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Parts:
+        """Return parts given by name; raises MMJaxError for a name that is none of them."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise MMJaxError(f"{name!r} is no part of a model; one of {', '.join(names)}{hint}")
+        return cls(**given)
 
     def given(self) -> list[str]:
         """Return the names of those that are given."""
@@ -61,6 +73,15 @@ class Partial:
 
     file: str
     keeps: Callable[[str], bool]
+
+
+_ALIKE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Name the sizes in which two config.json of language models differ, '' where they agree."""
+    both = (key for key in _ALIKE if None not in (ours.get(key), theirs.get(key)))
+    return ", ".join(f"{k} {ours[k]} and {theirs[k]}" for k in both if ours[k] != theirs[k])
 
 
 def split_chain(path: str | Path) -> list[Path]:

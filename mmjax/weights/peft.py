@@ -102,6 +102,12 @@ class AdapterReader:
             if there:
                 self.kernels.append(rule.ours)
                 self._like.update(dict.fromkeys(names, there[0]))
+                self._check_widths(there[0], rule.op.theirs_shape(rule.inner(shapes[rule.ours])))
+        if unknown := sorted(modules - self._like.keys()):
+            raise MMJaxError(
+                f"{folder}: an adapter of another model: of its {len(modules)} modules "
+                f"{len(unknown)} are none of this model's, first {unknown[0]}; give its own base"
+            )
         ranks = {name: reader.shape(f"{name}.lora_A.weight")[0] for name in modules}
         self._scales = {name: _scale(config, name, r) for name, r in ranks.items()}
         self.rank = max(ranks.values(), default=int(config.get("r", 8)))
@@ -112,6 +118,19 @@ class AdapterReader:
         self.dropout = float(config.get("lora_dropout") or 0.0)
         self.alpha = self.scale * (math.sqrt(self.rank) if self.rslora else self.rank)
         self._claimed = {f"{name}.lora_{side}.weight" for name in self._like for side in ("A", "B")}
+
+    def _check_widths(self, name: str, base: Shape) -> None:
+        """Raise MMJaxError unless the pair of a module fits its kernel, [out, in]."""
+        try:
+            low, high = (self.reader.shape(f"{name}.lora_{side}.weight") for side in "AB")
+        except KeyError:
+            raise MMJaxError(f"{name}.lora_B.weight is missing; copy the adapter anew") from None
+        if (high[0], low[1]) != base:
+            raise MMJaxError(
+                f"{self.files[0].parent}: an adapter of another model: at {name} it is for a map "
+                f"[out, in] of {[high[0], low[1]]}, and this model's is {list(base)}; give its own "
+                "base"
+            )
 
     def keys(self) -> Iterable[str]:
         # What no rule knows stays visible, so that the strict check names it.

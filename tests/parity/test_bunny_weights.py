@@ -4,12 +4,19 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file  # noqa
+from flax import nnx
+from safetensors.numpy import load_file
 
-from convert_weights import to_hf
+import mmjax
+
+from convert_weights import merge, to_hf
+from mmjax.generate.loop import pad_batch
+from mmjax.models import checkpoints
+from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 from tests.parity import bunny_examples, bunny_files, bunny_golden
 from tests.parity.bunny_files import PROJECTOR
@@ -153,3 +160,109 @@ def test_rows_of_the_vocabulary_are_those_of_the_checkpoint(phi, tmp_path):
         ckpt, params = read_all(folder, vision_config=phi.sizes)
         assert ckpt.config.vocab_size == 120
         assert params["decoder.embed.embedding"].shape == (120, 32)
+
+
+# Adapters.
+
+
+@pytest.fixture(scope="module")
+def batch(phi):
+    """Rows with images and without, padded on the right, and which places are filled."""
+    rows, lengths = pad_batch(bunny_examples.examples(phi.golden.first, 4))
+    return rows, np.arange(rows["tokens"].shape[1]) < np.array(lengths)[:, None]
+
+
+@pytest.fixture(scope="module")
+def lora(phi, batch, tmp_path_factory):
+    """An adapter of PEFT on transformers' Phi in the peer's folder, its base, and its logits."""
+    folder = tmp_path_factory.mktemp("lora")
+    base = bunny_files.write_language_model(phi.golden, folder / "base")
+    model = bunny_files.adapted(base, bunny_files.TARGETS["phi"])
+    bunny_files.write_adapter(phi.golden, model, folder / "out")
+    stream = run(mmjax.load(phi.merged, vision_config=phi.sizes), batch[0], "embed")
+    with torch.no_grad():
+        out = model(
+            inputs_embeds=torch.from_numpy(stream), attention_mask=torch.from_numpy(batch[1])
+        )
+    return folder / "out", base, out.logits.numpy()
+
+
+def run(ours, batch, what="logits"):
+    def call(model, batch):
+        return model.embed(batch) if what == "embed" else model.logits(model(batch))
+
+    with use(ours.mesh):
+        return np.array(nnx.jit(call, graph=False)(ours.model, batch))
+
+
+def assert_close(got, want, batch, limit=1e-5):
+    """Fail where logits of filled places differ by more than this share of the largest."""
+    got, want = got[batch[1]], want[batch[1]]
+    assert np.abs(got - want).max() < limit * np.abs(want).max()
+
+
+def test_an_adapter_answers_as_in_peft_merged_or_not(phi, lora, batch, tmp_path):
+    folder, base, want = lora
+    parts = {"base": base, "vision": phi.tower, "vision_config": phi.sizes}
+    ours = mmjax.load(folder, **parts)
+    apart = run(ours, batch[0])
+    assert_close(apart, want, batch)
+    plain = run(mmjax.load(phi.merged, vision_config=phi.sizes), batch[0])
+    assert np.abs(apart - plain)[batch[1]].max() > 0.1  # the adapter does something
+    merge.main([str(folder), str(tmp_path / "merged"), *options(parts)])
+    assert_close(run(mmjax.load(tmp_path / "merged"), batch[0]), want, batch)
+
+
+def test_an_adapter_is_the_same_in_every_form(phi, lora, tmp_path):
+    folder, base, _ = lora
+    golden, beside = phi.golden, {"vision": phi.tower, "vision_config": phi.sizes}
+    want = read_all(folder, base=base, **beside)
+    assert (want[0].lora.rank, want[0].lora.alpha, want[0].lora.dropout) == (8, 16, 0.05)
+    maps = {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"}
+    assert set(want[0].lora.targets) == maps
+
+    def same(path, **parts):
+        got = read_all(path, **parts)
+        assert (got[0].lora, got[0].config) == (want[0].lora, want[0].config)
+        assert_same(got[1], want[1])
+
+    same(folder, **beside)  # adapter_config.json names its base by a path
+    same(folder, lm=base, **beside)
+    model = bunny_files.adapted(base, bunny_files.TARGETS["phi"])
+    same(
+        bunny_files.write_adapter(golden, model, tmp_path / "bin", safe=False), base=base, **beside
+    )
+    assert (tmp_path / "bin" / "adapter_model.bin").is_file()
+    # Fine-tuning that went on from a merged model, whose projector and tower are older.
+    older = {k: v + k.startswith((PROJECTOR, TOWER)) for k, v in golden.weights.items()}
+    merged = bunny_files.write(older, tmp_path / "merged", golden.config)
+    trained = bunny_files.write_adapter(golden, model, tmp_path / "trained", tower=True)
+    same(trained, base=merged, vision_config=phi.sizes)
+    same(trained, base=base, vision_config=phi.sizes)
+    got = read_all(folder, base=merged, vision_config=phi.sizes)[1]
+    assert_same(got, {k: v + k.startswith("vision.") for k, v in want[1].items()})
+
+
+def test_an_adapter_of_phi_with_one_map_for_q_k_and_v(phi, tmp_path):
+    """As the first release trained them: W + alpha / r B A, then cut into the three."""
+    golden, rng = phi.golden, np.random.default_rng(0)
+    weights, pairs = bunny_files.fused(golden.weights), {}
+    base = bunny_files.write(weights, tmp_path / "base", golden.config)
+    for key in [k for k in weights if k.endswith("query_key_value.weight")]:
+        a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 32), (96, 4)))
+        stem = "base_model.model." + key.removesuffix("weight")
+        pairs |= {f"{stem}lora_A.weight": a, f"{stem}lora_B.weight": b}
+        weights[key] = weights[key] + np.float32(2) * (b @ a)
+    bunny_files.write(pairs, tmp_path / "lora", golden.config, "adapter_model.bin")
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(about))
+    ckpt = checkpoints.open_checkpoint(tmp_path / "lora", base=base, vision_config=phi.sizes)
+    with use():
+        whole = checkpoints.merged(ckpt)
+    want = read_all(bunny_files.write(weights, tmp_path / "merged", golden.config),
+                    vision_config=phi.sizes)[1]  # fmt: skip
+    for name in ("q", "k", "v"):
+        name = f"decoder.layers.attn.{name}.kernel"
+        np.testing.assert_allclose(whole.reader.read(name), want[name], atol=1e-5)
+    with pytest.raises(MMJaxError, match="2 modules 2 are none of this model's.*query_key_value"):
+        read_all(tmp_path / "lora", base=phi.merged, vision_config=phi.sizes)

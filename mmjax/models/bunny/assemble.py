@@ -12,13 +12,13 @@ from typing import Any
 
 from mmjax.data.tokenize import load_tokenizer
 from mmjax.models.bunny import projector
-from mmjax.models.bunny.config import PREFIX, BunnyConfig, architecture_of
+from mmjax.models.bunny.config import PREFIX, BunnyConfig, architecture_of, s2_scales
 from mmjax.models.bunny.processor_config import seen_by_tower
 from mmjax.models.json_files import read_json
 from mmjax.models.language import weights as language
 from mmjax.models.language.architecture import Architecture
 from mmjax.models.language.architectures import ARCHITECTURES, architecture, told_by
-from mmjax.models.parts import Assembled, Parts
+from mmjax.models.parts import Assembled, Parts, differing
 from mmjax.models.towers import Tower, open_tower, tower_in
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
@@ -66,12 +66,14 @@ def assemble(
     vision = Renamed(tower.reader, lambda key: root + key)
     rest = Renamed(own, lambda key: None if key.startswith(TOWER) else key)
     whole = Overlay(*([lm] if lm else []), vision, rest)
-    connector = _projector(own, hf, tower, where)
+    rows, d_model = _table(whole, ARCHITECTURES[name], where)
+    connector = _projector(own, hf, tower, d_model, where)
     out = {**text, **hf, **connector, "model_type": PREFIX + name, "vision_config": tower.config}
-    out["vocab_size"] = _rows(whole, ARCHITECTURES[name], where)
+    out["vocab_size"] = rows
     folders = [Path(parts.lm)] if parts.lm is not None else []
-    if out.get("eos_token_id") is None:  # so in Phi's own files
-        out["eos_token_id"] = _end_of_text([*(file.parent for file in own.files), *folders])
+    if out.get("eos_token_id") is None:  # so in some files of Phi
+        near = [*(file.parent for file in own.files), *folders]
+        out["eos_token_id"] = text.get("eos_token_id") or _end_of_text(near, where)
     fresh = () if any(key.startswith(PROJECTOR) for key in own.keys()) else ("projector.*",)  # noqa: SIM118
     odd = [OPEN_CLIP] if tower.layout == OPEN_CLIP else []
     odd += [language.FUSED] if language.detect_layout(whole.keys()) == language.FUSED else []
@@ -119,8 +121,8 @@ def _language_model(
     name = architecture_of({"model_type": PREFIX + found.model_type})
     if stated not in (None, name):
         raise MMJaxError(
-            f"{where}: was trained on a {stated} model, and --lm {folder} is {name}; give the one "
-            "it was trained on"
+            f"{where}: was trained on a {stated} model, and {folder} is a {name} model; give the "
+            "language model it was trained on"
         )
     raw = open_reader(folder)
     # Several have LLaMA's names: only another's can be told.
@@ -130,16 +132,10 @@ def _language_model(
             f"--lm {folder}: config.json says {name} and the tensors are those of "
             f"{told.model_type if told else 'no language model of mmjax'}"
         )
-    wrong = {
-        key: (hf[key], text[key])
-        for key in ("hidden_size", "num_hidden_layers", "intermediate_size")
-        if key in hf and key in text and hf[key] != text[key]
-    }
-    if wrong:
-        said = ", ".join(f"{key} {a} and --lm {b}" for key, (a, b) in wrong.items())
+    if differ := differing(hf, {**text, "model_type": None}):
         raise MMJaxError(
-            f"{where}: was trained on another language model: its config.json says {said}; give "
-            "the one it was trained on"
+            f"{where}: was trained on another language model than {folder}: their config.json say "
+            f"{differ}; give the one it was trained on"
         )
 
     def rename(key: str) -> str | None:
@@ -169,8 +165,13 @@ def _tower(own: Reader, hf: Mapping[str, Any], parts: Parts, where: str) -> Towe
     return open_tower(path, stated=stated, **about)
 
 
-def _projector(own: Reader, hf: Mapping[str, Any], tower: Tower, where: str) -> dict[str, Any]:
-    """Return the connector's kind and input width, as stated or as its tensors tell."""
+def _projector(
+    own: Reader, hf: Mapping[str, Any], tower: Tower, d_model: int, where: str
+) -> dict[str, Any]:
+    """Return the connector's kind and input width, as its tensors tell or as is stated.
+
+    d_model: width of the language model.
+    """
     keys = [key for key in own.keys() if key.startswith(PROJECTOR)]  # noqa: SIM118
     kind = hf.get("mm_projector_type")
     if kind is None and not keys:
@@ -182,34 +183,50 @@ def _projector(own: Reader, hf: Mapping[str, Any], tower: Tower, where: str) -> 
             f"{where}: the kind of its projector cannot be told from its tensors; put the "
             "config.json that it was saved with beside it (mm_projector_type)"
         )
-    width = read_vision_config(tower.config).d_model
+    width = read_vision_config(tower.config).d_model * len(s2_scales(hf) or (1,))
+    width = hf.get("mm_hidden_size") or width
     first = next((f"{PROJECTOR}{n}" for n in ("0.weight", "weight") if PROJECTOR + n in keys), None)
-    if hf.get("use_s2"):
-        width *= len(hf.get("s2_scales", "384,768,1152").split(","))
-    stated = own.shape(first)[-1] if first and len(own.shape(first)) == 2 else None
-    return {
-        "mm_projector_type": kind,
-        "mm_hidden_size": stated or hf.get("mm_hidden_size") or width,
-    }
+    if first and len(own.shape(first)) == 2:
+        out, width = own.shape(first)
+        if out != d_model:
+            raise MMJaxError(
+                f"{where}: its projector gives width {out}, and the language model takes "
+                f"{d_model}; give the language model the projector was trained with"
+            )
+    return {"mm_projector_type": kind, "mm_hidden_size": width}
 
 
-def _end_of_text(folders: Sequence[Path]) -> int | None:
+def _end_of_text(folders: Sequence[Path], where: str) -> int:
     """Return the id of the nearest tokenizer's end token."""
-    found = (load_tokenizer(folder) for folder in dict.fromkeys(folders))
-    return next((one.eos_token_id for one in found if one is not None), None)
+    for folder in dict.fromkeys(folders):
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            return tokenizer.eos_token_id
+    raise MMJaxError(
+        f"{where}: nothing tells the token that ends an answer: config.json says no eos_token_id "
+        "and no tokenizer lies beside it; copy the tokenizer's files there, or write the id into "
+        "config.json"
+    )
 
 
 def _seen(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how the tower was shown pictures, and the tokens of one, for the processor."""
+    """Return what a processor has to be told whose files are the language model's alone."""
     config = BunnyConfig.from_hf(hf)
-    own = {"image_size": config.image_size, "image_tokens": config.image_tokens}
-    return {**seen_by_tower(hf), **own, "image_aspect_ratio": config.image_aspect_ratio}
+    return {
+        **seen_by_tower(hf),
+        "image_size": config.image_size,
+        "image_tokens": config.image_tokens,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "model_max_length": config.max_length,
+        "eos_token_id": config.eos_token_id,
+    }
 
 
-def _rows(whole: Reader, language_model: Architecture, where: str) -> int:
-    """Read off the size of the vocabulary: the peer cuts the table to its tokenizer on merging."""
+def _table(whole: Reader, language_model: Architecture, where: str) -> tuple[int, int]:
+    """Read off rows and width of the vocabulary: on merging, the peer cuts it to its tokenizer."""
     theirs = {rule.ours: rule.theirs for rule in language_model.rules}
     embed = theirs["decoder.embed.embedding"]
     if embed not in set(whole.keys()):
         raise MMJaxError(f"{where} lacks {embed}; is its file complete?")
-    return whole.shape(embed)[0]
+    rows, d_model = whole.shape(embed)
+    return rows, d_model

@@ -67,11 +67,11 @@ class BunnyConfig:
         """Raise MMJaxError where tower, projector and language model do not fit."""
         width = self.vision.d_model * len(self.s2_scales or (1,))
         if self.projector.d_vision != width:
+            named = f", {self.vision_tower}" if self.vision_tower else ""
             raise MMJaxError(
-                f"the vision tower ({self.vision_tower or 'of no name'}) gives features of "
-                f"width {width}, and the projector ({self.projector.kind}) takes "
-                f"{self.projector.d_vision}; give the tower the projector was trained with, or "
-                "train a new projector"
+                f"the vision tower gives features of width {width}, and the projector "
+                f"({self.projector.kind}) takes {self.projector.d_vision}; give the tower the "
+                f"projector was trained with{named}, or train a new projector"
             )
         if self.projector.d_model != self.decoder.d_model:
             raise MMJaxError(
@@ -124,7 +124,7 @@ class BunnyConfig:
                 "tower's files with --vision FILE_OR_DIR (in Python vision=...)"
             )
         vision = read_vision_config(hf["vision_config"])
-        scales = _scales(hf)
+        scales = s2_scales(hf)
         width = vision.d_model * len(scales or (1,))
         projector = ProjectorConfig(
             kind=hf.get("mm_projector_type") or "linear",  # as the peer's builder
@@ -202,7 +202,7 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
     return name
 
 
-def _scales(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
+def s2_scales(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Read the sides of S2 from ``use_s2`` and ``s2_scales``, a string of numbers in the peer's."""
     if not hf.get("use_s2"):
         return None

@@ -26,6 +26,9 @@ from mmjax.weights.rules import Rule
 
 __all__ = ["assemble"]  # a part of the contract that has a file of its own
 
+_SHORT = re.compile(
+    rf"^{re.escape(TOWER)}(?=(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)"
+)
 LAYOUTS = ("bunny", "projector")
 ADAPTER_LAYOUT = "bunny"
 IGNORE = (
@@ -57,9 +60,13 @@ def detect_layout(keys: Iterable[str]) -> str | None:
 
 
 def clean(key: str) -> str:
-    """Return a key without the names of wrappers, PEFT's and DDP's."""
+    """Return a key without the names of wrappers, PEFT's and DDP's.
+
+    A tower of transformers 5 gets the ``vision_model.`` which that has dropped.
+    """
     key = key.removeprefix("module.").removeprefix("base_model.model.")
-    return re.sub(r"^(?=(mm_projector|vision_tower)\.)", "model.", key)
+    key = re.sub(r"^(?=(mm_projector|vision_tower)\.)", "model.", key)
+    return _SHORT.sub(f"{TOWER}vision_model.", key)
 
 
 def to_hub(key: str, layout: str) -> str:
