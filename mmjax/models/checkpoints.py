@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from flax import nnx
 
 import mmjax
 from mmjax.models import registry
+from mmjax.models.companions import copy_companions
 from mmjax.models.json_files import read_json
 from mmjax.models.parts import Assembled, Partial, Parts, differing, split_chain
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
@@ -32,22 +32,6 @@ from mmjax.weights.writer import Arrays, atomic_folder, refuse_incomplete
 
 FORMAT = 1
 PARAMS = "params"
-# What travels with a model beside its weights.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "adept_vocab.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,14 +494,3 @@ def _write_config(folder: Path, family: registry.Family, config: Any, lora: LoRA
         about["lora"] = dataclasses.asdict(lora)
     text = json.dumps({**config.to_hf(), "mmjax": about}, indent=2)
     (folder / "config.json").write_text(text + "\n")
-
-
-def copy_companions(folders: Sequence[Path], destination: Path) -> list[str]:
-    """Copy tokenizer and processor files, each from the first folder that has it."""
-    copied = []
-    for name in COMPANIONS:
-        source = next((Path(f) / name for f in folders if (Path(f) / name).is_file()), None)
-        if source is not None:
-            shutil.copyfile(source, destination / name)
-            copied.append(name)
-    return copied

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from mmjax.models import registry
-from mmjax.models.checkpoints import Checkpoint, check, copy_companions, partial_adapter
+from mmjax.models.checkpoints import Checkpoint, check, partial_adapter
+from mmjax.models.companions import copy_companions
 from mmjax.models.parts import Partial
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.types import MMJaxError

@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import mmjax
-
 from convert_weights import merge, to_hf
 from mmjax.generate.loop import pad_batch
 from mmjax.models import checkpoints
