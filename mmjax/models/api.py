@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from jax import Array
 
+from mmjax.models.work import Work
 from mmjax.nn.cache import Cache
 from mmjax.types import Batch, Example, ImageSource, Segment
 
@@ -21,7 +22,6 @@ class Config(Protocol):
     """A frozen dataclass with everything that shapes the model."""
 
     end_token_ids: tuple[int, ...]  # any of them ends an answer
-    patch_dim: int  # numbers in one row of the visual stream
     vocab_size: int
 
     @classmethod
@@ -31,14 +31,14 @@ class Config(Protocol):
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json that PyTorch's side reads."""
 
-    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
-        """Return forward FLOPs per token in rows of ``length`` tokens.
+    def work(
+        self, tokens: int, *, asked: float = 1.0, visual: int = 0, width: int = 0
+    ) -> tuple[Work, ...]:
+        """Return what the forward pass of a row multiplies, in order from the input to the loss.
 
-        asked: the share of positions whose logits are computed.
+        tokens: of the row. asked: the share of them whose logits are computed. visual: rows of its
+        visual stream, of ``width`` numbers each. Every parameter is in a pattern of some ``Work``.
         """
-
-    def flops_per_visual(self) -> float:
-        """Return forward FLOPs per row of the visual stream, beyond those of its tokens."""
 
 
 class Model(Protocol):
@@ -86,6 +86,7 @@ class Processor(Protocol):
     """
 
     tokenizer: Any
+    patch_dim: int  # numbers in one row of the visual stream
 
     @classmethod
     def from_pretrained(cls, folder: Any) -> Processor:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mmjax.models.work import Work
 from mmjax.nn import rope
 from mmjax.nn.attention import Context, rope_dims
 from mmjax.nn.cache import Cache
@@ -58,18 +59,26 @@ class DecoderConfig(LayerConfig):
     embed_scale: float = 1.0
     logit_scale: float = 1.0
 
-    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
-        """Return the FLOPs of a forward pass per token in a causal row of ``length`` tokens.
+    def work(self, tokens: int, *, asked: float = 1.0) -> tuple[Work, Work, Work]:
+        """Return the work of embedding, layers and head in a causal row of so many tokens.
 
         asked: the share of positions whose logits are computed; see ``trims_last_layer``. Norms,
         rotations and activations are not counted: they are below one percent.
         """
-        most = min(length, self.window or length)
-        seen = most * (length - (most - 1) / 2) / length  # keys a query sees, on average
-        rest = self.query_side_weights + 2 * self.num_heads * self.head_dim * seen
+        most = min(tokens, self.window or tokens)
+        seen = most * (tokens - (most - 1) / 2)  # keys that all queries see
         layers = self.num_layers - (1 - asked if self.trims_last_layer else 0)
-        head = asked * self.d_model * self.vocab_size
-        return 2.0 * (self.num_layers * self.key_side_weights + layers * rest + head)
+        weights = self.num_layers * self.key_side_weights + layers * self.query_side_weights
+        head = "decoder.embed.*" if self.tied else "decoder.head.*"
+        logits = asked * tokens * self.d_model * self.vocab_size
+        return (
+            Work({"decoder.embed.*": 0.0, "decoder.position_embed.*": 0.0}),
+            Work(
+                {"decoder.layers.*": 2.0 * tokens * weights},
+                4.0 * layers * self.num_heads * self.head_dim * seen,
+            ),
+            Work({"decoder.final_norm.*": 0.0, head: 2.0 * logits}),
+        )
 
     @property
     def trims_last_layer(self) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mmjax.models.work import Work
 from mmjax.nn import rope
 from mmjax.nn.attention import Context
 from mmjax.nn.layer import Layer, LayerConfig
@@ -74,14 +75,16 @@ class ViTConfig(LayerConfig):
         """How many layers the features pass."""
         return self.num_layers + 1 + self.feature_layer
 
-    def flops_per_medium(self, frames: int = 1) -> float:
-        """Return the FLOPs of a forward pass of a medium of so many images."""
-        tokens = self.num_patches + self.class_token
-        weights = self.key_side_weights + self.query_side_weights
-        scores = 2 * self.num_heads * self.head_dim * tokens
+    def work(self, images: int = 1) -> Work:
+        """Return the work of a forward pass of so many images."""
+        tokens = images * (self.num_patches + self.class_token)
+        weights = self.layers_run * (self.key_side_weights + self.query_side_weights)
         patch = self.patch_size**2 * self.num_channels * self.d_model
-        layers = self.layers_run * tokens * (weights + scores)
-        return 2.0 * frames * (layers + self.num_patches * patch)
+        seen = self.layers_run * tokens * (self.num_patches + self.class_token)
+        return Work(
+            {"vision.*": 2.0 * (tokens * weights + images * self.num_patches * patch)},
+            4.0 * self.num_heads * self.head_dim * seen,
+        )
 
 
 class ViT(nnx.Module):

@@ -79,12 +79,3 @@ def measure_matmul(dtype: str = "float32", size: int = 1024, repeats: int = 4) -
         multiply(a, a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
-
-
-def train_flops(forward: float, *, frozen: float = 0.0) -> float:
-    """Return the FLOPs of forward and backward from those of the forward pass.
-
-    frozen: the part of ``forward`` whose weights are not trained; its backward pass computes the
-    gradient of the activations alone. Recomputation by remat is not counted, as is usual in MFU.
-    """
-    return 3.0 * (forward - frozen) + 2.0 * frozen

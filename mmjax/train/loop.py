@@ -33,6 +33,7 @@ from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.build import blueprint, check_fresh, init_state, train_iterator
+from mmjax.train.flops import step_flops
 from mmjax.train.loss import source_weights
 from mmjax.train.samples import Samples
 from mmjax.train.settings import RunSettings
@@ -119,6 +120,12 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             workdir, tensorboard=settings.log.tensorboard, wandb=settings.log.wandb,
             name=settings.name, config=dataclasses.asdict(settings), process=jax.process_index(),
         )  # fmt: skip
+        sizes = {
+            name: frozen_part.count(name, x)
+            for tree in (abstract.params, abstract_frozen)
+            for name, x in paths.flatten(tree).items()
+        }
+        flops = step_flops(plan.config, settings.data, sizes, chosen)
         peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
         meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
         line = LiveLine(settings.steps, enabled=lead)
@@ -161,8 +168,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             parts = settings.data.batch_size // len(local["tokens"])  # like this process's
             tokens = int(np.count_nonzero(local["segment_ids"])) * parts
             images = batches.images * parts
-            flops = step_flops(plan.config, settings, *local["tokens"].shape[1:])
-            meter.step(tokens=tokens, images=images, flops=flops)
+            meter.step(tokens=tokens, images=images, flops=flops(local))
             evaluating = settings.eval.every and done % settings.eval.every == 0
             evaluating = evaluating and done < settings.steps and settings.eval.tasks
             saving, stopping = checkpoints.due(done), stop.agreed(done)
@@ -251,18 +257,6 @@ def check(settings: RunSettings) -> None:
     for name, value in positive.items():
         if value < 1:
             raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
-
-
-def step_flops(config, settings: RunSettings, length: int) -> float:
-    """Estimate the FLOPs of one step: forward once, backward twice, in full rows of ``length``.
-
-    Frozen kernels need no weight gradient, so adapters count two thirds of it.
-    """
-    data = settings.data
-    share = min(1.0, data.max_targets / length)
-    forward = config.flops_per_token(length, asked=share) * length
-    forward += config.flops_per_visual() * data.max_patches
-    return forward * data.batch_size * (2.0 if settings.lora.rank else 3.0)
 
 
 def export(model: LoadedModel, workdir: Path, lora: LoRA | None) -> None:

@@ -100,7 +100,7 @@ def make_plan(
         )
     with use(mesh):
         settings, _ = tuning.applied(settings)
-        make, config, known, note = _model(settings)
+        make, config, processor, known, note = _model(settings)
         names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
         chosen = train_state.chosen_by(settings, names)
         optim.check_decay(settings.optim, names)
@@ -108,7 +108,7 @@ def make_plan(
         tx = optim.make_optimizer(settings.optim, settings.steps)
         graphdef, state, frozen = train_state.abstract_state(make, chosen, tx, mesh)
         frozen = frozen_part.cast_abstract(frozen, settings.model.frozen_dtype)
-        batch = _batch(settings, config, data.batch_size, mesh)
+        batch = _batch(settings, processor, data.batch_size, mesh)
         rows = {}
         if known is not None:  # without its tokenizer, a table counts whole
             rows = trained_rows.resolve(
@@ -134,7 +134,7 @@ def make_plan(
         "gradients": gradients,
         "optimizer": _bytes(state.opt),
         "batch": _bytes(batch),
-        **_activations(settings, config, state.params, frozen, mesh, micro),
+        **_activations(settings, config, processor, state.params, frozen, mesh, micro),
         "multiplied": _multiplied(settings, frozen),
         "gathered": _gathered(settings, state.params, frozen, mesh),
     }
@@ -166,26 +166,29 @@ def make_plan(
 
 
 def _model(settings: RunSettings):
-    """Return (make, config, blueprint, note) of the recipe's folder.
+    """Return (make, config, processor, blueprint, note) of the recipe's folder.
 
-    Where that is not here, it is of the family's own sizes and there is no blueprint.
+    Where that is not here, it is of the family's own sizes, the processor has a tokenizer of one
+    word, and there is no blueprint.
     """
     model = settings.model
     if absent := absent_files(model):
-        config = registry.family(model.family).Config.from_hf(model.plan_config | model.config)
+        family = registry.family(model.family)
+        config = family.Config.from_hf(model.plan_config | model.config)
+        processor = family.Processor.for_words(("word",), config).with_options(**model.processor)
         sizes = "the recipe's" if model.plan_config else f"{model.family}'s"
         choose = partial(train_state.chosen_by, settings)
         make, _ = maker(model, settings.lora, config, settings.seed, choose)
         note = f"{absent[0]} is not here: {sizes} own sizes"
-        return make, config, None, note
+        return make, config, processor, None, note
     choose = partial(train_state.chosen_by, settings)
     plan = blueprint(model, settings.lora, settings.seed, choose)
-    return plan.make, plan.config, plan, ""
+    return plan.make, plan.config, plan.processor, plan, ""
 
 
-def _batch(settings: RunSettings, config, rows: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(settings: RunSettings, processor, rows: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
     data = settings.data
-    length, patches = (rows, data.seq_len), (rows, data.max_patches, config.patch_dim)
+    length, patches = (rows, data.seq_len), (rows, data.max_patches, processor.patch_dim)
     shapes = dict.fromkeys(("tokens", "positions", "visual_index", "segment_ids"), length)
     shapes |= {"target_index": (rows, data.max_targets), "patches": patches}
     return {
@@ -208,7 +211,9 @@ def _bytes(tree) -> int:
 # --- Activations ---------------------------------------------------------------------------------
 
 
-def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int) -> dict[str, int]:
+def _activations(
+    settings: RunSettings, config, processor, params, frozen, mesh, rows: int
+) -> dict[str, int]:
     """Return what is kept for the backward pass, and what one layer and the head need."""
     data = settings.data
     targets = rows * data.max_targets  # of one device's rows, which context shares
@@ -216,9 +221,9 @@ def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int)
     chunked = own > settings.loss_chunk
     trace = dict(rows=rows, chunk=max(1, targets // 2) if chunked else targets)
     cut = _Cut(settings, params, frozen, mesh, rows)
-    kept = _residuals(settings, settings.model, config, **trace)
+    kept = _residuals(settings, settings.model, config, processor, **trace)
     everything = dataclasses.replace(settings.model, remat="off")
-    every = _residuals(settings, everything, config, **trace)
+    every = _residuals(settings, everything, config, processor, **trace)
 
     def in_stack(some: list[jax.ShapeDtypeStruct], size: int) -> int:
         return sum(cut.bytes(r) for r in some if cut.in_stack(r, size))
@@ -235,7 +240,7 @@ def _activations(settings: RunSettings, config, params, frozen, mesh, rows: int)
 
 
 def _residuals(
-    settings: RunSettings, model: ModelSettings, config, rows: int, chunk: int
+    settings: RunSettings, model: ModelSettings, config, processor, rows: int, chunk: int
 ) -> list[jax.ShapeDtypeStruct]:
     """Return the arrays that the backward pass of one device's rows finds saved.
 
@@ -248,7 +253,7 @@ def _residuals(
         chosen = train_state.chosen_by(settings, names)
         graphdef, params, frozen = train_state.split(nnx.eval_shape(make), chosen)
         frozen = frozen_part.cast_abstract(frozen, model.frozen_dtype)
-        batch = _batch(settings, config, rows, one)
+        batch = _batch(settings, processor, rows, one)
 
         def forward(params, frozen, batch):
             def loss(params):

@@ -122,8 +122,9 @@ def test_flops_are_two_a_weight_and_key():
     c = dataclasses.replace(SMALL, num_layers=1)
     weights, tokens = 4 * 16 * 16 + 2 * 16 * 24, 9 + 1
     want = 2 * (tokens * weights + 9 * 12 * 16) + 4 * tokens**2 * 16
-    assert c.flops_per_medium() == want and c.flops_per_medium(frames=3) == 3 * want
-    assert dataclasses.replace(SMALL, feature_layer=-2).flops_per_medium() == want
+    assert c.work().flops == want and c.work(3).flops == 3 * want
+    assert c.work().scores == 4 * tokens**2 * 16
+    assert dataclasses.replace(SMALL, feature_layer=-2).work() == c.work()
     gated = dataclasses.replace(c, gated=True, class_token=False, rope_grid=3, sub_norm=True)
     want = 2 * 9 * (weights + 16 * 24 + 12 * 16) + 4 * 9**2 * 16
-    assert gated.flops_per_medium() == want
+    assert gated.work().flops == want

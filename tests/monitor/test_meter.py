@@ -70,8 +70,3 @@ def test_cpu_peak_is_measured_or_unknown():
     measured = flops.find_peak(dtype="float32")
     assert measured.source == "measured" and measured.flops > 1e8
     assert flops.find_peak(dtype="float32", measure=False) is None
-
-
-def test_train_flops_of_frozen_parts():
-    assert flops.train_flops(10.0) == 30.0
-    assert flops.train_flops(10.0, frozen=8.0) == 22.0

@@ -10,6 +10,7 @@ from flax import nnx
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.fuyu.model import Fuyu, FuyuConfig
+from mmjax.models.work import forward_flops
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
 from mmjax.train.loss import loss_sum
@@ -72,7 +73,7 @@ def test_the_flops_of_a_step_are_those_the_model_states(monkeypatch):
     def loss(params, batch):
         return loss_sum(nnx.merge(graphdef, params), batch)[0]
 
-    forward = c.flops_per_token(t, asked=targets / t) * t
+    forward = forward_flops(c.work(t, asked=targets / t, visual=t, width=c.patch_dim))
     for run, want in ((loss, forward), (jax.grad(loss), 3 * forward)):
         cost = jax.jit(run).lower(params, batch).compile().cost_analysis()
         np.testing.assert_allclose(cost["flops"], want, rtol=0.05)

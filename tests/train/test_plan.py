@@ -20,7 +20,7 @@ from mmjax.train.optim import schedule as make_schedule
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.types import MMJaxError
-from tests import tiny
+from tests import small_flamingo, tiny
 
 ROOT = Path(__file__).parents[2]
 SIZES = dict(
@@ -87,6 +87,18 @@ def test_parameters_gradients_and_moments_are_those_of_the_run():
     half = plan.make_plan(small(mesh={"fsdp": 2}), jax.devices()[:2])
     assert half.parts["trained"] == pytest.approx(2 * count, rel=0.01)
     assert half.parts["kept"] == pytest.approx(one.parts["kept"] / 2, rel=0.05)
+
+
+def test_a_medium_has_as_many_frames_as_the_processor_takes():
+    """Also where the model is not here; the resampler's keys and values are then kept of all."""
+    model = small_flamingo.model(init="nowhere", processor=dict(frames=3))
+    data = DataSettings(seq_len=16, max_patches=2, max_targets=4, batch_size=2)
+    video = RunSettings(mesh={}, model=model, data=data, train=("perceiver.*", "cross.*"))
+    still = dataclasses.replace(video, model=dataclasses.replace(model, processor={}))
+    many, one = (plan.make_plan(x, jax.devices()[:1]).parts for x in (video, still))
+    ints = 4 * 2 * (4 * 16 + 4)
+    assert many["batch"] == 2 * 2 * 3 * 8 * 8 * 3 + ints and one["batch"] < many["batch"]
+    assert many["kept"] > one["kept"]
 
 
 def test_what_names_keeps_is_what_its_policy_says():

@@ -14,6 +14,7 @@ from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
+from mmjax.models.work import Work
 from mmjax.types import MMJaxError
 
 PREFIX = "bunny-"
@@ -176,16 +177,18 @@ class BunnyConfig:
             "vision_config": vision,
         }
 
-    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
-        """Return the FLOPs of a forward pass per token; an image's tokens count like any other."""
-        return self.decoder.flops_per_token(length, asked=asked)
-
-    def flops_per_visual(self) -> float:
-        """Return the FLOPs of a forward pass of an image: tower and projector."""
+    def work(
+        self, tokens: int, *, asked: float = 1.0, visual: int = 0, width: int = 0
+    ) -> tuple[Work, ...]:
+        """Return the work of a row with so many images: tower, projector, language model."""
         size = self.vision.image_size
         tiles = num_tiles(self.s2_scales or (size,), size)
-        tower = self.vision.flops_per_medium(frames=tiles)
-        return tower + self.projector.flops(self.vision.num_patches)
+        connector = visual * self.projector.flops(self.vision.num_patches)
+        return (
+            self.vision.work(visual * tiles),
+            Work({"projector.*": connector}),
+            *self.decoder.work(tokens, asked=asked),
+        )
 
 
 def architecture_of(hf: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
+from mmjax.models.work import Work
 from mmjax.types import MMJaxError
 
 # Where the tokenizer of an architecture ends: <|endofchunk|> and <image> are the next two ids.
@@ -163,16 +164,21 @@ class FlamingoConfig:
             "cross_config": {key: getattr(self.cross, key) for key in _CROSS_KEYS},
         }
 
-    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
-        """Return the FLOPs of a forward pass per text token, one medium in sight."""
-        gated = self.num_cross * self.cross.flops_per_token()
-        return self.decoder.flops_per_token(length, asked=asked) + gated
-
-    def flops_per_visual(self) -> float:
-        """Return the FLOPs of a forward pass of one medium: tower, resampler, keys and values."""
-        tokens = self.vision.num_patches
-        gated = self.num_cross * self.cross.flops_per_medium()
-        return self.vision.flops_per_medium() + self.perceiver.flops_per_medium(tokens) + gated
+    def work(
+        self, tokens: int, *, asked: float = 1.0, visual: int = 0, width: int = 0
+    ) -> tuple[Work, ...]:
+        """Return the work of a row: tower, resampler, keys and values of media, text, head."""
+        frames = width // self.patch_dim
+        keys, gated = self.cross.work(self.num_cross, tokens, visual)
+        embed, layers, head = self.decoder.work(tokens, asked=asked)
+        return (
+            self.vision.work(visual * frames),
+            self.perceiver.work(visual, frames * self.vision.num_patches),
+            keys,
+            embed,
+            layers.beside(gated),
+            head,
+        )
 
 
 def _torch_std(d: int) -> float:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from mmjax.models.work import Work
 from mmjax.nn.cross_attention import CrossAttention
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.mlp import MLP
@@ -40,15 +41,18 @@ class CrossAttentionConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
 
-    def flops_per_token(self, media: int = 1) -> float:
-        """Return the FLOPs of a forward pass of one block per text token, which sees so many."""
-        inner, keys = self.num_heads * self.head_dim, media * self.num_latents
-        maps = 2 * self.d_model * (inner + self.ff_mult * self.d_model)
-        return 2.0 * (maps + 2 * inner * keys)
+    def work(self, blocks: int, tokens: int, media: int) -> tuple[Work, Work]:
+        """Return the work of so many blocks: keys and values of all media, and what text does.
 
-    def flops_per_medium(self) -> float:
-        """Return the FLOPs of the keys and values of one medium in one block."""
-        return 4.0 * self.num_latents * self.d_media * self.num_heads * self.head_dim
+        Each of the tokens is taken to see one medium, where there are any.
+        """
+        inner, keys = self.num_heads * self.head_dim, min(media, 1) * self.num_latents
+        maps = 2 * self.d_model * (inner + self.ff_mult * self.d_model)
+        shown = 4.0 * blocks * media * self.num_latents * self.d_media * inner
+        return (
+            Work({"cross.attn.[kv].*": shown}),
+            Work({"cross.*": 2.0 * blocks * tokens * maps}, 4.0 * blocks * tokens * inner * keys),
+        )
 
 
 class MediaRanges(NamedTuple):

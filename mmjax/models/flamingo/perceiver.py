@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from mmjax.models.work import Work
 from mmjax.nn.cross_attention import CrossAttention
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.mlp import MLP
@@ -39,11 +40,12 @@ class PerceiverConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
 
-    def flops_per_medium(self, tokens: int) -> float:
-        """Return the FLOPs of a forward pass for a medium of so many visual tokens, all frames."""
+    def work(self, media: int, tokens: int) -> Work:
+        """Return the work for so many media, of so many visual tokens each in all its frames."""
         n, keys, inner = self.num_latents, tokens + self.num_latents, self.num_heads * self.head_dim
         maps = 2 * self.d_model * (inner * (n + keys) + self.ff_mult * self.d_model * n)
-        return 2.0 * self.num_layers * (maps + 2 * inner * keys * n)
+        runs = 2.0 * media * self.num_layers
+        return Work({"perceiver.*": runs * maps}, runs * 2 * inner * keys * n)
 
 
 class PerceiverLayer(nnx.Module):

@@ -92,6 +92,11 @@ class FlamingoProcessor:
         other.folder = self.folder
         return other
 
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one row of the visual stream."""
+        return self.config.patch_dim
+
     def token_ids(self) -> dict[str, int]:
         """Return the vocabulary size and special ids under their names in config.json."""
         config = self.config

@@ -11,6 +11,7 @@ from jax import Array
 
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
+from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, MMJaxError
@@ -134,14 +135,12 @@ class FuyuConfig:
             "text_config": {"model_type": "persimmon", **sizes},
         }
 
-    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
-        """Return the FLOPs of a forward pass per token; patches count like any other token."""
-        patch = 2.0 * self.patch_dim * self.decoder.d_model
-        return self.decoder.flops_per_token(length, asked=asked) + patch
-
-    def flops_per_visual(self) -> float:
-        """Return 0: a patch is a token."""
-        return 0.0
+    def work(
+        self, tokens: int, *, asked: float = 1.0, visual: int = 0, width: int = 0
+    ) -> tuple[Work, ...]:
+        """Return the work of a row, of whose tokens some are patches."""
+        patches = Work({"patch_embed.*": 2.0 * visual * width * self.decoder.d_model})
+        return (patches, *self.decoder.work(tokens, asked=asked))
 
 
 def _theta(hf: dict, nested: dict, rope: dict, default: float) -> float:

@@ -99,6 +99,11 @@ class FuyuProcessor:
         options = ProcessorConfig(patch_size=config.patch_size, num_channels=config.num_channels)
         return cls(options, build_word_tokenizer(words))
 
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one row of the visual stream."""
+        return self.config.patch_dim
+
     def token_ids(self) -> dict[str, int]:
         """Return the vocabulary size and special ids under their names in config.json."""
         config = self.config

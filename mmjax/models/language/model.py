@@ -10,6 +10,7 @@ from flax import nnx
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
+from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, LoRA
 
 
@@ -25,7 +26,6 @@ class LanguageConfig:
     bos_token_id: int | None = 1
     eos_token_id: int = 2
     pad_token_id: int | None = None
-    patch_dim: int = 1
 
     @property
     def vocab_size(self) -> int:
@@ -57,13 +57,11 @@ class LanguageConfig:
             "pad_token_id": self.pad_token_id,
         }
 
-    def flops_per_token(self, length: int, *, asked: float = 1.0) -> float:
-        """Return the FLOPs of a forward pass per token."""
-        return self.decoder.flops_per_token(length, asked=asked)
-
-    def flops_per_visual(self) -> float:
-        """Return 0: there are none."""
-        return 0.0
+    def work(
+        self, tokens: int, *, asked: float = 1.0, visual: int = 0, width: int = 0
+    ) -> tuple[Work, ...]:
+        """Return the work of a row; it has no visual stream."""
+        return self.decoder.work(tokens, asked=asked)
 
 
 def _one(token: int | list[int] | None) -> int | None:

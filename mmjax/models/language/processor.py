@@ -17,6 +17,8 @@ from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 class LanguageProcessor:
     """Encode text into Examples and decode answers, with a tokenizer or none."""
 
+    patch_dim = 1  # of no row: there are no images
+
     def __init__(self, tokenizer: Any | None = None):
         self.tokenizer = tokenizer
 

@@ -239,5 +239,7 @@ def test_bfloat16_stays_near_float32():
 def test_flops_are_those_of_openflamingo_9b():
     c = X.CrossAttentionConfig()
     weights = 139_476_994 - 4 * 4096 - 2  # a published block's, less norms and gates
-    assert c.flops_per_token(media=0) + c.flops_per_medium() / c.num_latents == 2.0 * weights
-    assert c.flops_per_token(media=2) - c.flops_per_token(media=0) == 2 * 64 * 512 * 4
+    (keys, _), (_, text) = c.work(1, 0, media=1), c.work(1, 1, media=1)
+    assert keys.flops / c.num_latents + text.maps["cross.*"] == 2.0 * weights
+    assert text.scores == 4 * 64 * 512 and c.work(1, 1, media=5)[1] == text
+    assert c.work(1, 1, media=0)[1].scores == 0

@@ -93,6 +93,8 @@ def test_an_openflamingo_resampler_has_63_million_weights():
 def test_flops_are_two_a_weight_and_key():
     c = PerceiverConfig(num_layers=1)
     kv, rest = 2 * 1024 * 512, 2 * 1024 * 512 + 2 * 1024 * 4096
-    one, two = c.flops_per_medium(256), c.flops_per_medium(257)
-    assert one == 2 * (320 * kv + 64 * rest) + 4 * 64 * 320 * 512
-    assert two - one == 2 * kv + 4 * 64 * 512
+    one, two = c.work(1, 256), c.work(1, 257)
+    assert one.maps == {"perceiver.*": 2 * (320 * kv + 64 * rest)}
+    assert one.scores == 4 * 64 * 320 * 512
+    assert two.flops - one.flops == 2 * kv + 4 * 64 * 512
+    assert c.work(3, 256).flops == 3 * one.flops

@@ -11,6 +11,7 @@ from flax import nnx
 from mmjax.generate.loop import pad_batch
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.fuyu.model import Fuyu, FuyuConfig
+from mmjax.models.work import forward_flops
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.train.loss import loss_sum
@@ -82,7 +83,8 @@ def test_flops_are_those_the_compiler_counts():
     batch["segment_ids"] = np.ones((b, t), np.int32)
     batch["patches"] = np.zeros((b, t, config.patch_dim), np.uint8)  # as many as tokens
     cost = run.lower((graphdef, params), batch).compile().cost_analysis()
-    np.testing.assert_allclose(config.flops_per_token(t) * b * t, cost["flops"], rtol=0.1)
+    want = b * forward_flops(config.work(t, visual=t, width=config.patch_dim))
+    np.testing.assert_allclose(want, cost["flops"], rtol=0.1)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -115,19 +117,23 @@ def test_flops_of_fuyu_8b():
     config = FuyuConfig()
     # Two for each weight that multiplies; embeddings and norms are looked up or cheap.
     matmuls = 2 * (9_408_238_592 - 262_144 * 4096)
-    assert config.flops_per_token(1) == pytest.approx(matmuls, rel=1e-3)
+    one = forward_flops(config.work(1, visual=1, width=config.patch_dim))
+    assert one == pytest.approx(matmuls, rel=1e-3)
     head = 2 * 262_144 * 4096
-    difference = config.flops_per_token(1024) - config.flops_per_token(1024, asked=0.25)
-    assert difference == pytest.approx(0.75 * head)
-    longer = config.flops_per_token(2048) - config.flops_per_token(1024)
+
+    def a_token(tokens, asked=1.0):
+        return forward_flops(config.work(tokens, asked=asked)) / tokens
+
+    assert a_token(1024) - a_token(1024, asked=0.25) == pytest.approx(0.75 * head)
+    longer = a_token(2048) - a_token(1024)
     assert longer == pytest.approx(36 * 2 * 2 * 4096 * 512)  # scores and values, 512 keys more
 
 
 def test_flops_of_a_model_that_trims_its_last_layer():
     config = tiny.CONFIG
     last = 2 * (2 * 32 * 32 + 2 * 32 * 64 + 2 * 32 * 8.5)  # all but keys and values
-    difference = config.flops_per_token(16) - config.flops_per_token(16, asked=0.25)
-    assert difference == pytest.approx(0.75 * (2 * 64 * 32 + last))
+    whole, quarter = (forward_flops(config.work(16, asked=asked)) for asked in (1.0, 0.25))
+    assert whole - quarter == pytest.approx(16 * 0.75 * (2 * 64 * 32 + last))
 
 
 def test_grey_levels_and_normalised_floats_give_the_same_logits(model):
