@@ -1,8 +1,9 @@
-"""Where scalars and pictures go: JSON lines, TensorBoard, W&B, under the same names."""
+"""Where scalars, samples and pictures go: JSON lines, TensorBoard, W&B, under the same names."""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -24,8 +25,8 @@ class Writer(Protocol):
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Write scalars by name (``train/loss``); Python, numpy and jax scalars are taken."""
 
-    def text(self, step: int, name: str, text: str) -> None:
-        """Write a piece of text, such as the configuration or a generated answer."""
+    def sample(self, step: int, name: str, fields: Mapping[str, str]) -> None:
+        """Write texts that belong together by their names: a prompt, its targets, an answer."""
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Write a picture, uint8[h,w,3]."""
@@ -39,7 +40,8 @@ class JsonlWriter:
 
     A run that was killed, or a disk that was full, leaves at most one torn line; the next one is
     written on a fresh line and ``read_metrics`` passes over it. Not-a-number and infinities are
-    written as strings, because JSON has no others. Pictures are not for this file.
+    written as strings, because JSON has no others. Pictures are not for this file,
+    nor samples, which have one of their own.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -50,8 +52,8 @@ class JsonlWriter:
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         self._write({"step": int(step)} | {k: _json_number(v) for k, v in values.items()})
 
-    def text(self, step: int, name: str, text: str) -> None:
-        self._write({"step": int(step), name: text})
+    def sample(self, step: int, name: str, fields: Mapping[str, str]) -> None:
+        """Write nothing."""
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Write nothing."""
@@ -87,8 +89,13 @@ class TensorboardWriter:
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         self._write(step, *(self._summary.scalar(k, float(v)) for k, v in values.items()))
 
-    def text(self, step: int, name: str, text: str) -> None:
-        self._write(step, self._summary.text(name, text))
+    def sample(self, step: int, name: str, fields: Mapping[str, str]) -> None:
+        # TensorBoard reads Markdown: what is indented is shown as it stands.
+        blocks = (
+            f"**{key}**\n\n" + "\n".join(f"    {line}" for line in value.splitlines())
+            for key, value in fields.items()
+        )
+        self._write(step, self._summary.text(name, "\n\n".join(blocks)))
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._write(step, self._summary.image(name, pixels, dataformats="HWC"))
@@ -132,8 +139,13 @@ class WandbWriter:
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log({"step": int(step)} | {k: float(v) for k, v in values.items()})
 
-    def text(self, step: int, name: str, text: str) -> None:
-        self._run.log({"step": int(step), name: text})
+    def sample(self, step: int, name: str, fields: Mapping[str, str]) -> None:
+        style = "<style>pre { white-space: pre-wrap }</style>"
+        shown = (
+            f"<b>{html.escape(key)}</b><pre>{html.escape(value)}</pre>"
+            for key, value in fields.items()
+        )
+        self._run.log({"step": int(step), name: self._wandb.Html(style + "".join(shown))})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._run.log({"step": int(step), name: self._wandb.Image(pixels)})
@@ -157,8 +169,8 @@ class MultiWriter:
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         self._each("scalars", step, values)
 
-    def text(self, step: int, name: str, text: str) -> None:
-        self._each("text", step, name, text)
+    def sample(self, step: int, name: str, fields: Mapping[str, str]) -> None:
+        self._each("sample", step, name, fields)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._each("picture", step, name, pixels)

@@ -137,7 +137,9 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         )  # fmt: skip
         tasks = evaluation.tasks_of(settings.eval)
         validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
-        samples = Samples(graphdef, plan.processor, workdir, mesh) if settings.log.samples else None
+        samples = None
+        if settings.log.samples:
+            samples = Samples(graphdef, plan.processor, workdir, mesh, writer)
         metrics: dict[str, float] = {}
 
         def live_model() -> LoadedModel:

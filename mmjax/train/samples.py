@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.models.api import Processor
+from mmjax.monitor.writers import Writer
 from mmjax.types import Batch
 
 LIMIT = 64
@@ -23,7 +24,10 @@ LIMIT = 64
 
 
 class Samples:
-    """Write the first sample of a batch into the workdir's ``samples.jsonl`` and tell of it."""
+    """Write the first sample of a batch into the workdir's ``samples.jsonl`` and tell of it.
+
+    writer: also gets each of them, as ``samples``.
+    """
 
     def __init__(
         self,
@@ -31,8 +35,9 @@ class Samples:
         processor: Processor,
         workdir: Path,
         mesh: jax.sharding.Mesh,
+        writer: Writer,
     ):
-        self._processor, self._file = processor, workdir / "samples.jsonl"
+        self._writer, self._processor, self._file = writer, processor, workdir / "samples.jsonl"
 
         def predict(params, frozen, batch):
             model = nnx.merge(graphdef, params, frozen)
@@ -59,10 +64,12 @@ class Samples:
         """
         likeliest = np.asarray(jax.device_get(self._predict(params, frozen, batch)))
         found = self._first(local, likeliest)
-        row = {"step": step, "record": "/".join(records[0][0]) if records[0] else "", **found}
+        found = {"record": "/".join(records[0][0]) if records[0] else "", **found}
+        row = {"step": step, **found}
         if jax.process_index() == 0:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._writer.sample(step, "samples", found)
         return "\n".join(f"  {name}: {value}" for name, value in row.items())
 
     def _first(self, local: Mapping[str, np.ndarray], likeliest: np.ndarray) -> dict[str, str]:

@@ -143,9 +143,9 @@ class LogSettings:
     every: steps between log lines. tensorboard: write event files beside metrics.jsonl. wandb: a
     project of Weights & Biases that gets the same, None for none. pictures: steps between pictures
     of a batch as the model sees it, the first at the start, 0 for none. samples: steps between
-    samples that are printed and written to ``samples.jsonl``: the prompt, its targets, and what the
-    model finds likeliest in their places; 0 for none. profile: (start, stop), the
-    steps between which a trace is written to the workdir's ``profile/``.
+    samples that are printed and written to ``samples.jsonl``, TensorBoard and W&B: the prompt, its
+    targets, and what the model finds likeliest in their places; 0 for none. profile: (start, stop),
+    the steps between which a trace is written to the workdir's ``profile/``.
     """
 
     every: int = 20

@@ -21,7 +21,7 @@ def test_jsonl_appends_after_a_torn_line_and_the_last_value_counts(tmp_path):
     second = writers.JsonlWriter(path)
     second.scalars(2, {"train/loss": 1.5})
     second.scalars(3, {"train/loss": float("nan")})
-    second.text(3, "note", "hello")
+    second.sample(3, "note", {"input": "hello"})
     second.close()
     read = writers.read_metrics(path)
     assert read["train/lr"] == [(1, 1e-3)]
@@ -29,7 +29,7 @@ def test_jsonl_appends_after_a_torn_line_and_the_last_value_counts(tmp_path):
     assert read["train/loss"][2][0] == 3 and math.isnan(read["train/loss"][2][1])
     assert "note" not in read
     rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    assert [json.loads(r)["step"] for r in rows] == [1, 2, 2, 3, 3]
+    assert [json.loads(r)["step"] for r in rows] == [1, 2, 2, 3]
 
 
 def test_each_line_is_on_disk_before_the_next(tmp_path):
@@ -45,7 +45,7 @@ def test_make_writer_writes_both_on_process_0_only(tmp_path):
     assert not (tmp_path / "b").exists()
     main = writers.make_writer(tmp_path / "a")
     main.scalars(1, {"x": 1.0})
-    main.text(1, "config", "{}")
+    main.sample(1, "samples", {"input": "a"})
     main.close()
     assert (tmp_path / "a" / "metrics.jsonl").exists()
     events = list((tmp_path / "a" / "tensorboard").glob("events.*"))
@@ -62,7 +62,7 @@ def test_not_a_scalar_is_an_error(tmp_path):
 
 
 def events(folder):
-    """(step, name, value) of every summary in a TensorBoard folder; the bytes of pictures."""
+    """(step, name, value) of every summary in TensorBoard files: number, text, bytes."""
     import struct
 
     from tensorboardX.proto import event_pb2
@@ -75,8 +75,9 @@ def events(folder):
             event = event_pb2.Event.FromString(data[12 : 12 + size])
             data = data[16 + size :]
             for value in event.summary.value:
-                picture = value.image.encoded_image_string
-                found.append((event.step, value.tag, picture or round(value.simple_value, 6)))
+                text = b"".join(value.tensor.string_val).decode()
+                other = value.image.encoded_image_string or text
+                found.append((event.step, value.tag, other or round(value.simple_value, 6)))
     return found
 
 
@@ -88,13 +89,20 @@ def test_all_places_get_the_same_names(tmp_path, monkeypatch):
     )
     started = []
     fake = types.SimpleNamespace(
-        init=lambda **options: started.append(options) or run, Image=lambda pixels: pixels.shape
+        init=lambda **options: started.append(options) or run,
+        Image=lambda pixels: pixels.shape,
+        Html=lambda page: page,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
         writer = writers.make_writer(tmp_path, wandb="lab", name="a", config={"lr": 0.1})
         writer.scalars(3, {"train/loss": 0.5, "train/loss/vqa": 0.25})
+        writer.sample(3, "samples", {"input": "<image> a\n# b", "labels": ""})
         writer.close()
+    page = told[1].pop("samples")
+    assert told[1] == {"step": 3}
+    assert "<b>input</b>" in page and ">&lt;image&gt; a\n# b</pre>" in page  # tokens, not tags
+    assert "<b>labels</b>" in page
     assert told[0] == {"step": 3, "train/loss": 0.5, "train/loss/vqa": 0.25} and "end" in told
     assert started[0] == started[1]  # the same id: the run is continued
     assert (started[0]["project"], started[0]["name"], started[0]["resume"]) == (
@@ -103,7 +111,8 @@ def test_all_places_get_the_same_names(tmp_path, monkeypatch):
         "allow",
     )
     wanted = [(3, "train/loss", 0.5), (3, "train/loss/vqa", 0.25)]
-    assert set(events(tmp_path / "tensorboard")) == set(wanted)
+    text = (3, "samples/text_summary", "**input**\n\n    <image> a\n    # b\n\n**labels**\n\n")
+    assert set(events(tmp_path / "tensorboard")) == {*wanted, text}
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[0]) == told[0] and len(rows) == 2
 

@@ -33,9 +33,10 @@ def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
     best = np.argmax(model.logits(model(batch))[0], -1)
     shown = [int(best[i - 1]) if best[i - 1] < 60 else 0 for i in (5, 9)]
     graphdef, params = nnx.split(model)
-    processor = SimpleNamespace(tokenizer=Words())
+    processor, sent = SimpleNamespace(tokenizer=Words()), []
     with use(make_mesh({"data": 2}, jax.devices()[:2])) as mesh:
-        samples = Samples(graphdef, processor, tmp_path, mesh)
+        writer = SimpleNamespace(sample=lambda *given: sent.append(given))
+        samples = Samples(graphdef, processor, tmp_path, mesh, writer)
         placed = put_batch(batch, mesh, 8)
         params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P()))
         text = samples(40, batch, placed, params, nnx.State({}), [[("vqa", "7"), ("ocr", "9")]])
@@ -50,4 +51,6 @@ def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
         "predicted": " ".join(map(str, shown)),
     }
     assert second["step"] == 80 and second["predicted"] == first["predicted"]
+    fields = {name: value for name, value in first.items() if name != "step"}
+    assert sent[0] == (40, "samples", fields) and sent[1][0] == 80
     assert "predicted: " + first["predicted"] in text
