@@ -86,7 +86,7 @@ def plan_export(
             files[beside.file] = [
                 dataclasses.replace(t, key=peft.PREFIX + weights.from_hub(t.key, layout))
                 for t in R.export(table, Subset(source, [n for n in shapes if not is_lora(n)]))
-                if beside.keeps(t.key)
+                if beside.keeps(t.key, ckpt.config)
             ]
         return tensors, files
     adapted: set[str] = set()
@@ -97,10 +97,13 @@ def plan_export(
     tensors = R.export(table, source, None if dtype == "keep" else dtype)
     form = partial_form(ckpt.family, layout)
     if form is not None and not whole:
-        tensors = [t for t in tensors if form.keeps(t.key) or t.key in adapted]
+        tensors = [t for t in tensors if form.keeps(t.key, ckpt.config) or t.key in adapted]
     tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
     kinds = {str(t.dtype) for t in tensors}
     hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}
+    if form is None and hasattr(weights, "completed"):
+        more, says = weights.completed(ckpt.config, hf["dtype"])
+        tensors, hf = [*tensors, *more], {**hf, **says}
     return tensors, {"config.json": hf}
 
 

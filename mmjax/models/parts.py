@@ -68,11 +68,12 @@ class Assembled:
 class Partial:
     """A layout whose files hold a part of the model.
 
-    file: the file of torch.save it is written as. keeps: tells whether it holds a tensor, by key.
+    file: the file of torch.save it is written as. keeps: tells whether it holds a tensor, by key,
+    of a model of this config.
     """
 
     file: str
-    keeps: Callable[[str], bool]
+    keeps: Callable[[str, Any], bool]
 
 
 _ALIKE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")

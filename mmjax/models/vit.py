@@ -75,6 +75,11 @@ class ViTConfig(LayerConfig):
         """How many layers the features pass."""
         return self.num_layers + 1 + self.feature_layer
 
+    def angles(self) -> tuple[Array, Array]:
+        """Return cos and sin, float32[1, p, h / 2], by which the patches of an image turn."""
+        side = self.image_size // self.patch_size
+        return rope.grid_angles(side, self.rope_grid, self.head_dim, _ROPE_THETA)
+
     def work(self, images: int = 1) -> Work:
         """Return the work of a forward pass of so many images."""
         tokens = images * (self.num_patches + self.class_token)
@@ -159,8 +164,7 @@ class ViT(nnx.Module):
         c = self.config
         if c.rope_grid is None:
             return None, None
-        side = c.image_size // c.patch_size
-        cos, sin = rope.grid_angles(side, c.rope_grid, c.head_dim, _ROPE_THETA)
+        cos, sin = c.angles()
         stays = ((0, 0), (int(c.class_token), 0), (0, 0))
         return jnp.pad(cos, stays, constant_values=1.0), jnp.pad(sin, stays)
 

@@ -234,7 +234,7 @@ def export_adapter(
         "alpha_pattern": alphas,
         "lora_dropout": dropout,
         "bias": "none",
-        "target_modules": sorted(set(names.values())),
+        "target_modules": _target_modules(names.values()),
         "modules_to_save": None,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -244,20 +244,27 @@ def export_adapter(
     }
 
 
+_LAYER = "918273"  # stands for the number of a layer while names are compared
+
+
 def _short_names(
     rules: Sequence[Rule], adapted: Iterable[str], rename: Callable[[str], str]
 ) -> dict[str, str]:
-    """Return the end of each adapted module's name by which PEFT finds it and no other.
+    r"""Return the end of each adapted module's name by which PEFT finds it and no other.
 
-    A bare number is never enough: containers are numbered, too.
+    A bare number is never enough: containers are numbered, too. Where only the name before a
+    layer's number tells it from others, as from those of a vision tower, it is a regular expression
+    with ``\d+`` for the number.
     """
-    module = {r.theirs: rename(r.key(0)).removesuffix(".weight") for r in rules}
+    module = {
+        r.theirs: rename(r.theirs.replace("{l}", _LAYER)).removesuffix(".weight") for r in rules
+    }
     others = [name for theirs, name in module.items() if theirs not in set(adapted)]
     short = {}
     for theirs in adapted:
         parts = module[theirs].split(".")
         ends = (".".join(parts[at:]) for at in reversed(range(len(parts))))
-        short[theirs] = next(
+        end = next(
             (
                 end
                 for end in ends
@@ -266,7 +273,17 @@ def _short_names(
             ),
             module[theirs],
         )
+        short[theirs] = re.escape(end).replace(_LAYER, r"\d+") if _LAYER in end else end
     return short
+
+
+def _target_modules(names: Iterable[str]) -> list[str] | str:
+    """Return names for PEFT: a list of ends, or one expression of whole names if it takes that."""
+    names = sorted(set(names))
+    if not any(r"\d+" in name for name in names):
+        return names
+    each = (name if r"\d+" in name else re.escape(name) for name in names)
+    return rf"(.*\.)?({'|'.join(each)})"
 
 
 def _number(x: float) -> float | int:

@@ -1,5 +1,6 @@
 """Bunny's published files both ways, from the weights and outputs of Bunny's own runs."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from peft import PeftModel
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
 import mmjax
 from convert_weights import merge, to_hf
@@ -263,3 +266,117 @@ def test_an_adapter_of_phi_with_one_map_for_q_k_and_v(phi, tmp_path):
         np.testing.assert_allclose(whole.reader.read(name), want[name], atol=1e-5)
     with pytest.raises(MMJaxError, match="2 modules 2 are none of this model's.*query_key_value"):
         read_all(tmp_path / "lora", base=phi.merged, vision_config=phi.sizes)
+
+
+# Written back.
+
+
+@pytest.fixture(scope="module")
+def exported(phi, stablelm, tmp_path_factory):
+    """What to_hf writes of the two models, and its tensors."""
+    out = {}
+    for model in (phi, stablelm):
+        folder = tmp_path_factory.mktemp("out") / "hf"
+        to_hf.main([str(model.merged), str(folder), "--vision-config", str(model.sizes)])
+        out[model.golden.language] = folder, load_file(folder / "model.safetensors")
+    return out
+
+
+def test_what_is_written_is_the_peers_own_bit_for_bit(phi, stablelm, exported):
+    for model in (phi, stablelm):
+        folder, state = exported[model.golden.language]
+        model.same(folder)  # the tower's sizes are told in it
+        config = json.loads((folder / "config.json").read_text())
+        left = {"torch_dtype", "transformers_version", "use_cache", "rope_scaling"}
+        left |= {"mm_projector_lr", "resid_pdrop", "embd_pdrop", "attention_dropout"}
+        theirs = {k: v for k, v in model.golden.config.items() if k not in left}
+        assert {k: config[k] for k in theirs} == theirs
+        assert state.keys() == model.golden.weights.keys()
+        unused = {k for k in state if ".vision_model.head." in k}  # by anything in the peer
+        assert not any(state[k].any() for k in unused)
+        assert all(state[k].shape == model.golden.weights[k].shape for k in unused)
+        assert_same({k: state[k] for k in state.keys() - unused},
+                    {k: v for k, v in model.golden.weights.items() if k not in unused})  # fmt: skip
+
+
+def test_transformers_loads_the_language_model_and_the_tower_of_an_export(
+    phi, stablelm, exported, tmp_path
+):
+    """Text alone through the one, pictures through the other: the peer's own numbers."""
+    for model, kind in ((phi, SiglipVisionModel), (stablelm, CLIPVisionModel)):
+        (folder, state), case = exported[model.golden.language], model.golden.first
+        config = json.loads((folder / "config.json").read_text())
+        lm = {k: v for k, v in state.items() if not k.startswith((PROJECTOR, TOWER))}
+        own = config | {"model_type": config["model_type"].removeprefix("bunny-")}
+        bunny_files.write(lm, tmp_path / own["model_type"], own)
+        lm = AutoModelForCausalLM.from_pretrained(tmp_path / own["model_type"])
+        row = int(np.flatnonzero((case.ids != -200).all(1))[0])  # without an image
+        n = int(case.attention_mask[row].sum())
+        tower = {k.removeprefix(TOWER): v for k, v in state.items() if k.startswith(TOWER)}
+        where = bunny_files.write(tower, tmp_path / kind.__name__, config["vision_config"])
+        tower = kind.from_pretrained(where)
+        connector = torch.nn.Sequential(
+            torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Linear(32, 32)
+        )
+        maps = {k.removeprefix(PROJECTOR): v for k, v in state.items() if k.startswith(PROJECTOR)}
+        connector.load_state_dict(bunny_files.tensors(maps))
+        with torch.no_grad():
+            logits = lm(torch.from_numpy(case.ids[row : row + 1, :n])).logits[0].numpy()
+            seen = tower(torch.from_numpy(case.pixel_values), output_hidden_states=True)
+            features = connector(seen.hidden_states[-2][:, -4:]).numpy()  # without a class token
+        np.testing.assert_allclose(logits, case.logits[row, :n], atol=1e-5)
+        np.testing.assert_allclose(features, case.features, atol=1e-5)
+
+
+def test_stage_1_is_written_as_the_peer_saves_it(phi, tmp_path):
+    to_hf.main([str(phi.merged), str(tmp_path / "1"), "--layout", "projector",
+                "--vision-config", str(phi.sizes)])  # fmt: skip
+    state = torch.load(tmp_path / "1" / "mm_projector.bin", weights_only=True)
+    assert_same({k: v.numpy() for k, v in state.items()}, bunny_files.part(phi.golden, PROJECTOR))
+    phi.same(tmp_path / "1", **phi.parts)
+
+
+def test_an_adapter_goes_out_to_peft_and_comes_back(phi, lora, batch, tmp_path):
+    folder, base, want = lora
+    parts = {"vision": phi.tower, "vision_config": phi.sizes}
+    argv = [str(folder), str(tmp_path / "peft"), "--adapter", "--base", str(base)]
+    to_hf.main([*argv, *options(parts)])
+    about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"], about["task_type"]) == (8, 16, "CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    model = PeftModel.from_pretrained(model, tmp_path / "peft").eval()
+    stream = run(mmjax.load(phi.merged, vision_config=phi.sizes), batch[0], "embed")
+    with torch.no_grad():
+        out = model(
+            inputs_embeds=torch.from_numpy(stream), attention_mask=torch.from_numpy(batch[1])
+        )
+    assert_close(out.logits.numpy(), want, batch, limit=1e-6)
+    adapted = {k for k, _ in model.named_parameters() if ".lora_A." in k}
+    assert len(adapted) == 2 * 6  # of both layers; the tower's maps are called alike
+    assert not any(
+        re.fullmatch(about["target_modules"], f"{TOWER}vision_model.{name}")
+        for name in ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1")
+    )
+    beside = torch.load(tmp_path / "peft" / "non_lora_trainables.bin", weights_only=True)
+    theirs = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    assert_same(beside, theirs)
+    first = read_all(folder, base=base, **parts)
+    again = read_all(tmp_path / "peft", base=base, **parts)
+    assert (again[0].lora, again[0].config) == (first[0].lora, first[0].config)
+    assert_same(again[1], first[1])
+
+
+def test_a_trained_tower_goes_out_with_the_adapter(phi, lora, tmp_path):
+    model = bunny_files.adapted(lora[1], bunny_files.TARGETS["phi"])
+    golden = dataclasses.replace(
+        phi.golden, weights={k: v + k.startswith(TOWER) for k, v in phi.golden.weights.items()}
+    )
+    trained = bunny_files.write_adapter(golden, model, tmp_path / "trained", tower=True)
+    argv = [str(trained), str(tmp_path / "out"), "--adapter", "--base", str(phi.merged)]
+    to_hf.main([*argv, "--vision-config", str(phi.sizes)])
+    state = torch.load(tmp_path / "out" / "non_lora_trainables.bin", weights_only=True)
+    theirs = torch.load(trained / "non_lora_trainables.bin", weights_only=True)
+    assert theirs.keys() - state.keys() == {k for k in theirs if ".head." in k}  # never used
+    assert_same(state, {k: theirs[k] for k in state})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["unfreeze_vision_tower"] is True  # else the peer would take the published one

@@ -6,6 +6,7 @@ alone, its adapters lie beside neither. What a folder holds is told by its tenso
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,17 @@ def assemble(
     connector = _projector(own, hf, tower, d_model, where)
     out = {**text, **hf, **connector, "model_type": PREFIX + name, "vision_config": tower.config}
     out["vocab_size"] = rows
+    if hf.get("unfreeze_vision_tower") and not _holds(own, TOWER):
+        out["unfreeze_vision_tower"] = False
+        logging.getLogger(__name__).warning(
+            f"{where}: config.json says that the vision tower was trained (unfreeze_vision_tower), "
+            f"and no tower is inside; taking the one in {tower.reader.files[0]}"
+        )
     folders = [Path(parts.lm)] if parts.lm is not None else []
     if out.get("eos_token_id") is None:  # so in some files of Phi
         near = [*(file.parent for file in own.files), *folders]
         out["eos_token_id"] = text.get("eos_token_id") or _end_of_text(near, where)
-    fresh = () if any(key.startswith(PROJECTOR) for key in own.keys()) else ("projector.*",)  # noqa: SIM118
+    fresh = () if _holds(own, PROJECTOR) else ("projector.*",)
     odd = [OPEN_CLIP] if tower.layout == OPEN_CLIP else []
     odd += [language.FUSED] if language.detect_layout(whole.keys()) == language.FUSED else []
     return Assembled(
@@ -85,6 +92,10 @@ def assemble(
         options=_seen(out),
         folders=tuple(folders),
     )
+
+
+def _holds(reader: Reader, root: str) -> bool:
+    return any(key.startswith(root) for key in reader.keys())  # noqa: SIM118
 
 
 def _language_model(
@@ -152,7 +163,7 @@ def _tower(own: Reader, hf: Mapping[str, Any], parts: Parts, where: str) -> Towe
     """
     about = dict(feature_layer=FEATURE_LAYER, asked=parts.vision_config)
     stated = hf.get("vision_config")
-    if any(key.startswith(TOWER) for key in own.keys()):  # noqa: SIM118
+    if _holds(own, TOWER):
         return tower_in(own, where, root=TOWER, stated=stated, **about)
     named = hf.get("mm_vision_tower")
     path = parts.vision or (named if named and Path(named).exists() else None)

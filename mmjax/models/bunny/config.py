@@ -46,7 +46,8 @@ class BunnyConfig:
     sides in pixels at which the tower looks at an image, cut into tiles of its own size (Shi et al.
     2024); None for its own size alone. image_aspect_ratio: how the processor makes an image square.
     image_mean, image_std: of RGB in 0 to 1. vision_tower: the path or hub name that the peer loads
-    its tower from. max_length: tokens of a training sample, text and images.
+    its tower from. unfreeze_vision_tower: it was trained since. max_length: tokens of a training
+    sample, text and images.
     """
 
     decoder: DecoderConfig
@@ -59,6 +60,7 @@ class BunnyConfig:
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     # Two models that were trained alike differ in these at will.
     vision_tower: str = dataclasses.field(default="", compare=False)
+    unfreeze_vision_tower: bool = dataclasses.field(default=False, compare=False)
     max_length: int = dataclasses.field(default=2048, compare=False)
     bos_token_id: int | None = None
     eos_token_id: int = 0
@@ -146,6 +148,7 @@ class BunnyConfig:
             s2_scales=scales,
             image_aspect_ratio="pad" if hf.get("image_aspect_ratio") == "pad" else "square",
             vision_tower=hf.get("mm_vision_tower") or "",
+            unfreeze_vision_tower=bool(hf.get("unfreeze_vision_tower")),
             max_length=hf.get("tokenizer_model_max_length") or 2048,
             **tokens,
         )
@@ -166,6 +169,7 @@ class BunnyConfig:
             "tokenizer_model_max_length": self.max_length,
             "tune_mm_mlp_adapter": False,
             "freeze_mm_mlp_adapter": False,
+            "unfreeze_vision_tower": self.unfreeze_vision_tower,
             "use_s2": self.s2_scales is not None,
             **({"s2_scales": ",".join(map(str, self.s2_scales))} if self.s2_scales else {}),
             "image_tokens": self.image_tokens,

@@ -20,11 +20,12 @@ from mmjax.models.bunny.assemble import (
     tower_layout,
     tower_root,
 )
+from mmjax.models.bunny.unused import completed
 from mmjax.models.language import weights as language
 from mmjax.models.parts import Partial
 from mmjax.weights.rules import Rule
 
-__all__ = ["assemble"]  # a part of the contract that has a file of its own
+__all__ = ["assemble", "completed"]  # parts of the contract that have files of their own
 
 _SHORT = re.compile(
     rf"^{re.escape(TOWER)}(?=(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)"
@@ -85,9 +86,13 @@ def lora_target(kernel: str) -> str:
     return re.sub(r"^vision\.layers\.", "vision.", name)
 
 
-def _of_projector(key: str) -> bool:
+def _of_projector(key: str, config: Any) -> bool:
     return key.startswith(PROJECTOR)
 
 
+def _beside_adapter(key: str, config: Any) -> bool:
+    return key.startswith((PROJECTOR, TOWER) if config.unfreeze_vision_tower else PROJECTOR)
+
+
 PARTIAL = {"projector": Partial("mm_projector.bin", _of_projector)}
-ADAPTER_BESIDE = Partial("non_lora_trainables.bin", _of_projector)
+ADAPTER_BESIDE = Partial("non_lora_trainables.bin", _beside_adapter)

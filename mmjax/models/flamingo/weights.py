@@ -162,7 +162,7 @@ _TABLES = re.compile(
 )
 
 
-def is_trained(key: str) -> bool:
+def is_trained(key: str, config: Any) -> bool:
     """Tell whether OpenFlamingo trains a tensor, by its key: then it is in ``checkpoint.pt``.
 
     An output table of its own is written too. The peer leaves LLaMA's out, and draws the rows of

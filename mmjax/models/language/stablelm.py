@@ -25,11 +25,13 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def write(c: DecoderConfig) -> dict[str, Any]:
-    """Return what a StableLM config.json says of a decoder."""
+    """Return what a StableLM config.json says of a decoder, also to ``stablelm_epoch``."""
     return {
         **llama.sizes(c),
         "hidden_act": "silu",
         "layer_norm_eps": c.norm_eps,
+        "norm_eps": c.norm_eps,
+        "rope_pct": c.rope_fraction,
         "use_qkv_bias": c.qkv_bias,
         "use_parallel_residual": c.residual == "shared",
         "qk_layernorm": False,
