@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mmjax.weights.store import StoreReader, StoreWriter
 from mmjax.weights.writer import Arrays, atomic_folder, refuse_incomplete
 
 FORMAT = 1
+_LAYER = re.escape("{l}")
 PARAMS = "params"
 
 
@@ -41,7 +43,8 @@ class Checkpoint:
     kind: ``mmjax``, ``hub``, ``transformers5``, ``megatron`` or ``peft``. hf_config: config.json as
     it stands, or the sizes read off the tensors. config: the family's own. reader: tensors in the
     names that ``rules`` speak. lora: the adapters it holds, None without.
-    fresh: glob patterns of the parameters that it lacks because nobody has trained them yet. rows:
+    fresh: glob patterns of the parameters that it lacks because nobody has trained them yet, or
+    that shall not be read. rows:
     of its tables of the vocabulary, where ``config`` has more for tokens that are new; else None.
     folders: where its companion files lie, the nearest first. options: of the processor, where its
     files do not tell them.
@@ -396,11 +399,15 @@ def read_params(
     wanted = {
         name: leaf
         for name, leaf in abstract.items()
-        if name in have or not (is_lora(name) or name in fresh)
+        if name not in fresh and (name in have or not is_lora(name))
     }
-    return load_params(
-        ckpt.reader, ckpt.rules, wanted, ignore=ckpt.ignore, progress=progress, each=each
-    )
+    unread = [
+        re.escape(rule.theirs)
+        for rule in ckpt.rules
+        if any(fnmatch.fnmatchcase(rule.ours, pattern) for pattern in ckpt.fresh)
+    ]
+    ignore = (*ckpt.ignore, *(f"^{key.replace(_LAYER, '[0-9]+')}$" for key in unread))
+    return load_params(ckpt.reader, ckpt.rules, wanted, ignore=ignore, progress=progress, each=each)
 
 
 @dataclasses.dataclass(frozen=True)

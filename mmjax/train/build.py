@@ -115,8 +115,9 @@ def check_fresh(plan: Blueprint, chosen: set[str]) -> dict[str, str]:
     for pattern in fresh:
         if not any(fnmatch.fnmatchcase(n, pattern) and not is_lora(n) for n in chosen):
             raise MMJaxError(
-                f"{pattern} is in none of model.parts, so it starts from random numbers, and it is "
-                f"frozen; train it, train=({pattern!r},), or begin with a model that has it"
+                f"{pattern} starts from random numbers, as model.parts lack it or model.fresh "
+                f"names it, and none of it is trained; train it, train=({pattern!r},), or begin "
+                "with a model that has it"
             )
     return {"fresh": f"{', '.join(fresh)} start from initial values"} if fresh else {}
 
@@ -145,7 +146,7 @@ def open_init(settings: ModelSettings) -> checkpoints.Checkpoint | None:
             f"model.init {settings.init} holds a {source.family.name!r} model and "
             f"model.family is {settings.family!r}"
         )
-    return source
+    return dataclasses.replace(source, fresh=(*source.fresh, *settings.fresh))
 
 
 def maker(

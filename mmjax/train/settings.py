@@ -19,10 +19,11 @@ class ModelSettings:
     family: a name in ``mmjax.models.registry``. init: a model folder in any layout that
     ``mmjax.load`` reads. parts: what ``init`` leaves out, ``{"lm": DIR, "vision": FILE_OR_DIR}``;
     see ``mmjax.models.parts.Parts``. With parts and no ``init``, what stands between them starts
-    from random weights; with neither, everything does. config: values that replace those of the
-    family's config.json, or make one where there is none. plan_config: such values to plan with
-    (``--plan``) while ``init`` or a part is not there; a run never looks at them. words: texts
-    whose words make a small tokenizer, for random starts.
+    from random weights; with neither, everything does. fresh: glob patterns of parameters that
+    start so though ``init`` has them, such as ``("projector.*",)`` for another projector. config:
+    values that replace those of the family's config.json, or make one where there is none.
+    plan_config: such values to plan with (``--plan``) while ``init`` or a part is not there; a run
+    never looks at them. words: texts whose words make a small tokenizer, for random starts.
     param_dtype: of trained parameters; frozen_dtype: of the others, with int8 or nf4 their kernels
     in 8 or 4.5 bits a weight (see ``mmjax.nn.int8`` and ``nf4``) and all else in bfloat16. dtype:
     of the computation.
@@ -34,6 +35,7 @@ class ModelSettings:
     family: str = "fuyu"
     init: str | None = None
     parts: dict[str, str] = dataclasses.field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     plan_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     words: tuple[str, ...] = ()

@@ -76,6 +76,22 @@ def test_training_begins_with_the_weights_of_a_folder(folder):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
+def test_what_is_fresh_is_not_read_from_the_folder(folder):
+    path, params = folder
+    model = ModelSettings(init=str(path), fresh=("patch_embed.*",))
+    plan = build.blueprint(model, NO_LORA, 0)
+    got = paths.flatten(begin(plan, model=model)[0].params)
+    assert got.keys() == params.keys()
+    kernel, bias = (got[f"patch_embed.{part}"] for part in ("kernel", "bias"))
+    assert not np.any(bias) and 0 < np.std(kernel) < 0.1  # the folder's are 0.25 more
+    for name in params.keys() - {"patch_embed.kernel", "patch_embed.bias"}:
+        np.testing.assert_array_equal(got[name], params[name], err_msg=name)
+    told = build.check_fresh(plan, set(plan.names()))
+    assert told == {"fresh": "patch_embed.* start from initial values"}
+    with pytest.raises(MMJaxError, match="none of it is trained; train it, train="):
+        build.check_fresh(plan, {"decoder.head.kernel"})
+
+
 def test_adapters_begin_fresh_beside_frozen_weights_of_a_folder(folder):
     path, params = folder
     model = ModelSettings(init=str(path))
