@@ -19,6 +19,7 @@ KINDS = {
     "mmc4": "mmjax.data.mmc4:Mmc4Source",
     "array_record": "mmjax.data.array_record:ArrayRecordSource",
     "easyvqa": "mmjax.data.easyvqa:EasyVQASource",
+    "easyvqa_captions": "mmjax.data.easyvqa:EasyVQACaptions",
     "emoji": "mmjax.data.emoji:EmojiSource",
     "magnifier": "mmjax.data.magnifier:MagnifierSource",
     "sums": "mmjax.data.sums:SumsSource",

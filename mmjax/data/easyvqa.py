@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmjax.data.images import load_rgb
-from mmjax.types import Message, MMJaxError, Record
+from mmjax.types import ImageSource, Message, MMJaxError, Record
 
 ANSWERS = (
     *("circle", "green", "red", "gray", "yes", "teal", "black", "rectangle"),
@@ -21,6 +21,7 @@ ANSWERS = (
 SHAPES = ("circle", "rectangle", "triangle")
 SPLITS = ("train", "test")
 GROUPS = ("yes/no", "color", "shape")
+CAPTION_QUESTION = "what is in the image?"
 
 
 class EasyVQASource:
@@ -30,6 +31,8 @@ class EasyVQASource:
     placements: how many times the split is gone through, each time with every picture's shape
     painted at another place on its background (a function of (seed, index)); 1 leaves the
     pictures as they are. 4,000 pictures show too few places to learn shapes from.
+    told: text alone; where a picture would stand, its caption stands. Pictures without one (see
+    ``EasyVQACaptions``) are left out.
     meta: ``answers`` (one), ``group`` (told from the answer), ``image_id``.
     Raises MMJaxError when the package is not installed, or for an unknown split or group.
     """
@@ -40,33 +43,28 @@ class EasyVQASource:
         *,
         groups: Sequence[str] | None = None,
         placements: int = 1,
+        told: bool = False,
         seed: int = 0,
     ):
-        if split not in SPLITS:
-            raise MMJaxError(f"easy-VQA has no split {split!r}; it has {', '.join(SPLITS)}")
-        unknown = sorted(set(groups or ()) - set(GROUPS))
-        if unknown or placements < 1:
+        _check(split, placements)
+        if unknown := sorted(set(groups or ()) - set(GROUPS)):
             raise MMJaxError(
-                f"easy-VQA groups {groups}, placements {placements}: groups are among "
-                f"{', '.join(GROUPS)}, and placements is at least 1"
+                f"easy-VQA has no group {unknown[0]!r}; groups are among {', '.join(GROUPS)}"
             )
-        self.split, self.placements, self.seed = split, placements, seed
+        self.split, self.placements, self.told, self.seed = split, placements, told, seed
         self.groups = None if groups is None else tuple(groups)
-        self._load()
+        self._lines()
 
     def __len__(self) -> int:
-        return len(_kept(self.split, self.groups)) * self.placements
+        return len(self._lines()) * self.placements
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"easy-VQA {self.split}: index {index} of {len(self)}")
-        texts, answers, ids, paths = self._load()
-        kept = _kept(self.split, self.groups)
+        texts, answers, ids, _ = _read(self.split)
+        kept = self._lines()
         line = int(kept[index % len(kept)])
         answer, image = answers[line], ids[line]
-        picture = paths[image]
-        if self.placements > 1:
-            picture = move_shape(picture, np.random.default_rng((self.seed, index)))
         meta = {
             "id": f"{self.split}/{line}",
             "source": f"easy-vqa/{self.split}",
@@ -75,18 +73,99 @@ class EasyVQASource:
             "group": question_kind(answer),
             "image_id": image,
         }
-        messages = (Message("user", texts[line]), Message("assistant", answer))
-        return Record(messages, (picture,), meta)
+        return _record(self, index, texts[line], answer, meta)
 
-    def _load(self):
-        return _read(self.split)
+    def _lines(self) -> np.ndarray:
+        return _kept(self.split, self.groups, self.told)
+
+
+class EasyVQACaptions:
+    """A caption for each picture of a split: ``a red circle``.
+
+    Colour and shape are what its questions and their answers tell; pictures of which they do not
+    tell both are left out: 3,181 are left for training and 791 for testing. placements, told, and
+    what it raises: as for ``EasyVQASource``.
+    """
+
+    def __init__(self, split: str, *, placements: int = 1, told: bool = False, seed: int = 0):
+        _check(split, placements)
+        self.split, self.placements, self.told, self.seed = split, placements, told, seed
+        _captions(split)
+
+    def __len__(self) -> int:
+        return len(_captions(self.split)) * self.placements
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"easy-VQA captions {self.split}: index {index} of {len(self)}")
+        captions = _captions(self.split)
+        image, caption = list(captions.items())[index % len(captions)]
+        meta = {
+            "id": f"{self.split}/{image}",
+            "source": f"easy-vqa-captions/{self.split}",
+            "answers": [caption],
+            "image_id": image,
+        }
+        return _record(self, index, CAPTION_QUESTION, caption, meta)
+
+
+def _check(split: str, placements: int) -> None:
+    """Raise MMJaxError for an unknown split, or placements below 1."""
+    if split not in SPLITS:
+        raise MMJaxError(f"easy-VQA has no split {split!r}; it has {', '.join(SPLITS)}")
+    if placements < 1:
+        raise MMJaxError(f"easy-VQA placements is {placements}; it has to be at least 1")
+
+
+def _record(
+    source: EasyVQASource | EasyVQACaptions, index: int, text: str, answer: str, meta: dict
+) -> Record:
+    """Return a question with its picture: as it is, with its shape at another place, or told."""
+    image, images = meta["image_id"], ()
+    if source.told:
+        text = f"{_captions(source.split)[image]}\n{text}"
+    else:
+        path = _read(source.split)[3][image]
+        moved = source.placements > 1
+        images = (
+            (move_shape(path, np.random.default_rng((source.seed, index))) if moved else path),
+        )
+    return Record((Message("user", text), Message("assistant", answer)), images, meta)
+
+
+@functools.lru_cache(maxsize=2)
+def _captions(split: str) -> dict[int, str]:
+    """Return image -> caption of the pictures whose colour and shape open questions tell."""
+    told: dict[int, dict[str, str]] = {}
+    for text, answer, image in zip(*_read(split)[:3], strict=True):
+        if question_kind(answer) == "yes/no":
+            continue
+        # "what color is the circle?" tells the shape by itself.
+        for word in (answer, *text.rstrip("?").split()):
+            if word in ANSWERS:
+                told.setdefault(image, {})[question_kind(word)] = word
+    return {
+        image: f"a {words['color']} {words['shape']}"
+        for image, words in sorted(told.items())
+        if len(words) == 2
+    }
 
 
 @functools.lru_cache(maxsize=16)
-def _kept(split: str, groups: tuple[str, ...] | None) -> np.ndarray:
-    """Return which lines of a split are questions of these groups, once for each process."""
-    answers = _read(split)[1]
-    return np.array([i for i, a in enumerate(answers) if not groups or question_kind(a) in groups])
+def _kept(split: str, groups: tuple[str, ...] | None, told: bool) -> np.ndarray:
+    """Return which lines of a split are questions of these groups, once for each process.
+
+    told: of pictures with a caption alone.
+    """
+    _, answers, ids, _ = _read(split)
+    captions = _captions(split)
+    return np.array(
+        [
+            i
+            for i, (answer, image) in enumerate(zip(answers, ids, strict=True))
+            if (not groups or question_kind(answer) in groups) and (not told or image in captions)
+        ]
+    )
 
 
 @functools.lru_cache(maxsize=8192)

@@ -99,20 +99,35 @@ def bunny_plain(record: Record) -> list[Segment]:
     """
     need_answer(record)
     count_marks(record)
-    if not record.images:
-        raise BadSample("image_count", f"{name_record(record)}: pretraining needs an image")
+    images = _images(record)
     if sum(m.role == "assistant" for m in record.messages) > 1:
         raise BadSample("bad_record", f"{name_record(record)}: more than one caption")
     caption, _ = answer(record, record.messages[-1], True, strip=False)
-    images = [Segment("image", i) for i in range(len(record.images))]
     return join_text([_BOS, *images, caption, Segment("text", "\n", True)])
+
+
+def bunny_plain_prompt(record: Record) -> list[Segment]:
+    """Lay out what stands before the caption of ``bunny_plain``: the image, no targets.
+
+    A caption has no end mark: generate as many tokens as are wanted. Raises BadSample
+    ``image_count`` without an image.
+    """
+    count_marks(record)
+    return [_BOS, *_images(record)]
 
 
 TEMPLATES = (
     *(bunny_chat, bunny_prompt, bunny_phi3_chat, bunny_phi3_prompt),
     *(bunny_minicpm_chat, bunny_minicpm_prompt, bunny_llama_chat, bunny_llama_prompt),
-    *(bunny_gemma_chat, bunny_gemma_prompt, bunny_plain),
+    *(bunny_gemma_chat, bunny_gemma_prompt, bunny_plain, bunny_plain_prompt),
 )
+
+
+def _images(record: Record) -> list[Segment]:
+    """Return the images that a caption is of."""
+    if not record.images:
+        raise BadSample("image_count", f"{name_record(record)}: pretraining needs an image")
+    return [Segment("image", i) for i in range(len(record.images))]
 
 
 def _chat(record: Record, name: str) -> list[Segment]:

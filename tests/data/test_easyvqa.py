@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.data.easyvqa import EasyVQASource, move_shape
+from mmjax.data.catalog import make_source
+from mmjax.data.easyvqa import ANSWERS, EasyVQACaptions, EasyVQASource, move_shape
 from mmjax.data.images import load_rgb
 from mmjax.types import MMJaxError
 
@@ -35,6 +36,38 @@ def test_placements_move_the_shape_and_change_nothing_else():
             ) or (before[0, 0] != picture[0, 0]).any()
         assert any((pictures[0] != p).any() for p in pictures[1:])
         np.testing.assert_array_equal(many[index].images[0], pictures[0])
+
+
+def test_captions_say_what_the_answers_to_their_pictures_say():
+    captions = EasyVQACaptions("test", placements=2)
+    assert len(captions) == 2 * 791 and len(EasyVQACaptions("train")) == 3181
+    said = {
+        r.meta["image_id"]: r.messages[1].text.split()
+        for r in map(captions.__getitem__, range(791))
+    }
+    questions = EasyVQASource("test", groups=("shape", "color"))
+    for record in map(questions.__getitem__, range(len(questions))):
+        words = said.get(record.meta["image_id"])
+        asked = [w for w in record.messages[0].text.rstrip("?").split() if w in ANSWERS]
+        assert words is None or {record.messages[1].text, *asked} <= set(words)
+    first, again = captions[3], captions[3 + 791]
+    assert first.messages == again.messages and (first.images[0] != again.images[0]).any()
+
+
+def test_a_picture_can_be_told_in_place_of_being_shown():
+    told = make_source(dict(kind="easyvqa", split="test", told=True))
+    shown, captions = EasyVQASource("test"), EasyVQACaptions("test", told=True)
+    assert len(told) == 7963 < len(shown)
+    caption = {
+        r.meta["image_id"]: r.messages[1].text for r in map(captions.__getitem__, range(791))
+    }
+    for record in map(told.__getitem__, range(0, len(told), 500)):
+        question = shown[record.meta["line"]].messages[0].text
+        assert record.messages[0].text == f"{caption[record.meta['image_id']]}\n{question}"
+        assert record.images == ()
+    assert captions[0].messages[0].text.split("\n")[0] == captions[0].messages[1].text
+    with pytest.raises(MMJaxError, match="placements is 0"):
+        EasyVQACaptions("test", placements=0)
 
 
 def test_a_shape_in_a_corner_is_still_told_from_the_background(tmp_path):
