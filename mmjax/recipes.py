@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmjax.data.magnifier import LETTERS, QUESTION
+from mmjax.data.templates_bunny import SYSTEM
 
 WORDS = (QUESTION, "User: Assistant:", " ".join("0123456789"), " ".join(f"{a}." for a in LETTERS))
 """Every word of the magnifier's prompts and answers."""
@@ -96,4 +97,46 @@ def toy_flamingo(recipe: dict[str, Any]) -> dict[str, Any]:
         },
         "optim": {**recipe["optim"], "warmup": 0.1},
         "eval": {**toy["eval"], "template": asked},
+    }
+
+
+BUNNY_TOY: dict[str, Any] = dict(
+    model_type="bunny-phi",
+    vocab_size=64,  # the words decide
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vision_config=dict(
+        model_type="siglip_vision_model",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    ),
+    mm_projector_type="mlp2x_gelu",
+)
+"""A Bunny of 60,000 parameters."""
+
+BUNNY_WORDS = (SYSTEM, "USER: ASSISTANT:\n", *WORDS)
+"""Every word of a toy's prompts and answers."""
+
+
+def toy_bunny(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Shrink a Bunny recipe to seconds on a CPU, as ``toy_fuyu`` does; of either stage."""
+    toy = toy_fuyu(recipe)
+    model = {**toy["model"], "parts": {}, "words": BUNNY_WORDS}
+    ratio = dict(image_aspect_ratio=recipe["model"]["config"]["image_aspect_ratio"])
+    plain = recipe["data"]["template"] == "bunny_plain"
+    return {
+        **toy,
+        "model": {**model, "config": BUNNY_TOY | ratio, "processor": ratio},
+        "data": {
+            **toy["data"],
+            "template": "bunny_plain" if plain else "bunny_chat",
+            **dict(seq_len=128, max_patches=1, lengths=()),
+        },
+        "eval": {**toy["eval"], "template": "bunny_plain_prompt" if plain else "bunny_prompt"},
     }

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmjax.data.images import load_rgb
-from mmjax.types import ImageSource, Message, MMJaxError, Record
+from mmjax.types import Message, MMJaxError, Record
 
 ANSWERS = (
     *("circle", "green", "red", "gray", "yes", "teal", "black", "rectangle"),

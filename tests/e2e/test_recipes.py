@@ -15,6 +15,7 @@ from convert_weights import to_hf
 from mmjax.config import resolve_recipe, to_dataclass
 from mmjax.data.catalog import make_source
 from mmjax.data.resizing import list_resolutions
+from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import evaluation, loop
 from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings
@@ -31,6 +32,22 @@ SAME_TOY = {
     "openflamingo_9b": "openflamingo_3b",
     "otter_video": "otter_9b",
     "clever_flamingo_lora": "clever_flamingo_9b",
+    "bunny_phi1_5_siglip": "bunny_phi2_siglip",
+    "bunny_phi1_5_eva": "bunny_phi2_siglip",
+    "bunny_phi2_eva": "bunny_phi2_siglip",
+    "bunny_stablelm2_siglip": "bunny_phi2_siglip",
+    "bunny_stablelm2_eva": "bunny_phi2_siglip",
+    "bunny_llama3_8b_s2": "bunny_phi2_siglip",
+}
+# Learning rate of the first stage, width and layers of the language model, tokens of an image.
+BUNNIES = {
+    "bunny_phi1_5_siglip": (5e-4, 2048, 24, 729),
+    "bunny_phi1_5_eva": (1e-3, 2048, 24, 576),
+    "bunny_phi2_siglip": (5e-4, 2560, 32, 729),
+    "bunny_phi2_eva": (5e-5, 2560, 32, 576),
+    "bunny_stablelm2_siglip": (5e-4, 2048, 24, 729),
+    "bunny_stablelm2_eva": (1e-3, 2048, 24, 576),
+    "bunny_llama3_8b_s2": (1e-3, 4096, 32, 729),
 }
 
 
@@ -87,6 +104,33 @@ def test_a_recipe_resolves_at_its_full_size(file):
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]  # its command
 
 
+@pytest.mark.parametrize("name", BUNNIES)
+def test_every_stage_of_a_bunny_is_as_published(name):
+    def stage(arg):
+        settings = to_dataclass(RunSettings, resolve_recipe(f"{ROOT}/configs/{name}.py:{arg}"))
+        loop.check(settings)
+        return settings
+
+    lr, *sizes = BUNNIES[name]
+    first, full, lora, tower = map(stage, ("pretrain", "finetune", "lora", "lora,tower"))
+    model = BunnyConfig.from_hf(first.model.plan_config | first.model.config)
+    assert [model.decoder.d_model, model.decoder.num_layers, model.image_tokens] == sizes
+    assert model.s2_scales == ((384, 768, 1152) if name.endswith("s2") else None)
+    assert (first.optim.lr, first.train, first.data.batch_size) == (lr, ("projector.*",), 256)
+    assert (full.optim.lr, full.train) == (2e-5, ("decoder.*", "projector.*"))
+    peak, rank = (1e-4, 256) if name.endswith("s2") else (2e-4, 128)
+    assert (lora.optim.lr, lora.train, lora.lora.rank) == (peak, ("projector.*",), rank)
+    assert {one.params: one.lr for one in tower.optim.rates} == pytest.approx(
+        {"projector.*": peak / 10, "vision.*": peak / 10}
+    )
+    for one in (full, lora, tower):
+        assert one.data.batch_size == 128
+        assert one.model.config["image_aspect_ratio"] == "pad"
+        assert one.model.config["tokenizer_model_max_length"] == one.data.seq_len
+    with pytest.raises(MMJaxError, match=f"{name} takes one of pretrain, finetune, lora"):
+        stage("pretrain,lora")
+
+
 @pytest.mark.parametrize(
     "arg, resolutions",
     [("low", (48,)), ("high,quick", (80,)), ("dynamic", {"min": 48, "max": 80, "multiple": 16})],
@@ -115,7 +159,8 @@ def test_resolutions_can_be_set_from_the_command_line():
 def test_a_toy_is_the_one_that_goes_all_the_way(name):
     one, other = (resolve_recipe(f"{ROOT}/configs/{n}.py:quick") for n in (name, SAME_TOY[name]))
     differ = {k for k in one if one[k] != other[k]}
-    assert differ <= {"name", "model", "lora", "data"}
+    assert differ <= {"name", "model", "lora", "data", "optim"}
+    assert {k for k in one.optim if one.optim[k] != other.optim[k]} <= {"lr"}
     assert {k for k in one.data if one.data[k] != other.data[k]} <= {"resolutions"}
     assert {k for k in one.model if one.model[k] != other.model[k]} <= {"plan_config"}
     assert {k for k in one.lora if one.lora[k] != other.lora[k]} <= {"rank", "alpha", "targets"}

@@ -112,6 +112,10 @@ def test_pretraining_needs_an_image_and_one_caption():
     caption = ids(PHI, "A dog.\n")
     assert example["tokens"].tolist() == [0] * 4 + caption
     assert example["loss_mask"].tolist() == [False] * 4 + [True] * len(caption)
+    asked = encode(PHI, "bunny_plain_prompt", record(("u", "Hm?"), ("a", "A dog."), images=1))
+    assert asked["tokens"].tolist() == [0] * 4 and not asked["loss_mask"].any()
+    with pytest.raises(BadSample, match="needs an image"):
+        encode(PHI, "bunny_plain_prompt", record(("u", "Hm?")))
     for bad, says in (
         (record(("u", "Hm?"), ("a", "A dog.")), "needs an image"),
         (record(("u", "a"), ("a", "b"), ("u", "a"), ("a", "b"), images=1), "more than one caption"),
