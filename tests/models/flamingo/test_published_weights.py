@@ -1,7 +1,4 @@
-"""OpenFlamingo's published models at full size: every key of their files is claimed, none missing.
-
-The files are headers without numbers, so they take no space.
-"""
+"""OpenFlamingo's published models at full size: every key of their files is claimed, none lacks."""
 
 import json
 import math
@@ -10,13 +7,10 @@ import pytest
 
 from mmjax.models import checkpoints, exports
 from mmjax.parallel.mesh import use
+from tests.models.published_files import norm, write
 
 PERCEIVER = 63_019_008  # parameters of the resampler, the same in all
 ATTENTION = {"to_q": (512, None), "to_kv": (1024, 1024), "to_out": (None, 512)}
-
-
-def norm(name, width, bias=True):
-    return {f"{name}.{x}": (width,) for x in ("weight", "bias")[: 1 + bias]}
 
 
 def perceiver():
@@ -153,20 +147,6 @@ PUBLISHED = {
     ),
     "9B-deprecated": (version_1(), llama(), LLAMA, (4, 32003, 32001), 1_309_919_248, 32003 * 4096),
 }  # fmt: skip
-
-
-def write(file, shapes):
-    """Write a safetensors file of these shapes whose numbers are a hole."""
-    at, header = 0, {}
-    for key, shape in shapes.items():
-        end = at + 4 * math.prod(shape)
-        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + at)
-    return file
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
