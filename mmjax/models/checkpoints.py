@@ -16,9 +16,16 @@ from flax import nnx
 
 import mmjax
 from mmjax.models import registry
+from mmjax.models.adapter_files import (
+    adapter_config,
+    adapter_pairs,
+    partial_adapter,
+    peft_names,
+    without_config,
+)
 from mmjax.models.companions import copy_companions
 from mmjax.models.json_files import read_json
-from mmjax.models.parts import Assembled, Partial, Parts, differing, split_chain
+from mmjax.models.parts import Assembled, Parts, differing, split_chain
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
@@ -99,7 +106,7 @@ def open_checkpoint(
     try:
         family, layout = registry.detect(hf, keys)
     except MMJaxError:
-        if not given.given():
+        if not given.given() or registry.nearest_type(hf):
             raise
         # Beside a file of trained parts may lie the config.json of one of the others.
         (family, layout), hf = registry.detect({}, keys), {}
@@ -137,7 +144,10 @@ def _assemble(
     if assemble is not None:
         made = assemble(readers, layout, hf, given)
     elif given.given():
-        raise MMJaxError(f"{path}: a {family.name} model has no {_options(given)}; leave that away")
+        raise MMJaxError(
+            f"{path}: a {family.name} model has no {_options(given)}; leave that away. To make "
+            "another of such parts, train it: train.py takes them in model.parts"
+        )
     else:
         reader = readers[0] if len(readers) == 1 else Overlay(*readers)
         made = Assembled(hf or family.weights.guess_config(reader), reader, layout)
@@ -159,8 +169,16 @@ def _assemble(
     )
     if made.adapter is None:
         return opened
-    pairs, rules, lora = _adapter_pairs(made.reader, made.adapter, opened)
+    pairs, rules, lora = _adapted(opened, made.reader, made.adapter)
     return dataclasses.replace(opened, reader=pairs, rules=(*opened.rules, *rules), lora=lora)
+
+
+def _adapted(under: Checkpoint, reader: Reader, about: Mapping[str, Any]):
+    """Return ``adapter_pairs`` of the adapters in a reader that belong to a model."""
+    with use():
+        abstract = abstract_params(under.family, under.config)
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    return adapter_pairs(reader, about, under.family, under.rules, shapes)
 
 
 def _options(given: Parts) -> str:
@@ -195,7 +213,7 @@ def _open_adapter(
     parts: Mapping[str, Any],
     hf: Mapping[str, Any],
 ) -> Checkpoint:
-    about = _adapter_config(folder)
+    about = adapter_config(folder)
     named = about.get("base_model_name_or_path")
     base = base or parts.get("lm") or (named if named and Path(named).is_dir() else None)
     if base is None:
@@ -203,8 +221,15 @@ def _open_adapter(
             f"{folder}: an adapter of {named or 'an unnamed model'}; give that model's folder "
             "with --base DIR (in Python base=...)"
         )
+    for one in split_chain(base):
+        refuse_incomplete(one)
     family = registry.named_by(hf)
     beside = family and partial_adapter(family)
+    if family is None and (lost := without_config(folder)):
+        raise MMJaxError(
+            f"{folder}: holds {lost} beside its adapter, and no config.json, which tells the model "
+            "they belong to; copy it there"
+        )
     if "mmjax" in (read_json(base, "config.json") or {}):
         raise MMJaxError(
             f"--base {base}: the base of an adapter has to be a PyTorch checkpoint, and this one "
@@ -218,7 +243,7 @@ def _open_adapter(
         raise MMJaxError(
             f"--base {base}: holds adapters itself; merge them first (convert_weights.merge)"
         )
-    pairs, rules, lora = _adapter_pairs(_peft_names(raw, under.family), about, under)
+    pairs, rules, lora = _adapted(under, peft_names(raw, under.family), about)
     return dataclasses.replace(
         under,
         path=folder,
@@ -229,11 +254,6 @@ def _open_adapter(
         lora=lora,
         folders=(folder, *under.folders),
     )
-
-
-def partial_adapter(family: registry.Family) -> Partial | None:
-    """Return the file of whole tensors that a family's adapters have beside them, None if none."""
-    return getattr(family.weights, "ADAPTER_BESIDE", None)
 
 
 def _base_and_beside(
@@ -273,45 +293,6 @@ def _base_and_beside(
     return _assemble(folder, family, layout, raw, {**own, **hf}, (folder, Path(base)), given)
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    about = read_json(folder, "adapter_config.json")
-    if not about:
-        raise MMJaxError(
-            f"{folder}: LoRA weights without adapter_config.json, which holds their scale; "
-            "copy it beside them"
-        )
-    return about
-
-
-def _peft_names(raw: Reader, family: registry.Family) -> Renamed:
-    """Return a PEFT adapter's tensors in the names of the family's table."""
-
-    def rename(key: str) -> str:
-        # An adapted head or embedding is also saved whole, under its wrapper's name.
-        key = key.removeprefix(peft.PREFIX).replace(".base_layer.", ".")
-        layout = family.weights.detect_layout([key])
-        return family.weights.to_hub(key, layout) if layout else key
-
-    return Renamed(raw, rename)
-
-
-def _adapter_pairs(
-    reader: Reader, about: Mapping[str, Any], under: Checkpoint
-) -> tuple[peft.AdapterReader, list[R.Rule], LoRA]:
-    """Return the LoRA pairs in a reader, the rules that read them, and what they amount to.
-
-    under: the model they belong to, whose table says how its maps are cut.
-    """
-    with use():
-        abstract = abstract_params(under.family, under.config)
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    pairs = peft.AdapterReader(reader, about, under.rules, shapes)
-    stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
-    rules = [r for r in peft.adapter_rules(under.rules) if r.ours.startswith(stems)]
-    targets = tuple(under.family.weights.lora_target(kernel) for kernel in pairs.kernels)
-    return pairs, rules, LoRA(pairs.rank, pairs.alpha, targets, pairs.rslora, pairs.dropout)
-
-
 def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Checkpoint:
     """Open the adapters alone of a PEFT folder or of a converted folder that has some.
 
@@ -330,8 +311,7 @@ def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Che
     raw, folder = open_reader(path), path if path.is_dir() else path.parent
     table = tuple(family.weights.rules(config))
     alone = Checkpoint(path, "peft", family, {}, config, raw, table, (), None, (folder,))
-    names = _peft_names(raw, family)
-    pairs, rules, lora = _adapter_pairs(names, _adapter_config(folder), alone)
+    pairs, rules, lora = _adapted(alone, peft_names(raw, family), adapter_config(folder))
     return dataclasses.replace(alone, reader=pairs, rules=tuple(rules), lora=lora)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from mmjax.models import registry
-from mmjax.models.checkpoints import Checkpoint, check, partial_adapter
+from mmjax.models.adapter_files import partial_adapter
+from mmjax.models.checkpoints import Checkpoint, check
 from mmjax.models.companions import copy_companions
 from mmjax.models.parts import Partial
 from mmjax.models.views import Canonical, Merged, Subset, is_lora

@@ -49,7 +49,6 @@ LANGUAGES = (
     "qwen2", "minicpm", "gemma",
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {
-    "fuyu": Family("fuyu", "Fuyu", ("fuyu",)),
     "flamingo": Family("flamingo", "Flamingo", ("flamingo", "otter")),
     "bunny": Family(
         "bunny",
@@ -62,7 +61,9 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "language": Family("language", "Language", LANGUAGES),
+    "fuyu": Family("fuyu", "Fuyu", ("fuyu",)),
 }
+"""In the order in which ``detect`` asks: Fuyu's marks, lm_head among them, fit the others, too."""
 
 
 def family(name: str) -> Family:
@@ -80,6 +81,14 @@ def named_by(hf_config: Mapping[str, Any]) -> Family | None:
     return next((one for one in FAMILIES.values() if kind in one.model_types), None)
 
 
+def nearest_type(hf_config: Mapping[str, Any]) -> str | None:
+    """Return the known ``model_type`` that an unknown one is probably meant to be."""
+    known = [kind for one in FAMILIES.values() for kind in one.model_types]
+    stated = hf_config.get("model_type")
+    near = difflib.get_close_matches(str(stated), known, 1) if stated not in known else []
+    return near[0] if near else None
+
+
 def detect(hf_config: Mapping[str, Any], keys: Iterable[str]) -> tuple[Family, str]:
     """Tell the family and the layout of a checkpoint from its config.json and its keys.
 
@@ -95,6 +104,8 @@ def detect(hf_config: Mapping[str, Any], keys: Iterable[str]) -> tuple[Family, s
             return one, layout
     shown = ", ".join(sorted(keys)[:4])
     says = f"config.json says model_type {kind!r}" if kind else "there is no model_type"
+    if near := nearest_type(hf_config):
+        raise MMJaxError(f"{says}, which no family of mmjax has; did you mean {near!r}?")
     raise MMJaxError(
         f"no family of mmjax ({', '.join(FAMILIES)}) knows this checkpoint: {says} and the "
         f"{len(keys)} keys begin with {shown}. Give the folder of a supported model"

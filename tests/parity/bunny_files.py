@@ -9,7 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from tests.parity import bunny_examples, bunny_golden
 from tests.parity.bunny_golden import TOWER
+from tests.parity.parameters import assert_same, read_all
 
 PROJECTOR = "model.mm_projector."
 # transformers' words for what StableLM's own code called otherwise.
@@ -129,3 +131,27 @@ def write_adapter(golden, model, folder, *, tower=False, safe=True, **changes):
     beside = {f"base_model.model.{k}": v for k, v in beside.items()}
     config = golden.config | {"unfreeze_vision_tower": tower} | changes
     return write(beside, folder, config, "non_lora_trainables.bin")
+
+
+class Files:
+    """A golden, the folder of its merged model, and the parameters in that."""
+
+    def __init__(self, name, folder):
+        self.golden = bunny_golden.load(bunny_golden.COMMITTED / f"bunny_{name}.npz")
+        self.folder = folder
+        self.merged = bunny_golden.write_checkpoint(self.golden, folder)
+        self.sizes = bunny_examples.tower_json(self.golden, folder)
+        self.tower = bunny_golden.write_tower(self.golden, folder)
+        self.lm = write_language_model(self.golden, folder / "lm", bias=3.0)
+        self.ckpt, self.params = read_all(self.merged, vision_config=self.sizes)
+
+    @property
+    def parts(self):
+        """Keywords that name what stage 1 and adapters leave out."""
+        return {"lm": self.lm, "vision": self.tower, "vision_config": self.sizes}
+
+    def same(self, path, **parts):
+        """Fail unless a checkpoint is this model."""
+        ckpt, params = read_all(path, **parts)
+        assert ckpt.config == self.ckpt.config
+        assert_same(params, self.params)

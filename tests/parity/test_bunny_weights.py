@@ -24,38 +24,14 @@ from tests.parity.bunny_golden import TOWER
 from tests.parity.parameters import assert_same, options, read_all
 
 
-class Files:
-    """A golden, the folder of its merged model, and the parameters in that."""
-
-    def __init__(self, name, folder):
-        self.golden = bunny_golden.load(bunny_golden.COMMITTED / f"bunny_{name}.npz")
-        self.folder = folder
-        self.merged = bunny_golden.write_checkpoint(self.golden, folder)
-        self.sizes = bunny_examples.tower_json(self.golden, folder)
-        self.tower = bunny_golden.write_tower(self.golden, folder)
-        self.lm = bunny_files.write_language_model(self.golden, folder / "lm", bias=3.0)
-        self.ckpt, self.params = read_all(self.merged, vision_config=self.sizes)
-
-    @property
-    def parts(self):
-        """Keywords that name what stage 1 and adapters leave out."""
-        return {"lm": self.lm, "vision": self.tower, "vision_config": self.sizes}
-
-    def same(self, path, **parts):
-        """Fail unless a checkpoint is this model."""
-        ckpt, params = read_all(path, **parts)
-        assert ckpt.config == self.ckpt.config
-        assert_same(params, self.params)
-
-
 @pytest.fixture(scope="module")
 def phi(tmp_path_factory):
-    return Files("phi_siglip", tmp_path_factory.mktemp("phi"))
+    return bunny_files.Files("phi_siglip", tmp_path_factory.mktemp("phi"))
 
 
 @pytest.fixture(scope="module")
 def stablelm(tmp_path_factory):
-    return Files("stablelm_clip", tmp_path_factory.mktemp("stablelm"))
+    return bunny_files.Files("stablelm_clip", tmp_path_factory.mktemp("stablelm"))
 
 
 def test_a_tower_is_inside_or_beside_under_either_of_its_names(phi, stablelm, tmp_path):
@@ -78,7 +54,7 @@ def test_a_tower_is_inside_or_beside_under_either_of_its_names(phi, stablelm, tm
 
 
 def test_an_eva_tower_comes_from_its_own_file(tmp_path):
-    eva = Files("phi_eva", tmp_path)
+    eva = bunny_files.Files("phi_eva", tmp_path)
     bare = bunny_golden.write_checkpoint(eva.golden, tmp_path / "b", tower="beside")
     eva.same(bare, vision_config=eva.sizes)
     to_hf.main([str(bare), str(tmp_path / "hf"), "--vision-config", str(eva.sizes)])
@@ -117,7 +93,7 @@ def test_a_siglip_of_the_first_release_lacks_its_last_layer_and_its_head(phi, tm
 @pytest.mark.parametrize("path", bunny_golden.paths(), ids=lambda path: path.stem)
 def test_every_golden_is_its_parts(path, tmp_path):
     """A projector alone, the language model as on a hub, and the tower are the merged model."""
-    model = Files(path.stem.removeprefix("bunny_"), tmp_path)
+    model = bunny_files.Files(path.stem.removeprefix("bunny_"), tmp_path)
     state, where = bunny_files.part(model.golden, PROJECTOR), tmp_path / "stage1"
     bunny_files.write(state, where, model.golden.config, "mm_projector.bin")
     model.same(where / "mm_projector.bin", **model.parts)

@@ -35,6 +35,8 @@ _LAYOUTS = {
     "clip_vision_model": "hf_clip",
     "eva02_clip": "eva",
 }
+# By which the peer tells a tower's kind from its name, in this order.
+_MARKS = {"sig": "siglip_vision_model", "eva": "eva02_clip", "clip": "clip_vision_model"}
 _ROOTS = {"eva": f"{TOWER}model.", OPEN_CLIP: TOWER}
 
 
@@ -108,8 +110,12 @@ def _language_model(
     if folder is None:
         if stated is None:
             raise MMJaxError(
-                f"{where}: no config.json of a Bunny beside it; give the folder of its language "
-                "model with --lm DIR"
+                f"{where}: no config.json of a Bunny beside it; "
+                + (
+                    "copy it there, it tells sizes that no tensor does"
+                    if inside
+                    else "give the folder of its language model with --lm DIR"
+                )
             )
         if inside is None:
             raise MMJaxError(
@@ -173,7 +179,14 @@ def _tower(own: Reader, hf: Mapping[str, Any], parts: Parts, where: str) -> Towe
             + (f", and {named} is not here" if named else "")
             + "; give the tower's files with --vision FILE_OR_DIR (in Python vision=...)"
         )
-    return open_tower(path, stated=stated, **about)
+    tower = open_tower(path, stated=stated, **about)
+    meant = next((kind for mark, kind in _MARKS.items() if mark in str(named).lower()), None)
+    if meant not in (None, tower.config["model_type"]):
+        logging.getLogger(__name__).warning(
+            f"{where}: config.json names the vision tower {named}, and {path} is a "
+            f"{tower.config['model_type']}; the projector was hardly trained with that"
+        )
+    return tower
 
 
 def _projector(

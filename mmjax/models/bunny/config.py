@@ -214,7 +214,10 @@ def s2_scales(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
     if not hf.get("use_s2"):
         return None
     stated = hf.get("s2_scales") or S2_SCALES
-    return tuple(map(int, stated.split(",") if isinstance(stated, str) else stated))
+    try:
+        return tuple(map(int, stated.split(",") if isinstance(stated, str) else stated))
+    except (ValueError, TypeError) as error:
+        raise MMJaxError(f"s2_scales is {stated!r}; give sides in pixels: 384,768,1152") from error
 
 
 def _one(token: int | list[int] | None) -> int | None:

@@ -149,7 +149,7 @@ class BunnyProcessor:
             if getattr(own, name) != getattr(config, name):
                 raise MMJaxError(
                     f"the processor's {name} is {getattr(own, name)!r} and the model's is "
-                    f"{getattr(config, name)!r}; set both to the same"
+                    f"{getattr(config, name)!r}; correct preprocessor_config.json or config.json"
                 )
 
     def check_template(self, template: Template) -> None:

@@ -1,0 +1,67 @@
+"""The files of a PEFT adapter, and of what lies beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.models import registry
+from mmjax.models.json_files import read_json
+from mmjax.models.parts import Partial
+from mmjax.nn.linear import LoRA
+from mmjax.types import MMJaxError
+from mmjax.weights import peft
+from mmjax.weights import rules as R
+from mmjax.weights.reader import Reader, Renamed
+
+
+def partial_adapter(family: registry.Family) -> Partial | None:
+    """Return the file of whole tensors that a family's adapters have beside them, None if none."""
+    return getattr(family.weights, "ADAPTER_BESIDE", None)
+
+
+def without_config(folder: Path) -> str | None:
+    """Return the file in a folder that only adapters of some family have beside them."""
+    known = (partial_adapter(family) for family in registry.FAMILIES.values())
+    return next((one.file for one in known if one and (folder / one.file).is_file()), None)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    about = read_json(folder, "adapter_config.json")
+    if not about:
+        raise MMJaxError(
+            f"{folder}: LoRA weights without adapter_config.json, which holds their scale; "
+            "copy it beside them"
+        )
+    return about
+
+
+def peft_names(raw: Reader, family: registry.Family) -> Renamed:
+    """Return a PEFT adapter's tensors in the names of the family's table."""
+
+    def rename(key: str) -> str:
+        # An adapted head or embedding is also saved whole, under its wrapper's name.
+        key = key.removeprefix(peft.PREFIX).replace(".base_layer.", ".")
+        layout = family.weights.detect_layout([key])
+        return family.weights.to_hub(key, layout) if layout else key
+
+    return Renamed(raw, rename)
+
+
+def adapter_pairs(
+    reader: Reader,
+    about: Mapping[str, Any],
+    family: registry.Family,
+    table: Sequence[R.Rule],
+    shapes: Mapping[str, R.Shape],
+) -> tuple[peft.AdapterReader, list[R.Rule], LoRA]:
+    """Return the LoRA pairs in a reader, the rules that read them, and what they amount to.
+
+    table, shapes: of the model they belong to; the table says how its maps are cut.
+    """
+    pairs = peft.AdapterReader(reader, about, table, shapes)
+    stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
+    rules = [r for r in peft.adapter_rules(table) if r.ours.startswith(stems)]
+    targets = tuple(family.weights.lora_target(kernel) for kernel in pairs.kernels)
+    return pairs, rules, LoRA(pairs.rank, pairs.alpha, targets, pairs.rslora, pairs.dropout)
