@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -28,17 +29,18 @@ def main(argv: list[str] | None = None) -> int:
     ckpt = open_source(args)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     try:
-        shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
         R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
         verdict = "every key is claimed by a rule, every parameter has its key"
     except R.WeightsMismatch as error:
         verdict = str(error)
-    Console(width=None if sys.stdout.isatty() else 100).print(_table(ckpt, verdict))
+    table = _table(ckpt, shapes, verdict)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
     return 0 if verdict.startswith("every") else 2
 
 
-def _table(ckpt: checkpoints.Checkpoint, verdict: str) -> Table:
+def _table(ckpt: checkpoints.Checkpoint, shapes: Mapping[str, R.Shape], verdict: str) -> Table:
     table = Table(title=str(ckpt.path), show_header=False, title_justify="left")
     kinds: collections.Counter = collections.Counter()
     size = 0
@@ -46,29 +48,36 @@ def _table(ckpt: checkpoints.Checkpoint, verdict: str) -> Table:
         count, dtype = math.prod(ckpt.reader.shape(key)), ckpt.reader.dtype(key)
         kinds[str(dtype)] += count
         size += count * dtype.itemsize
-    files = [f.name for f in ckpt.reader.files]
+    files = list(dict.fromkeys(ckpt.reader.files))
+    alone = len({f.parent for f in files}) == 1
+    files = [f.name if alone else f"{f.parent.name}/{f.name}" for f in files]
+    parts: collections.Counter = collections.Counter()
+    for name, shape in shapes.items():
+        parts[name.split(".")[0]] += math.prod(shape)
     table.add_row("family, layout", f"{ckpt.family.name}, {ckpt.kind}")
     table.add_row("files", ", ".join(files[:4]) + (f" ... {len(files)}" if len(files) > 4 else ""))
     table.add_row("numbers", f"{sum(kinds.values()):,} in {gigabytes(size)}")
+    table.add_row("parameters", ", ".join(f"{k} {n:,}" for k, n in parts.items()))
     table.add_row("dtypes", ", ".join(f"{k} {n:,}" for k, n in kinds.most_common()))
     if ckpt.lora is not None:
         lora = ckpt.lora
         table.add_row("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}: {', '.join(lora.targets)}")
-    for name, value in _flat(ckpt.config):
-        if name == "rope_theta":
-            value = _theta(ckpt, value)
-        table.add_row(name, str(value))
+    for name, value in ckpt.config.__dict__.items():
+        table.add_row(name, _settings(value) if dataclasses.is_dataclass(value) else str(value))
+    table.add_row("rope_theta", _theta(ckpt, ckpt.config.decoder.rope_theta))
     table.add_row("keys", verdict)
     return table
 
 
-def _flat(config: Any, prefix: str = ""):
-    """Yield the fields of a config and of those inside it; all but the decoder's by their place."""
+def _settings(config: Any) -> str:
+    """Return the values of a part's config, without switches that are off."""
+    told = []
     for name, value in config.__dict__.items():
-        if dataclasses.is_dataclass(value):
-            yield from _flat(value, "" if name == "decoder" else f"{name}.")
-        else:
-            yield prefix + name, value
+        if value is True:
+            told.append(name)
+        elif name != "rope_theta" and value not in (None, False, 1.0, 0, "none"):
+            told.append(f"{name} {value}")
+    return ", ".join(told)
 
 
 def _theta(ckpt: checkpoints.Checkpoint, value: float) -> str:
@@ -76,7 +85,7 @@ def _theta(ckpt: checkpoints.Checkpoint, value: float) -> str:
     if ckpt.family.name != "fuyu":  # the others have published models of more than one, or none
         return f"{value:g}" if ckpt.config.decoder.position == "rope" else "none"
     text = f"{value:g} (config.json says {_stated_theta(ckpt.hf_config)})"
-    own = dict(_flat(type(ckpt.config)()))["rope_theta"]
+    own = type(ckpt.config)().decoder.rope_theta
     if value != own:
         text += f"; the published models have {own:g}: correct config.json if this is one of them"
     return text

@@ -33,7 +33,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
     """Add the options for what a checkpoint leaves out."""
-    parser.add_argument("--base", help="the model folder of an adapter")
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the model folder of an adapter; a Bunny's language model does",
+    )
     for name, (value, text) in PARTS.items():
         parser.add_argument("--" + name.replace("_", "-"), metavar=value, help=text)
 

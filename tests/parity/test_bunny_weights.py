@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
 import mmjax
-from convert_weights import merge, to_hf
+from convert_weights import average, inspect, merge, to_hf
 from mmjax.generate.loop import pad_batch
 from mmjax.models import checkpoints
 from mmjax.parallel.mesh import use
@@ -251,6 +252,35 @@ def test_an_adapter_of_phi_with_one_map_for_q_k_and_v(phi, tmp_path):
         np.testing.assert_allclose(whole.reader.read(name), want[name], atol=1e-5)
     with pytest.raises(MMJaxError, match="2 modules 2 are none of this model's.*query_key_value"):
         read_all(tmp_path / "lora", base=phi.merged, vision_config=phi.sizes)
+
+
+def test_recipes_are_averaged_with_their_adapters_merged_first(phi, lora, tmp_path):
+    folder, base, _ = lora
+    parts = {"base": base, "vision": phi.tower, "vision_config": phi.sizes}
+    other = shutil.copytree(folder, tmp_path / "other")
+    about = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(about | {"lora_alpha": 48}))
+    sums = {}
+    for path, weight in ((folder, 0.3), (other, 0.7)):
+        merge.main([str(path), str(tmp_path / str(weight)), *options(parts)])
+        for name, value in read_all(tmp_path / str(weight))[1].items():
+            sums[name] = sums.get(name, 0) + np.float32(weight) * value
+    average.main(["--out", str(tmp_path / "x"), f"{folder}:0.3", f"{other}:0.7", *options(parts)])
+    ckpt, params = read_all(tmp_path / "x")
+    assert ckpt.config == phi.ckpt.config and params.keys() == sums.keys()
+    for name, value in sums.items():
+        np.testing.assert_allclose(params[name], value, atol=1e-6, err_msg=name)
+
+
+def test_inspect_shows_each_part_and_where_it_lies(phi, lora, capsys):
+    parts = {"base": lora[1], "vision": phi.tower, "vision_config": phi.sizes}
+    assert inspect.main([str(lora[0]), *options(parts)]) == 0
+    shown = re.sub(r"\s*│\n│\s+│\s*", " ", capsys.readouterr().out)
+    assert "bunny, peft" in shown and "every key is claimed" in shown
+    files = "base/model.safetensors, siglip-tiny/model.safetensors, out/non_lora_trainables.bin"
+    assert f"{files}, out/adapter_model.safetensors" in shown
+    assert "decoder 32,384, projector 2,112, vision 41,552" in shown
+    assert "kind mlp2x_gelu, d_vision 32, d_model 32" in shown
 
 
 # Written back.

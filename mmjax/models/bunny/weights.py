@@ -55,9 +55,11 @@ def rules(config: Any, layout: str = "bunny") -> tuple[Rule, ...]:
 
 
 def detect_layout(keys: Iterable[str]) -> str | None:
-    """Tell a Bunny by its projector or its tower; None if it is none."""
-    found = any(clean(key).startswith((PROJECTOR, TOWER)) for key in keys)
-    return LAYOUTS[0] if found else None
+    """Tell ``bunny`` by its projector or its tower, ``projector`` if it is that alone, or None."""
+    keys = [clean(key) for key in keys]
+    if not any(key.startswith((PROJECTOR, TOWER)) for key in keys):
+        return None
+    return LAYOUTS[all(key.startswith(PROJECTOR) for key in keys)]
 
 
 def clean(key: str) -> str:
