@@ -202,7 +202,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             line.print(f"{stop.signal}: saved step {done}; start again to continue")
         else:
             if settings.checkpoint.export:
-                export(live_model(), workdir, plan.lora)
+                export(live_model(), workdir, plan.lora, chosen)
             if settings.eval.tasks and settings.eval.final:
                 got = evaluation.full(
                     live_model(), settings, workdir, step=done,
@@ -261,15 +261,16 @@ def check(settings: RunSettings) -> None:
             raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
 
 
-def export(model: LoadedModel, workdir: Path, lora: LoRA | None) -> None:
+def export(model: LoadedModel, workdir: Path, lora: LoRA | None, trained: set[str]) -> None:
     """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read."""
+    after = getattr(model.config, "after_training", None)
     with tempfile.TemporaryDirectory() as folder:
         model.processor.save_pretrained(folder)
         model_checkpoints.save_model(
             workdir / "model",
             quantized.multiplied_out(nnx.state(model.model), frozen_part.REST),
             family=registry.family(model.family),
-            config=model.config,
+            config=model.config if after is None else after(trained),
             lora=lora,
             folders=(Path(folder),),
             overwrite=True,

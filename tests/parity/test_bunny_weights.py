@@ -18,6 +18,7 @@ from convert_weights import average, inspect, merge, to_hf
 from mmjax.generate.loop import pad_batch
 from mmjax.models import checkpoints
 from mmjax.parallel.mesh import use
+from mmjax.train import loop
 from mmjax.types import MMJaxError
 from tests.parity import bunny_examples, bunny_files, bunny_golden
 from tests.parity.bunny_files import PROJECTOR
@@ -252,6 +253,19 @@ def test_an_adapter_of_phi_with_one_map_for_q_k_and_v(phi, tmp_path):
         np.testing.assert_allclose(whole.reader.read(name), want[name], atol=1e-5)
     with pytest.raises(MMJaxError, match="2 modules 2 are none of this model's.*query_key_value"):
         read_all(tmp_path / "lora", base=phi.merged, vision_config=phi.sizes)
+
+
+def test_a_run_that_trains_the_tower_says_so_in_what_it_writes(phi, tmp_path):
+    """Else the peer would take the published one, and an adapter would leave it out."""
+    ours = mmjax.load(phi.merged, vision_config=phi.sizes)
+    ours = dataclasses.replace(
+        ours, config=dataclasses.replace(ours.config, unfreeze_vision_tower=False)
+    )
+    for i, (name, told) in enumerate({"vision.embed.kernel": True, "projector.layers.0.bias": False,
+                                      "vision.layers.attn.q.lora_a": False}.items()):  # fmt: skip
+        loop.export(ours, tmp_path / str(i), None, {"decoder.embed.embedding", name})
+        config = json.loads((tmp_path / str(i) / "model" / "config.json").read_text())
+        assert config["unfreeze_vision_tower"] is told, name
 
 
 def test_recipes_are_averaged_with_their_adapters_merged_first(phi, lora, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from mmjax.models.bunny.processor_config import seen_by_tower
@@ -12,6 +12,7 @@ from mmjax.models.bunny.projector import ProjectorConfig
 from mmjax.models.bunny.s2 import check_scales, num_tiles
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architectures import ARCHITECTURES
+from mmjax.models.views import is_lora
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
 from mmjax.models.work import Work
@@ -84,6 +85,11 @@ class BunnyConfig:
             )
         if self.s2_scales:
             check_scales(self.s2_scales, self.vision.image_size)
+
+    def after_training(self, names: Collection[str]) -> BunnyConfig:
+        """Return the config of a model of which these parameters were trained."""
+        tower = any(name.startswith("vision.") and not is_lora(name) for name in names)
+        return dataclasses.replace(self, unfreeze_vision_tower=True) if tower else self
 
     @property
     def image_size(self) -> int:
