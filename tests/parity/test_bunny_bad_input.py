@@ -93,6 +93,9 @@ def test_a_tower_that_does_not_fit_the_projector(phi, stablelm, stage1, tmp_path
             changed(phi.merged, tmp_path, use_s2=True), **sizes)  # fmt: skip
     refused("s2_scales is '384,big'; give sides in pixels",
             changed(phi.merged, tmp_path, use_s2=True, s2_scales="384,big"), **sizes)  # fmt: skip
+    inside = checkpoints.open_checkpoint(phi.merged, vision=stablelm.tower, **sizes)
+    assert inside.config == phi.ckpt.config
+    assert "holds a vision tower of its own" in caplog.text and "is not used" in caplog.text
     # Of the same width, but another kind: the name in config.json is all that tells.
     checkpoints.open_checkpoint(stage1, lm=phi.lm, vision=stablelm.tower)
     assert "names the vision tower siglip-tiny, and" in caplog.text

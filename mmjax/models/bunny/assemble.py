@@ -170,6 +170,11 @@ def _tower(own: Reader, hf: Mapping[str, Any], parts: Parts, where: str) -> Towe
     about = dict(feature_layer=FEATURE_LAYER, asked=parts.vision_config)
     stated = hf.get("vision_config")
     if _holds(own, TOWER):
+        if parts.vision is not None:
+            logging.getLogger(__name__).warning(
+                f"{where}: holds a vision tower of its own, which may have been trained; "
+                f"--vision {parts.vision} is not used"
+            )
         return tower_in(own, where, root=TOWER, stated=stated, **about)
     named = hf.get("mm_vision_tower")
     path = parts.vision or (named if named and Path(named).exists() else None)
