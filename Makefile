@@ -48,7 +48,8 @@ FLAMINGO := $(foreach lm,mpt mosaic1b neox llama opt,$(foreach every,1 2 4,\
 .venv-flamingo/installed: tests/golden/flamingo_peer.txt tests/golden/flamingo_libraries.txt
 	@test -x $(PEER) || $(PYTHON) -m venv .venv-flamingo
 	$(PEER) -m pip install -q torch==2.13.0 2> >(grep -v "is ignored: it is neither" >&2)
-	$(PEER) -m pip install -q --no-deps -r tests/golden/flamingo_peer.txt
+	$(PEER) -m pip install -q --no-deps -r tests/golden/flamingo_peer.txt \
+	  2> >(grep -v "is ignored" >&2)
 	$(PEER) -m pip install -q -r tests/golden/flamingo_libraries.txt \
 	  2> >(grep -v -e resolver -e requires -e "is ignored" >&2)
 	@touch $@
