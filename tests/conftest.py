@@ -22,6 +22,18 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
 
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000  # Linux allows a process 65,530; past that XLA ends it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_do_not_pile_up():
+    """Every compiled program keeps some mappings of memory; thousands of them are too many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def one_device_mesh():
     """A mesh of one device around every test: parameters carry axes and cannot be made without."""
