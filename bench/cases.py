@@ -32,24 +32,30 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlamingoSize:
-    """A Flamingo on an MPT: its language model, the interval of gated blocks, and its tower.
-
-    The resampler is as published, 6 layers and 64 latents, and as wide as the tower. The last three
-    of the vocabulary are <|endofchunk|>, <image> and padding. image, patch: sides in pixels.
-    """
+class TowerSize:
+    """A language model with a vision tower: widths, layers, heads; image, patch: pixels a side."""
 
     vocab: int = 4096
     d: int = 256
     layers: int = 6
     heads: int = 8
-    every: int = 2
     image: int = 112
     patch: int = 14
     tower_d: int = 256
     tower_layers: int = 4
     tower_heads: int = 4
     positions: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class FlamingoSize(TowerSize):
+    """A Flamingo on an MPT, with a gated block before every so many layers.
+
+    The resampler is as published, 6 layers and 64 latents, and as wide as the tower. The last three
+    of the vocabulary are <|endofchunk|>, <image> and padding.
+    """
+
+    every: int = 2
 
     @property
     def eoc(self) -> int:
@@ -68,23 +74,13 @@ class FlamingoSize:
 
 
 @dataclasses.dataclass(frozen=True)
-class BunnySize:
-    """A Bunny on a Phi: its language model, and a SigLIP tower of which all layers but one run.
+class BunnySize(TowerSize):
+    """A Bunny on a Phi, and a SigLIP tower of which all layers but one run.
 
-    image, patch: sides in pixels. rank: of the adapters.
+    mlp: width of the language model's. rank: of the adapters.
     """
 
-    vocab: int = 4096
-    d: int = 256
-    layers: int = 6
-    heads: int = 8
     mlp: int = 1024
-    image: int = 112
-    patch: int = 14
-    tower_d: int = 256
-    tower_layers: int = 4
-    tower_heads: int = 4
-    positions: int = 512
     rank: int = 16
 
     @property

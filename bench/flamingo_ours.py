@@ -17,7 +17,7 @@ def write_model(size: FlamingoSize, folder: str) -> None:
     import jax
     from flax import nnx
 
-    from mmjax.models import checkpoints, registry
+    from mmjax.models import converted, registry
     from mmjax.nn import paths
     from mmjax.parallel.mesh import use
 
@@ -29,7 +29,7 @@ def write_model(size: FlamingoSize, folder: str) -> None:
     params[TABLE][[size.eoc, size.media]] *= 0.25  # a greedy answer has neither
     for gate in ("cross.attn_gate", "cross.ff_gate"):
         params[gate] += 0.5
-    checkpoints.save_model(folder, params, family=family, config=config)
+    converted.save_model(folder, params, family=family, config=config)
 
 
 def make(case: Case, folder: str, impl: str) -> ours.Train | ours.Decode:

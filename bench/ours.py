@@ -41,7 +41,7 @@ def write_model(size: Size, folder: str) -> None:
     import jax
     from flax import nnx
 
-    from mmjax.models import checkpoints, registry
+    from mmjax.models import converted, registry
     from mmjax.nn import paths
     from mmjax.parallel.mesh import use
 
@@ -51,7 +51,7 @@ def write_model(size: Size, folder: str) -> None:
         state = nnx.state(family.Model(config, rngs=nnx.Rngs(0)))
     params = {name: np.array(jax.device_get(x)) for name, x in paths.flatten(state).items()}
     params["decoder.head.kernel"][:, cases.EOS] = 0  # a greedy answer never ends early
-    checkpoints.save_model(folder, params, family=family, config=config)
+    converted.save_model(folder, params, family=family, config=config)
 
 
 class Train:

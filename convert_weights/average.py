@@ -15,7 +15,7 @@ import sys
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_parts, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import averages, checkpoints
+from mmjax.models import averages, checkpoints, converted
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 
@@ -39,11 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     with use():
         ckpt = averages.averaged(models)
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
-    plan = checkpoints.plan_conversion(ckpt, abstract, args.dtype)
+    plan = converted.plan_conversion(ckpt, abstract, args.dtype)
     with bar(f"{ckpt.family.name}, average of {len(models)}", plan.nbytes) as progress:
-        checkpoints.write_converted(
-            ckpt, plan, args.out, overwrite=args.overwrite, progress=progress
-        )
+        converted.write_converted(ckpt, plan, args.out, overwrite=args.overwrite, progress=progress)
     print(f"{args.out}: {len(abstract)} parameters, {gigabytes(plan.nbytes)}")
 
 

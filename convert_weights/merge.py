@@ -13,7 +13,7 @@ import sys
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_source, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, converted
 from mmjax.parallel.mesh import use
 
 
@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     with use():
         ckpt = checkpoints.merged(ckpt)
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
-    plan = checkpoints.plan_conversion(ckpt, abstract)
+    plan = converted.plan_conversion(ckpt, abstract)
     with bar(f"{ckpt.family.name}, merged", plan.nbytes) as progress:
-        checkpoints.write_converted(
+        converted.write_converted(
             ckpt, plan, args.destination, overwrite=args.overwrite, progress=progress
         )
     print(f"{args.destination}: {len(abstract)} parameters, {gigabytes(plan.nbytes)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, opening
 
 PARTS = {
     "lm": (
@@ -45,4 +45,4 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
 def open_source(args: argparse.Namespace, source: str | None = None) -> checkpoints.Checkpoint:
     """Open the checkpoint that the options name; source: another than SRC."""
     parts = {name: getattr(args, name) for name in PARTS}
-    return checkpoints.open_checkpoint(source or args.source, base=args.base, **parts)
+    return opening.open_checkpoint(source or args.source, base=args.base, **parts)

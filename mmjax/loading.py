@@ -19,7 +19,7 @@ from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, pad_batch
 from mmjax.generate.sampling import Sampling
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, opening, registry
 from mmjax.models.api import Config, Processor
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
@@ -59,7 +59,7 @@ def load(
     if weights is not None and weights not in quantized.KINDS:
         known = " or ".join(f'"{kind}"' for kind in quantized.KINDS)
         raise MMJaxError(f"weights is {weights!r}; give {known}, or None to keep them in {dtype}")
-    opened = checkpoints.open_checkpoint(path, base=base, **parts)
+    opened = opening.open_checkpoint(path, base=base, **parts)
     checkpoints.require_trained(opened)
     family, config = opened.family, opened.config
     processor = first_processor(family, opened.folders)

@@ -31,7 +31,8 @@ COMMANDS = (
 FAMILY_FREE = (
     "train", "data/pipeline.py", "data/examples.py", "generate", "parallel", "weights", "nn", "ops",
     "monitor", "loading.py", "checkpoint.py", "config.py", "cli.py", "models/decoder.py",
-    "models/causal.py",     "models/api.py", "models/checkpoints.py", "models/averages.py",
+    "models/causal.py", "models/api.py", "models/processor.py", "models/checkpoints.py",
+    "models/opening.py", "models/converted.py", "models/averages.py",
 )  # fmt: skip
 FAMILIES = {p.name for p in (ROOT / "mmjax/models").iterdir() if (p / "model.py").exists()}
 # These import on a bare accelerator machine.
@@ -180,7 +181,7 @@ def test_a_bare_machine_imports_models_steps_and_generation():
     modules = [
         "mmjax.ops.attention", "mmjax.ops.xent", "mmjax.nn.stack", "mmjax.models.decoder",
         "mmjax.models.fuyu.model", "mmjax.parallel.mesh", "mmjax.train.step", "mmjax.train.optim",
-        "mmjax.generate.loop", "mmjax.loading", "mmjax.models.checkpoints",
+        "mmjax.generate.loop", "mmjax.loading", "mmjax.models.opening",
     ]  # fmt: skip
     code, out = run(BLOCK + "".join(f"import {m}\n" for m in modules) + "print('fine')")
     assert code == 0 and "fine" in out, out

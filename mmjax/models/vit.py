@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -167,6 +168,14 @@ class ViT(nnx.Module):
         cos, sin = c.angles()
         stays = ((0, 0), (int(c.class_token), 0), (0, 0))
         return jnp.pad(cos, stays, constant_values=1.0), jnp.pad(sin, stays)
+
+
+def normalized(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """Turn uint8 RGB [..., 3] into float32 (x / 255 - mean) / std; leave floats as they are."""
+    if images.dtype != jnp.uint8:
+        return images
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def patches_of(images: Array, c: ViTConfig) -> Array:

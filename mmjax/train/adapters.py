@@ -13,7 +13,7 @@ import jax
 
 from mmjax import checkpoint
 from mmjax.config import to_dataclass
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, opening, registry
 from mmjax.nn.linear import LoRA
 from mmjax.train.settings import LoRASettings
 from mmjax.types import MMJaxError
@@ -101,7 +101,7 @@ def read(
             raise MMJaxError(f"lora.init {path}: its run trained without adapters")
         check_continues(earlier, run, f"lora.init {path}")
         return checkpoint.load_params(workdir, step, _only(earlier, wanted))
-    opened = checkpoints.open_adapters(folder, registry.family(family), config)
+    opened = opening.open_adapters(folder, registry.family(family), config)
     check_continues(opened.lora, run, f"lora.init {path}")
     return checkpoints.read_params(opened, _only(opened.lora, wanted))
 

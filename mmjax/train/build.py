@@ -21,7 +21,7 @@ from mmjax.data.pipeline import TrainIterator, make_train_iterator
 from mmjax.data.streams import Streams, share_streams
 from mmjax.data.survey import require_some_good
 from mmjax.loading import first_processor
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, opening, registry
 from mmjax.models.api import Config, Processor
 from mmjax.models.parts import split_chain
 from mmjax.models.views import is_lora
@@ -139,8 +139,8 @@ def open_init(settings: ModelSettings) -> checkpoints.Checkpoint | None:
         if not settings.parts:
             return None
         family = registry.family(settings.family)
-        return checkpoints.open_parts(family, settings.config, **settings.parts)
-    source = checkpoints.open_checkpoint(settings.init, **settings.parts)
+        return opening.open_parts(family, settings.config, **settings.parts)
+    source = opening.open_checkpoint(settings.init, **settings.parts)
     if source.family.name != settings.family:
         raise MMJaxError(
             f"model.init {settings.init} holds a {source.family.name!r} model and "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.nn import quantized
-from mmjax.nn.paths import map_named
+from mmjax.nn.paths import flatten, map_named
 from mmjax.train.adapters import linear_maps
 from mmjax.types import MMJaxError
 
@@ -49,6 +49,11 @@ def count(name: str, leaf: Any) -> int:
     if name.endswith(".kernel_scale"):
         return 0
     return math.prod(leaf.shape) * pairs(leaf)
+
+
+def sizes(*trees: nnx.State) -> dict[str, int]:
+    """Return how many parameters each array of some trees holds, by name; see ``count``."""
+    return {name: count(name, x) for tree in trees for name, x in flatten(tree).items()}
 
 
 def pairs(leaf: Any) -> int:

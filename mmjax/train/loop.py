@@ -16,8 +16,7 @@ from rich.text import Text
 
 from mmjax.checkpoint import Checkpoints
 from mmjax.loading import LoadedModel
-from mmjax.models import checkpoints as model_checkpoints
-from mmjax.models import registry
+from mmjax.models import converted, registry
 from mmjax.monitor.flops import find_peak
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.pictures import draw_batch, save_picture
@@ -120,11 +119,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             workdir, tensorboard=settings.log.tensorboard, wandb=settings.log.wandb,
             name=settings.name, config=dataclasses.asdict(settings), process=jax.process_index(),
         )  # fmt: skip
-        sizes = {
-            name: frozen_part.count(name, x)
-            for tree in (abstract.params, abstract_frozen)
-            for name, x in paths.flatten(tree).items()
-        }
+        sizes = frozen_part.sizes(abstract.params, abstract_frozen)
         flops = step_flops(plan.config, settings.data, sizes, chosen)
         peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
         meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
@@ -266,7 +261,7 @@ def export(model: LoadedModel, workdir: Path, lora: LoRA | None, trained: set[st
     after = getattr(model.config, "after_training", None)
     with tempfile.TemporaryDirectory() as folder:
         model.processor.save_pretrained(folder)
-        model_checkpoints.save_model(
+        converted.save_model(
             workdir / "model",
             quantized.multiplied_out(nnx.state(model.model), frozen_part.REST),
             family=registry.family(model.family),

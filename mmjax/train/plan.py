@@ -154,11 +154,7 @@ def make_plan(
                 trained_rows.count(rows, name, x.shape)
                 for name, x in paths.flatten(state.params).items()
             ),
-            sum(
-                frozen_part.count(name, x)
-                for tree in (state.params, frozen)
-                for name, x in paths.flatten(tree).items()
-            ),
+            sum(frozen_part.sizes(state.params, frozen).values()),
         ),
         compiled,
         note,

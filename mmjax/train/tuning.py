@@ -15,7 +15,7 @@ from typing import Any
 from flax import nnx
 
 from mmjax.config import nearest, to_dataclass
-from mmjax.models import checkpoints, registry
+from mmjax.models import opening, registry
 from mmjax.nn import paths
 from mmjax.train.build import absent_files, maker, open_init
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
@@ -70,7 +70,7 @@ def applied(settings: RunSettings) -> tuple[RunSettings, dict[str, str]]:
     lora, freeze, told = LoRASettings(), settings.freeze, {"tuning": str(file)}
     if isinstance(about.from_pretrained, str):
         adapter = Path(about.from_pretrained)
-        opened = checkpoints.open_adapters(adapter, family, config).lora
+        opened = opening.open_adapters(adapter, family, config).lora
         lora = LoRASettings(
             opened.rank, opened.alpha, opened.rslora, opened.dropout, opened.targets, str(adapter)
         )

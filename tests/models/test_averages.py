@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convert_weights import average
-from mmjax.models import averages, checkpoints, exports, registry
+from mmjax.models import averages, checkpoints, converted, exports, opening, registry
 from mmjax.models.views import is_lora
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import use
@@ -30,13 +30,13 @@ def random_params(seed, config=tiny.CONFIG, lora=None, dtype=np.float32):
 
 
 def save(folder, params, config=tiny.CONFIG, lora=None):
-    checkpoints.save_model(folder, params, family=FAMILY, config=config, lora=lora)
+    converted.save_model(folder, params, family=FAMILY, config=config, lora=lora)
     return folder
 
 
 def read(folder):
     """Every parameter of a converted folder, as stored."""
-    ckpt = checkpoints.open_checkpoint(folder)
+    ckpt = opening.open_checkpoint(folder)
     assert ckpt.lora is None
     return {key: ckpt.reader.read(key) for key in ckpt.reader.keys()}  # noqa: SIM118
 
@@ -102,11 +102,11 @@ def test_weights_that_are_no_average_are_refused(one, tmp_path, given, says):
 
 
 def test_models_that_differ_are_refused_by_the_first_difference(one, tmp_path):
-    ours = checkpoints.open_checkpoint(one[0])
+    ours = opening.open_checkpoint(one[0])
     longer = dataclasses.replace(
         tiny.CONFIG, decoder=dataclasses.replace(tiny.CONFIG.decoder, num_layers=1)
     )
-    other = checkpoints.open_checkpoint(save(tmp_path / "short", random_params(1, longer), longer))
+    other = opening.open_checkpoint(save(tmp_path / "short", random_params(1, longer), longer))
     with pytest.raises(MMJaxError, match=r"hub and .*short .*: decoder.num_layers is 2 and 1"):
         averages.averaged([(ours, 0.5), (other, 0.5)])
     alien = dataclasses.replace(ours, family=registry.family("language"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as T
 
-from mmjax.models import checkpoints, exports, registry
+from mmjax.models import checkpoints, exports, opening, registry
 from mmjax.models.flamingo.config import FlamingoConfig
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
 from mmjax.types import MMJaxError
@@ -66,7 +66,7 @@ def test_bunny_drops_the_bias_of_phis_head_and_transformers_takes_zeros(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     torch.save(state, tmp_path / "pytorch_model.bin")
     again = T.PhiForCausalLM.from_pretrained(tmp_path).eval()
-    ckpt = checkpoints.open_checkpoint(tmp_path)
+    ckpt = opening.open_checkpoint(tmp_path)
     tensors, _ = exports.plan_export(ckpt, checkpoints.abstract_params(ckpt.family, ckpt.config))
     assert {t.key for t in tensors} == set(state)
     ids = torch.arange(3, 9)[None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, converted, opening, registry
 from mmjax.models.views import Merged
 from mmjax.nn import paths, stack
 from mmjax.nn.linear import DTypes, Linear, LoRA, adapter_dropout
@@ -175,12 +175,12 @@ def test_each_layer_of_a_scan_draws_its_own_mask():
 def test_a_folder_remembers_what_its_adapters_mean(tmp_path, adapted):
     lora = LoRA(3, 6.0, TARGETS, rslora=True, dropout=0.1)
     family = registry.family("fuyu")
-    checkpoints.save_model(
+    converted.save_model(
         tmp_path / "x", paths.flatten(adapted[1]), family=family, config=tiny.CONFIG, lora=lora
     )
-    opened = checkpoints.open_checkpoint(tmp_path / "x")
+    opened = opening.open_checkpoint(tmp_path / "x")
     assert opened.lora == lora
-    alone = checkpoints.open_adapters(tmp_path / "x", family, tiny.CONFIG)
+    alone = opening.open_adapters(tmp_path / "x", family, tiny.CONFIG)
     assert alone.lora == lora and all(".lora_" in rule.ours for rule in alone.rules)
     whole = checkpoints.merged(opened)
     assert whole.lora is None and not any(".lora_" in rule.ours for rule in whole.rules)

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, opening
 from mmjax.models.views import Canonical
 from mmjax.parallel.mesh import use
 
 
 def read_all(path, **parts):
     """Return a checkpoint, opened, and all its parameters by our names, adapters unmerged."""
-    ckpt = checkpoints.open_checkpoint(path, **parts)
+    ckpt = opening.open_checkpoint(path, **parts)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}

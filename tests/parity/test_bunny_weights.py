@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionMode
 import mmjax
 from convert_weights import average, inspect, merge, to_hf
 from mmjax.generate.loop import pad_batch
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, opening
 from mmjax.parallel.mesh import use
 from mmjax.train import loop
 from mmjax.types import MMJaxError
@@ -243,7 +243,7 @@ def test_an_adapter_of_phi_with_one_map_for_q_k_and_v(phi, tmp_path):
     bunny_files.write(pairs, tmp_path / "lora", golden.config, "adapter_model.bin")
     about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(about))
-    ckpt = checkpoints.open_checkpoint(tmp_path / "lora", base=base, vision_config=phi.sizes)
+    ckpt = opening.open_checkpoint(tmp_path / "lora", base=base, vision_config=phi.sizes)
     with use():
         whole = checkpoints.merged(ckpt)
     want = read_all(bunny_files.write(weights, tmp_path / "merged", golden.config),

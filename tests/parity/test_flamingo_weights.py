@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import mmjax
 from convert_weights import inspect, merge, to_hf, to_jax
 from mmjax.generate.loop import pad_batch
-from mmjax.models import checkpoints
+from mmjax.models import opening
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 from tests.parity import flamingo_golden, flamingo_parts, flamingo_peer
@@ -160,7 +160,7 @@ def test_the_last_file_of_a_chain_counts(mpt, whole, tmp_path):
     assert_same(got, want)
     for chain in ("", ",", f"{folder / 'checkpoint.pt'},"):
         with pytest.raises(MMJaxError, match=r"an empty place.*a\.pt,b\.pt"):
-            checkpoints.open_checkpoint(chain, **parts)
+            opening.open_checkpoint(chain, **parts)
 
 
 def test_clip_comes_in_any_of_its_files(mpt, whole, tmp_path):
@@ -269,7 +269,7 @@ def test_what_is_exported_for_openflamingo_is_what_it_saves(mpt, llama, tmp_path
     assert_same(again[1], whole[1])
     assert again[0].config == whole[0].config
     with pytest.raises(MMJaxError, match="--lm DIR.*--vision FILE_OR_DIR"):
-        checkpoints.open_checkpoint(tmp_path / "mpt")
+        opening.open_checkpoint(tmp_path / "mpt")
     to_hf.main([str(mpt[1] / "checkpoint.pt"), str(tmp_path / "all"), *options(mpt[2]),
                 "--layout", "openflamingo", "--whole"])  # fmt: skip
     assert_same(read_all(tmp_path / "all")[1], whole[1])
@@ -298,7 +298,7 @@ def instruct(mpt, tmp_path_factory):
 def test_lora_answers_as_peft_does_merged_or_not(mpt, instruct, tmp_path):
     chain, parts, want, _ = instruct
     ours = mmjax.load(chain, **parts)
-    lora = checkpoints.open_checkpoint(chain, **parts).lora
+    lora = opening.open_checkpoint(chain, **parts).lora
     assert (lora.rank, lora.alpha, lora.scale) == (4, 2, 0.5)
     decoder = {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"}
     assert set(lora.targets) == decoder | {f"cross.{name}" for name in decoder}
@@ -355,7 +355,7 @@ def test_names_of_newer_and_older_peft_are_taken(instruct, mpt, tmp_path):
         name = name.replace("lang_encoder.", "lang_encoder.base_model.model.")
         torch.save(flamingo_parts.tensors({**state, name: value}), tmp_path / "b.pt")
         first = chain.split(",")[0]
-        ckpt = checkpoints.open_checkpoint(f"{first},{tmp_path / 'b.pt'}", **parts)
+        ckpt = opening.open_checkpoint(f"{first},{tmp_path / 'b.pt'}", **parts)
         np.testing.assert_array_equal(ckpt.reader.read(f"{kernel}.weight"), value)
 
 
@@ -365,12 +365,12 @@ def test_lora_without_its_scale_or_with_anothers_is_refused(instruct, tmp_path):
     with pytest.raises(
         MMJaxError, match=r"rank 4.*--tuning-config FILE.*r 64 with alpha 64.*r 128"
     ):
-        checkpoints.open_checkpoint(chain, **bare)
+        opening.open_checkpoint(chain, **bare)
     (tmp_path / "t.json").write_text(json.dumps({"lora": True, "lora_r": 64, "lora_alpha": 64}))
     with pytest.raises(MMJaxError, match="have rank 4, and .*t.json says 64"):
-        checkpoints.open_checkpoint(chain, **bare, tuning_config=tmp_path / "t.json")
+        opening.open_checkpoint(chain, **bare, tuning_config=tmp_path / "t.json")
     with pytest.raises(MMJaxError, match="holds no LoRA weights"):
-        checkpoints.open_checkpoint(chain.split(",")[0], **parts)
+        opening.open_checkpoint(chain.split(",")[0], **parts)
     # Otter's config.json says it itself.
     first, second = chain.split(",")
     for name, file in (("a.pt", first), ("b.pt", second)):
@@ -378,10 +378,10 @@ def test_lora_without_its_scale_or_with_anothers_is_refused(instruct, tmp_path):
     config = json.loads((Path(first).parent / "config.json").read_text())
     config["lora_config"] = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    opened = checkpoints.open_checkpoint(f"{tmp_path}/a.pt,{tmp_path}/b.pt", **bare)
+    opened = opening.open_checkpoint(f"{tmp_path}/a.pt,{tmp_path}/b.pt", **bare)
     assert (opened.lora.scale, opened.lora.dropout) == (3.0, 0.1)
     with pytest.raises(MMJaxError, match="FIRST.pt,SECOND.pt"):
-        checkpoints.open_checkpoint(chain.split(",")[1], **parts)
+        opening.open_checkpoint(chain.split(",")[1], **parts)
 
 
 def changed_gates(golden, change):
@@ -434,7 +434,7 @@ def test_parts_that_do_not_fit_are_told_with_the_fix(mpt, llama, tmp_path):
 
 def test_a_family_without_parts_says_so(llama):
     with pytest.raises(MMJaxError, match="a language model has no --vision"):
-        checkpoints.open_checkpoint(llama[2]["lm"], vision=llama[2]["vision"])
+        opening.open_checkpoint(llama[2]["lm"], vision=llama[2]["vision"])
 
 
 def test_inspect_shows_the_sizes_and_that_all_keys_are_claimed(mpt, capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import FuyuConfig, FuyuForCausalLM
 
 from convert_weights import inspect, to_hf, to_jax
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, converted, opening
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.weights.writer import Arrays
@@ -75,7 +75,7 @@ def copy_config(published, folder):
 
 
 def read_all(path, **kwargs):
-    ckpt = checkpoints.open_checkpoint(path, **kwargs)
+    ckpt = opening.open_checkpoint(path, **kwargs)
     abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
     return ckpt, checkpoints.read_params(ckpt, abstract)
 
@@ -186,7 +186,7 @@ def test_rules_put_every_number_where_the_model_expects_it(published):
 def test_a_checkpoint_without_config_is_measured(published, tmp_path):
     write_layout(published, tmp_path / "x", "megatron")
     (tmp_path / "x" / "config.json").unlink()
-    ckpt = checkpoints.open_checkpoint(tmp_path / "x" / "model_optim_rng.pt")
+    ckpt = opening.open_checkpoint(tmp_path / "x" / "model_optim_rng.pt")
     assert (ckpt.config.decoder.num_layers, ckpt.config.decoder.d_mlp) == (2, 48)
     assert (ckpt.config.patch_size, ckpt.config.decoder.rope_theta) == (4, 25000.0)
 
@@ -230,7 +230,7 @@ def adapter(published, tmp_path_factory):
 
 def test_adapter_merges_to_the_same_logits(published, adapter, tmp_path):
     to_jax.main([str(adapter[0]), str(tmp_path / "jax"), "--base", str(published[0])])
-    ckpt = checkpoints.open_checkpoint(tmp_path / "jax")
+    ckpt = opening.open_checkpoint(tmp_path / "jax")
     assert (ckpt.kind, ckpt.lora.rank, ckpt.lora.alpha) == ("mmjax", 4, 8.0)
     assert set(ckpt.lora.targets) == {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "head"}
     to_hf.main([str(tmp_path / "jax"), str(tmp_path / "hf")])
@@ -293,7 +293,7 @@ def test_trained_adapter_with_three_different_a_exports_exactly(published, tmp_p
     for i, (name, leaf) in enumerate(abstract.items()):
         if "lora" in name:
             params[name] = 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
-    checkpoints.save_model(
+    converted.save_model(
         tmp_path / "jax", params, family=ckpt.family, config=ckpt.config, lora=lora
     )
     to_hf.main([str(tmp_path / "jax"), str(tmp_path / "peft"), "--adapter"])
@@ -317,7 +317,7 @@ def test_trained_adapter_with_three_different_a_exports_exactly(published, tmp_p
 
 def test_adapter_without_its_base_says_so(adapter):
     with pytest.raises(checkpoints.MMJaxError, match="--base DIR"):
-        checkpoints.open_checkpoint(adapter[0])
+        opening.open_checkpoint(adapter[0])
 
 
 def test_all_differences_stand_in_one_error(published, tmp_path):

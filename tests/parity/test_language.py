@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
 import mmjax
-from mmjax.models import checkpoints, exports
+from mmjax.models import checkpoints, exports, opening
 from mmjax.parallel.mesh import use
 
 VOCAB, WIDTH, LAYERS, HEADS = 96, 32, 3, 4
@@ -121,7 +121,7 @@ def test_greedy_tokens_are_the_same_alone_and_in_a_batch(pair):
 
 def test_an_export_is_read_by_transformers(pair, tmp_path):
     peer, _, folder = pair
-    ckpt = checkpoints.open_checkpoint(folder)
+    ckpt = opening.open_checkpoint(folder)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
     tensors, files = exports.plan_export(ckpt, abstract)

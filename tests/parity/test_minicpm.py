@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax.models import checkpoints, exports
+from mmjax.models import checkpoints, exports, opening
 from mmjax.weights.rules import Tensor
 from mmjax.weights.writer import write_shards
 
@@ -32,7 +32,7 @@ def test_logits_and_greedy_tokens_are_bunnys(folder):
 
 
 def test_an_export_is_the_file_it_came_from(folder):
-    ckpt = checkpoints.open_checkpoint(folder)
+    ckpt = opening.open_checkpoint(folder)
     tensors, files = exports.plan_export(
         ckpt, checkpoints.abstract_params(ckpt.family, ckpt.config)
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import FuyuForCausalLM
 
 from convert_weights import merge, to_hf
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, converted, opening, registry
 from mmjax.models.fuyu.model import Fuyu, FuyuConfig
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
@@ -32,7 +32,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "hub"
     peer.tiny_fuyu().save_pretrained(folder)
     with use():
-        ckpt = checkpoints.open_checkpoint(folder)
+        ckpt = opening.open_checkpoint(folder)
         params = checkpoints.read_params(
             ckpt, checkpoints.abstract_params(FAMILY, ckpt.config, lora=None)
         )
@@ -90,7 +90,7 @@ def test_an_export_answers_in_peft_as_it_does_here(base, tmp_path, case):
     ours = our_logits(params, base[1], lora)
     plain = our_logits(base[2], base[1], None)
     assert max(np.abs(a - b).max() for a, b in zip(ours, plain, strict=True)) > 0.05
-    checkpoints.save_model(tmp_path / "x", params, family=FAMILY, config=base[1], lora=lora)
+    converted.save_model(tmp_path / "x", params, family=FAMILY, config=base[1], lora=lora)
     to_hf.main([str(tmp_path / "x"), str(tmp_path / "peft"), "--adapter"])
     about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (about["use_rslora"], about["lora_dropout"]) == (lora.rslora, lora.dropout)
@@ -100,7 +100,7 @@ def test_an_export_answers_in_peft_as_it_does_here(base, tmp_path, case):
     assert_alike(ours, torch_logits(adapted.merge_and_unload()))
     # Merged here, the same numbers: as a folder of ours and as transformers' model.
     merge.main([str(tmp_path / "x"), str(tmp_path / "merged")])
-    opened = checkpoints.open_checkpoint(tmp_path / "merged")
+    opened = opening.open_checkpoint(tmp_path / "merged")
     assert opened.lora is None
     values = checkpoints.read_params(opened, checkpoints.abstract_params(FAMILY, base[1]))
     assert_alike(our_logits(values, base[1], None), ours, atol=1e-5)
@@ -133,7 +133,7 @@ THEIRS = LoRA(
 
 
 def test_an_adapter_of_peft_answers_here_as_it_does_there(base, theirs):
-    opened = checkpoints.open_checkpoint(theirs[0], base=base[0])
+    opened = opening.open_checkpoint(theirs[0], base=base[0])
     assert opened.lora == THEIRS
     abstract = checkpoints.abstract_params(FAMILY, base[1], lora=opened.lora)
     params = checkpoints.read_params(opened, abstract)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmjax.checkpoint import Checkpoints, CheckpointSettings
-from mmjax.models import checkpoints, registry
+from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import use
@@ -84,7 +84,7 @@ def earlier(tmp_path_factory):
     saver.save(7, train, iter(grain.MapDataset.range(3).to_iter_dataset()), {})
     saver.close()
     plan.processor.save_pretrained(root / "processor")
-    checkpoints.save_model(
+    converted.save_model(
         root / "model", {**moved, **paths.flatten(frozen)}, family=registry.family("fuyu"),
         config=plan.config, lora=plan.lora, folders=(root / "processor",),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models import checkpoints, registry
+from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
 from mmjax.train import build, optim, state
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         train, _ = begin(plan)
         plan.processor.save_pretrained(companions)
         params = {k: np.asarray(v) + 0.25 for k, v in paths.flatten(train.params).items()}
-        checkpoints.save_model(
+        converted.save_model(
             path, params, family=registry.family("fuyu"), config=plan.config, folders=(companions,)
         )
     return path, params

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import mmjax
 from mmjax.config import resolve_recipe, to_dataclass
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, opening, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import build, optim, state
@@ -124,11 +124,11 @@ def test_it_starts_as_the_language_model_and_looks_through_clip(llama):
 
 def test_a_table_with_rows_to_spare_is_cut_to_the_tokenizer(tmp_path):
     parts = write("mpt", tmp_path)
-    opened = checkpoints.open_parts(registry.family("flamingo"), SMALL, **parts)
+    opened = opening.open_parts(registry.family("flamingo"), SMALL, **parts)
     assert (opened.config.vocab_size, opened.rows) == (261, None)
     assert opened.reader.shape("lang_encoder.transformer.wte.weight") == (261, 32)
     # OpenFlamingo's sizes where none are stated.
-    bare = checkpoints.open_parts(registry.family("flamingo"), {}, **parts).config
+    bare = opening.open_parts(registry.family("flamingo"), {}, **parts).config
     assert (bare.cross_every, bare.perceiver.num_layers, bare.cross.num_heads) == (1, 6, 8)
 
 
@@ -144,7 +144,7 @@ def test_a_table_with_rows_to_spare_is_cut_to_the_tokenizer(tmp_path):
 def test_a_part_that_is_missing_is_named(llama, parts, says):
     given = {k: v for k, v in {**llama, **parts}.items() if v is not None}
     with pytest.raises(MMJaxError, match=says):
-        checkpoints.open_parts(registry.family("flamingo"), SMALL, **given)
+        opening.open_parts(registry.family("flamingo"), SMALL, **given)
 
 
 def test_random_parts_are_neither_frozen_nor_converted(llama):
@@ -154,7 +154,7 @@ def test_random_parts_are_neither_frozen_nor_converted(llama):
         with pytest.raises(MMJaxError, match=says):
             plan = build.blueprint(run.model, run.lora, 0)
             build.check_fresh(plan, state.chosen_by(run, plan.names()))
-    opened = checkpoints.open_parts(registry.family("flamingo"), SMALL, **llama)
+    opened = opening.open_parts(registry.family("flamingo"), SMALL, **llama)
     with pytest.raises(MMJaxError, match=r"nothing holds perceiver\.\*, cross\.\*"):
         checkpoints.require_trained(opened)
 

@@ -90,7 +90,7 @@ def test_adapters_that_are_read_stay_as_they_are(tmp_path, monkeypatch):
     """As PEFT's from_pretrained: only what is unfrozen is trained beside them."""
     opened = dataclasses.make_dataclass("Opened", ["lora"])
     adapter = adapters.LoRA(3, 6.0, ("attn.q",))
-    monkeypatch.setattr(tuning.checkpoints, "open_adapters", lambda *_: opened(adapter))
+    monkeypatch.setattr(tuning.opening, "open_adapters", lambda *_: opened(adapter))
     file = write(tmp_path, from_pretrained=str(tmp_path), unfrozen=["perceiver"])
     got, _ = apply(file)
     assert got.lora == LoRASettings(3, 6.0, False, 0.0, ("attn.q",), str(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mmjax.data.tokenizers_small import build_word_tokenizer
-from mmjax.models import checkpoints, registry
+from mmjax.models import converted, registry
 from mmjax.models.flamingo.processor import FlamingoProcessor, ProcessorConfig
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
         for name, x in paths.flatten(shapes).items()
     }
     processor.save_pretrained(root / "processor")
-    checkpoints.save_model(
+    converted.save_model(
         root / "model", params, family=family, config=config, folders=(root / "processor",)
     )
     return root / "model", params, size

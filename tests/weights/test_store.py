@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from mmjax.models import checkpoints, exports, registry
+from mmjax.models import checkpoints, converted, exports, opening, registry
 from mmjax.models.decoder import DecoderConfig
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
@@ -45,13 +45,13 @@ def hub(params, tmp_path_factory):
     return folder
 
 
-def converted(params, folder):
-    checkpoints.save_model(folder, params, family=registry.family("fuyu"), config=tiny.CONFIG)
+def written(params, folder):
+    converted.save_model(folder, params, family=registry.family("fuyu"), config=tiny.CONFIG)
     return folder
 
 
 def test_orbax_restores_what_is_streamed(params, tmp_path):
-    folder = converted(params, tmp_path / "m")
+    folder = written(params, tmp_path / "m")
     abstract = {}
     for name, x in params.items():
         *parents, last = name.split(".")
@@ -98,7 +98,7 @@ def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece,
     monkeypatch.setattr(R, "PIECE_BYTES", piece)
     if on_device:  # assemble shards on the device, as on a GPU
         monkeypatch.setattr(load, "_shares_host_memory", lambda device: False)
-    ckpt = checkpoints.open_checkpoint(hub)
+    ckpt = opening.open_checkpoint(hub)
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     specs = {
         "decoder.embed.embedding": ("tensor", "fsdp"),
@@ -123,21 +123,21 @@ def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece,
 
 
 def test_progress_counts_every_byte(params, hub, tmp_path):
-    ckpt = checkpoints.open_checkpoint(hub)
+    ckpt = opening.open_checkpoint(hub)
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-    plan = checkpoints.plan_conversion(ckpt, abstract, "bfloat16")
+    plan = converted.plan_conversion(ckpt, abstract, "bfloat16")
     seen = []
-    checkpoints.write_converted(ckpt, plan, tmp_path / "m", progress=seen.append)
+    converted.write_converted(ckpt, plan, tmp_path / "m", progress=seen.append)
     assert sum(seen) == plan.nbytes == 2 * sum(v.size for v in params.values())
 
 
 def test_existing_destination_stays_unless_overwritten(params, tmp_path):
-    folder = converted(params, tmp_path / "m")
+    folder = written(params, tmp_path / "m")
     with pytest.raises(MMJaxError, match="--overwrite"), atomic_folder(folder):
         pass
     with pytest.raises(ZeroDivisionError), atomic_folder(folder, overwrite=True):
         raise ZeroDivisionError
-    assert checkpoints.open_checkpoint(folder).kind == "mmjax"
+    assert opening.open_checkpoint(folder).kind == "mmjax"
     with atomic_folder(folder, overwrite=True) as partial:
         (partial / "new").touch()
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
@@ -174,29 +174,29 @@ to_jax.main([{str(hub)!r}, {str(tmp_path / "m")!r}])
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith("m.partial-") and any((partial / "params").rglob("c/*"))
     with pytest.raises(MMJaxError, match=r"no such file.*partial.*delete it and run"):
-        checkpoints.open_checkpoint(tmp_path / "m")
+        opening.open_checkpoint(tmp_path / "m")
     with pytest.raises(MMJaxError, match=r"half-written conversion.*delete it and run"):
-        checkpoints.open_checkpoint(partial)
+        opening.open_checkpoint(partial)
     # Even renamed by hand and without its marker it does not pass for a model.
     (partial / "INCOMPLETE").unlink()
     with pytest.raises(MMJaxError, match="half-written"):
-        checkpoints.open_checkpoint(partial.rename(tmp_path / "m"))
+        opening.open_checkpoint(partial.rename(tmp_path / "m"))
 
 
 def test_newer_format_is_refused(params, tmp_path):
-    folder = converted(params, tmp_path / "m")
+    folder = written(params, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     config["mmjax"]["format"] = 99
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(MMJaxError, match=r"format 99.*upgrade"):
-        checkpoints.open_checkpoint(folder)
+        opening.open_checkpoint(folder)
 
 
 def test_damaged_config_is_named(params, tmp_path):
-    folder = converted(params, tmp_path / "m")
+    folder = written(params, tmp_path / "m")
     (folder / "config.json").write_text("{")
     with pytest.raises(MMJaxError, match=r"config\.json: not a JSON object"):
-        checkpoints.open_checkpoint(folder)
+        opening.open_checkpoint(folder)
 
 
 def test_host_memory_does_not_grow_with_the_model(tmp_path):
@@ -225,13 +225,13 @@ def test_host_memory_does_not_grow_with_the_model(tmp_path):
     script = """
 import resource, sys
 from convert_weights import to_hf, to_jax
-from mmjax.models import checkpoints, registry
+from mmjax.models import checkpoints, opening
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules
 rules.PIECE_BYTES = 8 * 2**20
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 hub, jax_folder, back = sys.argv[1:]
-ckpt = checkpoints.open_checkpoint(hub)
+ckpt = opening.open_checkpoint(hub)
 with use():
     checkpoints.abstract_params(ckpt.family, ckpt.config)
 start = peak()

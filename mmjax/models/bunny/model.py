@@ -11,7 +11,7 @@ from mmjax.models.bunny.projector import Projector
 from mmjax.models.bunny.s2 import s2_features
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder
-from mmjax.models.vit import ViT
+from mmjax.models.vit import ViT, normalized
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, MMJaxError
@@ -44,21 +44,13 @@ class Bunny(CausalModel):
 
         images: uint8 grey levels, or floats that are already normalised.
         """
-        c, images = self.config, self.normalize(images)
+        c = self.config
+        images = normalized(images, c.image_mean, c.image_std)
         if c.s2_scales is None:
             features = self.vision(images)
         else:
             features = s2_features(self.vision, images, c.s2_scales, c.vision.image_size)
         return self.projector(features)
-
-    def normalize(self, images: Array) -> Array:
-        """Turn uint8 RGB into (x / 255 - mean) / std; leave floats as they are."""
-        if images.dtype != jnp.uint8:
-            return images
-        mean, std = (
-            jnp.asarray(x, jnp.float32) for x in (self.config.image_mean, self.config.image_std)
-        )
-        return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     def embed(self, batch: Batch) -> Array:
         """Return the embedded stream [b, t, d]: image tokens where ``visual_index`` names one.

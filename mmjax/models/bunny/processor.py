@@ -9,7 +9,6 @@ and CLIP image processors. numpy and Pillow only: data workers load this.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 from mmjax.data import limits
 from mmjax.data.templates_bunny import ENDS
 from mmjax.data.tokenize import (
-    load_tokenizer,
     need_tokenizer,
     opening_ids,
     table_rows,
@@ -27,6 +25,7 @@ from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.data.turns import IMAGE_MARK, Template
 from mmjax.models.bunny.images import image_rows
 from mmjax.models.bunny.processor_config import ProcessorConfig
+from mmjax.models.processor import FolderProcessor
 from mmjax.models.token_stream import (
     TokenStream,
     check_answers,
@@ -55,12 +54,14 @@ IMAGE_ID = -200
 _AT_IMAGE = 0  # the id that stands where an image does: any that the model knows
 
 
-class BunnyProcessor:
+class BunnyProcessor(FolderProcessor):
     """Encode prompts and images into Examples and decode answers, with one tokenizer or none.
 
     An image is a path, bytes, a PIL image or uint8 pixels; float arrays are taken as normalised
     already, [h,w,3] as here or [3,h,w] as the peer's tensors are; h and w are image_size.
     """
+
+    CONFIG = ProcessorConfig
 
     def __init__(self, config: ProcessorConfig | None = None, tokenizer: Any | None = None):
         """Take the end token from the config or, where that names none, from the tokenizer.
@@ -68,8 +69,6 @@ class BunnyProcessor:
         Raises MMJaxError for an ``end_token`` that the tokenizer does not know as one token.
         """
         config = config or ProcessorConfig()
-        self.tokenizer = tokenizer
-        self.folder: str | None = None
         self.opening: list[int] = []
         self._ends: dict[str, int] = {}  # of the templates, those the tokenizer knows
         if tokenizer is not None:
@@ -77,14 +76,7 @@ class BunnyProcessor:
             self._ends = {text: known[text] for text in ENDS.values() if text in known}
             config = dataclasses.replace(config, eos_token_id=_end_id(tokenizer, config))
             self.opening = opening_ids(tokenizer, config.bos)
-        self.config = config
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> BunnyProcessor:
-        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded."""
-        processor = cls(ProcessorConfig.from_folder(folder), load_tokenizer(folder))
-        processor.folder = os.fspath(folder)
-        return processor
+        super().__init__(config, tokenizer)
 
     @classmethod
     def for_words(cls, words: Sequence[str], config: Any) -> BunnyProcessor:
@@ -104,17 +96,6 @@ class BunnyProcessor:
             model_max_length=config.max_length,
         )
         return cls(options, tokenizer)
-
-    def with_options(self, **changes: Any) -> BunnyProcessor:
-        """Return a processor with other settings, such as ``image_aspect_ratio="square"``."""
-        other = BunnyProcessor(dataclasses.replace(self.config, **changes), self.tokenizer)
-        other.folder = self.folder
-        return other
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one row of the visual stream."""
-        return self.config.patch_dim
 
     def token_ids(self) -> dict[str, int]:
         """Return the vocabulary size and special ids under their names in config.json."""
@@ -163,12 +144,6 @@ class BunnyProcessor:
         except MMJaxError as error:
             name = getattr(template, "__name__", repr(template))
             raise MMJaxError(f"template {name!r}: {error}") from error
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the files that transformers' image processors and AutoTokenizer load."""
-        self.config.save(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(os.fspath(folder))
 
     def encode(
         self,

@@ -22,7 +22,7 @@ from mmjax.models.flamingo.cross_attention import (
     media_ranges,
 )
 from mmjax.models.flamingo.perceiver import Perceiver
-from mmjax.models.vit import ViT
+from mmjax.models.vit import ViT, normalized
 from mmjax.nn.cache import Cache
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.stack import Between, stack, unstack
@@ -99,19 +99,11 @@ class Flamingo(nnx.Module):
                 f"{c.num_channels}; the processor's image_size is not the model's"
             )
         images = rows.reshape(-1, c.image_size, c.image_size, c.num_channels)
-        tokens = self.vision(self.normalize(images))
+        mean, std = self.config.image_mean, self.config.image_std
+        tokens = self.vision(normalized(images, mean, std))
         tokens = tokens.reshape(b, m, frames, *tokens.shape[1:])
         latents = self.perceiver(tokens)
         return latents.reshape(b, -1, latents.shape[-1])
-
-    def normalize(self, images: Array) -> Array:
-        """Turn uint8 RGB into (x / 255 - mean) / std; leave floats as they are."""
-        if images.dtype != jnp.uint8:
-            return images
-        mean, std = (
-            jnp.asarray(x, jnp.float32) for x in (self.config.image_mean, self.config.image_std)
-        )
-        return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     def __call__(self, batch: Batch, at: Array | None = None) -> Array:
         """Return hidden states [b, t, d] of a batch; see ``mmjax.types.Batch``.

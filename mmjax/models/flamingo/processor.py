@@ -9,7 +9,6 @@ transformers' CLIP transform makes of a picture. numpy and Pillow only: data wor
 from __future__ import annotations
 
 import dataclasses
-import os
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 from mmjax.data.limits import truncate
 from mmjax.data.tokenize import (
     encode_text,
-    load_tokenizer,
     need_tokenizer,
     opening_ids,
     table_rows,
@@ -28,6 +26,7 @@ from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.flamingo.media import look_at, media_rows
 from mmjax.models.flamingo.processor_config import ProcessorConfig
 from mmjax.models.flamingo.special_tokens import ANSWER, EOC, complete_tokenizer
+from mmjax.models.processor import FolderProcessor
 from mmjax.models.token_stream import (
     TokenStream,
     check_answers,
@@ -43,7 +42,7 @@ from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 __all__ = ["FlamingoProcessor", "ProcessorConfig"]
 
 
-class FlamingoProcessor:
+class FlamingoProcessor(FolderProcessor):
     """Encode prompts and media into Examples and decode answers, with one tokenizer or none.
 
     A medium is a picture (a path, bytes, a PIL image, uint8 pixels) or, with the option ``frames``,
@@ -51,26 +50,19 @@ class FlamingoProcessor:
     the peer's tensors are, a video [f,...] with its frames in front; h and w are image_size.
     """
 
+    CONFIG = ProcessorConfig
+
     def __init__(self, config: ProcessorConfig | None = None, tokenizer: Any | None = None):
         """Take the ids of the special tokens from the tokenizer, or without one from the config.
 
         Tokens of Flamingo that the tokenizer lacks are added to it, see ``complete_tokenizer``.
         """
         config = config or ProcessorConfig()
-        self.tokenizer = tokenizer
-        self.folder: str | None = None
         self.opening: list[int] = []
         if tokenizer is not None:
             config = dataclasses.replace(config, **complete_tokenizer(tokenizer, config))
             self.opening = opening_ids(tokenizer, config.bos)
-        self.config = config
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> FlamingoProcessor:
-        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded."""
-        processor = cls(ProcessorConfig.from_folder(folder), load_tokenizer(folder))
-        processor.folder = os.fspath(folder)
-        return processor
+        super().__init__(config, tokenizer)
 
     @classmethod
     def for_words(cls, words: Sequence[str], config: Any) -> FlamingoProcessor:
@@ -82,20 +74,6 @@ class FlamingoProcessor:
             answer_token=True,
         )
         return cls(options, build_word_tokenizer(words))
-
-    def with_options(self, **changes: Any) -> FlamingoProcessor:
-        """Return a processor with other settings, such as ``frames=8`` or ``attend_mode="next"``.
-
-        ``answer_token=True`` adds <answer> to the tokenizer, so the vocabulary may grow by a row.
-        """
-        other = FlamingoProcessor(dataclasses.replace(self.config, **changes), self.tokenizer)
-        other.folder = self.folder
-        return other
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one row of the visual stream."""
-        return self.config.patch_dim
 
     def token_ids(self) -> dict[str, int]:
         """Return the vocabulary size and special ids under their names in config.json."""
@@ -127,12 +105,6 @@ class FlamingoProcessor:
                 "use the tokenizer the model was trained with, or correct it in config.json"
             )
         own.check_model(config.vision.image_size, config)
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the files that transformers' CLIPImageProcessor and AutoTokenizer load."""
-        self.config.save(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(os.fspath(folder))
 
     def encode(
         self,

@@ -10,7 +10,6 @@ only: data workers load this module.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 
 from mmjax.data.tokenize import (
     encode_text,
-    load_tokenizer,
     need_tokenizer,
     supervised_tokens,
     table_rows,
@@ -35,6 +33,7 @@ from mmjax.models.fuyu.image_plan import (
     plan_image,
 )
 from mmjax.models.fuyu.processor_config import ProcessorConfig
+from mmjax.models.processor import FolderProcessor
 from mmjax.models.token_stream import (
     TokenStream,
     check_answers,
@@ -49,8 +48,10 @@ __all__ = ["FuyuProcessor", "ProcessorConfig", "check_vocabulary"]
 IMAGE_MARK = "<image>"
 
 
-class FuyuProcessor:
+class FuyuProcessor(FolderProcessor):
     """Encode prompts and images into Examples and decode answers, with one tokenizer or none."""
+
+    CONFIG = ProcessorConfig
 
     def __init__(self, config: ProcessorConfig | None = None, tokenizer: Any | None = None):
         """Take the ids of the special tokens from the tokenizer, or without one from the config.
@@ -58,13 +59,11 @@ class FuyuProcessor:
         Raises MMJaxError when the tokenizer lacks a token that Fuyu's stream is made of.
         """
         config = config or ProcessorConfig()
-        self.tokenizer = tokenizer
-        self.folder: str | None = None
         self.coordinates = None
         if tokenizer is not None:
             config = dataclasses.replace(config, **_ids_of(tokenizer))
             self.coordinates = CoordinateTokens(tokenizer)
-        self.config = config
+        super().__init__(config, tokenizer)
         self.specials = {
             "bos": config.bos_token_id,
             "answer": config.answer_token_id,
@@ -87,22 +86,10 @@ class FuyuProcessor:
         return self.config.image_token_id
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> FuyuProcessor:
-        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded."""
-        processor = cls(ProcessorConfig.from_folder(folder), load_tokenizer(folder))
-        processor.folder = os.fspath(folder)
-        return processor
-
-    @classmethod
     def for_words(cls, words: Sequence[str], config: Any) -> FuyuProcessor:
         """Build one with a small tokenizer of these words, for models that start from nothing."""
         options = ProcessorConfig(patch_size=config.patch_size, num_channels=config.num_channels)
         return cls(options, build_word_tokenizer(words))
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one row of the visual stream."""
-        return self.config.patch_dim
 
     def token_ids(self) -> dict[str, int]:
         """Return the vocabulary size and special ids under their names in config.json."""
@@ -123,18 +110,6 @@ class FuyuProcessor:
                 f"the processor cuts patches of {self.config.patch_size} pixels and the model "
                 f"takes {config.patch_size}; they are of different checkpoints"
             )
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the processor and tokenizer files that transformers' FuyuProcessor loads."""
-        self.config.save(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(os.fspath(folder))
-
-    def with_options(self, **changes: Any) -> FuyuProcessor:
-        """Return a processor with other settings, such as ``max_height=448, max_width=448``."""
-        other = FuyuProcessor(dataclasses.replace(self.config, **changes), self.tokenizer)
-        other.folder = self.folder
-        return other
 
     def image_tokens(self, width: int, height: int) -> int:
         """Count the stream tokens of an image: its patches and one newline for each row."""

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mmjax.models import checkpoints
+from mmjax.models import checkpoints, opening
 from mmjax.parallel.mesh import use
 from tests.models.published_files import linear, norm, write
 
@@ -141,7 +141,7 @@ PUBLISHED = {
 
 def opened(path, **parts):
     """Open a model; fails unless every key has its parameter and every parameter its key."""
-    ckpt = checkpoints.open_checkpoint(path, **parts)
+    ckpt = opening.open_checkpoint(path, **parts)
     with use():
         abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
     shapes = checkpoints.check(ckpt, abstract)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mmjax.models import checkpoints, exports
+from mmjax.models import checkpoints, exports, opening
 from mmjax.parallel.mesh import use
 from tests.models.published_files import norm, write
 
@@ -155,7 +155,7 @@ def test_every_key_is_claimed_and_the_trained_part_has_the_published_size(name, 
     (tmp_path / "lm").mkdir()
     write(tmp_path / "lm" / "model.safetensors", language)
     (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
-    opened = checkpoints.open_checkpoint(
+    opened = opening.open_checkpoint(
         write(tmp_path / "checkpoint.safetensors", trained),
         lm=tmp_path / "lm",
         vision=write(tmp_path / "clip.safetensors", clip()),

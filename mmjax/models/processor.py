@@ -1,0 +1,48 @@
+"""What every family's processor has: its settings, a tokenizer or none, and the folder of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, ClassVar, Self
+
+from mmjax.data.tokenize import load_tokenizer
+
+
+class FolderProcessor:
+    """A processor that is read from a checkpoint folder and written into one.
+
+    A family derives from it, names the class of its settings, and adds ``for_words``, ``encode``,
+    ``encode_prompt``, ``decode``, ``token_ids`` and ``check``; see ``mmjax.models.api.Processor``.
+    """
+
+    CONFIG: ClassVar[type]
+
+    def __init__(self, config: Any, tokenizer: Any | None):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.folder: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
+        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded."""
+        processor = cls(cls.CONFIG.from_folder(folder), load_tokenizer(folder))
+        processor.folder = os.fspath(folder)
+        return processor
+
+    def with_options(self, **changes: Any) -> Self:
+        """Return a processor with other settings: fields of its ProcessorConfig by name."""
+        other = type(self)(dataclasses.replace(self.config, **changes), self.tokenizer)
+        other.folder = self.folder
+        return other
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the settings and the tokenizer in files that the peer's own classes load."""
+        self.config.save(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(os.fspath(folder))
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one row of the visual stream."""
+        return self.config.patch_dim
