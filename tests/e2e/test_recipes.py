@@ -39,6 +39,8 @@ SAME_TOY = {
     "bunny_stablelm2_eva": "bunny_phi2_siglip",
     "bunny_llama3_8b_s2": "bunny_phi2_siglip",
 }
+# One of each family, and one of its adapters, goes on to be exported and to answer from there.
+EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
 BUNNIES = {
     "bunny_phi1_5_siglip": (5e-4, 2048, 24, 729),
@@ -190,6 +192,8 @@ def test_a_recipe_goes_all_the_way(file, tmp_path):
         asked = [json.loads((w / "results.json").read_text()) for w in (workdir, rounded)]
         assert asked[0].keys() == asked[1].keys()
 
+    if file.stem not in EXPORTED:
+        return
     loaded = mmjax.load(workdir / "model")
     record = make_source(next(iter(settings.data.sources.values())))[0]
     question, images = record.messages[0].text, list(record.images)
