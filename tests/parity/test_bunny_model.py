@@ -14,7 +14,7 @@ from mmjax.parallel.mesh import use
 from mmjax.train.loss import loss_sum
 from mmjax.weights import rules
 from mmjax.weights.writer import Arrays
-from tests.parity import bunny_examples, bunny_golden
+from tests.parity import bunny_examples, bunny_golden, forward
 
 NEW = 12
 
@@ -24,11 +24,6 @@ def pair(request, tmp_path_factory):
     """One model of the peer, and its weights loaded by us."""
     golden = bunny_golden.load(request.param)
     return golden, bunny_examples.load(golden, tmp_path_factory.mktemp(golden.name))
-
-
-def logits_of(ours, batch):
-    with use(ours.mesh):
-        return np.asarray(nnx.jit(lambda m, b: m.logits(m(b)), graph=False)(ours.model, batch))
 
 
 def test_features_equal(pair):
@@ -45,7 +40,7 @@ def test_logits_equal_in_every_case(pair):
     golden, ours = pair
     for case in golden.cases.values():
         batch, lengths = pad_batch(bunny_examples.examples(case, ours.config.image_tokens))
-        logits = logits_of(ours, batch)
+        logits = forward.logits(ours, batch)
         left = case.config["tokenizer_padding_side"] == "left"
         for row, n in enumerate(lengths):
             theirs = case.logits[row, -n:] if left else case.logits[row, :n]
@@ -63,7 +58,7 @@ def test_packed_rows_equal_rows_apart(pair):
     }
     row = {key: np.concatenate([first[key], second[key]])[None] for key in first}
     row["segment_ids"] = np.repeat([1, 2], [len(first["tokens"]), len(second["tokens"])])[None]
-    packed = logits_of(ours, row)
+    packed = forward.logits(ours, row)
     at = len(first["tokens"])
     np.testing.assert_allclose(packed[0, :at], golden.first.logits[0, :at], atol=1e-4)
     n = len(second["tokens"])
@@ -120,7 +115,7 @@ def test_answers_without_a_cache_are_the_same(pair):
         more["positions"] = len(prompt["tokens"]) + np.arange(count)
         rows.append({k: np.concatenate([v, more[k]]).astype(v.dtype) for k, v in prompt.items()})
     batch, lengths = pad_batch(rows)
-    likeliest = logits_of(ours, batch).argmax(-1)
+    likeliest = forward.logits(ours, batch).argmax(-1)
     for row, n in enumerate(lengths):
         np.testing.assert_array_equal(likeliest[row, n - NEW - 1 : n - 1], case.greedy[row])
 
@@ -131,7 +126,7 @@ def test_another_image_gives_another_answer(pair):
     first = bunny_examples.prompts(case, ours.config.image_tokens)[0]
     other = {**first, "patches": case.pixel_values[1:2].transpose(0, 2, 3, 1).reshape(1, -1)}
     last = len(first["tokens"]) - 1
-    one, two = (logits_of(ours, pad_batch([x])[0])[0, last] for x in (first, other))
+    one, two = (forward.logits(ours, pad_batch([x])[0])[0, last] for x in (first, other))
     assert np.abs(one - two).max() > 1e-2
 
 

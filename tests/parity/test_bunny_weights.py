@@ -20,7 +20,7 @@ from mmjax.models import checkpoints, opening
 from mmjax.parallel.mesh import use
 from mmjax.train import loop
 from mmjax.types import MMJaxError
-from tests.parity import bunny_examples, bunny_files, bunny_golden
+from tests.parity import bunny_examples, bunny_files, bunny_golden, forward
 from tests.parity.bunny_files import PROJECTOR
 from tests.parity.bunny_golden import TOWER
 from tests.parity.parameters import assert_same, options, read_all
@@ -175,11 +175,10 @@ def lora(phi, batch, tmp_path_factory):
 
 
 def run(ours, batch, what="logits"):
-    def call(model, batch):
-        return model.embed(batch) if what == "embed" else model.logits(model(batch))
-
+    if what == "logits":
+        return forward.logits(ours, batch)
     with use(ours.mesh):
-        return np.array(nnx.jit(call, graph=False)(ours.model, batch))
+        return np.array(nnx.jit(lambda model, x: model.embed(x), graph=False)(ours.model, batch))
 
 
 def assert_close(got, want, batch, limit=1e-5):

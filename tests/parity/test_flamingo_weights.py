@@ -8,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from safetensors.numpy import load_file
 
 import mmjax
 from convert_weights import inspect, merge, to_hf, to_jax
 from mmjax.generate.loop import pad_batch
 from mmjax.models import opening
-from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
-from tests.parity import flamingo_golden, flamingo_parts, flamingo_peer
+from tests.parity import flamingo_golden, flamingo_parts, flamingo_peer, forward
 from tests.parity.parameters import assert_same, options, read_all
 
 FOLDER = flamingo_golden.COMMITTED
@@ -43,8 +41,7 @@ def write(lm, tmp_path_factory):
 
 def logits(golden, ours):
     batch, lengths = pad_batch(flamingo_peer.examples(golden))
-    with use(ours.mesh):
-        out = np.asarray(nnx.jit(lambda m, b: m.logits(m(b)), graph=False)(ours.model, batch))
+    out = forward.logits(ours, batch)
     return [row[:n] for row, n in zip(out, lengths, strict=True)]
 
 
