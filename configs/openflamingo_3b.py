@@ -68,7 +68,7 @@ def settings(
         data=dict(
             sources=dict(
                 laion=dict(kind="laion", path="set data.sources.laion.path"),
-                mmc4=dict(kind="mmc4", path="set data.sources.mmc4.path", threshold=0.24),
+                mmc4=dict(kind="mmc4", path="set data.sources.mmc4.path"),
             ),
             weights=dict(laion=2.0, mmc4=1.0),
             loss_weights=dict(laion=0.2, mmc4=1.0),

@@ -13,7 +13,7 @@ from transformers import FuyuForCausalLM
 import mmjax
 from convert_weights import to_hf
 from mmjax.config import resolve_recipe, to_dataclass
-from mmjax.data.catalog import make_source
+from mmjax.data.catalog import make_source, make_sources
 from mmjax.data.resizing import list_resolutions
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
@@ -104,6 +104,11 @@ def test_a_recipe_resolves_at_its_full_size(file):
     loop.check(settings)
     assert settings.name == file.stem
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]  # its command
+    for name, spec in settings.data.sources.items():
+        try:
+            make_sources({name: spec})
+        except MMJaxError as error:  # its files are not here; its arguments are known
+            assert "argument" not in str(error)
 
 
 @pytest.mark.parametrize("name", BUNNIES)
