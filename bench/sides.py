@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from bench import environment
+from mmjax import runtime
 from mmjax.types import MMJaxError
 
 DEVICES = {
@@ -51,6 +52,7 @@ class Side:
         variables = dict(os.environ) | DEVICES[device]
         if "XLA_FLAGS" in DEVICES[device]:
             variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {variables['XLA_FLAGS']}"
+        variables |= runtime.environment(variables)  # as the shells start, both sides
         self.process = subprocess.Popen(
             [python, "-m", "bench.worker", name, str(cores)],
             cwd=environment.ROOT,

@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from mmjax import runtime
 from mmjax.config import resolve_recipe, split_recipe
 from mmjax.types import MMJaxError
 
@@ -27,6 +28,8 @@ def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | Non
     """
     # Only its tokenizers are used here: that PyTorch is missing would alarm without reason.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if argv is None:
+        runtime.prepare()
     argv = list(sys.argv if argv is None else argv)
     sys.exit(run_guarded(lambda: _run(main, argv)))
 

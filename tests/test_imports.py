@@ -16,7 +16,7 @@ ALLOWED = {
     "parallel": {"types"},
     "ops": {"types", "parallel"},
     "nn": {"types", "parallel", "ops"},
-    "data": {"types"},
+    "data": {"types", "user_cache"},
     "weights": {"types"},
     "monitor": {"types"},
     "models": {"types", "parallel", "ops", "nn", "data", "weights"},

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmjax import user_cache
 from mmjax.types import Message, MMJaxError, Record
 
 URL = "https://registry.npmjs.org/emoji-datasource/-/emoji-datasource-16.0.0.tgz"
@@ -124,8 +125,7 @@ def _over(drawing: np.ndarray, paper: np.ndarray) -> np.ndarray:
 
 def default_folder() -> Path:
     """Return where the files lie: $MMJAX_EMOJI, or a folder of the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MMJAX_EMOJI") or Path(cache) / "mmjax" / "emoji-datasource-16.0.0")
+    return Path(os.environ.get("MMJAX_EMOJI") or user_cache.folder("emoji-datasource-16.0.0"))
 
 
 def fetch(folder: Path, url: str = URL) -> None:

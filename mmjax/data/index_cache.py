@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mmjax import user_cache
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -93,8 +95,7 @@ def _cache_paths(path: Path, index_dir: str | os.PathLike | None) -> list[Path]:
     name = f"{path.name}.{digest}.index.npz"
     if index_dir is not None:
         return [Path(index_dir) / name]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [path.with_name(f".{path.name}.index.npz"), home / "mmjax" / "index" / name]
+    return [path.with_name(f".{path.name}.index.npz"), user_cache.folder("index") / name]
 
 
 def _write_cache(cache: Path, arrays: Arrays) -> bool:

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from mmjax import __version__, checkpoint
+from mmjax import __version__, checkpoint, runtime
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.tasks import Task, make_task
@@ -131,6 +131,7 @@ def run_eval(
     """Evaluate what ``eval.py`` was asked to; results go to the workdir."""
     if not settings.eval.tasks:
         raise MMJaxError("config.eval.tasks is empty: this recipe names nothing to evaluate")
+    runtime.enable_compilation_cache()
     model, step = open_model(path, settings, weights=weights)
     if workdir is None:
         if step is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 from rich.text import Text
 
+from mmjax import runtime
 from mmjax.checkpoint import Checkpoints
 from mmjax.loading import LoadedModel
 from mmjax.models import converted, registry
@@ -54,7 +54,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     check(settings)
     profile = ProfileWindow(settings.log.profile, workdir / "profile")
     workdir.mkdir(parents=True, exist_ok=True)
-    enable_compilation_cache()
+    runtime.enable_compilation_cache()
     mesh = make_mesh(settings.mesh)
     check_batch(mesh, settings.data.batch_size, settings.data.seq_len, settings.accumulate)
     lengths.check_lengths(settings.data, mesh)
@@ -278,10 +278,3 @@ def write_config(settings: RunSettings, workdir: Path) -> None:
     part = workdir / "config.json.part"
     part.write_text(text + "\n")
     part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs on disk, unless the user has chosen otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "mmjax" / "jax"))
