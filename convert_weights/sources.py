@@ -19,7 +19,8 @@ PARTS = {
     "vision_config": (
         "NAME_OR_JSON",
         "the tower's sizes, where heads and activation are not known: ViT-L-14, ViT-L-14-336, ... "
-        "(with QuickGELU, as OpenAI's weights need), or a JSON file of open_clip or transformers",
+        "(with QuickGELU, as OpenAI's weights need), timm's name of a SigLIP, or a JSON file of "
+        "open_clip, timm or transformers",
     ),
     "tuning_config": ("FILE", "JSON with lora_r and lora_alpha of a checkpoint with LoRA weights"),
 }

@@ -14,6 +14,7 @@ from mmjax.models import vit_tables
 from mmjax.models.json_files import read_json
 from mmjax.models.vision_config import (
     NAMES,
+    TIMM_SIGLIP,
     asked_config,
     named,
     read_vision_config,
@@ -25,11 +26,13 @@ from mmjax.weights.reader import Reader, Renamed, open_reader
 
 __all__ = ["Tower", "open_tower", "read_vision_config", "tower_in", "write_vision_config"]
 
+_WITHOUT_CLASS = {"hf_clip": "hf_siglip", "eva": "timm_siglip"}
 _FAMILIES = {
     "hf_clip": "clip_vision_model",
     "open_clip": "clip_vision_model",
     "hf_siglip": "siglip_vision_model",
     "eva": "eva02_clip",
+    "timm_siglip": "siglip_vision_model",
 }
 # Of the published towers, by width: what no tensor tells.
 _HEADS = {768: 12, 1024: 16, 1152: 16}
@@ -60,8 +63,8 @@ def open_tower(
     """Open the file or folder of a CLIP, a SigLIP or an EVA-02, as those who publish it name it.
 
     path: a state dict of OpenAI, open_clip, EVA-CLIP or timm, of a whole CLIP or of its visual
-        part; or a folder of transformers' CLIPModel, SiglipModel or the vision part of either, of
-        any version. A text tower is left out.
+        part, or the folder it lies in with its JSON file; or a folder of transformers' CLIPModel,
+        SiglipModel or the vision part of either, of any version. A text tower is left out.
     stated: a ``vision_config`` for a path without a JSON file. The rest is as for ``tower_in``.
     """
     path = Path(path)
@@ -85,13 +88,17 @@ def tower_in(
 
     where: the checkpoint's name in errors. root: its tensors' keys begin so, maybe with more behind
     it. feature_layer: whose output is wanted, counted from the end, -1, of the tower as published:
-    layers behind it may be missing. stated: a ``vision_config``, or a JSON file of transformers or
-    open_clip. asked: a published name or a JSON file, which counts before ``stated``. Sizes are
-    read off the tensors; heads, activation and pixels beyond the last whole patch are as said, else
-    the published towers'. Raises MMJaxError without a tower, or if it is not what is said.
+    layers behind it may be missing. stated: a ``vision_config``, or a JSON file of transformers,
+    open_clip or timm. asked: a published name or a JSON file, which counts before ``stated``. Sizes
+    are read off the tensors; heads, activation and pixels beyond the last whole patch are as said,
+    else the published towers'. Raises MMJaxError without a tower, or if it is not what is said.
     """
     keys = [key for key in reader.keys() if key.startswith(root)]  # noqa: SIM118
     layout, root = _find(keys, where)
+    said = asked_config(asked) if asked is not None else stated_config(stated or {})
+    kind = said.pop("model_type", None)
+    if layout == "timm_siglip" and kind != _FAMILIES[layout]:
+        _check_pooling(keys, root, where)
 
     def rename(key: str) -> str | None:
         if not key.startswith(root):
@@ -101,7 +108,6 @@ def tower_in(
         return None if any(re.search(p, key) for p in vit_tables.IGNORE) else key
 
     tower = Renamed(reader, rename)
-    said = asked_config(asked) if asked is not None else stated_config(stated or {})
     source = f"--vision-config {asked}" if asked is not None else "its config.json"
     sizes = {"model_type": _FAMILIES[layout]}
     sizes |= _sizes(_measured(tower, layout), said, source, feature_layer)
@@ -118,14 +124,26 @@ def _find(keys: Iterable[str], where: str) -> tuple[str, str]:
         found = next((key for key in keys if f".{key}".endswith(f".{mark}")), None)
         if found is not None:
             root = found.removesuffix(mark)
-            siglip = layout == "hf_clip" and root + _names(layout)["class_token"] not in keys
-            return "hf_siglip" if siglip else layout, root
+            classless = root + _names(layout)["class_token"] not in keys
+            if layout == "eva":  # timm's ViT of another kind has q, k and v in one map
+                classless = classless and f"{root}blocks.0.attn.qkv.weight" in keys
+            return _WITHOUT_CLASS.get(layout, layout) if classless else layout, root
     raise MMJaxError(
         f"{where}: no vision tower: neither visual.conv1.weight, as open_clip names it, nor "
         "vision_model.embeddings.*, as transformers does, nor patch_embed.*, as EVA-CLIP and timm "
         "do; it begins with "
         f"{', '.join(sorted(keys)[:3]) or 'nothing'}"
     )
+
+
+def _check_pooling(keys: Iterable[str], root: str, where: str) -> None:
+    """Refuse a ViT of timm that nothing tells is a SigLIP: timm has others without a class."""
+    if not any(key.startswith(f"{root}attn_pool.") for key in keys):
+        raise MMJaxError(
+            f"{where}: a ViT of timm without a class token, and nothing says that it is a SigLIP: "
+            "neither attn_pool.* nor a config.json with timm's name of it; if it is one, give "
+            f"--vision-config, such as {TIMM_SIGLIP}"
+        )
 
 
 def _names(layout: str) -> dict[str, str]:
@@ -193,7 +211,8 @@ def _sizes(
     if "num_attention_heads" not in said and width not in _HEADS:
         raise MMJaxError(
             f"the vision tower is {width} wide, and its heads cannot be read off its tensors; give "
-            f"--vision-config: one of {', '.join(NAMES)}, or a JSON file with num_attention_heads"
+            f"--vision-config: one of {', '.join(NAMES)}, timm's name of a SigLIP such as "
+            f"{TIMM_SIGLIP}, or a JSON file with num_attention_heads"
         )
     defaults = {"num_attention_heads": _HEADS.get(width), "feature_layer": feature_layer + cut}
     return {**defaults, **said, **found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,18 @@ _NAMED = {
     "vit-h-14": (1280, 32, 80, 5120, 14, 224, "gelu"),
 }
 NAMES = tuple(_NAMED)
-_UNSUPPORTED = ("timm_model_name", "attentional_pool", "no_ln_pre", "ls_init_value")
+_UNSUPPORTED = ("attentional_pool", "no_ln_pre", "ls_init_value")
+
+# What timm calls SigLIP's: width, layers, width of a head and of the MLP by the size in the name,
+# which goes on with patch and image.
+_SIGLIPS = {
+    "base": (768, 12, 64, 3072),
+    "large": (1024, 24, 64, 4096),
+    "so400m": (1152, 27, 72, 4304),
+    "giantopt": (1536, 40, 96, 6144),
+}
+_SIGLIP = re.compile(rf"vit_({'|'.join(_SIGLIPS)})_patch(\d+)_siglip_(?:gap_)?(\d+)(?:\..*)?")
+TIMM_SIGLIP = "vit_so400m_patch14_siglip_384"
 
 
 def read_vision_config(hf: Mapping[str, Any]) -> ViTConfig:
@@ -118,12 +130,15 @@ def asked_config(asked: str | Path) -> dict[str, Any]:
     if plain in _NAMED:
         quick = {"hidden_act": "quick_gelu"} if plain != name else {}
         return {**named(plain), **quick}
+    if _SIGLIP.fullmatch(name):
+        return _timm_config(name)
     path = Path(asked)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise MMJaxError(
             f"--vision-config {asked} is no file and no tower of mmjax; one of "
-            f"{', '.join(_NAMED)}, each with -quickgelu or not, or a JSON file of its sizes"
+            f"{', '.join(_NAMED)}, each with -quickgelu or not, timm's name of a SigLIP such as "
+            f"{TIMM_SIGLIP}, or a JSON file of its sizes"
         )
     try:
         return stated_config(json.loads(path.read_text()))
@@ -132,22 +147,27 @@ def asked_config(asked: str | Path) -> dict[str, Any]:
 
 
 def stated_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return transformers' words for a tower from its JSON there, in open_clip or in EVA-CLIP.
+    """Return transformers' words for a tower from its JSON there, in open_clip, EVA-CLIP or timm.
 
-    Raises MMJaxError for a tower of open_clip that is neither CLIP's own ViT nor an EVA-02.
+    ``model_type`` is among them where it is said. Raises MMJaxError for a tower of open_clip that
+    is neither CLIP's own ViT nor one that timm's name tells, and for another of timm.
     """
+    if "architecture" in config:
+        return _timm_config(str(config["architecture"]), config)
     config = config.get("model_cfg", config)
     if "vision_cfg" not in config:
         config = config.get("vision_config") or config
-        return {key: config[key] for key in _KEYS if config.get(key) is not None}
+        keys = ("model_type", *_KEYS)
+        return {key: config[key] for key in keys if config.get(key) is not None}
     sizes = config["vision_cfg"]
-    if str(sizes.get("timm_model_name")).startswith("eva02_"):  # that name says the rest
-        return {"image_size": sizes["image_size"]} if "image_size" in sizes else {}
+    if sizes.get("timm_model_name"):  # that name says the rest
+        image = {"image_size": sizes["image_size"]} if "image_size" in sizes else {}
+        return _timm_config(str(sizes["timm_model_name"])) | image
     odd = [key for key in _UNSUPPORTED if sizes.get(key)]
     if odd or not isinstance(sizes.get("layers", 12), int):
         raise MMJaxError(
-            f"vision_cfg has {', '.join(odd) or 'several stages'}: only CLIP's own ViT and "
-            "EVA-02 are supported"
+            f"vision_cfg has {', '.join(odd) or 'several stages'}: only CLIP's own ViT, SigLIP "
+            "and EVA-02 are supported"
         )
     width = sizes.get("width", 768)
     own = {"hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu"}
@@ -162,3 +182,37 @@ def stated_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "patch_size": sizes.get("patch_size", 16),
         **own,
     }
+
+
+def _timm_config(name: str, config: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Return transformers' words for a tower of timm by its name there, and what its JSON changes.
+
+    config: as timm writes it beside weights, with ``pretrained_cfg`` and ``model_args``. SigLIP's
+    activation is the tanh GELU it was trained with, although timm runs some of the names with the
+    exact one. Raises MMJaxError for a tower that is neither a SigLIP nor an EVA-02.
+    """
+    if name.startswith("eva02_"):  # its tensors tell
+        return {}
+    match = _SIGLIP.fullmatch(name)
+    if match is None:
+        raise MMJaxError(
+            f"timm's {name} is no vision tower of mmjax: of timm's, vit_*_patch*_siglip_* and "
+            "eva02_*_clip_* are read"
+        )
+    width, layers, head, mlp = _SIGLIPS[match[1]]
+    args, image = config.get("model_args") or {}, int(match[3])
+    image = args.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size") or image
+    sizes = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": args.get("embed_dim", width),
+        "num_hidden_layers": args.get("depth", layers),
+        "num_attention_heads": args.get("num_heads", width // head),
+        "intermediate_size": mlp,
+        "image_size": image if isinstance(image, int) else image[-1],
+        "patch_size": args.get("patch_size", int(match[2])),
+    }
+    if "act_layer" in args:
+        sizes["hidden_act"] = args["act_layer"]
+    if {"embed_dim", "mlp_ratio"} & set(args):
+        del sizes["intermediate_size"]  # the tensors tell
+    return sizes

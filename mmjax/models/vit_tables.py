@@ -11,6 +11,7 @@ from mmjax.weights.rules import Leading, Rule, conv_patch, flat, transpose
 IGNORE = (
     r"^proj$",  # into the space of a text tower
     r"^head\.",  # SigLIP's pooling, EVA's projection
+    r"^attn_pool\.",  # SigLIP's pooling in timm
     r"(^|\.)rope\.",  # EVA's angles
     r"^embeddings\.position_ids$",
 )
@@ -85,6 +86,23 @@ def eva(root: str, ours: str = "vision") -> tuple[Rule, ...]:
     )
 
 
+def timm_siglip(root: str, ours: str = "vision") -> tuple[Rule, ...]:
+    """Return the table of a SigLIP of timm whose keys begin with ``root``."""
+    block = f"{root}blocks.{{l}}."
+    fused = f"{block}attn.qkv.weight", f"{block}attn.qkv.bias"
+    return (
+        Rule(f"{ours}.positions", f"{root}pos_embed", Leading(1)),
+        *tables.linear(f"{ours}.embed", f"{root}patch_embed.proj", conv_patch),
+        *tables.norm(f"{ours}.layers.attn_norm", f"{block}norm1"),
+        *tables.fused_qkv(f"{ours}.layers.attn", *fused, by_head=False),
+        *tables.from_heads(f"{ours}.layers.attn.o", f"{block}attn.proj"),
+        *tables.norm(f"{ours}.layers.mlp_norm", f"{block}norm2"),
+        *tables.linear(f"{ours}.layers.mlp.up", f"{block}mlp.fc1"),
+        *tables.linear(f"{ours}.layers.mlp.down", f"{block}mlp.fc2"),
+        *tables.norm(f"{ours}.final_norm", f"{root}norm"),
+    )
+
+
 _TIMM = (
     (re.compile(r"\.attn\.([qv])_proj\.bias$"), r".attn.\1_bias"),
     (re.compile(r"\.attn\.norm\."), ".attn.inner_attn_ln."),
@@ -107,6 +125,7 @@ LAYOUTS: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "hf_clip": transformers,
     "hf_siglip": transformers,
     "eva": eva,
+    "timm_siglip": timm_siglip,
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 from peft import PeftModel
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
 import mmjax
@@ -20,7 +21,7 @@ from mmjax.models import checkpoints, opening
 from mmjax.parallel.mesh import use
 from mmjax.train import loop
 from mmjax.types import MMJaxError
-from tests.parity import bunny_examples, bunny_files, bunny_golden, forward
+from tests.parity import bunny_examples, bunny_files, bunny_golden, forward, vision_peer
 from tests.parity.bunny_files import PROJECTOR
 from tests.parity.bunny_golden import TOWER
 from tests.parity.parameters import assert_same, options, read_all
@@ -77,6 +78,20 @@ def test_a_clip_tower_comes_from_open_clip_and_is_written_in_transformers_names(
     to_hf.main([str(bare), str(tmp_path / "hf"), "--vision", str(tmp_path / "clip.pt"),
                 "--vision-config", str(stablelm.sizes)])  # fmt: skip
     assert_same(load_file(tmp_path / "hf" / "model.safetensors"), stablelm.golden.weights)
+
+
+def test_a_siglip_tower_comes_from_timm_and_is_written_in_transformers_names(phi, tmp_path):
+    root = f"{TOWER}vision_model."
+    state = {k.removeprefix(root): v for k, v in bunny_files.part(phi.golden, root).items()}
+    save_file(vision_peer.timm_siglip(bunny_files.tensors(state)), tmp_path / "timm.safetensors")
+    bare = bunny_golden.write_checkpoint(phi.golden, tmp_path, tower="beside")
+    phi.same(bare, vision=tmp_path / "timm.safetensors", vision_config=phi.sizes)
+    to_hf.main([str(bare), str(tmp_path / "hf"), "--vision", str(tmp_path / "timm.safetensors"),
+                "--vision-config", str(phi.sizes)])  # fmt: skip
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    for key, value in written.items():  # SigLIP's head is as zeros there
+        want = 0 if ".vision_model.head." in key else phi.golden.weights[key]
+        np.testing.assert_array_equal(value, np.broadcast_to(want, value.shape), err_msg=key)
 
 
 def test_a_siglip_of_the_first_release_lacks_its_last_layer_and_its_head(phi, tmp_path):

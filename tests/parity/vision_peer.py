@@ -43,6 +43,30 @@ def rewrite(folder, change):
     save_file({k: v for k, v in state.items() if k is not None}, file)
 
 
+def timm_siglip(state):
+    """A SigLIP of transformers in timm's names, without the head."""
+    renames = (
+        ("embeddings.patch_embedding.", "patch_embed.proj."),
+        ("embeddings.position_embedding.weight", "pos_embed"),
+        ("encoder.layers.", "blocks."),
+        (".layer_norm", ".norm"),
+        (".self_attn.out_proj.", ".attn.proj."),
+        (".self_attn.q_proj.", ".attn.qkv."),
+        ("post_layernorm.", "norm."),
+    )
+    out = {}
+    for key, value in state.items():
+        if key.startswith("head.") or "k_proj" in key or "v_proj" in key:
+            continue
+        if "q_proj" in key:
+            value = torch.cat([state[key.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+        value = value[None] if "position_embedding" in key else value
+        for old, new in renames:
+            key = key.replace(old, new)
+        out[key] = value
+    return out
+
+
 def rules(layout):
     return vit_tables.table(layout, "")
 

@@ -28,7 +28,7 @@ from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
 
 PROJECTOR = "model.mm_projector."
 TOWER = "model.vision_tower.vision_tower."
-OPEN_CLIP = "open_clip"
+READ_ALONE = ("open_clip", "timm_siglip")  # layouts of a tower in which no Bunny is written
 FEATURE_LAYER = -2  # of every tower, whatever its family
 _LAYOUTS = {
     "siglip_vision_model": "hf_siglip",
@@ -37,7 +37,7 @@ _LAYOUTS = {
 }
 # By which the peer tells a tower's kind from its name, in this order.
 _MARKS = {"sig": "siglip_vision_model", "eva": "eva02_clip", "clip": "clip_vision_model"}
-_ROOTS = {"eva": f"{TOWER}model.", OPEN_CLIP: TOWER}
+_ROOTS = {"eva": f"{TOWER}model.", **dict.fromkeys(READ_ALONE, TOWER)}
 
 
 def tower_root(layout: str) -> str:
@@ -84,7 +84,7 @@ def assemble(
         near = [*(file.parent for file in own.files), *folders]
         out["eos_token_id"] = text.get("eos_token_id") or _end_of_text(near, where)
     fresh = () if _holds(own, PROJECTOR) else ("projector.*",)
-    odd = [OPEN_CLIP] if tower.layout == OPEN_CLIP else []
+    odd = [tower.layout] if tower.layout in READ_ALONE else []
     odd += [language.FUSED] if language.detect_layout(whole.keys()) == language.FUSED else []
     return Assembled(
         out,

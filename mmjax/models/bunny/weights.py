@@ -13,8 +13,8 @@ from typing import Any
 from mmjax.models import vit_tables
 from mmjax.models.bunny import projector
 from mmjax.models.bunny.assemble import (
-    OPEN_CLIP,
     PROJECTOR,
+    READ_ALONE,
     TOWER,
     assemble,
     tower_layout,
@@ -42,11 +42,11 @@ IGNORE = (
 def rules(config: Any, layout: str = "bunny") -> tuple[Rule, ...]:
     """Return the table of a Bunny of this config, its tower in transformers' or EVA's names.
 
-    layout: ``bunny``, with ``+open_clip`` where the tower has that library's names, and with
-    ``+fused`` where q, k and v are one map; both are read alone.
+    layout: ``bunny``, with ``+open_clip`` or ``+timm_siglip`` where the tower has that library's
+    names, and with ``+fused`` where q, k and v are one map; all are read alone.
     """
     odd = layout.split("+")
-    tower = OPEN_CLIP if OPEN_CLIP in odd else tower_layout(config.vision)
+    tower = next((name for name in READ_ALONE if name in odd), tower_layout(config.vision))
     return (
         *vit_tables.table(tower, tower_root(tower)),
         *projector.rules(config.projector, PROJECTOR),
