@@ -9,8 +9,12 @@ Reading the digit needs the full resolution: halve the picture and the strokes m
 from __future__ import annotations
 
 import functools
+import gzip
+import importlib.metadata
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from mmjax.types import Message, MMJaxError, Record
 
@@ -109,18 +113,20 @@ class MagnifierSource:
 @functools.lru_cache(maxsize=1)
 def _digits():
     """Load the digits once a process: (uint8[n,8,8,1], rows of each split, labels[n])."""
-    data = _sklearn().load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]  # white on black
+    with gzip.open(_file("digits.csv.gz")) as file:
+        table = np.loadtxt(file, delimiter=",")
+    levels, labels = table[:, :-1].reshape(-1, DIGIT, DIGIT), table[:, -1].astype(int)
+    images = np.round(levels * (255 / 16)).astype(np.uint8)[..., None]  # white on black
     # The division is fixed: whatever seed a run has, it never trains on a test digit.
     order = np.random.default_rng(0).permutation(len(images))
     held_out = round(_TEST_SHARE * len(images))
-    return images, {"test": order[:held_out], "train": order[held_out:]}, data.target
+    return images, {"test": order[:held_out], "train": order[held_out:]}, labels
 
 
 @functools.lru_cache(maxsize=1)
 def _photographs() -> dict[str, list[np.ndarray]]:
     """Load both photographs once a process, divided into a training and a test region."""
-    photos = [_sklearn().load_sample_image(f"{name}.jpg") for name in ("china", "flower")]
+    photos = [np.asarray(Image.open(_file(f"{name}.jpg"))) for name in ("china", "flower")]
     cuts = [round(_TRAIN_WIDTH * p.shape[1]) for p in photos]
     return {
         "train": [p[:, :c] for p, c in zip(photos, cuts, strict=True)],
@@ -128,12 +134,18 @@ def _photographs() -> dict[str, list[np.ndarray]]:
     }
 
 
-def _sklearn():
+def _file(name: str) -> Path:
+    """Find a data file of scikit-learn. Importing that would cost a run and its workers a second.
+
+    Raises MMJaxError without the package.
+    """
     try:
-        from sklearn import datasets
-    except ImportError as e:
-        raise MMJaxError(
-            "the magnifier's digits and photographs come with scikit-learn: "
-            "pip install 'mmjax[recipes]'"
-        ) from e
-    return datasets
+        files = importlib.metadata.files("scikit-learn") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == name:
+            return Path(file.locate())
+    raise MMJaxError(
+        f"the magnifier's {name} comes with scikit-learn: pip install 'mmjax[recipes]'"
+    )

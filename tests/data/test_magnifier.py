@@ -93,3 +93,20 @@ def test_resolutions_are_drawn_evenly():
     drawn = [draw_resolution((96, 48, 24), np.random.default_rng((0, i))) for i in range(300)]
     assert all(70 < drawn.count(side) < 130 for side in (96, 48, 24))
     assert draw_resolution(None, np.random.default_rng(0)) is None
+
+
+def test_digits_and_photographs_are_scikit_learns():
+    from sklearn import datasets
+
+    theirs, (images, _, labels) = datasets.load_digits(), magnifier._digits()
+    np.testing.assert_array_equal(images[..., 0], np.round(theirs.images * 255 / 16))
+    np.testing.assert_array_equal(labels, theirs.target)
+    for name, *parts in zip(("china", "flower"), *magnifier._photographs().values(), strict=True):
+        whole = datasets.load_sample_image(f"{name}.jpg")
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(magnifier.importlib.metadata, "files", lambda _: [])
+    with pytest.raises(MMJaxError, match=r"digits.csv.gz comes with .* pip install 'mmjax\[recip"):
+        magnifier._file("digits.csv.gz")

@@ -141,14 +141,14 @@ def assert_equal_runs(workdir: Path, undisturbed: Path) -> None:
         np.testing.assert_array_equal(value, theirs[name], err_msg=f"{workdir}: {name}")
 
 
-def wait_for(happened, process: subprocess.Popen) -> bool:
-    """Poll until something happened; False if the process ended before."""
+def wait_for(happened, process: subprocess.Popen, every: float = 0.01) -> bool:
+    """Poll every so many seconds until something happened; False if the process ended before."""
     deadline = time.monotonic() + TIMEOUT
     while process.poll() is None:
         if happened():
             return True
         assert time.monotonic() < deadline, "the run hangs"
-        time.sleep(0.001)
+        time.sleep(every)
     return False
 
 
@@ -172,7 +172,7 @@ def wait_for_moment(moment: str, recipe: Recipe, workdir: Path, process, rng, st
     if moment == "save":
         begun = time.time_ns()  # what an earlier kill has left behind is no save of this process
         found = wait_for(
-            lambda: any(_made(p) > begun for p in folder.glob(f"{aim}.*tmp*")), process
+            lambda: any(_made(p) > begun for p in folder.glob(f"{aim}.*tmp*")), process, 0.001
         )
     else:
         found = wait_for(lambda: any(step >= aim for step in saved_steps(workdir)), process)

@@ -69,7 +69,7 @@ def wait_for_save(started, workdir, step):
     while not any(s >= step for s in saved_steps(workdir)):
         for process in started:
             assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)  # polling a real process; nothing is asserted about time
+        time.sleep(0.01)  # polling a real process; nothing is asserted about time
 
 
 @pytest.fixture(scope="module")
