@@ -152,6 +152,7 @@ class LoadedModel:
         no_repeat_ngram_size: int = 0,
         min_new_tokens: int = 0,
         stop: int | str | Sequence[int | str] = (),
+        cache_dtype: str | None = None,
     ) -> list[str] | list[list[str]]:
         """Answer prompts, greedily at temperature 0; returns one text a prompt.
 
@@ -164,6 +165,9 @@ class LoadedModel:
             than one sequence a prompt, returns a list of texts a prompt, the best first.
         repetition_penalty, no_repeat_ngram_size, min_new_tokens: see ``Constraints``.
         stop: tokens that end an answer beside the end token: ids, or tokens of the vocabulary.
+        cache_dtype: "int8" keeps the keys and values of earlier tokens in about half of bfloat16's
+            memory, for a small loss of precision; "float32", "bfloat16", "float16", or None for the
+            dtype of the computation. See docs/memory.md.
         """
         prompts, images = pair(prompts, images)
         tokens = self.generate_tokens(
@@ -175,6 +179,7 @@ class LoadedModel:
             beams=Beams(num_beams, length_penalty, early_stopping, num_return_sequences),
             constraints=Constraints(repetition_penalty, no_repeat_ngram_size, min_new_tokens),
             stop=stop,
+            cache_dtype=cache_dtype,
         )
 
         def text(row: np.ndarray, images: Images) -> str:
@@ -197,6 +202,7 @@ class LoadedModel:
         beams: Beams = Beams(),  # noqa: B008
         constraints: Constraints = Constraints(),  # noqa: B008
         stop: int | str | Sequence[int | str] = (),
+        cache_dtype: str | None = None,
     ) -> list[np.ndarray] | list[list[np.ndarray]]:
         """Return the new tokens of encoded prompts, int32[<= max_new_tokens], in their order.
 
@@ -213,7 +219,7 @@ class LoadedModel:
             )
         graphdef, params = self._split
         generator = Generator(
-            graphdef, self.end_tokens(stop), sampling, beams=beams, constraints=constraints
+            graphdef, self.end_tokens(stop), sampling, cache_dtype, beams, constraints
         )
         out: list[np.ndarray] = [None] * len(examples)
         rows = min(batch_size, len(examples))

@@ -202,6 +202,17 @@ def test_beams_answer_each_prompt_as_alone_and_give_several_answers(ids_only):
     assert all(len(set(row)) == 2 for row in several)
 
 
+def test_beams_follow_their_rows_of_an_int8_cache(ids_only):
+    """Whatever stands beside a prompt; one program, for its shapes are the same."""
+
+    def answers(*prompts):
+        images = [[PATCHES] if p is IDS else None for p in prompts]
+        return ids_only.generate(prompts, images, cache_dtype="int8", **BEAMS)
+
+    first, second, _ = answers(IDS, [1, 9, 30], [4, 4])
+    assert first != second and answers([1, 9, 30], [1, 9, 30], IDS) == [second, second, first]
+
+
 def test_stop_takes_ids_and_tokens(loaded, ids_only):
     full = ids_only.generate(IDS, [PATCHES], max_new_tokens=6)[0].split()
     at = full.index(full[3])
@@ -229,6 +240,7 @@ def test_stop_takes_ids_and_tokens(loaded, ids_only):
         (dict(num_beams=2, num_return_sequences=0), "num_return_sequences is 0"),
         (dict(repetition_penalty=0.0), r"repetition_penalty is 0\.0"),
         (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size is -1"),
+        (dict(cache_dtype="int4"), 'cache_dtype is .int4.; give one of "float32".*"int8", or None'),
         (dict(min_new_tokens=5, max_new_tokens=4), "min_new_tokens is 5.*max_new_tokens 4"),
     ],
 )

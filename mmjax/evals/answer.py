@@ -11,12 +11,13 @@ from mmjax.types import BadSample, Record
 
 
 def answerer(
-    model: LoadedModel, *, template: str, batch_size: int
+    model: LoadedModel, *, template: str, batch_size: int, cache_dtype: str | None = None
 ) -> Callable[[Sequence[Record], int | None, int], list[str]]:
     """Return answer(records, resolution, max_new_tokens) -> texts, in the records' order.
 
     resolution: longest side in pixels that images are reduced to, or None. A record that cannot
     be read is answered with an empty string: it counts as wrong, it is not left out.
+    cache_dtype: see ``LoadedModel.generate``.
     """
     lay_out = get_template(template)
 
@@ -31,7 +32,10 @@ def answerer(
                 continue
         answers = [""] * len(records)
         tokens = model.generate_tokens(
-            examples, max_new_tokens=max_new_tokens, batch_size=batch_size
+            examples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            cache_dtype=cache_dtype,
         )
         for place, row in zip(kept, tokens, strict=True):
             answers[place] = model.processor.decode(row).strip()

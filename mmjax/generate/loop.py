@@ -15,6 +15,7 @@ from mmjax.generate import beam
 from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.sampling import Sampling
+from mmjax.nn.cache import DTYPES
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, Example, MMJaxError
 
@@ -69,6 +70,8 @@ class Generator:
 
     graphdef: of the model. eos: token ids that end a row. sampling: how tokens are chosen, or
     beams: beam search, which needs temperature 0. constraints: what a row may not say.
+    cache_dtype: what keys and values are stored in, one of ``mmjax.nn.cache.DTYPES``; None for the
+    model's compute dtype. Raises MMJaxError for another.
     """
 
     graphdef: nnx.GraphDef
@@ -79,6 +82,12 @@ class Generator:
     constraints: Constraints = Constraints()  # noqa: RUF009
 
     def __post_init__(self):
+        if self.cache_dtype not in (None, *DTYPES):
+            known = ", ".join(f'"{name}"' for name in DTYPES)
+            raise MMJaxError(
+                f"cache_dtype is {self.cache_dtype!r}; give one of {known}, or None for the "
+                "model's own"
+            )
         if self.beams.num_beams > 1 and self.sampling.temperature > 0:
             raise MMJaxError(
                 f"num_beams is {self.beams.num_beams} with temperature "

@@ -55,6 +55,8 @@ class Model(Protocol):
     def init_cache(self, b: int, s: int, dtype: Any = None) -> Cache:
         """Return an empty cache: a pytree with the ``take``, ``unstack`` and ``length`` of Cache.
 
+        dtype: of the keys and values of text, see ``mmjax.nn.cache.DTYPES``; None for the compute
+        dtype.
         What else it holds for each row must follow ``take``, which beam search calls.
         """
 

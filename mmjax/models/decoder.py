@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -185,15 +184,14 @@ class Decoder(nnx.Module):
 
         length = cache.length + 1 if decode else cache.length
         if layers is not None:
-            pairs = []
-            for i, (layer, *pair) in enumerate(zip(layers, cache.k, cache.v, strict=True)):
+            buffers = []
+            for i, (layer, *own) in enumerate(zip(layers, *cache.buffers, strict=True)):
                 x = x if between is None else between.before(i, x)
                 asked = at if trim and i == c.num_layers - 1 else None
-                x, pair = layer(x, context, 0, tuple(pair), asked)
-                pairs.append(pair)
-            k, v = zip(*pairs, strict=True)
+                x, own = layer(x, context, 0, tuple(own), asked)
+                buffers.append(own)
             x = x if trim or at is None else take_on_length(x, at)
-            return self.final_norm(x), Cache(k, v, length)
+            return self.final_norm(x), Cache.of(tuple(zip(*buffers, strict=True)), length)
 
         def step(layer, carry, i):
             return layer(carry[0], context, i, carry[1])
@@ -203,10 +201,9 @@ class Decoder(nnx.Module):
             between = dataclasses.replace(
                 between, step=lambda block, carry, i: (run(block, carry[0], i), carry[1])
             )
-        carry = (x, (cache.k, cache.v))
-        x, (k, v) = scan(self.layers, c.num_layers, step, carry, between=between)
+        x, buffers = scan(self.layers, c.num_layers, step, (x, cache.buffers), between=between)
         x = x if at is None else take_on_length(x, at)
-        return self.final_norm(x), Cache(k, v, length)
+        return self.final_norm(x), Cache.of(buffers, length)
 
     def unstack(self) -> tuple[Layer, ...]:
         """Return the layers one by one, to run them without a scan."""
@@ -220,10 +217,13 @@ class Decoder(nnx.Module):
         return head(hidden).astype(jnp.float32)
 
     def init_cache(self, b: int, s: int, dtype=None) -> Cache:
-        """Return an empty cache for b rows of s tokens in the compute dtype, or in ``dtype``."""
+        """Return an empty cache for b rows of s tokens in the compute dtype, or in ``dtype``.
+
+        dtype: see ``mmjax.nn.cache.DTYPES``.
+        """
         c = self.config
         dtype = dtype or self.dtypes.compute
-        return Cache.empty(c.num_layers, b, s, c.num_kv_heads, c.head_dim, jax.numpy.dtype(dtype))
+        return Cache.empty(c.num_layers, b, s, c.num_kv_heads, c.head_dim, dtype)
 
 
 def _make_layer(c: DecoderConfig, dtypes: DTypes, lora: LoRA | None, rngs: nnx.Rngs) -> Layer:

@@ -99,7 +99,7 @@ class SelfAttention(nnx.Module):
     ):
         """Map [b, t, d] to [b, t, d].
 
-        cached: (k, v), each [l, b, k, s, h], or None; with it also returns the updated pair.
+        cached: the ``buffers`` of a Cache, or None; with it also returns them updated.
         at: int32[b, m], the positions whose outputs [b, m, d] are wanted; None for all.
         """
         asking, queries = x, context
@@ -116,10 +116,7 @@ class SelfAttention(nnx.Module):
             k = rope.rotate(k, context.cos, context.sin, interleaved=self.interleaved)
         q = constrain(q, "batch", "length", "heads", None)
         if cached is not None:
-            cached = tuple(
-                kv_cache.write(buffer, layer, context.length, new)
-                for buffer, new in zip(cached, (k, v), strict=True)
-            )
+            cached = kv_cache.store(cached, layer, context.length, k, v)
         if context.length is None:
             out = attention(
                 q,
@@ -132,9 +129,10 @@ class SelfAttention(nnx.Module):
                 implementation=context.implementation,
             )
         else:  # one new token against the cache; its own key is in there by now
-            k, v = (jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in cached)
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            k, v, *scales = (jax.lax.dynamic_index_in_dim(c, layer, 0, False) for c in cached)
             of = dict(alibi_slopes=context.slopes, window=context.window)
+            if scales:
+                of["k_scale"], of["v_scale"] = scales
             out = decode_attention(q[:, 0], k, v, context.length + 1, **of)[:, None]
         if self.sub_norm is not None:
             out = _norm_heads(self.sub_norm, out)

@@ -14,7 +14,8 @@ def quantize(kernel: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Round a kernel to int8 steps of its channels; returns (int8 like kernel, float32 scales).
 
     axes: those a channel runs over, the inputs of the map; the scales lack them. The largest weight
-    of a channel is 127 steps, so no weight moves by more than half a step.
+    of a channel is 127 steps, so no weight moves by more than half a step. Of cached keys a channel
+    is one head of one position.
     """
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True)

@@ -100,7 +100,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Array, context: Context, layer: Array, cached=None, at: Array | None = None
     ):
-        """Map [b, t, d] to [b, t, d]; with ``cached`` also returns the updated (k, v).
+        """Map [b, t, d] to [b, t, d]; with ``cached`` also returns its updated buffers.
 
         at: int32[b, m], the positions whose outputs [b, m, d] are wanted; None for all.
         """

@@ -12,13 +12,18 @@ def decode_attention(
     length: Array,
     *,
     scale: float | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     alibi_slopes: Array | None = None,
     window: int | None = None,
 ) -> Array:
     """Attend from one query a row to the first ``length`` keys of its cache.
 
     q: [b, n, h]; k, v: [b, k, s, h], heads before length so that nothing is transposed for each
-        token; length: int32[b]. alibi_slopes: float32[n]; adds slope times (j - the last key).
+        token; length: int32[b].
+    k_scale, v_scale: float32[b, k, s], where k and v are int8 steps of so much: those of a key
+        multiply its scores and those of a value its weights, not the h numbers of each.
+    alibi_slopes: float32[n]; adds slope times (j - the last key).
     window: the last so many of them alone, None for all.
     Returns [b, n, h]. Scores are float32 [b, n, s].
     """
@@ -26,7 +31,10 @@ def decode_attention(
     kv, s = k.shape[1:3]
     scale = h**-0.5 if scale is None else scale
     grouped = (q * scale).reshape(b, kv, n // kv, h)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
+    if k_scale is not None:
+        scores *= k_scale[:, :, None]
     if alibi_slopes is not None:
         past = (jnp.arange(s)[None] - (length[:, None] - 1)).astype(jnp.float32)
         scores += alibi_slopes.reshape(1, kv, n // kv, 1) * past[:, None, None]
@@ -34,6 +42,9 @@ def decode_attention(
     if window is not None:
         seen &= jnp.arange(s)[None] >= length[:, None] - window
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if v_scale is not None:
+        weights *= v_scale[:, :, None]
+    weights = weights.astype(v.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(b, n, h).astype(q.dtype)

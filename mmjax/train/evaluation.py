@@ -35,10 +35,9 @@ def sample(
     model: LoadedModel, settings: EvalSettings, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
     """Ask a sample of every task while training; returns ``eval/<task>/accuracy``."""
-    answer = answerer(model, template=settings.template, batch_size=settings.batch_size)
     got = runner.evaluate(
         tasks_of(settings),
-        answer,
+        _answerer(model, settings),
         batch_size=settings.batch_size,
         limit=settings.limit,
         progress=False,
@@ -61,7 +60,7 @@ def full(
     lead = jax.process_index() == 0
     got = runner.evaluate(
         tasks_of(settings.eval),
-        answerer(model, template=settings.eval.template, batch_size=batch),
+        _answerer(model, settings.eval),
         workdir=workdir if lead else None,
         batch_size=4 * batch,  # enough to sort by length, so that little is padding
         step=step,
@@ -82,6 +81,10 @@ def full(
         }
         console.print(f"report: {report.report_workdir(workdir, facts)}", soft_wrap=True)
     return runner.as_metrics(got)
+
+
+def _answerer(model: LoadedModel, s: EvalSettings) -> runner.Generate:
+    return answerer(model, template=s.template, batch_size=s.batch_size, cache_dtype=s.cache_dtype)
 
 
 def count_parameters(model: LoadedModel) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.data.multiturn import Multiturn
+from mmjax.nn.cache import DTYPES
 from mmjax.train.optim import OptimSettings
 from mmjax.train.rows import RowSettings
 from mmjax.train.watch import BadStepSettings
@@ -127,7 +128,8 @@ class EvalSettings:
     """What is evaluated, every so many steps on a sample and at the end on everything.
 
     tasks: see ``mmjax.evals.tasks.Task``. every: steps between evaluations, 0 for none while
-    training. limit: records of a task while training. batch_size: prompts at a time.
+    training. limit: records of a task while training. batch_size: prompts at a time. cache_dtype:
+    of keys and values while answering, None for that of the computation.
     """
 
     tasks: tuple[dict[str, Any], ...] = ()
@@ -135,6 +137,7 @@ class EvalSettings:
     limit: int = 256
     template: str = "fuyu_prompt"
     batch_size: int = 64
+    cache_dtype: Literal[DTYPES] | None = None
     final: bool = True
 
 

@@ -64,20 +64,26 @@ def test_cached_equals_uncached_and_batched_equals_single(model):
     assert batched[0].tolist() == greedy_without_cache(model, examples()[0], 12)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_decoding_on_a_cpu_copies_no_cache(model, rows):
+@pytest.mark.parametrize("rows, dtype", [(1, None), (2, None), (1, "int8")])
+def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
     """Every step would read and write the whole cache once more; one row did, four times."""
     graphdef, params = nnx.split(model)
     batch, lengths = pad_batch(examples()[:rows])
     room = bucket(batch["tokens"].shape[1] + 4)
-    how = Generator(graphdef, eos=())
+    how = Generator(graphdef, eos=(), cache_dtype=dtype)
     draws = jax.random.key(0), np.zeros(rows, np.int32)
     some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(4), jnp.int32(rows)
     text = _generate.lower(how, room, params, *some).compile().as_text()
     c = model.config.decoder
-    buffer = rf"f32\[1,{rows},{c.num_kv_heads},{room},{c.head_dim}\]"
-    assert len(re.findall(rf"= {buffer}\S* get-tuple-element\(", text)) >= 2 * c.num_layers
-    assert not re.findall(rf"= {buffer}\S* copy\(", text)
+    sizes = f"1,{rows},{c.num_kv_heads},{room}"
+    buffers = [rf"f32\[{sizes},{c.head_dim}\]"]
+    if dtype == "int8":
+        kept = rf"= {buffers[0]}\S* (get-tuple-element|parameter|copy)\("
+        assert not re.findall(kept, text)  # no float copy goes from step to step
+        buffers = [rf"s8\[{sizes},{c.head_dim}\]", rf"f32\[{sizes}\]"]
+    for buffer in buffers:
+        assert len(re.findall(rf"= {buffer}\S* get-tuple-element\(", text)) >= 2 * c.num_layers
+        assert not re.findall(rf"= {buffer}\S* copy\(", text)
     # Nor does a stacked one exist, whose pages would be new to the process in every call.
     assert f"[{c.num_layers},{rows},{c.num_kv_heads},{room},{c.head_dim}]" not in text
 

@@ -67,8 +67,12 @@ def test_key_ranges_hide_padding_on_the_left():
     np.testing.assert_allclose(again[:, 4:], hidden[:, 4:], atol=1e-6)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_prefill_and_single_tokens_equal_the_whole(apart):
+@pytest.mark.parametrize(
+    "apart, dtype, most",
+    [(False, None, 1e-5), (True, None, 1e-5), (False, "int8", 8e-3), (True, "int8", 8e-3)],
+)
+def test_a_prefill_and_single_tokens_equal_the_whole(apart, dtype, most):
+    """An int8 cache moves logits of up to 5.0 by 0.007; what a prefill returns is exact."""
     parts, x = decoder(), stream()
     whole = forward(parts, x, POSITIONS)
     lengths = np.array([5, 8], np.int32)  # rows of different lengths go on from where they are
@@ -79,7 +83,7 @@ def test_a_prefill_and_single_tokens_equal_the_whole(apart):
     @jax.jit
     def prefill(parts, x):
         model, at = nnx.merge(*parts), jnp.asarray(lengths)[:, None] - 1
-        cache = model.init_cache(2, 16)
+        cache = model.init_cache(2, 16, dtype)
         cache = cache.unstack() if apart else cache
         hidden, cache = model(x, POSITIONS[:, :8], at=at, cache=cache, layers=layers_of(model))
         return hidden, dataclasses.replace(cache, length=jnp.asarray(lengths))
@@ -88,14 +92,19 @@ def test_a_prefill_and_single_tokens_equal_the_whole(apart):
     def one(parts, x, cache):
         model = nnx.merge(*parts)
         of = dict(cache=cache, decode=True, layers=layers_of(model))
-        return model(x, cache.length[:, None], **of)
+        hidden, cache = model(x, cache.length[:, None], **of)
+        return model.logits(hidden), cache
 
     hidden, cache = prefill(parts, x[:, :8])
     np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), lengths - 1], atol=1e-5)
+    want = np.asarray(nnx.merge(*parts).logits(whole))
+    one = one.lower(parts, x[:, :1], cache).compile()
     for step in range(4):
         at = lengths + step
-        hidden, cache = one(parts, x[np.arange(2), at][:, None], cache)
-        np.testing.assert_allclose(hidden[:, 0], whole[np.arange(2), at], atol=1e-5)
+        logits, cache = one(parts, x[np.arange(2), at][:, None], cache)
+        np.testing.assert_allclose(logits[:, 0], want[np.arange(2), at], atol=most)
+    if dtype == "int8" and not apart:  # keys are widened a layer at a time
+        assert "s8[2,2,2,16,8]" in one.as_text() and "f32[2,2,2,16,8]" not in one.as_text()
     assert cache.length.tolist() == [9, 12]
 
 

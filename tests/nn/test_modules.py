@@ -232,6 +232,44 @@ def test_the_cache_gives_rows_in_any_order_stacked_or_not():
         assert got.length.tolist() == [2, 2, 4, 1]
 
 
+def test_an_int8_cache_rounds_each_head_by_half_a_step_at_most():
+    numbers = RNG.normal(size=(2, 3, 2, 2, 4)) * np.reshape([1, 0, 30], (3, 1, 1, 1))
+    k, v = jnp.asarray(numbers, jnp.float32)
+    buffers = cache.Cache.empty(2, 3, 5, 2, 4, jnp.int8).buffers
+    buffers = cache.store(buffers, jnp.int32(1), None, k, v)  # positions 0 and 1 of each row
+    buffers = cache.store(buffers, jnp.int32(1), jnp.array([4, 2, 2]), k[:, :1], v[:, :1])
+    assert [x.dtype.name for x in buffers] == ["int8", "int8", "float32", "float32"]
+    for codes, scale, new in zip(buffers[:2], buffers[2:], (k, v), strict=True):
+        new = np.asarray(new).swapaxes(1, 2)
+        want = np.zeros((3, 2, 5, 4))
+        want[:, :, :2] = new
+        want[range(3), :, [4, 2, 2]] = new[:, :, 0]
+        step = np.where(want.any(-1), np.abs(want).max(-1), 0) / 127
+        error = np.abs(np.asarray(codes[1]) * np.asarray(scale[1])[..., None] - want)
+        assert (error <= 0.5001 * step[..., None]).all()
+        filled = step > 0
+        np.testing.assert_allclose(np.asarray(scale[1])[filled], step[filled], rtol=1e-6)
+        assert not np.any(codes[0]) and not np.any(scale[0])
+
+    full = cache.Cache.of(buffers, jnp.array([5, 3, 3]))
+    rows = np.array([2, 0, 2])
+    for got in (full.take(rows).unstack(), full.unstack().take(rows)):
+        for a, b in zip(got.buffers, full.buffers, strict=True):
+            np.testing.assert_array_equal(np.concatenate(a), b[:, rows])
+        assert got.length.tolist() == [3, 5, 3]
+
+
+def test_an_int8_cache_takes_h_plus_4_bytes_a_head_and_key():
+    def size(dtype):
+        made = jax.eval_shape(lambda: cache.Cache.empty(2, 3, 64, 2, 64, dtype).buffers)
+        return sum(x.size * x.dtype.itemsize for x in made)
+
+    keys = 2 * (2 * 3 * 64 * 2)
+    assert [size(d) // keys for d in cache.DTYPES] == [256, 128, 128, 68]
+    with pytest.raises(ValueError, match="cannot store int4; one of float32, bfloat16, float16, i"):
+        size("int4")
+
+
 def test_paths_are_dotted_and_replace_is_by_name():
     layers = stack.stack(Layer, 2, nnx.Rngs(0))
     state = nnx.state(layers)

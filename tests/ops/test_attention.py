@@ -76,6 +76,22 @@ def test_decode_equals_the_last_row_of_attention():
     np.testing.assert_allclose(one, full, atol=1e-6)
 
 
+def test_decoding_from_codes_and_scales_equals_the_keys_they_stand_for():
+    b, s, n, kv, h = 3, 20, 4, 2, 8
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(b, n, h)), jnp.float32)
+    k, v = (jnp.asarray(rng.integers(-127, 128, (b, kv, s, h)), jnp.int8) for _ in range(2))
+    k_scale, v_scale = (
+        jnp.asarray(rng.uniform(0.002, 0.03, (b, kv, s)), jnp.float32) for _ in "kv"
+    )
+    whole = (k * k_scale[..., None], v * v_scale[..., None])
+    slopes, length = jnp.asarray([0.5, 0.25, 0.1, 0.05]), jnp.array([20, 1, 7])
+    for options in (dict(alibi_slopes=slopes), dict(window=5)):
+        got = decode_attention(q, k, v, length, k_scale=k_scale, v_scale=v_scale, **options)
+        want = decode_attention(q, *whole, length, **options)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_misfitting_shapes_and_unknown_names_are_named():
     x = jnp.zeros((1, 4, 3, 8))
     with pytest.raises(ValueError, match="multiple of k"):

@@ -37,8 +37,9 @@ __all__ = ["Flamingo", "FlamingoCache", "FlamingoConfig"]
 class FlamingoCache:
     """The decoder's cache, and what generated tokens see of the media: it is the same for all.
 
-    text: of the decoder. k, v: [g, b, heads, s, h], of every gated block, or tuples of g.
-    seen: int32[b], how many of the s media keys a row's tokens see.
+    text: of the decoder. k, v: [g, b, heads, s, h], of every gated block, or tuples of g; they stay
+    in the compute dtype, whatever that of ``text`` is. seen: int32[b], how many of the s media keys
+    a row's tokens see.
     """
 
     text: Cache
@@ -199,7 +200,10 @@ class Flamingo(nnx.Module):
         return self.decoder.unstack(), unstack(self.cross, self.config.num_cross)
 
     def init_cache(self, b: int, s: int, dtype=None) -> FlamingoCache:
-        """Return an empty cache for b rows of s tokens; ``prefill`` fills in the media."""
+        """Return an empty cache for b rows of s tokens; ``prefill`` fills in the media.
+
+        dtype: of the text's keys and values alone.
+        """
         return FlamingoCache(self.decoder.init_cache(b, s, dtype))
 
     def _between(self, look, blocks=None) -> Between:
