@@ -1,7 +1,7 @@
 """python -m bench: measure mmjax beside its PyTorch peers, print a table, write docs/benchmarks.md.
 
     python -m bench                                  train, decode and input, beside torch
-    python -m bench --suite probe,attention,loss,train,decode,input,shard        everything
+    python -m bench --suite probe,attention,loss,train,length,decode,input,shard  everything on Fuyu
     python -m bench --suite train --out bench/results/train.jsonl
     python -m bench --suite flamingo --out bench/results/flamingo.jsonl     beside OpenFlamingo
     python -m bench --suite bunny --out bench/results/bunny.jsonl     beside what Bunny is made of

@@ -1,4 +1,4 @@
-"""Parts of the report that are no table of times: probe, shard, and what stands over kernels."""
+"""Parts of the report that are no table of times: probe, shard, length, and words over kernels."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def note(row: dict[str, Any]) -> str:
     if row["suite"] == "shard":
         counts = ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items() if n)
         return f"{counts}; {_mb(row['argument_size_in_bytes'])} + {_mb(row['temp_size_in_bytes'])}"
+    if row["suite"] == "length":
+        return "; ".join(
+            f"T {x['t']}: {x['ms']:g} ms, {x['time_growth']:.2f}x, FLOPs {x['flops_growth']:.2f}x"
+            for x in row["lengths"]
+        )
     return ""
 
 
@@ -67,7 +72,29 @@ def shard_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-TABLES = {"probe": probe_table, "shard": shard_table}
+def length_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a table of lengths for each row."""
+    lines = []
+    for r in rows:
+        if "error" in r:
+            lines.append(f"{r['case']}: {r['error']}")
+            continue
+        lines += [
+            f"{r['case']}, {r['options']['rounds']} timed steps of each length.",
+            "",
+            "| T | batch | ms | least to most | GFLOP | GFLOP/s | time | FLOPs |",
+            "|" + "---|" * 8,
+            *(
+                f"| {x['t']} | {x['b']} | {x['ms']:g} | {x['ms_least']:g} to {x['ms_most']:g} "
+                f"| {x['gflop']:g} | {x['gflop'] / x['ms'] * 1e3:.1f} "
+                f"| {x['time_growth']:.2f}x | {x['flops_growth']:.2f}x |"
+                for x in r["lengths"]
+            ),
+        ]
+    return lines
+
+
+TABLES = {"probe": probe_table, "shard": shard_table, "length": length_table}
 """The suites whose sections have a form of their own."""
 
 

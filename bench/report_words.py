@@ -108,6 +108,14 @@ SUITES = {
         "torchvision. Parity: tokens equal, patches within one grey level where Pillow resizes "
         "and equal where nothing is resized. Units are images.",
     ),
+    "length": (
+        "Length of the rows",
+        "`mmjax.train.step` of a Fuyu with AdamW, in float32, every batch of as many tokens, three "
+        "quarters of them image patches, a target in sixteen tokens. *Time* and *FLOPs* are those "
+        "of a step over the first line's; FLOPs are what training counts for MFU, in which "
+        "attention alone grows with the length. Medians of steps that take turns, after one to "
+        "warm up; there is no peer.",
+    ),
     "shard": (
         "Sharding",
         "`mmjax.train.step` of a Fuyu with AdamW on meshes of eight simulated CPU devices; no "

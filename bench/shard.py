@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -73,21 +75,42 @@ def _losses_alone(size: Size, b: int, t: int, targets: int) -> list[float]:
 
 def run(case: Case, shape: dict[str, int]) -> tuple[Any, float, list[float]]:
     """Return the compiled train step on a mesh, seconds to compile, and the losses of two steps."""
+    from mmjax.parallel.mesh import use
+
+    built, losses = build(case, shape), []
+    with use(built.mesh):
+        for _ in range(2):
+            built.train, metrics = built.compiled(built.train, built.frozen, built.batch)
+            losses.append(float(metrics["loss"]))
+    return built.compiled, built.compile_s, losses
+
+
+@dataclasses.dataclass
+class Built:
+    """A compiled train step, what it is called with, and its mesh; ``train`` is given away."""
+
+    compiled: Any
+    compile_s: float
+    train: Any
+    frozen: Any
+    batch: Any
+    mesh: Any
+
+
+def build(case: Case, shape: dict[str, int]) -> Built:
+    """Compile the train step of a random Fuyu for the batch of a case, on a mesh."""
     import jax
     from flax import nnx
 
-    from bench.ours import LEARNING_RATE, fuyu_config
-    from mmjax.models.fuyu.model import Fuyu
+    from bench.ours import LEARNING_RATE
     from mmjax.nn import paths
     from mmjax.parallel.mesh import make_mesh, use
     from mmjax.parallel.sharding import put_batch
     from mmjax.train import optim, state, step
 
-    def make():
-        return Fuyu(fuyu_config(case.size), rngs=nnx.Rngs(0))
-
     settings = optim.OptimSettings(lr=LEARNING_RATE, schedule="constant", warmup=0)
     tx = optim.make_optimizer(settings, 100)
+    make = maker(case.size)
     with use(make_mesh(shape, jax.devices()[: math.prod(shape.values())])) as mesh:
         chosen = set(paths.flatten(nnx.state(nnx.eval_shape(make))))
         graphdef, train, frozen = state.init(make, chosen, tx, mesh)
@@ -95,12 +118,17 @@ def run(case: Case, shape: dict[str, int]) -> tuple[Any, float, list[float]]:
         batch = put_batch(cases.train_batch(case), mesh, case.options["b"])
         begun = time.perf_counter()
         compiled = step.compile_step(train_step, train).lower(train, frozen, batch).compile()
-        compile_s = time.perf_counter() - begun
-        losses = []
-        for _ in range(2):
-            train, metrics = compiled(train, frozen, batch)
-            losses.append(float(metrics["loss"]))
-    return compiled, compile_s, losses
+        return Built(compiled, time.perf_counter() - begun, train, frozen, batch, mesh)
+
+
+def maker(size: Size) -> Callable[[], Any]:
+    """Return what makes a random Fuyu of a size."""
+    from flax import nnx
+
+    from bench.ours import fuyu_config
+    from mmjax.models.fuyu.model import Fuyu
+
+    return lambda: Fuyu(fuyu_config(size), rngs=nnx.Rngs(0))
 
 
 def count_collectives(program: str) -> dict[str, int]:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from types import ModuleType
 
-from bench import bunny, cases, flamingo, kernels, probe, shard
+from bench import bunny, cases, flamingo, kernels, length, probe, shard
 from bench.cases import Case
 
 SUITES = {
@@ -21,6 +21,7 @@ SUITES = {
         flamingo.flamingo_cases, "bench.flamingo_ours:make", "bench.flamingo_torch:make",
     ),
     "bunny": (bunny.bunny_cases, "bench.bunny_ours:make", "bench.bunny_torch:make"),
+    "length": (length.length_cases, "bench.length:Length", None),
     "input": (cases.input_cases, "bench.ours:Input", "bench.torch_peer:Input"),
     "shard": (shard.shard_cases, "bench.shard:Shard", None),
 }  # fmt: skip
