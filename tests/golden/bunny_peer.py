@@ -24,6 +24,7 @@ SIZES = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_la
 HEADS = 4
 TOWER_SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28)
 PATCH, TOWER_MLP = 14, 48
+S2_SCALES = (28, 56, 84)
 EVA_SIZES = dict(image_size=28, layers=3, width=32, head_width=16)
 EVA_OUT = 24  # of EVA's last projection, which is never used
 END = 127  # bos, eos and pad, as the tokenizers of phi and StableLM have it
@@ -49,7 +50,12 @@ LANGUAGE_MODELS = {
         dict(scale_emb=12, scale_depth=1.4, dim_model_base=16),
     ),
 }
-TOWERS = {"siglip": "siglip-tiny", "clip": "clip-tiny", "eva": "EVA02_CLIP_tiny.pt"}
+TOWERS = {
+    "siglip": "siglip-tiny",
+    "clip": "clip-tiny",
+    "eva": "EVA02_CLIP_tiny.pt",
+    "s2": "siglip-tiny",  # at several scales
+}
 
 
 def import_peer(checkout):
@@ -164,7 +170,8 @@ def vars_of(config):
 class NoProcessor:
     """Stand in for an image processor: pictures come as numbers here."""
 
-    size = None
+    def __init__(self):
+        self.size = {}  # S2 writes its own there
 
     @classmethod
     def from_pretrained(cls, name):
@@ -189,33 +196,41 @@ def write_tower(tower):
     if tower == "eva":
         torch.save({"visual.cls_token": torch.zeros(1, 1, EVA_SIZES["width"])}, name)
         return
-    family = "Siglip" if tower == "siglip" else "CLIP"
+    family = "CLIP" if tower == "clip" else "Siglip"
     sizes = dict(patch_size=PATCH, intermediate_size=TOWER_MLP, **TOWER_SIZES)
     config = getattr(transformers, f"{family}VisionConfig")(**sizes)
     getattr(transformers, f"{family}VisionModel")(config).save_pretrained(name)
 
 
+def image_side(config):
+    """Return the pixels of a picture's side as the peer's model takes it."""
+    return max(S2_SCALES) if config.use_s2 else TOWER_SIZES["image_size"]
+
+
 def settings(language, tower):
     """Return what the peer's configuration is made of."""
+    own, scales = SIZES | LANGUAGE_MODELS[language][2] | dict(use_s2=False), (1,)
+    if tower == "s2":
+        scales = S2_SCALES
+        own |= dict(use_s2=True, s2_scales=",".join(map(str, scales)))
+        own["num_hidden_layers"] = 1  # its pictures make the file large enough
     return dict(
         num_attention_heads=HEADS,
         max_position_embeddings=2048,
         bos_token_id=END,
         eos_token_id=END,
         mm_vision_tower=TOWERS[tower],
-        mm_hidden_size=TOWER_SIZES["hidden_size"],
+        mm_hidden_size=TOWER_SIZES["hidden_size"] * len(scales),
         mm_projector_type="mlp2x_gelu",
         mm_projector_lr=2e-5,
         use_mm_proj=True,
         tune_mm_mlp_adapter=False,
         freeze_mm_mlp_adapter=False,
         unfreeze_vision_tower=True,
-        use_s2=False,
         image_aspect_ratio="pad",
         tokenizer_model_max_length=MAX_LENGTH,
         tokenizer_padding_side="right",
-        **SIZES,
-        **LANGUAGE_MODELS[language][2],
+        **own,
     )
 
 

@@ -13,7 +13,8 @@ Arrays (b rows, S ids of the right-padded batch, n images, T places of a row wit
   g/<name>               gradient of the first case's loss, where there is one
 and for each case `<case>/...`:
   ids int[b,S], an image at -200; attention_mask bool[b,S]; labels int[b,S], -100 where no loss is;
-  pixel_values f32[n,3,28,28], normalised, one for each image and one for each row of text alone;
+  pixel_values f32[n,3,28,28], with S2 84 x 84, normalised, one for each image and one for each row
+  of text alone;
   logits f32[b,T,v]; loss; and for the cases where no row is cut
   features f32[n,4,32], of encode_images; prompt_lengths int[b], ids of a row before its answer;
   greedy int[b,12], what follows each prompt, each row alone; greedy_margin, the least distance
@@ -51,6 +52,7 @@ GOLDENS = {
     "phi3_clip": ("right_64",),
     "minicpm_siglip": ("right_64",),
     "llama_siglip": ("right_64",),
+    "llama_s2": ("right_64",),
 }
 
 
@@ -117,9 +119,13 @@ def unsound(arrays):
     return None
 
 
-def batch(case):
-    """Return the tensors of a case: ids, attention_mask, labels, pixel_values, prompt_lengths."""
+def batch(case, side):
+    """Return the tensors of a case: ids, attention_mask, labels, pixel_values, prompt_lengths.
+
+    side: pixels of a side of its images.
+    """
     rows, _ = CASES[case]
+    steps = 8 if side == peer.TOWER_SIZES["image_size"] else 1  # within 1; many have to be small
     generator = torch.Generator().manual_seed(len(rows))
     prompts, answers, images = [], [], []
     for spans, answer in rows:
@@ -127,10 +133,9 @@ def batch(case):
         mark = torch.tensor([IMAGE])
         prompts.append(torch.cat([part for w in words[:-1] for part in (w, mark)][:-1]))
         answers.append(torch.cat([words[-1], torch.tensor([peer.END])]))
-        side = peer.TOWER_SIZES["image_size"]
         pixels = torch.randn(max(len(spans) - 1, 1), 3, side, side, generator=generator)
         # the peer's data has a black picture for text alone, which takes a place of its own
-        images.append((pixels * 8).round() / 8 * (len(spans) > 1))
+        images.append((pixels * steps).round() / steps * (len(spans) > 1))
     whole = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
     labels = [torch.cat([p * 0 + IGNORE, a]) for p, a in zip(prompts, answers, strict=True)]
     pad = torch.nn.utils.rnn.pad_sequence
@@ -147,7 +152,7 @@ def run(model, case, backward):
     """Return inputs and outputs of a case by name; leaves the gradients of the loss if asked."""
     for key, value in CASES[case][1].items():
         setattr(model.config, key, value)
-    inputs = batch(case)
+    inputs = batch(case, peer.image_side(model.config))
     del inputs["prompt_lengths"]
     ids, mask, labels, images = (inputs[k].clone() for k in inputs)
     out = model(ids, attention_mask=mask, labels=labels, images=images, use_cache=False)
@@ -169,7 +174,7 @@ def texts(model, case):
         return {}
     for key, value in FULL.items():
         setattr(model.config, key, value)
-    inputs, rows, margin, image = batch(case), [], np.inf, 0
+    inputs, rows, margin, image = batch(case, peer.image_side(model.config)), [], np.inf, 0
     for ids, length, (spans, _) in zip(
         inputs["ids"], inputs["prompt_lengths"], CASES[case][0], strict=True
     ):

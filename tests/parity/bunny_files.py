@@ -17,7 +17,7 @@ PROJECTOR = "model.mm_projector."
 # transformers' words for what StableLM's own code called otherwise.
 WORDS = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"}
 OWN = re.compile(  # what Bunny adds to a language model's config.json
-    r"^(use_)?mm_|_mm_mlp_adapter$|^unfreeze_|^use_s2|^image_|^tokenizer_|^architectures$"
+    r"^(use_)?mm_|_mm_mlp_adapter$|^unfreeze_|^(use_)?s2|^image_|^tokenizer_|^architectures$"
 )
 LORA = dict(r=8, lora_alpha=16, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
 TARGETS = {

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tests.parity.flamingo_golden import relative_error
 
 COMMITTED = Path(__file__).parents[1] / "golden"
-TOWERS = ("siglip", "clip", "eva")
+TOWERS = ("siglip", "clip", "eva", "s2")  # the last is a SigLIP at several scales
 TOWER = "model.vision_tower.vision_tower."  # of every tensor of a tower in a merged checkpoint
 IMAGE_TOKENS = 4
 NOTHING = 1e-6  # a gradient below is nothing but rounding: the bias of keys without rotation
@@ -28,7 +28,8 @@ class Case:
     ids: np.ndarray  # int[b,S], an image at -200
     attention_mask: np.ndarray  # bool[b,S]
     labels: np.ndarray  # int[b,S], -100 where no loss is
-    pixel_values: np.ndarray  # f32[n,3,28,28]: one for each image and one for each row without
+    # f32[n,3,28,28], with S2 84 x 84: one for each image and one for each row without
+    pixel_values: np.ndarray
     logits: np.ndarray  # f32[b,T,v]
     loss: float
     features: np.ndarray | None = None  # f32[n,4,32], behind the projector
