@@ -1,76 +1,35 @@
-"""Documents with pictures among their sentences: MMC4, and the ChatGPT sequences beside it.
+"""The documents of MMC4 in WebDataset shards, and the ChatGPT sequences beside them.
 
 Shards are those of OpenFlamingo's convert_mmc4_to_wds.py: one ``json`` a sample, the pictures in it
-as base64. A document names how alike each picture and each sentence are; a picture is put before
-its sentence. Records are for the template ``interleaved``.
+as base64.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from mmjax.data.assignment import best_assignment
-from mmjax.data.parquet import decode_base64
-from mmjax.data.turns import IMAGE_MARK
+from mmjax.data.interleaved import Interleave
 from mmjax.data.webdataset import Sample, ShardPaths, Shards
-from mmjax.types import BadSample, Message, MMJaxError, Record
-
-ASSIGNMENTS = ("argmax", "one_to_one", "matched")
-_GPT_MARK = re.compile(r"_!_IMAGE(\d+)_!_")
+from mmjax.types import BadSample, Record
 
 
 class Mmc4Source:
     """The documents of MMC4 shards, filtered as OpenFlamingo filters them.
 
-    path, damaged, index_dir: see ``Shards``. A picture is used where it has more than
-    min_kilobytes (whole thousands of bytes; None takes all) and a similarity of at least
-    textsim_threshold to its sentence; of those the first max_images. A document needs min_images;
-    one with a single picture is kept with a chance of single_image_share, by its id and seed.
-
-    assignment: ``argmax``, each picture to the sentence most like it, as the code of the published
-    models does (open-flamingo 2.0.1; the default, because threshold and shares were chosen with
-    it); ``one_to_one``, at most one picture a sentence and the largest sum of similarities, as its
-    repository does since; ``matched``, the pairs that MMC4's own files name.
-    legacy_openflamingo: its two faults, too. It hands pictures over in the order of the file, so
-    that marks get each other's pictures where the sentences are in another order; and it cuts a
-    ChatGPT sequence of more than max_images one picture early.
-
-    Reasons of a BadSample beside those of broken data: ``too_few_images``, ``single_image``.
+    path, damaged, index_dir: see ``Shards``. options: see ``Interleave``.
     """
 
     def __init__(
         self,
         path: ShardPaths,
         *,
-        textsim_threshold: float = 0.24,
-        assignment: str = "argmax",
-        max_images: int = 6,
-        min_images: int = 1,
-        min_kilobytes: int | None = 10,
-        single_image_share: float = 0.5,
-        legacy_openflamingo: bool = False,
-        seed: int = 0,
         damaged: str = "error",
         index_dir: str | os.PathLike | None = None,
+        **options: Any,
     ):
-        if assignment not in ASSIGNMENTS:
-            raise MMJaxError(f"assignment {assignment!r} is none of {', '.join(ASSIGNMENTS)}")
-        if not 1 <= min_images <= max_images or not 0 <= single_image_share <= 1:
-            raise MMJaxError(
-                f"MMC4 min_images {min_images}, max_images {max_images}, single_image_share "
-                f"{single_image_share}: want 1 <= min_images <= max_images and a share from 0 to 1"
-            )
-        self.textsim_threshold, self.assignment = textsim_threshold, assignment
-        self.max_images, self.min_images = max_images, min_images
-        self.min_kilobytes, self.single_image_share = min_kilobytes, single_image_share
-        self.legacy_openflamingo, self.seed = legacy_openflamingo, seed
+        self._interleave = Interleave(**options)
         self._shards = Shards(path, damaged, index_dir)
 
     def __len__(self) -> int:
@@ -78,102 +37,17 @@ class Mmc4Source:
 
     def __getitem__(self, index: int) -> Record:
         sample = self._shards[index]
-        info = _document(sample)
-        gpt = "is_gpt" in info
-        text, images = (self._gpt if gpt else self._interleave)(info, sample.where)
-        if len(images) < self.min_images:
-            raise BadSample(
-                "too_few_images",
-                f"{sample.where}: {len(images)} picture(s) are left, min_images is "
-                f"{self.min_images}",
-            )
-        if not gpt and len(images) == 1 and self._draw(sample.id) >= self.single_image_share:
-            raise BadSample(
-                "single_image",
-                f"{sample.where}: one picture; single_image_share {self.single_image_share} "
-                "keeps some of these, by id and seed",
-            )
         meta = {"id": sample.id, "source": sample.shard, "line": sample.offset}
-        return Record((Message("user", text),), tuple(images), meta)
-
-    def _interleave(self, info: Mapping[str, Any], where: str) -> tuple[str, list[bytes]]:
-        """Return the text with a mark before each picture's sentence, and the pictures."""
-        sentences = _sentences(info, where)
-        listed = info.get("image_info")
-        if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-            raise _bad(where, "field 'image_info' is no list of pictures")
-        held: dict[int, bytes] = {}
-        for place, one in enumerate(listed):
-            if one.get("image_base64") is not None:  # the others could not be downloaded
-                data = _decoded(one["image_base64"], f"{where}: picture {place}")
-                if self.min_kilobytes is None or len(data) // 1000 > self.min_kilobytes:
-                    held[place] = data
-        chosen = self._pairs(info, list(held), len(sentences), where)[: self.max_images]
-        images = [held[place] for place, _ in chosen]
-        if not self.legacy_openflamingo:  # the marks stand in the order of the sentences
-            order = sorted(range(len(chosen)), key=lambda i: chosen[i][1])
-            images = [images[i] for i in order]
-        marks = [0] * len(sentences)
-        for _, sentence in chosen:
-            marks[sentence] += 1
-        text = " ".join(IMAGE_MARK * n + s for n, s in zip(marks, sentences, strict=True))
-        return text, images
-
-    def _pairs(
-        self, info: Mapping[str, Any], places: list[int], sentences: int, where: str
-    ) -> list[tuple[int, int]]:
-        """Return (picture, sentence) of those that are alike enough, in the order of the file."""
-        if not places:
-            return []
-        if self.assignment == "matched":
-            found = [
-                _match(info["image_info"][i], sentences, f"{where}: picture {i}") for i in places
-            ]
-            columns, scores = [c for c, _ in found], [s for _, s in found]
-        else:
-            alike = _similarities(info, sentences, where)[places]
-            one_to_one = self.assignment == "one_to_one"
-            columns = best_assignment(alike) if one_to_one else alike.argmax(1)
-            scores = alike[np.arange(len(places)), columns]
-        return [
-            (place, int(column))
-            for place, column, score in zip(places, columns, scores, strict=True)
-            if column >= 0 and score >= self.textsim_threshold
-        ]
-
-    def _gpt(self, info: Mapping[str, Any], where: str) -> tuple[str, list[bytes]]:
-        """Return text and pictures of a ChatGPT sequence, whose text holds ``_!_IMAGE1_!_``."""
-        text, held = info.get("example"), info.get("image_map")
-        if not isinstance(text, str) or not isinstance(held, dict):
-            raise _bad(where, "a ChatGPT sequence has a text 'example' and an object 'image_map'")
-        _refuse_marks(text, where)
-        marks = list(_GPT_MARK.finditer(text))
-        if len(marks) > self.max_images:
-            kept = self.max_images - self.legacy_openflamingo
-            text, marks = text[: marks[kept].start()], marks[:kept]
-        numbers = [int(mark[1]) for mark in marks]
-        if self.legacy_openflamingo:
-            numbers = list(range(1, len(marks) + 1))
-        images = []
-        for number in numbers:
-            one = held.get(f"_!_IMAGE{number}_!_")
-            if not isinstance(one, dict):
-                raise BadSample(
-                    "image_count", f"{where}: 'image_map' lacks picture {number} of 'example'"
-                )
-            images.append(_decoded(one.get("base64_image"), f"{where}: picture {number}"))
-        return _GPT_MARK.sub(IMAGE_MARK, text), images
-
-    def _draw(self, name: str) -> float:
-        """Return a number in [0, 1), a function of (seed, id)."""
-        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest()
-        return int.from_bytes(digest, "big") / 2**56
+        return self._interleave.record(_document(sample), sample.where, meta)
 
 
 def _document(sample: Sample) -> dict[str, Any]:
     """Read the ``json`` of a sample."""
     if "json" not in sample.files:
-        raise _bad(sample.where, f"there is no json (found {', '.join(sample.files)})")
+        raise BadSample(
+            "bad_record",
+            f"{sample.where}: there is no json (found {', '.join(sample.files)})",
+        )
     try:
         info = json.loads(sample.files["json"])
     except ValueError as e:
@@ -183,59 +57,3 @@ def _document(sample: Sample) -> dict[str, Any]:
             "bad_json", f"{sample.where}: expected an object, got {type(info).__name__}"
         )
     return info
-
-
-def _sentences(info: Mapping[str, Any], where: str) -> list[str]:
-    sentences = info.get("text_list")
-    if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
-        raise _bad(where, "field 'text_list' is no list of sentences")
-    for sentence in sentences:
-        _refuse_marks(sentence, where)
-    return sentences
-
-
-def _similarities(info: Mapping[str, Any], sentences: int, where: str) -> np.ndarray:
-    """Return float64[pictures, sentences], how alike they are."""
-    try:
-        found = np.array(info.get("similarity_matrix"), np.float64)
-    except (TypeError, ValueError):
-        found = np.zeros(0)
-    wanted = (len(info["image_info"]), sentences)
-    if found.shape != wanted or not sentences or not np.isfinite(found).all():
-        raise _bad(
-            where,
-            f"'similarity_matrix' has the shape {list(found.shape)}; wanted are numbers, one row "
-            f"for each of {wanted[0]} pictures and in it one for each of {wanted[1]} sentences",
-        )
-    return found
-
-
-def _match(one: Mapping[str, Any], sentences: int, where: str) -> tuple[int, float]:
-    """Read the sentence that the file names for a picture, and how alike they are."""
-    index, score = one.get("matched_text_index"), one.get("matched_sim")
-    numbers = isinstance(index, int) and isinstance(score, int | float)
-    if not numbers or not 0 <= index < sentences:
-        raise _bad(
-            where,
-            f"'matched_text_index' {index!r} and 'matched_sim' {score!r} name none of "
-            f"{sentences} sentences; another assignment needs neither",
-        )
-    return index, score
-
-
-def _decoded(text: Any, where: str) -> bytes:
-    """Decode base64; the peer's converter once wrote Python's ``b'...'`` around it."""
-    if not isinstance(text, str):
-        raise BadSample("corrupt_image", f"{where}: is {type(text).__name__}, not base64 text")
-    if text[:2] in ("b'", 'b"'):
-        text = text[2:-1]
-    return decode_base64(text, where)
-
-
-def _refuse_marks(text: str, where: str) -> None:
-    if IMAGE_MARK in text:
-        raise BadSample("image_count", f"{where}: the text itself holds {IMAGE_MARK}")
-
-
-def _bad(where: str, message: str) -> BadSample:
-    return BadSample("bad_record", f"{where}: {message}")

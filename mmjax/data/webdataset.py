@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,16 +141,24 @@ class LaionSource:
             found = ", ".join(sample.files)
             reason, what = ("missing_image", "jpg, png or jpeg") if image is None else _NO_TEXT
             raise BadSample(reason, f"{sample.where}: there is no {what} (found {found})")
-        try:
-            caption = sample.files["txt"].decode("utf-8-sig").strip()
-        except UnicodeDecodeError as e:
-            raise BadSample("bad_record", f"{sample.where}: txt is not UTF-8 ({e})") from e
-        messages = Message("user", IMAGE_MARK), Message("assistant", caption)
         meta = {"id": sample.id, "source": sample.shard, "line": sample.offset}
-        return Record(messages, (image,), meta | {"answers": [caption]})
+        return pair_record(image, sample.files["txt"], f"{sample.where}: txt", meta)
 
 
 _NO_TEXT = ("empty_answer", "txt, its caption")
+
+
+def pair_record(image: bytes, caption: bytes, where: str, meta: Mapping[str, Any]) -> Record:
+    """Return the record of a picture and its caption, for the template ``laion_caption``.
+
+    image: its file; caption: UTF-8; where: of the caption, for a message. Raises BadSample.
+    """
+    try:
+        text = caption.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as e:
+        raise BadSample("bad_record", f"{where} is not UTF-8 ({e})") from e
+    messages = Message("user", IMAGE_MARK), Message("assistant", text)
+    return Record(messages, (image,), {**meta, "answers": [text]})
 
 
 def index_shard(path: Path) -> Arrays:
