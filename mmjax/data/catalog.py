@@ -13,6 +13,8 @@ from mmjax.types import MMJaxError
 KINDS = {
     "json": "mmjax.data.sources:JsonSource",
     "tfds": "mmjax.data.sources:TfdsSource",
+    "tfds_interleaved": "mmjax.data.tfds_pretraining:TfdsInterleaved",
+    "tfds_pairs": "mmjax.data.tfds_pretraining:TfdsPairs",
     "mimicit": "mmjax.data.mimicit:MimicitSource",
     "parquet": "mmjax.data.parquet:ParquetSource",
     "laion": "mmjax.data.webdataset:LaionSource",

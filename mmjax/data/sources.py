@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mmjax.data.jsonl import IndexedJson
 from mmjax.data.templates import IMAGE_MARK
+from mmjax.data.tfds_files import TfdsFiles, as_text
 from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
 
 
@@ -126,8 +127,6 @@ class TfdsSource:
         fields: Mapping[str, str] | None = None,
         data_dir: str | os.PathLike | None = None,
     ):
-        self.name, self.split = str(name), split
-        self.data_dir = None if data_dir is None else os.fspath(data_dir)
         default = {"image": "image", "question": "question", "answer": "answer"}
         self.fields = dict(default if fields is None else fields)
         unknown = sorted(set(self.fields) - set(default))
@@ -136,50 +135,25 @@ class TfdsSource:
                 f"TfdsSource fields {self.fields}: want 'question', 'answer' and, if there are "
                 f"pictures, 'image'; unknown: {unknown}"
             )
-        self._data: Any = None
-        self._open()
+        self._files = TfdsFiles(name, split, data_dir)
 
     def __len__(self) -> int:
-        return len(self._open())
+        return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        element = self._open()[index]
-        where = f"{self.name}[{self.split}]:{index}"
-        found = {part: _walk(element, path, where) for part, path in self.fields.items()}
-        question, answer = _text(found["question"]), found.get("answer")
+        element, where = self._files[index], self._files.where(index)
+        found = {part: self._files.take(element, p, where) for part, p in self.fields.items()}
+        question, answer = as_text(found["question"], where), found.get("answer")
         messages = [Message("user", question)]
-        answers = [_text(a) for a in (answer if isinstance(answer, list) else [answer])]
+        answers = answer if isinstance(answer, list) else [answer]
+        answers = [as_text(one, where) for one in answers]
         if answer is not None:
             messages.append(Message("assistant", answers[0]))
         images = () if found.get("image") is None else (found["image"],)
-        meta = {"id": f"{self.split}/{index}", "source": self.name, "line": index}
+        meta = {"id": f"{self._files.split}/{index}", "source": self._files.name, "line": index}
         if answer is not None:
             meta["answers"] = answers
         return Record(tuple(messages), images, meta)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_data": None}
-
-    def _open(self):
-        """Open the data in this process: builders hold file handles that do not travel."""
-        if self._data is not None:
-            return self._data
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as e:
-            raise MMJaxError("TfdsSource needs TFDS: pip install 'mmjax[tfds]'") from e
-        try:
-            if os.path.isdir(self.name):
-                builder = tfds.builder_from_directory(self.name)
-            else:
-                builder = tfds.builder(self.name, data_dir=self.data_dir)
-            self._data = builder.as_data_source(split=self.split)
-        except (ValueError, NotImplementedError, FileNotFoundError, AttributeError) as e:
-            raise MMJaxError(
-                f"TFDS {self.name!r} split {self.split!r} cannot be read as a data source: {e}. "
-                "It must be prepared with file_format='array_record' and name an existing split"
-            ) from e
-        return self._data
 
 
 def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:
@@ -281,28 +255,6 @@ def _images(value: Mapping[str, Any], where: str, root: Path) -> tuple[str, ...]
         if not isinstance(name, str) or not name:
             raise _bad(where, f"field {field!r} holds {_show(name)}; expected file names")
     return tuple(str(root / name) for name in names)
-
-
-def _walk(element: Any, path: str, where: str) -> Any:
-    """Follow a dotted path into a TFDS element."""
-    value = element
-    for key in path.split("."):
-        try:
-            value = value[int(key)] if key.lstrip("-").isdigit() else value[key]
-        except (KeyError, IndexError, TypeError) as e:
-            names = sorted(element) if isinstance(element, dict) else type(element).__name__
-            raise MMJaxError(
-                f"{where}: there is no feature {path!r}; the features are {names}"
-            ) from e
-    if getattr(value, "dtype", None) is not None and value.dtype == object and value.ndim == 1:
-        return list(value)
-    return value
-
-
-def _text(value: Any) -> str:
-    """Return a feature as text: TFDS hands strings over as bytes, labels as integers."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _bad(where: str, message: str) -> BadSample:

@@ -207,8 +207,9 @@ def test_easy_vqa_as_published():
         EasyVQASource("val")
 
 
-def write_tfds(folder, features, pictures):
-    """Write a tiny dataset; pictures go in encoded, as arrays TFDS would ask TensorFlow."""
+def write_tfds(folder, features, examples):
+    """Write a tiny dataset; pictures go in encoded, for arrays TFDS would ask TensorFlow."""
+    os.makedirs(folder, exist_ok=True)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name="tiny", version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=""
@@ -217,12 +218,9 @@ def write_tfds(folder, features, pictures):
     )
     writer = tfds.core.SequentialWriter(info, 10, overwrite=True, file_format="array_record")
     writer.initialize_splits(["train"])
-    for i, picture in enumerate(pictures):
-        png = io.BytesIO()
-        Image.fromarray(picture).save(png, "PNG")
-        example = {"image": png.getvalue(), "question": f"q{i}", "answers": [f"a{i}", "b"]}
-        writer.add_examples({"train": [example]})
+    writer.add_examples({"train": examples})
     writer.close_all()
+    return str(folder)
 
 
 def test_tfds_is_read_from_array_record_without_tensorflow(tmp_path):
@@ -235,7 +233,13 @@ def test_tfds_is_read_from_array_record_without_tensorflow(tmp_path):
     )
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (3, 4, 6, 3)).astype(np.uint8)
-    write_tfds(tmp_path, features, pictures)
+    examples = []
+    for i, picture in enumerate(pictures):
+        png = io.BytesIO()
+        Image.fromarray(picture).save(png, "PNG")
+        example = {"image": png.getvalue(), "question": f"q{i}", "answers": [f"a{i}", "b"]}
+        examples.append(example)
+    write_tfds(tmp_path, features, examples)
     source = TfdsSource(
         str(tmp_path), "train", {"image": "image", "question": "question", "answer": "answers"}
     )
