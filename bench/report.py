@@ -202,7 +202,7 @@ def _missed(rows: Sequence[dict[str, Any]], pipelines: Sequence[dict[str, Any]])
         name = f"{row['suite']}: {_name(row)}"
         if "error" in row:
             found.append(f"- {name}: not measured, {row['error']}")
-        elif not row["parity_ok"] and row["suite"] != "probe":  # the probe compares nothing
+        elif not row["parity_ok"] and row["suite"] not in ("probe", "length"):  # without a peer
             found.append(f"- {name}: does not count, parity {row['parity_err']}")
         else:
             found += [f"- {name}: {missed}" for missed in _short_of(row)]
@@ -231,6 +231,12 @@ def _environment(rows: Sequence[dict[str, Any]]) -> str:
     loads = [r["env"]["load_at_start"] for r in rows]
     listing = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
     accelerators = sorted({r["env"]["accelerator"] for r in rows} - {"none"})
+    tunables: dict[str, list[str]] = {}
+    for r in rows:  # older rows were measured with malloc as it is
+        tunables.setdefault(r["env"].get("tunables", ""), []).append(r["suite"])
+    malloc = "; ".join(
+        f"{', '.join(dict.fromkeys(names))}: {value or 'none'}" for value, names in tunables.items()
+    )
     return (
         "## Where\n\n"
         f"- {env['cpu']}, {env['cores']} cores, {env['memory_gb']} GB, {env['system']}, "
@@ -239,6 +245,7 @@ def _environment(rows: Sequence[dict[str, Any]]) -> str:
         + f"- {listing}\n- commit {', '.join(commits)}\n"
         f"- {dates[0]} to {dates[-1]}, load average at the start of a suite "
         f"{min(loads):g} to {max(loads):g}\n"
+        f"- glibc's tunables of both sides (`mmjax/runtime.py`), by suite: {malloc}\n"
     )
 
 
