@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mmjax import runtime
-
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = 0.3
 """Other programs' share of one core above which a measurement counts as made under load."""
@@ -28,18 +26,11 @@ def describe(versions: dict[str, dict[str, str]]) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "accelerator": gpu() or "none",
-        "tunables": tunables(),
         "load_at_start": load(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions,
     }
-
-
-def tunables() -> str:
-    """Return the GLIBC_TUNABLES that the sides are started with on a CPU."""
-    have = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return (have | runtime.environment(have)).get("GLIBC_TUNABLES", "")
 
 
 def versions(*packages: str) -> dict[str, str]:

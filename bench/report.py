@@ -233,7 +233,7 @@ def _environment(rows: Sequence[dict[str, Any]]) -> str:
     accelerators = sorted({r["env"]["accelerator"] for r in rows} - {"none"})
     tunables: dict[str, list[str]] = {}
     for r in rows:  # older rows were measured with malloc as it is
-        tunables.setdefault(r["env"].get("tunables", ""), []).append(r["suite"])
+        tunables.setdefault(r["env"].get("tunables", ""), []).append(r.get("suite", "others"))
     malloc = "; ".join(
         f"{', '.join(dict.fromkeys(names))}: {value or 'none'}" for value, names in tunables.items()
     )

@@ -53,6 +53,7 @@ class Side:
         if "XLA_FLAGS" in DEVICES[device]:
             variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {variables['XLA_FLAGS']}"
         variables |= runtime.environment(variables)  # as the shells start, both sides
+        self.variables = variables
         self.process = subprocess.Popen(
             [python, "-m", "bench.worker", name, str(cores)],
             cwd=environment.ROOT,
@@ -136,7 +137,10 @@ class Sides:
 
     def where(self) -> dict[str, Any]:
         """Describe the environment: the machine, and the versions of the sides asked for so far."""
-        self._where = self._where or environment.describe(dict(self._versions))
+        if not self._where:
+            where = environment.describe(dict(self._versions))
+            tunables = {side.variables.get("GLIBC_TUNABLES", "") for side in self._running.values()}
+            self._where = where | {"tunables": " or ".join(sorted(tunables))}
         return self._where
 
     def close(self) -> None:
