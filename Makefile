@@ -32,8 +32,9 @@ test: .venv/installed-test  ## the whole test suite
 # The second leg: the newest jax and flax, which need Python 3.12. No torch, so no peers.
 test-312:  ## import, step, generation and a quick run on Python 3.12
 	test -x .venv312/bin/python || $(PYTHON312) -m venv .venv312
-	.venv312/bin/python -m pip install -q -e '.[recipes]' pytest
-	.venv312/bin/python -m pytest tests/test_imports.py tests/ops tests/multidevice tests/generate
+	.venv312/bin/python -m pip install -q -e '.[recipes]' pytest hypothesis
+	.venv312/bin/python -m pytest tests/test_imports.py tests/test_runtime.py tests/ops \
+	  tests/multidevice tests/generate
 	rm -rf runs/quick312
 	.venv312/bin/python train.py --config=configs/quickstart.py:quick --workdir=runs/quick312
 
