@@ -166,8 +166,8 @@ class LoadedModel:
         repetition_penalty, no_repeat_ngram_size, min_new_tokens: see ``Constraints``.
         stop: tokens that end an answer beside the end token: ids, or tokens of the vocabulary.
         cache_dtype: "int8" keeps the keys and values of earlier tokens in about half of bfloat16's
-            memory; near-ties between tokens then fall otherwise; "float32", "bfloat16", "float16", or None for the
-            dtype of the computation. See docs/memory.md.
+            memory, and may choose otherwise between tokens that are nearly as likely; "float32",
+            "bfloat16", "float16", or None for the dtype of the computation. See docs/memory.md.
         """
         prompts, images = pair(prompts, images)
         tokens = self.generate_tokens(
