@@ -14,6 +14,12 @@ From a language model and CLIP alone, as the published ones began, instead of a 
         --config.model.parts.vision=/data/ViT-L-14.pt \\
         --config.data.sources.laion.path=... --config.data.sources.mmc4.path=...
 
+From TFDS datasets in ArrayRecord files in place of shards (docs/data_formats.md):
+    python train.py --config=configs/openflamingo_3b.py:tfds --workdir=runs/of3b \\
+        --config.model.init=/data/of3b \\
+        --config.data.sources.laion.name=/data/laion/1.0.0 \\
+        --config.data.sources.mmc4.name=/data/mmc4/1.0.0
+
 The published recipe (Awadalla et al. 2023, and the options of open_flamingo/train/train.py): AdamW
 at 1e-4, constant after 1,875 steps of warm-up, weight decay 0.1 on the gated blocks alone, the loss
 of LAION's captions weighs 0.2 beside MMC4's documents; trained are the resampler, the gated blocks
@@ -35,19 +41,51 @@ MPT_1B = dict(model_type="mosaic_gpt", d_model=2048, n_layers=24, n_heads=16, vo
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; ``:quick`` is a toy on generated data, ``:parts`` starts from parts."""
-    given = recipe_options(arg, quick=False, parts=False)
-    recipe = settings("openflamingo_3b", MPT_1B, every=1, batch_size=32, parts=given.parts)
+    """Return the recipe; ``:quick`` is a toy on generated data, ``:parts`` starts from parts.
+
+    ``:tfds`` reads TFDS datasets; several are joined by commas.
+    """
+    return get_recipe(arg, "openflamingo_3b", MPT_1B, every=1, batch_size=32)
+
+
+def get_recipe(arg: str | None, name: str, language: dict, **sizes: int) -> ConfigDict:
+    """Return an OpenFlamingo recipe by its argument; sizes: ``every`` and ``batch_size``."""
+    given = recipe_options(arg, quick=False, parts=False, tfds=False)
+    recipe = settings(name, language, parts=given.parts, tfds=given.tfds, **sizes)
     return fill(RunSettings, toy_flamingo(recipe) if given.quick else recipe)
 
 
 def settings(
-    name: str, language: dict, *, every: int, batch_size: int, parts: bool
+    name: str, language: dict, *, every: int, batch_size: int, parts: bool, tfds: bool
 ) -> dict[str, Any]:
     """Return what the OpenFlamingo recipes share.
 
     language: its config.json, to plan with. parts: start from a language model and CLIP alone.
+    tfds: the data lie in TFDS datasets, not in shards.
     """
+    sources = dict(
+        laion=dict(kind="laion", path="set data.sources.laion.path"),
+        mmc4=dict(kind="mmc4", path="set data.sources.mmc4.path"),
+    )
+    if tfds:
+        sources = dict(
+            laion=dict(
+                kind="tfds_pairs",
+                name="set data.sources.laion.name",
+                split="train",
+                fields=dict(image="image", caption="caption"),
+            ),
+            mmc4=dict(
+                kind="tfds_interleaved",
+                name="set data.sources.mmc4.name",
+                split="train",
+                fields=dict(
+                    text_list="text_list",
+                    image="image_info.image",
+                    similarity_matrix="similarity_matrix",
+                ),
+            ),
+        )
     start = dict(init="set model.init to a folder of convert_weights.to_jax")
     if parts:
         start = dict(
@@ -66,10 +104,7 @@ def settings(
         train=("perceiver.*", "cross.*"),
         train_rows=(dict(params="decoder.embed.embedding", rows=("media", "eoc")),),
         data=dict(
-            sources=dict(
-                laion=dict(kind="laion", path="set data.sources.laion.path"),
-                mmc4=dict(kind="mmc4", path="set data.sources.mmc4.path"),
-            ),
+            sources=sources,
             weights=dict(laion=2.0, mmc4=1.0),
             loss_weights=dict(laion=0.2, mmc4=1.0),
             template=dict(laion="laion_caption", mmc4="interleaved"),

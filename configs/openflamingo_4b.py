@@ -17,10 +17,7 @@ measured: the authors have not run this on GPUs.
 
 from ml_collections import ConfigDict
 
-from configs.openflamingo_3b import settings
-from mmjax.config import fill, recipe_options
-from mmjax.recipes import toy_flamingo
-from mmjax.train.settings import RunSettings
+from configs.openflamingo_3b import get_recipe
 
 REDPAJAMA_3B = dict(
     model_type="gpt_neox", hidden_size=2560, num_hidden_layers=32, num_attention_heads=32,
@@ -29,7 +26,5 @@ REDPAJAMA_3B = dict(
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; ``:quick`` is a toy on generated data, ``:parts`` starts from parts."""
-    given = recipe_options(arg, quick=False, parts=False)
-    recipe = settings("openflamingo_4b", REDPAJAMA_3B, every=2, batch_size=16, parts=given.parts)
-    return fill(RunSettings, toy_flamingo(recipe) if given.quick else recipe)
+    """Return the recipe; it takes what configs/openflamingo_3b.py takes."""
+    return get_recipe(arg, "openflamingo_4b", REDPAJAMA_3B, every=2, batch_size=16)

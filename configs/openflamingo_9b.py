@@ -17,16 +17,11 @@ measured: the authors have not run this on GPUs.
 
 from ml_collections import ConfigDict
 
-from configs.openflamingo_3b import settings
-from mmjax.config import fill, recipe_options
-from mmjax.recipes import toy_flamingo
-from mmjax.train.settings import RunSettings
+from configs.openflamingo_3b import get_recipe
 
 MPT_7B = dict(model_type="mpt", d_model=4096, n_layers=32, n_heads=32, vocab_size=50_280)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; ``:quick`` is a toy on generated data, ``:parts`` starts from parts."""
-    given = recipe_options(arg, quick=False, parts=False)
-    recipe = settings("openflamingo_9b", MPT_7B, every=4, batch_size=16, parts=given.parts)
-    return fill(RunSettings, toy_flamingo(recipe) if given.quick else recipe)
+    """Return the recipe; it takes what configs/openflamingo_3b.py takes."""
+    return get_recipe(arg, "openflamingo_9b", MPT_7B, every=4, batch_size=16)

@@ -17,18 +17,20 @@ from test_pipeline import assert_equal
 from test_sources import write_tfds
 from test_webdataset import pairs, picture, write_tar
 
+from mmjax.config import resolve_recipe, to_dataclass
 from mmjax.data import check as command
-from mmjax.data.catalog import make_source
+from mmjax.data.catalog import make_source, make_sources
 from mmjax.data.mmc4 import Mmc4Source
 from mmjax.data.tfds_pretraining import TfdsInterleaved, TfdsPairs
 from mmjax.data.webdataset import LaionSource
 from mmjax.train.build import blueprint, train_iterator
-from mmjax.train.settings import LoRASettings
+from mmjax.train.settings import LoRASettings, RunSettings
 from mmjax.types import BadSample, MMJaxError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_flamingo_document_goldens import document, documents
 
+ROOT = Path(__file__).parents[2]
 F = tfds.features
 INFO = {"image": F.Image(), "matched_text_index": np.int64, "matched_sim": np.float32}
 FEATURES = F.FeaturesDict(
@@ -211,6 +213,18 @@ def test_batches_are_those_of_the_shards_and_go_on(both, both_pairs, tmp_path):
     assert sources == {-1, 0, 1}
     for run in runs:
         run.close()
+
+
+def test_the_recipe_reads_tfds(both, both_pairs):
+    given = {"mmc4.name": both[1], "laion.name": both_pairs[1], "laion.fields.image": "jpg"}
+    given["laion.fields.caption"] = "captions.text.0"
+    overrides = [f"data.sources.{name}={value}" for name, value in given.items()]
+    recipe = resolve_recipe(f"{ROOT}/configs/openflamingo_3b.py:tfds", overrides)
+    data = to_dataclass(RunSettings, recipe).data
+    sources = make_sources(data.sources)
+    assert outcomes(sources["mmc4"]) == outcomes(Mmc4Source(both[0]))
+    assert sources["laion"][2].messages == LaionSource(both_pairs[0])[2].messages
+    assert data.loss_weights == {"laion": 0.2, "mmc4": 1.0}
 
 
 def test_the_check_counts_what_it_counts_of_the_shard(both):
