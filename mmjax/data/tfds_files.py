@@ -154,9 +154,12 @@ class TfdsFiles:
             data = builder.as_data_source(split=self.split, decoders=decoders)
             files = builder.info.splits[self.split].filepaths
         except (ValueError, NotImplementedError, FileNotFoundError, AttributeError) as e:
+            says = str(e).strip().split("\n")[0].rstrip(".")  # TFDS adds the names of all datasets
+            folder = "" if _is_path(self.name) else "; nor is there a folder of this name"
             raise MMJaxError(
-                f"TFDS {self.name!r} split {self.split!r} cannot be read as a data source: {e}. "
-                "It must be prepared with file_format='array_record' and name an existing split"
+                f"TFDS {self.name!r} split {self.split!r} cannot be read as a data source: "
+                f"{says}{folder}. It must be prepared with file_format='array_record' and name an "
+                "existing split"
             ) from e
         absent = [os.fspath(file) for file in files if not os.path.exists(file)]
         if absent:

@@ -38,9 +38,9 @@ FEATURES = F.FeaturesDict(
         "id": F.Text(),
         "text_list": F.Sequence(F.Text()),
         "image_info": F.Sequence(INFO),
-        # A matrix of two unknown sides: the sequence of its rows needs TensorFlow to be written.
         "similarity_matrix": F.Tensor(shape=(None, None), dtype=np.float64, encoding="zlib"),
         "flat": F.Sequence(np.float32),
+        "rows": F.Sequence(F.Sequence(np.float32)),
     }
 )
 
@@ -62,6 +62,7 @@ def example(name, info):
         "image_info": listed,
         "similarity_matrix": matrix,
         "flat": matrix.ravel().astype(np.float32),
+        "rows": matrix.tolist(),
     }
 
 
@@ -81,7 +82,10 @@ def both(tmp_path_factory):
     folder, infos = tmp_path_factory.mktemp("documents"), all_documents()
     shard = write(folder / "a.tar", infos)
     examples = [example(f"a.tar/{name}", info) for name, info in infos.items()]
-    return shard, write_tfds(folder / "tiny/1.0.0", FEATURES, examples)
+    with pytest.MonkeyPatch.context() as patch:
+        # TFDS asks TensorFlow what float32 is called when it writes a sequence of sequences.
+        patch.setattr(F.TensorInfo, "dtype", property(lambda info: info.np_dtype))
+        return shard, write_tfds(folder / "tiny/1.0.0", FEATURES, examples)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,7 @@ def outcomes(source):
     [
         ({}, {}),
         ({}, {"similarity_matrix": "flat"}),
+        ({}, {"similarity_matrix": "rows"}),
         (dict(assignment="one_to_one", min_kilobytes=None, seed=1), {}),
         (dict(assignment="matched", max_images=3, legacy_openflamingo=True), {}),
     ],
@@ -274,6 +279,9 @@ def test_what_is_not_there_is_told_when_it_is_opened(both, both_pairs, tmp_path)
     source = dict(kind="tfds_interleaved", split="train")
     with pytest.raises(MMJaxError, match="gone: no such folder; .* of a prepared version"):
         make_source(source | dict(name=str(tmp_path / "gone")))
+    with pytest.raises(MMJaxError, match="'gone/1.0.0' .*; nor is there a folder.*split") as error:
+        make_source(source | dict(name="gone/1.0.0"))
+    assert len(str(error.value)) < 400  # not the names of all datasets
     above = Path(both[1]).parent
     with pytest.raises(MMJaxError, match=f"no dataset_info.json.*there is one in {both[1]}"):
         make_source(source | dict(name=str(above)))
