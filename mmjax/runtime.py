@@ -1,4 +1,4 @@
-"""What a process is given before JAX starts: glibc's pages, XLA's flags, the compilation cache.
+"""What a process is given before JAX starts: pages and memory, XLA's flags, the compilation cache.
 
 The shells (train.py, eval.py) call ``prepare`` first. A program of your own may do the same before
 it touches JAX, or set the variables itself: what is set already is left alone, and
@@ -19,6 +19,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mmjax import user_cache
+
+USABLE = 0.92
+"""The share of a device's memory that a run may fill: drivers and libraries need some too."""
 
 PAGES = "glibc.malloc.hugetlb=1"
 """The tunable that makes malloc ask for huge pages; of glibc from 2.35 on."""
@@ -65,13 +68,17 @@ def environment(have: Mapping[str, str]) -> dict[str, str]:
 
     GLIBC_TUNABLES, on a Linux that gives huge pages to those who ask, without an accelerator: on a
     CPU the buffers of a train step are new memory in every step, and taking it in small pages costs
-    a part of the step. XLA_FLAGS, where there are several GPUs: ``SEVERAL_GPUS``, as far as this
-    jaxlib knows them.
+    a part of the step. On a GPU XLA_PYTHON_CLIENT_MEM_FRACTION: JAX would take three quarters of it
+    and leave the rest; a run takes ``USABLE``. XLA_FLAGS, where there are several GPUs:
+    ``SEVERAL_GPUS``, as far as this jaxlib knows them.
     """
     more = {}
     tunables = have.get("GLIBC_TUNABLES", "")
     if on_cpu(have) and "glibc.malloc.hugetlb" not in tunables and _gives_huge_pages():
         more["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, PAGES)))
+    own = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"
+    if not on_cpu(have) and not any(name in have for name in own):
+        more["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{USABLE:g}"
     if not on_cpu(have) and _count_gpus(have) > 1:
         given = have.get("XLA_FLAGS", "")
         wanted = {k: v for k, v in SEVERAL_GPUS.items() if k not in given}

@@ -10,6 +10,7 @@ import pytest
 from mmjax import runtime
 
 ROOT = Path(__file__).parents[1]
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +27,12 @@ def pages(monkeypatch):
             {"GLIBC_TUNABLES": f"glibc.malloc.check=1:{runtime.PAGES}"},
         ),
         ({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {}),
-        ({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "0"}, {}),
-        ({"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": "-1"}, {}),
+        ({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "0"}, {MEMORY: "0.92"}),
+        ({"JAX_PLATFORMS": "cuda,cpu", MEMORY: ".5"}, {}),
+        ({"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, {}),
     ],
 )
-def test_a_cpu_run_asks_for_huge_pages_unless_told_otherwise(have, more):
+def test_a_cpu_run_asks_for_huge_pages_and_a_gpu_run_for_memory_unless_told(have, more):
     assert runtime.environment(have) == more
 
 
@@ -47,7 +49,7 @@ def test_several_gpus_get_the_flags_that_are_known_and_not_given(several, monkey
     )
     more = runtime.environment({"JAX_PLATFORMS": "cuda", "XLA_FLAGS": given, **several})
     first, *flags = more.pop("XLA_FLAGS").split()
-    assert first == given and not more
+    assert first == given and more == {MEMORY: "0.92"}
     names = [flag.split("=")[0] for flag in flags]
     skipped = {"--xla_gpu_enable_latency_hiding_scheduler", f"--xla_gpu_enable_{unknown}"}
     assert set(names) == set(runtime.SEVERAL_GPUS) - skipped and len(names) == len(set(names))

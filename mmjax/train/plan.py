@@ -27,6 +27,7 @@ from mmjax.nn import paths
 from mmjax.nn.linear import adapter_dropout, axes_apart
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import RULES, batch_sharding
+from mmjax.runtime import USABLE
 from mmjax.train import frozen as frozen_part
 from mmjax.train import matrices, optim, tuning
 from mmjax.train import rows as trained_rows
@@ -36,12 +37,6 @@ from mmjax.train.loss import loss_sum
 from mmjax.train.settings import ModelSettings, RunSettings
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.types import MMJaxError
-
-USABLE = 0.92
-"""The share of a device's memory that a run may fill: drivers and libraries need some too."""
-
-PREALLOCATED = 0.75
-"""The share of a GPU that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 PARTS = {
     "trained": "trained parameters",
@@ -384,13 +379,7 @@ def verdict(plan: MemoryPlan, memory: float) -> str:
     """Say whether a plan fits into devices of ``memory`` GB, and if not, what would help."""
     need, room = plan.total / 1e9, memory * USABLE
     if need <= room:
-        text = f"fits: {need:.1f} GB of {room:.1f} ({USABLE:.0%} of {memory:g} GB)"
-        if need > PREALLOCATED * memory:
-            text += (
-                f"; JAX takes {PREALLOCATED:.0%} of a GPU by itself, so set "
-                f"XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE:g}"
-            )
-        return text
+        return f"fits: {need:.1f} GB of {room:.1f} ({USABLE:.0%} of {memory:g} GB)"
     help_ = {
         "remat": ("model.remat=full", plan.parts["kept"] if plan.remat != "full" else 0),
         "rows": ("a smaller data.batch_size or data.seq_len", plan.parts["kept"]),
