@@ -39,7 +39,7 @@ SAME_TOY = {
     "bunny_stablelm2_eva": "bunny_phi2_siglip",
     "bunny_llama3_8b_s2": "bunny_phi2_siglip",
 }
-# One of each family, and one of its adapters, goes on to be exported and to answer from there.
+# One of each family, and one of its adapters, is continued, exported, and answers from there.
 EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
 BUNNIES = {
@@ -179,10 +179,11 @@ def test_a_toy_is_the_one_that_goes_all_the_way(name):
 def test_a_recipe_goes_all_the_way(file, tmp_path):
     settings, workdir = small(file), tmp_path / "run"
     loop.run(settings, workdir)
-    assert set(logged(workdir)) == {1, 2}
-    loop.run(dataclasses.replace(settings, steps=3), workdir)
+    if file.stem in EXPORTED:
+        loop.run(dataclasses.replace(settings, steps=3), workdir)
     losses = logged(workdir)
-    assert set(losses) == {1, 2, 3} and np.isfinite(list(losses.values())).all()
+    assert set(losses) == set(range(1, 4 if file.stem in EXPORTED else 3))
+    assert np.isfinite(list(losses.values())).all()
 
     evaluation.run_eval(settings, str(workdir), None)
     results = json.loads((workdir / "results.json").read_text())
