@@ -135,7 +135,7 @@ def _photographs() -> dict[str, list[np.ndarray]]:
 
 
 def _file(name: str) -> Path:
-    """Find a data file of scikit-learn. Importing that would cost a run and its workers a second.
+    """Find a data file of scikit-learn. Importing that would delay a run and its workers.
 
     Raises MMJaxError without the package.
     """
