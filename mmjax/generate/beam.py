@@ -67,18 +67,33 @@ class Ranking(NamedTuple):
     longest: Any
 
 
+class _Ended(NamedTuple):
+    """The best ended beams of each prompt, n places a prompt, the best first."""
+
+    rows: Array  # int32[b, n, w], prompt and new tokens
+    scores: Array  # float32[b, n], divided by the length penalty
+    counts: Array  # int32[b, n], new tokens without the end token
+    full: Array  # bool[b, n], is this place taken?
+
+
 class _State(NamedTuple):
-    """Running beams and ended ones, each n a prompt, the best first. w is the cache's room."""
+    """Running beams, n a prompt, the best first, and ended ones. w is the cache's room."""
 
     step: Array  # how many new tokens the running beams have
     running: Array  # int32[b, n, w], prompt and new tokens
     scores: Array  # float32[b, n], sums of log probabilities
     parents: Array  # int32[b, n], which beam of the step before each continues
-    ended: Array  # int32[b, n, w]
-    ended_scores: Array  # float32[b, n], divided by the length penalty
-    counts: Array  # int32[b, n], new tokens of the ended without the end token
-    full: Array  # bool[b, n], is this place taken by an ended beam?
+    ended: _Ended
     open: Array  # bool[b], can a prompt's answer still change?
+
+
+class _Candidates(NamedTuple):
+    """The likeliest continuations of a prompt's running beams, c a prompt, the best first."""
+
+    rows: Array  # int32[b, c, w], with the new token
+    scores: Array  # float32[b, c], sums of log probabilities
+    parents: Array  # int32[b, c], which running beam each continues
+    ends: Array  # bool[b, c], is the new token an end token?
 
 
 def search(
@@ -100,56 +115,21 @@ def search(
     the prompts. cache: filled with the prompts, n rows each. history: int32[b, w], the prompts.
     real: bool[b], rows that are no padding.
     """
-    b, w = history.shape
-    n = beams.num_beams
-    # With one more than all end tokens a beam, n of the candidates do not end, whatever comes.
-    keep = max(2, 1 + ends.shape[0]) * n
+    b, n = len(history), beams.num_beams
 
     def advance(state: _State, logits: Array) -> _State:
-        at = lengths + state.step
-        scores = constraints(
-            jax.nn.log_softmax(logits), state.running.reshape(b * n, w), jnp.repeat(at, n),
-            state.step, ends,
-        )  # fmt: skip
-        v = scores.shape[-1]
-        scores = scores.reshape(b, n, v) + state.scores[:, :, None]
-        scores, index = jax.lax.top_k(scores.reshape(b, n * v), keep)
-        parents, tokens = index // v, index % v
-        rows = _pick(state.running, parents)
-        rows = jnp.where(jnp.arange(w) == at[:, None, None], tokens[:, :, None], rows)
+        found = _candidates(state, logits, lengths, ends, constraints)
         step = state.step + 1
-        end = jnp.isin(tokens, ends)
-        over = end | (step == max_new)
-
-        running_scores, best = jax.lax.top_k(scores + jnp.where(over, NEVER, 0.0), n)
-
-        # Only the first n candidates may end; the others are there to keep n beams running.
-        ending = over & (jnp.arange(keep) < n) & state.open[:, None]
-        ended_scores = jnp.where(ending, scores / ranking.divisors[step - 1], NEVER)
-        counts = step - end.astype(jnp.int32)
-        both = (
-            jnp.concatenate([state.ended, rows], axis=1),
-            jnp.concatenate([state.counts, counts], axis=1),
-            jnp.concatenate([state.full, ending], axis=1),
-        )
-        ended_scores = jnp.concatenate([state.ended_scores, ended_scores], axis=1)
-        ended_scores, first = jax.lax.top_k(ended_scores, n)
-        ended, counts, full = (_pick(x, first) for x in both)
-
-        all_full = jnp.all(full, axis=1)
-        length = jnp.where(ranking.longest, max_new, step)
-        hope = running_scores[:, 0] / ranking.divisors[length - 1]
-        better = hope > jnp.where(all_full, ended_scores[:, -1], NEVER)
+        over = found.ends | (step == max_new)
+        scores, best = jax.lax.top_k(found.scores + jnp.where(over, NEVER, 0.0), n)
+        ended = _ended(state, found, over, ranking)
         return _State(
             step,
-            _pick(rows, best),
-            running_scores,
-            _pick(parents, best),
+            _pick(found.rows, best),
+            scores,
+            _pick(found.parents, best),
             ended,
-            ended_scores,
-            counts,
-            full,
-            state.open & better & ~(all_full & ranking.first),
+            state.open & _may_change(scores[:, 0], ended, step, max_new, ranking),
         )
 
     def going(carry):
@@ -164,18 +144,72 @@ def search(
         logits, cache = decode(tokens, cache)
         return advance(state, logits), cache
 
-    history = jnp.repeat(history[:, None], n, axis=1)
-    # All beams of a prompt are alike at first, so only one of them has candidates.
-    scores = jnp.full((b, n), NEVER).at[:, 0].set(0.0)
-    start = _State(
-        jnp.int32(0), history, scores, jnp.zeros((b, n), jnp.int32),
-        history, jnp.full((b, n), NEVER), jnp.zeros((b, n), jnp.int32),
-        jnp.zeros((b, n), bool), real,
-    )  # fmt: skip
-    carry = advance(start, jnp.repeat(logits, n, axis=0)), cache
-    state, _ = jax.lax.while_loop(going, body, carry)
+    first = advance(_start(history, real, n), jnp.repeat(logits, n, axis=0))
+    state, _ = jax.lax.while_loop(going, body, (first, cache))
     r = beams.num_return_sequences
-    return state.ended[:, :r], state.counts[:, :r]
+    return state.ended.rows[:, :r], state.ended.counts[:, :r]
+
+
+def _start(history: Array, real: Array, n: int) -> _State:
+    """Return the state before the first new token."""
+    b = len(history)
+    rows, never = jnp.repeat(history[:, None], n, axis=1), jnp.full((b, n), NEVER)
+    zeros = jnp.zeros((b, n), jnp.int32)
+    ended = _Ended(rows, never, zeros, jnp.zeros((b, n), bool))
+    # All beams of a prompt are alike at first, so only one of them has candidates.
+    return _State(jnp.int32(0), rows, never.at[:, 0].set(0.0), zeros, ended, real)
+
+
+def _candidates(
+    state: _State, logits: Array, lengths: Array, ends: Array, constraints: Constraints
+) -> _Candidates:
+    """Return so many continuations that n of them do not end. logits: float32[b * n, v]."""
+    b, n, w = state.running.shape
+    at = lengths + state.step
+    scores = constraints(
+        jax.nn.log_softmax(logits), state.running.reshape(b * n, w), jnp.repeat(at, n),
+        state.step, ends,
+    )  # fmt: skip
+    v = scores.shape[-1]
+    scores = scores.reshape(b, n, v) + state.scores[:, :, None]
+    # With one more than all end tokens a beam, n of the candidates do not end, whatever comes.
+    keep = max(2, 1 + ends.shape[0]) * n
+    scores, index = jax.lax.top_k(scores.reshape(b, n * v), keep)
+    parents, tokens = index // v, index % v
+    rows = _pick(state.running, parents)
+    rows = jnp.where(jnp.arange(w) == at[:, None, None], tokens[:, :, None], rows)
+    return _Candidates(rows, scores, parents, jnp.isin(tokens, ends))
+
+
+def _ended(state: _State, found: _Candidates, over: Array, ranking: Ranking) -> _Ended:
+    """Return the best n of the beams that had ended and those that end now.
+
+    over: bool[b, c], candidates that end, by their token or because no more are wanted.
+    """
+    n = state.running.shape[1]
+    # Only the first n candidates may end; the others are there to keep n beams running.
+    ending = over & (jnp.arange(over.shape[1]) < n) & state.open[:, None]
+    now = _Ended(
+        found.rows,
+        jnp.where(ending, found.scores / ranking.divisors[state.step], NEVER),
+        state.step + 1 - found.ends.astype(jnp.int32),
+        ending,
+    )
+    both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.ended, now)
+    _, first = jax.lax.top_k(both.scores, n)
+    return jax.tree.map(lambda x: _pick(x, first), both)
+
+
+def _may_change(best: Array, ended: _Ended, step: Array, max_new: Array, ranking: Ranking) -> Array:
+    """Tell of each prompt whether a running beam may still displace an ended one, bool[b].
+
+    best: float32[b], the score of its best running beam. step: the new tokens of running beams.
+    """
+    all_full = jnp.all(ended.full, axis=1)
+    length = jnp.where(ranking.longest, max_new, step)
+    hope = best / ranking.divisors[length - 1]
+    better = hope > jnp.where(all_full, ended.scores[:, -1], NEVER)
+    return better & ~(all_full & ranking.first)
 
 
 def _pick(x: Array, index: Array) -> Array:
