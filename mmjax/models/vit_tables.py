@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 
 from mmjax.weights import tables
-from mmjax.weights.rules import Leading, Rule, conv_patch, flat, transpose
+from mmjax.weights.operations import Leading, conv_patch, flat, transpose
+from mmjax.weights.rules import Rule
 
 IGNORE = (
     r"^proj$",  # into the space of a text tower

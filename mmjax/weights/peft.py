@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.types import MMJaxError
+from mmjax.weights.operations import Chunk, Dense, Fused, Op, Shape
 from mmjax.weights.reader import Reader
-from mmjax.weights.rules import Chunk, Dense, Fused, Op, Rule, Shape, Tensor, export
+from mmjax.weights.rules import Rule, Tensor, export
 
 PREFIX = "base_model.model."
 

@@ -18,8 +18,8 @@ import numpy as np
 import tensorstore as ts
 
 from mmjax.types import MMJaxError
+from mmjax.weights.operations import Shape
 from mmjax.weights.reader import partial_hint
-from mmjax.weights.rules import Shape
 
 ITEM = "state"  # the name Orbax v1 gives to the only tree of a checkpoint
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"

@@ -5,7 +5,8 @@ A line whose parameter a model does not have, such as the bias of a map without 
 
 from __future__ import annotations
 
-from mmjax.weights.rules import Fused, Op, Rule, flat, reshape_in, transpose
+from mmjax.weights.operations import Fused, Op, flat, reshape_in, transpose
+from mmjax.weights.rules import Rule
 
 
 def norm(ours: str, theirs: str) -> tuple[Rule, ...]:

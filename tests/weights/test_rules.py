@@ -9,6 +9,7 @@ from mmjax.models import checkpoints, registry
 from mmjax.models.fuyu import weights as fuyu
 from mmjax.models.fuyu.model import FuyuConfig
 from mmjax.models.views import Resized
+from mmjax.weights import operations as O
 from mmjax.weights import rules as R
 from mmjax.weights.writer import Arrays
 
@@ -25,16 +26,16 @@ OURS = {
     "patches": (3, 2, 2, 4, 5),
 }
 RULES = (
-    R.Rule("kernel", "l.{l}.w", R.transpose),
-    R.Rule("q", "l.{l}.q", R.Fused(1)),
-    R.Rule("o", "l.{l}.o", R.reshape_in(2)),
-    R.Rule("bias", "l.{l}.b", R.Fused(2)),
-    R.Rule("gate", "l.{l}.gu", R.Chunk(0)),
-    R.Rule("up", "l.{l}.gu", R.Chunk(1)),
-    R.Rule("head", "head", R.transpose),
+    R.Rule("kernel", "l.{l}.w", O.transpose),
+    R.Rule("q", "l.{l}.q", O.Fused(1)),
+    R.Rule("o", "l.{l}.o", O.reshape_in(2)),
+    R.Rule("bias", "l.{l}.b", O.Fused(2)),
+    R.Rule("gate", "l.{l}.gu", O.Chunk(0)),
+    R.Rule("up", "l.{l}.gu", O.Chunk(1)),
+    R.Rule("head", "head", O.transpose),
     R.Rule("table", "table"),
-    R.Rule("patch", "conv", R.conv_patch),
-    R.Rule("patches", "conv.{l}", R.conv_patch),
+    R.Rule("patch", "conv", O.conv_patch),
+    R.Rule("patches", "conv.{l}", O.conv_patch),
 )
 
 
@@ -74,7 +75,7 @@ def test_pieces_cover_every_number_once(limit):
 def test_big_transposes_and_casts_are_exact():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(700, 900)).astype(np.float32)
-    rule = R.Rule("w", "w", R.transpose)
+    rule = R.Rule("w", "w", O.transpose)
     for dtype in (np.float32, "bfloat16", np.float16):
         got = R.read_piece(
             rule, Arrays({"w": x}), (900, 700), (slice(0, 900), slice(5, 700)), dtype
@@ -85,15 +86,15 @@ def test_big_transposes_and_casts_are_exact():
 def test_fused_rows_are_head_major_then_qkv():
     n, h, d = 2, 3, 4
     fused = np.arange(n * 3 * h * d).reshape(n * 3 * h, d)
-    v = R.Fused(2).view(fused, (d, n, h))
+    v = O.Fused(2).view(fused, (d, n, h))
     assert v[1, 1, 2] == fused[1 * 3 * h + 2 * h + 2, 1]
 
 
 def test_a_patch_kernel_is_the_convolution():
     rng = np.random.default_rng(0)
     conv, image = rng.normal(size=(5, 3, 4, 2)), rng.normal(size=(3, 4, 2))
-    ours = R.conv_patch.view(conv, (4, 2, 3, 5))
-    assert R.conv_patch.theirs_shape(ours.shape) == conv.shape
+    ours = O.conv_patch.view(conv, (4, 2, 3, 5))
+    assert O.conv_patch.theirs_shape(ours.shape) == conv.shape
     want = (conv * image).sum((1, 2, 3))  # one step of a convolution, channels first
     got = np.einsum("rcx,rcxd->d", image.transpose(1, 2, 0), ours)
     np.testing.assert_allclose(got, want, rtol=1e-12)

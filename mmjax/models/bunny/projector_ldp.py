@@ -11,7 +11,8 @@ from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import LayerNorm
 from mmjax.parallel.sharding import constrain
 from mmjax.weights import tables
-from mmjax.weights.rules import Rule, conv_patch, conv_pixel
+from mmjax.weights.operations import conv_patch, conv_pixel
+from mmjax.weights.rules import Rule
 
 
 def squeezed(d: int) -> int:

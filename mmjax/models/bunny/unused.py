@@ -12,7 +12,8 @@ import numpy as np
 
 from mmjax.models.bunny.assemble import FEATURE_LAYER, tower_layout, tower_root
 from mmjax.models.vit import ViTConfig
-from mmjax.weights.rules import Shape, Tensor
+from mmjax.weights.operations import Shape
+from mmjax.weights.rules import Tensor
 
 EVA_OUT = 768  # of EVA02_CLIP_L's projection
 

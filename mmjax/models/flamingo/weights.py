@@ -18,7 +18,8 @@ from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.language.weights import IGNORE as LANGUAGE_IGNORE
 from mmjax.models.parts import Partial
 from mmjax.weights import tables
-from mmjax.weights.rules import Fused, Rule, transpose
+from mmjax.weights.operations import Fused, transpose
+from mmjax.weights.rules import Rule
 from mmjax.weights.tuning import PeerNames, module_of
 
 __all__ = ["assemble"]  # a part of the contract that has a file of its own

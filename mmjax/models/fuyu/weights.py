@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmjax.weights import tables
+from mmjax.weights.operations import transpose
 from mmjax.weights.reader import Reader
-from mmjax.weights.rules import Rule, transpose
+from mmjax.weights.rules import Rule
 
 LAYOUTS = ("hub", "transformers5")
 ADAPTER_LAYOUT = "transformers5"  # PEFT names modules as they stand in memory

@@ -8,7 +8,8 @@ from typing import Any
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architecture import Architecture, refuse, rope_json, rope_of
 from mmjax.weights import tables
-from mmjax.weights.rules import Rule, transpose
+from mmjax.weights.operations import transpose
+from mmjax.weights.rules import Rule
 
 LAYER = "model.layers.{l}."
 

@@ -9,7 +9,8 @@ from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architecture import Architecture, refuse
 from mmjax.types import MMJaxError
 from mmjax.weights import tables
-from mmjax.weights.rules import Rule, transpose
+from mmjax.weights.operations import transpose
+from mmjax.weights.rules import Rule
 
 _LAYER = "model.decoder.layers.{l}."
 _OFFSET = 2  # the table's first two rows are never looked at

@@ -11,7 +11,8 @@ from mmjax.models.language import llama
 from mmjax.models.language.architecture import Architecture
 from mmjax.types import MMJaxError
 from mmjax.weights import tables
-from mmjax.weights.rules import Chunk, Rule
+from mmjax.weights.operations import Chunk
+from mmjax.weights.rules import Rule
 
 _GATE_UP = f"{llama.LAYER}mlp.gate_up_proj.weight"
 
