@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from mmjax.types import MMJaxError
-from mmjax.weights.pickles import TensorInfo, read_torch
+from mmjax.weights.tensor_info import TensorInfo
+from mmjax.weights.torch_archive import read_torch
 
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)

@@ -15,6 +15,7 @@ import numpy as np
 
 from mmjax.weights.pickles import STORAGES
 from mmjax.weights.rules import Tensor
+from mmjax.weights.tensor_info import row_major
 
 _ROOT = "archive"
 _ALIGNMENT = 64  # of each tensor's first byte, so that torch can map the file
@@ -63,17 +64,13 @@ def _pickle(tensors: Sequence[Tensor]) -> bytes:
     out = [b"\x80\x02}("]
     for i, tensor in enumerate(tensors):
         count = tensor.nbytes // tensor.dtype.itemsize
-        strides, step = [], 1
-        for n in reversed(tensor.shape):
-            strides.append(step)
-            step *= n
         out += [
             _text(tensor.key),
             b"ctorch._utils\n_rebuild_tensor_v2\n((",
             _text("storage"),
             f"ctorch\n{_STORAGE_NAMES[np.dtype(tensor.dtype)]}\n".encode(),
             _text(str(i)) + _text("cpu") + _number(count) + b"tQ",
-            _number(0) + _numbers(tensor.shape) + _numbers(reversed(strides)),
+            _number(0) + _numbers(tensor.shape) + _numbers(row_major(tensor.shape)),
             b"\x89ccollections\nOrderedDict\n)RtR",  # no gradient, no hooks
         ]
     return b"".join([*out, b"u."])

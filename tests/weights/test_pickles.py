@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmjax.types import MMJaxError
-from mmjax.weights.pickles import read_torch
+from mmjax.weights.torch_archive import read_torch
 
 
 class Evil:

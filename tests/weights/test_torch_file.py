@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmjax.weights import torch_file
-from mmjax.weights.pickles import read_torch
 from mmjax.weights.rules import Tensor
+from mmjax.weights.torch_archive import read_torch
 from mmjax.weights.torch_file import write_torch
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_)
