@@ -9,12 +9,15 @@ from flax import nnx
 from jax import checkpoint_policies as policies
 
 from mmjax.nn.linear import layer_dropout
+from mmjax.ops import flash_cudnn
+
+_NAMED = policies.save_only_these_names("qkv", "attn_out", "attn_lse", "attn_sum", "mlp_up")
 
 # What the backward pass finds saved; everything else is computed again.
 REMAT = {
     "off": None,  # save all: most memory, and its traffic costs more than the recomputation saves
     # What matmuls and attention return, nothing else: no matmul runs twice but adapters' low ones.
-    "names": policies.save_only_these_names("qkv", "attn_out", "attn_lse", "attn_sum", "mlp_up"),
+    "names": policies.save_from_both_policies(_NAMED, flash_cudnn.keeps_residuals),
     "dots": policies.dots_with_no_batch_dims_saveable,
     "full": policies.nothing_saveable,
 }

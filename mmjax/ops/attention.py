@@ -1,10 +1,9 @@
 """The one attention of mmjax: softmax(q k^T) v where each query sees one range of keys.
 
-``attention`` is the dispatch; the implementations stand in ``flash_*.py``.
+``attention`` is the entry; ``implementations`` chooses among those in ``flash_*.py``.
 """
 
 import functools
-import logging
 import math
 
 import jax
@@ -12,13 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from mmjax.ops import flash_xla
+from mmjax.ops import implementations
 from mmjax.parallel import context
 from mmjax.parallel.sharding import spec
 
-IMPLEMENTATIONS = ("auto", "xla", "triton")
-# Below this many queries a block of the kernel would be mostly padding.
-MIN_KERNEL_QUERIES = 16
+IMPLEMENTATIONS = ("auto", *implementations.TABLE)
 
 
 def attention(
@@ -42,7 +39,8 @@ def attention(
     scale: factor on the scores, default ``h ** -0.5``.
     alibi_slopes: float32[n]; adds ``-slope * (i - j)`` to a score (Press et al. 2022).
     implementation: "xla" everywhere; "triton", kernels for CUDA GPUs, interpreted elsewhere (slow,
-        for tests); "auto" is triton where it runs compiled and fits, xla otherwise.
+        for tests); "cudnn" on CUDA GPUs where it works, without ranges and slopes; "auto" takes
+        the one that is preferred where it runs compiled and fits, and says once which.
 
     Returns [b, t, n, h] in q's dtype, zeros where s is 0. Softmax statistics are float32 whatever
     the dtype, and no array of t x s elements exists, in the forward pass or in the backward one.
@@ -63,72 +61,20 @@ def attention(
             f"attention shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}; expected "
             "q [b, t, n, h] and k, v [b, s, k, h] with n a multiple of k"
         )
-    chosen = _choose(implementation, q, k, v)
+    ranged = k_start is not None or k_end is not None
+    call = implementations.Call(q, k, v, ranged, causal, alibi_slopes is not None)
+    chosen = implementations.choose(implementation, call)
     if 0 in (b, t, s):
         return jnp.zeros_like(q)
     ranges = None
-    if k_start is not None or k_end is not None:
+    if ranged:
         start = jnp.zeros((b, t), jnp.int32) if k_start is None else k_start
         end = jnp.full((b, t), s, jnp.int32) if k_end is None else k_end
         ranges = (jnp.clip(start, 0, s).astype(jnp.int32), jnp.clip(end, 0, s).astype(jnp.int32))
     scale = h**-0.5 if scale is None else scale
-    module = flash_xla if chosen == "xla" else _flash_triton()
-    run = functools.partial(module.flash_attention, scale=scale)
-    return _on_each_device(run, q, k, v, ranges, alibi_slopes, causal, chosen == "xla")
-
-
-def _choose(implementation: str, q: Array, k: Array, v: Array) -> str:
-    """Return the implementation to run; raise ValueError if the named one cannot."""
-    problem = None if implementation == "xla" else _triton_problem(q, k, v)
-    if implementation == "triton" and problem:
-        raise ValueError(f'attention implementation "triton" cannot run: {problem}')
-    if implementation != "auto":
-        return implementation
-    if not _on_cuda():
-        return _say("xla", f"the backend is {jax.default_backend()}")
-    if q.shape[1] < MIN_KERNEL_QUERIES:
-        problem = problem or f"fewer than {MIN_KERNEL_QUERIES} queries"
-    return _say("xla", problem) if problem else _say("triton", "the backend is a CUDA GPU")
-
-
-def _triton_problem(q: Array, k: Array, v: Array) -> str | None:
-    """Tell what keeps the Triton kernels from this call, and what would work; None if nothing."""
-    try:
-        triton = _flash_triton()
-    except ImportError as error:
-        return f'this jax ({jax.__version__}) has no Pallas Triton backend ({error}); use "xla"'
-    if q.shape[3] > triton.MAX_HEAD_DIM:
-        return f'head dim {q.shape[3]} is above {triton.MAX_HEAD_DIM}; use "xla"'
-    dtypes = [x.dtype.name for x in (q, k, v)]
-    if len(set(dtypes)) > 1 or dtypes[0] not in triton.DTYPES:
-        return (
-            f"q, k, v are {', '.join(dtypes)}; cast them to one of {', '.join(triton.DTYPES)}, or "
-            'use "xla"'
-        )
-    return None
-
-
-def _flash_triton():
-    """Return the module of the Triton kernels; imported here, for Pallas is slow to import."""
-    from mmjax.ops import flash_triton
-
-    return flash_triton
-
-
-@functools.cache
-def _on_cuda() -> bool:
-    """Tell whether the backend is CUDA on GPUs with bfloat16 tensor cores (Ampere and later)."""
-    if jax.default_backend() != "gpu":
-        return False
-    device = jax.devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
-
-
-@functools.cache
-def _say(chosen: str, reason: str) -> str:
-    """Return the choice; log it the first time it is made for this reason."""
-    logging.getLogger(__name__).info("attention runs as %s: %s", chosen, reason)
-    return chosen
+    run = functools.partial(implementations.load(chosen).flash_attention, scale=scale)
+    partitions = implementations.TABLE[chosen].partitions
+    return _on_each_device(run, q, k, v, ranges, alibi_slopes, causal, partitions)
 
 
 def _on_each_device(run, q, k, v, ranges, slopes, causal, partitions: bool):

@@ -6,7 +6,7 @@ run interpreted, for tests.
 
 JAX deprecates this backend from 0.11 on (DeprecationWarning at lowering, hidden by Python's
 defaults and not touched here). Once JAX has removed it, importing this module raises ImportError
-and ``mmjax.ops.attention`` goes on without it.
+and ``mmjax.ops.implementations`` goes on without it.
 """
 
 import functools
@@ -18,11 +18,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mmjax.ops import implementations
 from mmjax.ops import triton_parts as parts
 from mmjax.ops.flash_triton_backward import backward
 
 MAX_HEAD_DIM = max(parts.TILES)
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+def problem(call: implementations.Call) -> str | None:
+    """Tell what keeps the kernels from a call, compiled or interpreted; None if nothing does."""
+    if call.q.shape[3] > MAX_HEAD_DIM:
+        return f"head dim {call.q.shape[3]} is above {MAX_HEAD_DIM}"
+    return call.dtype_problem(DTYPES)
 
 
 def flash_attention(

@@ -28,6 +28,7 @@ from mmjax.models.views import is_lora
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.stack import REMAT
+from mmjax.ops import implementations
 from mmjax.ops.attention import IMPLEMENTATIONS
 from mmjax.parallel import distributed
 from mmjax.parallel.sharding import process_rows
@@ -162,6 +163,7 @@ def maker(
     for key, known in choices.items():
         if (name := getattr(settings, key)) not in known:
             raise MMJaxError(f"model.{key} is {name!r}; choose one of {', '.join(known)}")
+    check_attention(settings)
 
     def make(dtypes: DTypes, adapter: LoRA | None = None) -> nnx.Module:
         run = dict(remat=settings.remat, attention=settings.attention)
@@ -179,6 +181,18 @@ def maker(
         maps = frozen_part.quantized_maps(names, chosen(names), kind)
         dtypes = dataclasses.replace(dtypes, kernel=kind, maps=maps)
     return partial(make, dtypes, adapter), adapter
+
+
+def check_attention(settings: ModelSettings, ranges: bool = False) -> None:
+    """Raise MMJaxError where ``model.attention`` can do nothing on this machine.
+
+    ranges: or where it cannot do what a decoder asks for in training: rows tell which of their
+    tokens are one sample, so queries have ranges of keys.
+    """
+    if problem := implementations.own_problem(settings.attention, settings.dtype, ranges):
+        raise MMJaxError(
+            f'model.attention is "{settings.attention}": {problem}; "auto" takes what works'
+        )
 
 
 def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mesh):

@@ -31,7 +31,13 @@ from mmjax.train import evaluation, lengths, optim, startup, tuning, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
-from mmjax.train.build import blueprint, check_fresh, init_state, train_iterator
+from mmjax.train.build import (
+    blueprint,
+    check_attention,
+    check_fresh,
+    init_state,
+    train_iterator,
+)
 from mmjax.train.flops import step_flops
 from mmjax.train.loss import source_weights
 from mmjax.train.samples import Samples
@@ -63,6 +69,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         settings, told = tuning.applied(settings)
         choose = partial(train_state.chosen_by, settings)
         plan = blueprint(settings.model, settings.lora, settings.seed, choose)
+        check_attention(settings.model, ranges=True)
         names = plan.names()
         chosen = train_state.chosen_by(settings, names)
         optim.check_decay(settings.optim, names)

@@ -30,7 +30,8 @@ class ModelSettings:
     of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. attention: which implementation
-    of ``mmjax.ops.attention`` runs: auto, xla or triton.
+    runs, a name in ``mmjax.ops.attention.IMPLEMENTATIONS``: auto, or one for all calls (``cudnn``
+    cannot do a decoder's in training).
     """
 
     family: str = "fuyu"

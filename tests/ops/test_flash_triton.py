@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from mmjax.ops import attention as dispatch
 from mmjax.ops import flash_triton, triton_parts
 from mmjax.ops.attention import attention
 from mmjax.parallel.mesh import make_mesh, use
@@ -260,39 +258,3 @@ def test_forward_and_gradient_lower_for_cuda(h, dtype, monkeypatch):
     for name in ("flash_forward", "flash_dq", "flash_dkv"):
         assert f'name = "{name}"' in text
     assert f"{t}x{t}" not in text
-
-
-def test_auto_takes_the_kernel_on_cuda_where_it_fits(monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    q = jax.ShapeDtypeStruct((1, 32, 2, 64), jnp.bfloat16)
-    short, wide = q.update(shape=(1, 8, 2, 64)), q.update(shape=(1, 32, 2, 256))
-    odd = q.update(dtype=jnp.float8_e4m3fn)
-    choose = lambda x: dispatch._choose("auto", x, x, x)  # noqa: E731
-    dispatch._say.cache_clear()
-    assert choose(q) == "xla"  # a CPU
-    monkeypatch.setattr(dispatch, "_on_cuda", lambda: True)
-    assert choose(q) == choose(q) == "triton"
-    assert choose(short) == choose(wide) == choose(odd) == "xla"
-    said = [record.getMessage() for record in caplog.records if record.name == dispatch.__name__]
-    assert [line.split(":")[0].split()[-1] for line in said] == ["xla", "triton"] + ["xla"] * 3
-    assert "head dim 256" in said[3]
-
-
-def test_an_explicit_choice_that_cannot_run_says_why(monkeypatch):
-    x = jnp.zeros((1, 4, 1, 136))
-    with pytest.raises(ValueError, match='head dim 136 is above 128; use "xla"'):
-        attention(x, x, x, implementation="triton")
-    x = x[..., :16].astype(jnp.int8)
-    with pytest.raises(ValueError, match="q, k, v are int8, int8, int8; cast them to one of"):
-        attention(x, x, x, implementation="triton")
-    x = x.astype(jnp.float32)
-    with pytest.raises(ValueError, match="float32, bfloat16, float32"):
-        attention(x, x.astype(jnp.bfloat16), x, implementation="triton")
-
-    def gone():
-        raise ImportError("no module jax.experimental.pallas.triton")
-
-    monkeypatch.setattr(dispatch, "_flash_triton", gone)
-    with pytest.raises(ValueError, match='no Pallas Triton backend .*; use "xla"'):
-        attention(x, x, x, implementation="triton")
-    assert attention(x, x, x).shape == x.shape

@@ -122,6 +122,7 @@ def test_frozen_parameters_of_a_random_start_have_their_own_dtype():
         (dict(family="fuyo"), {}, ["'fuyo' is unknown", "did you mean 'fuyu'"]),
         (dict(init="/nowhere/fuyu"), {}, ["/nowhere/fuyu: no such file or folder"]),
         (dict(attention="flash"), {}, ["model.attention is 'flash'", "auto, xla, triton"]),
+        (dict(attention="cudnn"), {}, ['model.attention is "cudnn"', "needs a CUDA GPU", '"auto"']),
         (dict(remat="most"), {}, ["model.remat is 'most'", "names"]),
         ({}, dict(rank=2, targets=("attn.z",)), ["'attn.z'", "attn.q", "mlp.up"]),
     ],
@@ -133,6 +134,14 @@ def test_mistakes_are_named(model, lora, says):
         )
     for part in says:
         assert part in str(error.value)
+
+
+def test_a_decoder_in_training_has_ranges_which_cudnn_does_not_know(monkeypatch):
+    monkeypatch.setattr(build.implementations, "capability", lambda: 9.0)
+    for name in ("auto", "xla", "triton"):
+        build.check_attention(dataclasses.replace(MODEL, attention=name), ranges=True)
+    with pytest.raises(MMJaxError, match="have ranges of keys"):
+        build.check_attention(dataclasses.replace(MODEL, attention="cudnn"), ranges=True)
 
 
 def test_batches_come_in_the_shape_the_settings_say(tmp_path):
