@@ -52,39 +52,12 @@ def make_train_step(
     The metrics are scalars, and ``source_loss``, ``source_targets`` float32[sources].
     """
 
-    def sums(params, frozen, batch, key, share):
-        with adapter_dropout(key):
-            model = nnx.merge(graphdef, params, frozen)
-            totals, counts = loss_by_source(model, batch, num_sources, chunk=loss_chunk)
-        return (totals if share is None else totals * share).sum(), (totals, counts)
-
-    grad_fn = jax.value_and_grad(sums, has_aux=True)
-
-    def accumulated(params, frozen, batch, key, share):
-        if accumulate == 1:
-            return grad_fn(params, frozen, batch, key, share)
-        # Strided, not blocked: each microbatch keeps its rows spread over all devices.
-        micro = jax.tree.map(
-            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-
-        def body(total, xs):
-            index, piece = xs
-            got = grad_fn(params, frozen, piece, jax.random.fold_in(key, index), share)
-            return jax.tree.map(jnp.add, total, got), None
-
-        zero = jnp.zeros((), jnp.float32)
-        each = jnp.zeros(num_sources, jnp.float32)
-        start = ((zero, (each, each)), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
+    gradients = _summed_gradients(graphdef, accumulate, loss_chunk, num_sources)
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        share = None
-        if source_weights is not None:  # what a target weighs is known before any microbatch runs
-            share = jnp.asarray(source_weights, jnp.float32)
-            share /= jnp.maximum(targets_by_source(batch, num_sources), 1.0)
-        (total, (totals, counts)), grads = accumulated(state.params, frozen, batch, key, share)
+        share = _target_weights(batch, source_weights, num_sources)
+        (total, (totals, counts)), grads = gradients(state.params, frozen, batch, key, share)
         count = counts.sum()
         scale = 1.0 / jnp.maximum(count, 1.0) if share is None else jnp.float32(1.0)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), masked(rows, grads))
@@ -96,15 +69,14 @@ def make_train_step(
             params, opt = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old), (params, opt), (state.params, state.opt)
             )
-        tokens = jnp.sum(batch["segment_ids"] > 0)
+        rate = schedule(state.step)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "lr": schedule(state.step),
-            **{f"lr/{name}": schedule(state.step) * share for name, share in rates.items()},
+            "lr": rate,
+            **{f"lr/{name}": rate * part for name, part in rates.items()},
+            **_row_use(batch),
             "target_tokens": count,
-            "tokens": tokens,
-            "padding": 1.0 - tokens / batch["segment_ids"].size,
             "bad": ~good,
             "source_loss": totals / jnp.maximum(counts, 1.0),
             "source_targets": counts,
@@ -112,6 +84,63 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt), metrics
 
     return train_step
+
+
+def _summed_gradients(
+    graphdef: nnx.GraphDef, accumulate: int, loss_chunk: int, num_sources: int
+) -> Callable:
+    """Return gradients(params, frozen, batch, key, share) -> ((loss, (losses, targets)), grads).
+
+    All of them are sums over the batch: losses and targets float32[sources], the loss that of all
+    sources, each times its ``share`` where there is one.
+    """
+
+    def sums(params, frozen, batch, key, share):
+        with adapter_dropout(key):
+            model = nnx.merge(graphdef, params, frozen)
+            totals, counts = loss_by_source(model, batch, num_sources, chunk=loss_chunk)
+        return (totals if share is None else totals * share).sum(), (totals, counts)
+
+    of_microbatch = jax.value_and_grad(sums, has_aux=True)
+    if accumulate == 1:
+        return of_microbatch
+
+    def accumulated(params, frozen, batch, key, share):
+        # Strided, not blocked: each microbatch keeps its rows spread over all devices.
+        micro = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def body(total, xs):
+            index, piece = xs
+            got = of_microbatch(params, frozen, piece, jax.random.fold_in(key, index), share)
+            return jax.tree.map(jnp.add, total, got), None
+
+        zero = jnp.zeros((), jnp.float32)
+        each = jnp.zeros(num_sources, jnp.float32)
+        start = ((zero, (each, each)), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
+
+    return accumulated
+
+
+def _target_weights(
+    batch: Batch, source_weights: Sequence[float] | None, num_sources: int
+) -> Array | None:
+    """Return what a target of each source weighs, float32[sources]; None where all weigh alike.
+
+    It is known before any microbatch runs, so the loss of a batch can be summed over them.
+    """
+    if source_weights is None:
+        return None
+    weights = jnp.asarray(source_weights, jnp.float32)
+    return weights / jnp.maximum(targets_by_source(batch, num_sources), 1.0)
+
+
+def _row_use(batch: Batch) -> dict[str, Array]:
+    """Return how many tokens the rows of a batch hold, and the share that is padding."""
+    tokens = jnp.sum(batch["segment_ids"] > 0)
+    return {"tokens": tokens, "padding": 1.0 - tokens / batch["segment_ids"].size}
 
 
 def compile_step(step: Callable, state: TrainState) -> Callable:
