@@ -24,7 +24,7 @@ def main(config) -> None:
     given = flags.FLAGS
     settings = to_dataclass(RunSettings, config)
     if given.plan or given.plan_devices or given.plan_memory:
-        from mmjax.train.plan import print_plan
+        from mmjax.train.plan_report import print_plan
 
         print_plan(settings, devices=given.plan_devices, memory=given.plan_memory)
         return

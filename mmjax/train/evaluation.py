@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from mmjax.evals.tasks import Task, make_task
 from mmjax.loading import LoadedModel, load
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.train import optim, tuning
-from mmjax.train import state as train_state
-from mmjax.train.build import blueprint, init_state
+from mmjax.train.build import init_state
+from mmjax.train.design import make_design
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.types import MMJaxError
 
@@ -116,14 +114,10 @@ def open_model(
     workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
     mesh = make_mesh(settings.mesh)
     with use(mesh):
-        settings, _ = tuning.applied(settings)
-        choose = partial(train_state.chosen_by, settings)
-        plan = blueprint(settings.model, settings.lora, settings.seed, choose)
-        chosen = train_state.chosen_by(settings, plan.names())
-        tx = optim.make_optimizer(settings.optim, settings.steps)
-        _, abstract, _ = train_state.abstract_state(plan.make, chosen, tx, mesh)
-        values = checkpoint.load_params(workdir, step, paths.flatten(abstract.params))
-        graphdef, state, frozen = init_state(plan, settings, chosen, tx, mesh)
+        design = make_design(settings, mesh)
+        settings, plan, outline = design.settings, design.plan, design.outline
+        values = checkpoint.load_params(workdir, step, paths.flatten(outline.state.params))
+        graphdef, state, frozen = init_state(plan, settings, outline.chosen, outline.tx, mesh)
         model = nnx.merge(graphdef, paths.replace(state.params, values), frozen)
     return LoadedModel(plan.family, plan.config, model, plan.processor, mesh), step
 

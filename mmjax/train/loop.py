@@ -1,52 +1,29 @@
-"""The one training loop, to be read from top to bottom."""
+"""The one training loop: ``run`` from top to bottom, and what one step is."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import tempfile
-from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
-from rich.text import Text
 
 from mmjax import runtime
 from mmjax.checkpoint import Checkpoints
 from mmjax.loading import LoadedModel
-from mmjax.models import converted, registry
-from mmjax.monitor.flops import find_peak
-from mmjax.monitor.meter import Meter
-from mmjax.monitor.pictures import draw_batch, save_picture
 from mmjax.monitor.profile import ProfileWindow
-from mmjax.monitor.terminal import LiveLine
-from mmjax.monitor.writers import make_writer
-from mmjax.nn import paths, quantized
-from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import check_batch, make_mesh, use
-from mmjax.parallel.sharding import check_divides, put_batch
-from mmjax.train import evaluation, lengths, optim, startup, tuning, vocabulary
-from mmjax.train import frozen as frozen_part
-from mmjax.train import rows as trained_rows
-from mmjax.train import state as train_state
-from mmjax.train.build import (
-    blueprint,
-    check_attention,
-    check_fresh,
-    init_state,
-    train_iterator,
-)
-from mmjax.train.flops import step_flops
+from mmjax.parallel.sharding import put_batch
+from mmjax.train import evaluation, lengths, optim, startup
+from mmjax.train.build import check_attention, init_state, train_iterator
+from mmjax.train.design import Design, make_design
+from mmjax.train.export import export_model
 from mmjax.train.loss import source_weights
-from mmjax.train.samples import Samples
-from mmjax.train.settings import RunSettings
+from mmjax.train.reports import Reports
+from mmjax.train.settings import RunSettings, check_numbers
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
 from mmjax.train.validation import ValidationLoss
-from mmjax.train.watch import StepWatch
-from mmjax.types import MMJaxError
+from mmjax.types import Batch, MMJaxError
 
 
 def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
@@ -57,7 +34,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     SIGTERM saves and returns; starting again continues with the very next batch.
     """
     workdir = Path(workdir)
-    check(settings)
+    check_numbers(settings)
     profile = ProfileWindow(settings.log.profile, workdir / "profile")
     workdir.mkdir(parents=True, exist_ok=True)
     runtime.enable_compilation_cache()
@@ -65,223 +42,151 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     check_batch(mesh, settings.data.batch_size, settings.data.seq_len, settings.accumulate)
     lengths.check_lengths(settings.data, mesh)
     with use(mesh), StopFlag() as stop:
-        # ---- The model, before anything is allocated ------------------------------------------
-        settings, told = tuning.applied(settings)
-        choose = partial(train_state.chosen_by, settings)
-        plan = blueprint(settings.model, settings.lora, settings.seed, choose)
+        design = make_design(settings, mesh)
         check_attention(settings.model, ranges=True)
-        names = plan.names()
-        chosen = train_state.chosen_by(settings, names)
-        optim.check_decay(settings.optim, names)
-        own_rate = optim.by_rate(settings.optim, chosen)
-        tx = optim.make_optimizer(settings.optim, settings.steps)
-        schedule = optim.schedule(settings.optim, settings.steps)
-        _, abstract, abstract_frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
-        check_divides(paths.flatten(abstract.params) | paths.flatten(abstract_frozen))
-        vocabulary.check_new_tokens(
-            plan.new_rows, plan.processor, (abstract.params, abstract_frozen), chosen
-        )
-        told |= check_fresh(plan, chosen)
-        rows = trained_rows.resolve(
-            settings.train_rows, abstract.params, plan.processor, plan.new_rows
-        )
-        lead = jax.process_index() == 0
-        if lead:
-            write_config(settings, workdir)
-            told |= startup.rate_lines(own_rate, settings.optim, abstract.params)
-            told |= trained_rows.describe(rows, plan.processor)
-            if plan.source_rows:
-                size = plan.config.vocab_size
-                told["vocabulary"] = f"{plan.source_rows} rows grow to {size}: the others' mean"
-            table = startup.part_rows(abstract, abstract_frozen, settings, rows)
-            startup.print_startup(mesh, table, settings, workdir, told)
+        if jax.process_index() == 0:
+            startup.write_config(design.settings, workdir)
+            startup.print_startup(mesh, design, workdir)
+        training = Training(design, workdir, mesh, stop)
+        for step in range(training.first, settings.steps):
+            profile.before(step, training.state)
+            if not training.step(step):
+                break
+        training.reports.line.close()
+        profile.close(training.state)
+        training.finish()
+        training.close()
+        return training.metrics
 
-        # ---- Data, and the state: restored, or new --------------------------------------------
-        batches = train_iterator(settings, plan.processor, workdir)
-        weights = source_weights(settings.data.loss_weights, batches.source_names)
-        checkpoints = Checkpoints(workdir, settings.checkpoint, about={"name": settings.name})
-        graphdef, state, frozen = init_state(plan, settings, chosen, tx, mesh)
-        if checkpoints.latest is not None:
-            state = checkpoints.restore(abstract, batches)
-        first = int(state.step)
-        if first > settings.steps:
+
+class Training:
+    """A run under way: its state, which every step replaces, and the parts around it.
+
+    Made, it stands where the workdir stands. first: steps done before. metrics: the newest of each.
+    """
+
+    def __init__(self, design: Design, workdir: Path, mesh: jax.sharding.Mesh, stop: StopFlag):
+        settings, plan, outline = design.settings, design.plan, design.outline
+        self.settings, self._design = settings, design
+        self._workdir, self._mesh, self._stop = workdir, mesh, stop
+        self._batches = train_iterator(settings, plan.processor, workdir)
+        weights = source_weights(settings.data.loss_weights, self._batches.source_names)
+        self.checkpoints = Checkpoints(workdir, settings.checkpoint, about={"name": settings.name})
+        graphdef, self.state, self.frozen = init_state(
+            plan, settings, outline.chosen, outline.tx, mesh
+        )
+        self._graphdef = graphdef
+        if self.checkpoints.latest is not None:
+            self.state = self.checkpoints.restore(outline.state, self._batches)
+        self.first = int(self.state.step)
+        if self.first > settings.steps:
             raise MMJaxError(
-                f"{workdir} stands at step {first} and config.steps is {settings.steps}; raise "
-                "config.steps to go on, or choose a new --workdir"
+                f"{workdir} stands at step {self.first} and config.steps is {settings.steps}; "
+                "raise config.steps to go on, or choose a new --workdir"
             )
-
-        # ---- The step -------------------------------------------------------------------------
-        step_fn = compile_step(
+        self._step = compile_step(
             make_train_step(
-                graphdef, tx, schedule,
+                graphdef, outline.tx, outline.schedule,
                 accumulate=settings.accumulate, loss_chunk=settings.loss_chunk,
-                seed=settings.seed, num_sources=len(batches.source_names),
+                seed=settings.seed, num_sources=len(self._batches.source_names),
                 max_loss=settings.bad_steps.max_loss,
                 skip_bad=settings.bad_steps.action == "skip",
-                rows=rows, source_weights=weights, rates=optim.shares(settings.optim),
+                rows=design.rows, source_weights=weights, rates=optim.shares(settings.optim),
             ),
-            abstract,
+            outline.state,
         )  # fmt: skip
-        writer = make_writer(
-            workdir, tensorboard=settings.log.tensorboard, wandb=settings.log.wandb,
-            name=settings.name, config=dataclasses.asdict(settings), process=jax.process_index(),
-        )  # fmt: skip
-        sizes = frozen_part.sizes(abstract.params, abstract_frozen)
-        flops = step_flops(plan.config, settings.data, sizes, chosen)
-        peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
-        meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
-        line = LiveLine(settings.steps, enabled=lead)
-        batches.warn = checkpoints.warn = writer.warn = line.warn
-        watch = StepWatch(
-            settings.bad_steps, workdir, every=settings.log.every, writer=writer, meter=meter,
-            line=line, source_names=batches.source_names, last_checkpoint=checkpoints.newest,
-            bad=checkpoints.notes.get("bad_steps", 0),
+        self.reports = Reports(
+            design, workdir, mesh, graphdef=graphdef, batches=self._batches,
+            checkpoints=self.checkpoints, first=self.first,
         )  # fmt: skip
         tasks = evaluation.tasks_of(settings.eval)
-        validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
-        samples = None
-        if settings.log.samples:
-            samples = Samples(graphdef, plan.processor, workdir, mesh, writer)
-        metrics: dict[str, float] = {}
+        self._validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
+        self.metrics: dict[str, float] = {}
+        if 0 < self.first < settings.steps:
+            self.reports.line.print(f"continuing at step {self.first}")
 
-        def live_model() -> LoadedModel:
-            model = nnx.merge(graphdef, state.params, frozen)
-            return LoadedModel(plan.family, plan.config, model, plan.processor, mesh)
+    def step(self, step: int) -> bool:
+        """Make one step and do what is due behind it; False when the run was told to stop.
 
-        # ---- Training -------------------------------------------------------------------------
-        # The order within a step: save, then take a batch. A saved iterator therefore stands
-        # where the saved parameters stand.
-        if first and first < settings.steps:
-            line.print(f"continuing at step {first}")
-        for step in range(first, settings.steps):
-            profile.before(step, state)
-            with meter.wait():
-                local = lengths.fitted(next(batches), settings.data.lengths)
-            if lead and settings.log.pictures and step % settings.log.pictures == 0:
-                with meter.pause():
-                    show_batch(local, batches.records, plan.processor, step, workdir, writer)
-            batch = put_batch(local, mesh, settings.data.batch_size)
-            if samples and step % settings.log.samples == 0:
-                with meter.pause():
-                    told_of = samples(step, local, batch, state.params, frozen, batches.records)
-                    line.print(Text(told_of))
-            state, now = step_fn(state, frozen, batch)
-            done = step + 1
-            metrics |= watch.settle()  # the step before, while this one is under way
-            watch.expect(done, now, batches.records)
-            parts = settings.data.batch_size // len(local["tokens"])  # like this process's
-            tokens = int(np.count_nonzero(local["segment_ids"])) * parts
-            images = batches.images * parts
-            meter.step(tokens=tokens, images=images, flops=flops(local))
-            evaluating = settings.eval.every and done % settings.eval.every == 0
-            evaluating = evaluating and done < settings.steps and settings.eval.tasks
-            saving, stopping = checkpoints.due(done), stop.agreed(done)
-            if evaluating or saving or stopping or done == settings.steps:
-                jax.block_until_ready(state)  # or the pause would swallow steps under way
-                metrics |= watch.settle(last=done == settings.steps)  # no bad step is saved
-            if stopping:
-                break
-            if evaluating:
-                with meter.pause():
-                    got = evaluation.sample(live_model(), settings.eval, lambda: bool(stop))
-                    got |= validation(state.params, frozen)
-                    metrics |= got
-                    writer.scalars(done, got)
-                    line.print(f"step {done}: {brief(got)}")
-            if saving:
-                with meter.pause():
-                    checkpoints.save(done, state, batches, metrics, {"bad_steps": watch.bad})
-            checkpoints.check()
-        done = int(state.step)
+        The order: save, then take a batch. A saved iterator therefore stands where the saved
+        parameters stand.
+        """
+        local, batch = self._next_batch(step)
+        self.state, metrics = self._step(self.state, self.frozen, batch)
+        done = step + 1
+        self.metrics |= self.reports.started(done, metrics, local)
+        last = done == self.settings.steps
+        every = self.settings.eval.every
+        evaluating = every and done % every == 0 and not last and self.settings.eval.tasks
+        saving, stopping = self.checkpoints.due(done), self._stop.agreed(done)
+        if evaluating or saving or stopping or last:
+            jax.block_until_ready(self.state)  # or the pause would swallow steps under way
+            self.metrics |= self.reports.watch.settle(last=last)  # no bad step is saved
+        if stopping:
+            return False
+        if evaluating:
+            self._evaluate(done)
+        if saving:
+            self._save(done)
+        self.checkpoints.check()
+        return True
 
-        # ---- The end --------------------------------------------------------------------------
-        line.close()
-        profile.close(state)
-        if done and checkpoints.latest != done:
-            checkpoints.save(done, state, batches, metrics, {"bad_steps": watch.bad})
-        checkpoints.require(done)
-        if stop:
-            line.print(f"{stop.signal}: saved step {done}; start again to continue")
-        else:
-            if settings.checkpoint.export:
-                export(live_model(), workdir, plan.lora, chosen)
-            if settings.eval.tasks and settings.eval.final:
-                got = evaluation.full(
-                    live_model(), settings, workdir, step=done,
-                    checkpoint_name=str(workdir), stop=lambda: bool(stop),
-                )  # fmt: skip
-                got |= validation(state.params, frozen)
-                metrics |= got
-                writer.scalars(done, got)
-        checkpoints.close()
-        writer.close()
-        batches.close()
-        return metrics
+    def finish(self) -> None:
+        """Save the last step; unless the run was stopped, write its model and evaluate it.
 
+        Raises MMJaxError when the last step could not be saved.
+        """
+        done, settings = int(self.state.step), self.settings
+        if done and self.checkpoints.latest != done:
+            self._save(done)
+        self.checkpoints.require(done)
+        if self._stop:
+            line = f"{self._stop.signal}: saved step {done}; start again to continue"
+            self.reports.line.print(line)
+            return
+        if settings.checkpoint.export:
+            design = self._design
+            export_model(self._model(), self._workdir, design.plan.lora, design.outline.chosen)
+        if settings.eval.tasks and settings.eval.final:
+            got = evaluation.full(
+                self._model(), settings, self._workdir, step=done,
+                checkpoint_name=str(self._workdir), stop=lambda: bool(self._stop),
+            )  # fmt: skip
+            got |= self._validation(self.state.params, self.frozen)
+            self.metrics |= got
+            self.reports.writer.scalars(done, got)
 
-def show_batch(batch, records, processor, step: int, workdir: Path, writer) -> None:
-    """Draw a batch as the model sees it into the workdir's ``pictures/`` and for the writers."""
+    def close(self) -> None:
+        """Release files and end the data workers."""
+        self.checkpoints.close()
+        self.reports.writer.close()
+        self._batches.close()
 
-    def token_text(token: int) -> str:
-        return str(processor.tokenizer.convert_ids_to_tokens(token)).replace("\u2581", " ")
+    def _next_batch(self, step: int) -> tuple[Batch, Batch]:
+        """Return the next batch, this process's rows of it and on the devices, and tell of it."""
+        with self.reports.meter.wait():
+            local = lengths.fitted(next(self._batches), self.settings.data.lengths)
+        self.reports.picture(step, local)
+        batch = put_batch(local, self._mesh, self.settings.data.batch_size)
+        self.reports.sample(step, local, batch, self.state, self.frozen)
+        return local, batch
 
-    # A family whose rows of patches are whole images says how one is drawn.
-    pixels = draw_batch(batch, records, token_text, picture=getattr(processor, "picture", None))
-    try:
-        save_picture(workdir / "pictures" / f"step_{step:07}.png", pixels)
-    except OSError as error:
-        writer.warn(f"the picture of step {step} could not be written: {error}")
-    writer.picture(step, "data/batch", pixels)
+    def _evaluate(self, step: int) -> None:
+        """Ask a sample of every task, and compute the validation loss."""
+        with self.reports.meter.pause():
+            got = evaluation.sample(self._model(), self.settings.eval, lambda: bool(self._stop))
+            got |= self._validation(self.state.params, self.frozen)
+            self.metrics |= got
+            self.reports.evaluated(step, got)
 
+    def _save(self, step: int) -> None:
+        """Start saving a step; the disk works on it while training goes on."""
+        with self.reports.meter.pause():
+            notes = {"bad_steps": self.reports.watch.bad}
+            self.checkpoints.save(step, self.state, self._batches, self.metrics, notes)
 
-def brief(metrics: dict[str, float]) -> str:
-    """Write accuracies in a line: ``vqa 91.0%``, those of lower resolutions in brackets."""
-    parts = []
-    for name, value in metrics.items():
-        if name.endswith("/accuracy"):
-            task = name.removeprefix("eval/").removesuffix("/accuracy")
-            rest = [
-                f"{other.rpartition('_')[2]}: {v:.1%}"
-                for other, v in metrics.items()
-                if other.startswith(f"{name}_") and v != value
-            ]
-            parts.append(f"{task} {value:.1%}" + (f" ({', '.join(rest)})" if rest else ""))
-    return ", ".join(parts)
-
-
-def check(settings: RunSettings) -> None:
-    """Raise MMJaxError for numbers that cannot work, before anything is built."""
-    positive = {
-        "steps": settings.steps, "accumulate": settings.accumulate,
-        "loss_chunk": settings.loss_chunk, "data.batch_size": settings.data.batch_size,
-        "data.seq_len": settings.data.seq_len, "data.max_targets": settings.data.max_targets,
-        "log.every": settings.log.every, "checkpoint.every": settings.checkpoint.every,
-        "checkpoint.keep": settings.checkpoint.keep,
-    }  # fmt: skip
-    for name, value in positive.items():
-        if value < 1:
-            raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
-
-
-def export(model: LoadedModel, workdir: Path, lora: LoRA | None, trained: set[str]) -> None:
-    """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read."""
-    after = getattr(model.config, "after_training", None)
-    with tempfile.TemporaryDirectory() as folder:
-        model.processor.save_pretrained(folder)
-        converted.save_model(
-            workdir / "model",
-            quantized.multiplied_out(nnx.state(model.model), frozen_part.REST),
-            family=registry.family(model.family),
-            config=model.config if after is None else after(trained),
-            lora=lora,
-            folders=(Path(folder),),
-            overwrite=True,
-        )
-
-
-def write_config(settings: RunSettings, workdir: Path) -> None:
-    """Write the settings as JSON, for the record and for eval.py's report."""
-    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
-    part = workdir / "config.json.part"
-    part.write_text(text + "\n")
-    part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
+    def _model(self) -> LoadedModel:
+        """Return the model as it stands."""
+        plan = self._design.plan
+        model = nnx.merge(self._graphdef, self.state.params, self.frozen)
+        return LoadedModel(plan.family, plan.config, model, plan.processor, self._mesh)

@@ -11,6 +11,7 @@ from mmjax.nn.cache import DTYPES
 from mmjax.train.optim import OptimSettings
 from mmjax.train.rows import RowSettings
 from mmjax.train.watch import BadStepSettings
+from mmjax.types import MMJaxError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,3 +192,17 @@ class RunSettings:
     checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     log: LogSettings = dataclasses.field(default_factory=LogSettings)
     bad_steps: BadStepSettings = dataclasses.field(default_factory=BadStepSettings)
+
+
+def check_numbers(settings: RunSettings) -> None:
+    """Raise MMJaxError for numbers that cannot work, before anything is built."""
+    positive = {
+        "steps": settings.steps, "accumulate": settings.accumulate,
+        "loss_chunk": settings.loss_chunk, "data.batch_size": settings.data.batch_size,
+        "data.seq_len": settings.data.seq_len, "data.max_targets": settings.data.max_targets,
+        "log.every": settings.log.every, "checkpoint.every": settings.checkpoint.every,
+        "checkpoint.keep": settings.checkpoint.keep,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value < 1:
+            raise MMJaxError(f"config.{name} is {value}; it must be at least 1")

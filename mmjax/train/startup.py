@@ -1,10 +1,13 @@
-"""What a run prints before it begins: mesh, shapes, and which part of the model is trained."""
+"""What a run tells before it begins: mesh, shapes, what is trained; and its config, as a file."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from rich.console import Console
@@ -16,20 +19,30 @@ from mmjax.train import rows as trained_rows
 from mmjax.train.optim import OptimSettings
 from mmjax.train.settings import RunSettings
 
+if TYPE_CHECKING:
+    from mmjax.train.design import Design
 
-def print_startup(
-    mesh, rows, settings: RunSettings, workdir: Path, told: Mapping[str, str]
-) -> None:
-    """Print what is about to run: mesh, parameters by part, shapes, and further lines ``told``."""
-    data = settings.data
+
+def print_startup(mesh, design: Design, workdir: Path) -> None:
+    """Print what is about to run: mesh, parameters by part, shapes, and what the design tells."""
+    settings, data = design.settings, design.settings.data
     facts = {
         "run": f"{settings.name} in {workdir}",
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "batch": f"{data.batch_size} rows x {data.seq_len} tokens, {settings.steps} steps",
         "compute": f"{settings.model.dtype}, trained parameters {settings.model.param_dtype}",
-        **told,
+        **design.told,
     }
+    rows = part_rows(design.outline.state, design.outline.frozen, settings, design.rows)
     Console().print(startup_table(dict(mesh.shape), rows, facts))
+
+
+def write_config(settings: RunSettings, workdir: Path) -> None:
+    """Write the settings as JSON, for the record and for eval.py's report."""
+    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
+    part = workdir / "config.json.part"
+    part.write_text(text + "\n")
+    part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
 
 
 def rate_lines(own: Mapping[str, Sequence[str]], settings: OptimSettings, params) -> dict[str, str]:

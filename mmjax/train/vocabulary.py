@@ -55,6 +55,11 @@ def check_new_tokens(tokens: tuple[int, ...], processor: Processor, tree, chosen
         )
 
 
+def growth_line(rows: int | None, size: int) -> dict[str, str]:
+    """Return a line that tells of a vocabulary that grows from so many rows; None: it does not."""
+    return {"vocabulary": f"{rows} rows grow to {size}: the others' mean"} if rows else {}
+
+
 def vocabulary_axes(tree) -> dict[str, int]:
     """Return the axis of the vocabulary of each parameter that has one, by dotted name."""
     found = {}

@@ -18,7 +18,7 @@ from mmjax.data.resizing import list_resolutions
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import evaluation, loop
-from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings
+from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings, check_numbers
 from mmjax.types import MMJaxError
 from tests.data import emoji_files
 
@@ -101,7 +101,7 @@ def emoji(monkeypatch, tmp_path):
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_resolves_at_its_full_size(file):
     settings = to_dataclass(RunSettings, resolve_recipe(file))
-    loop.check(settings)
+    check_numbers(settings)
     assert settings.name == file.stem
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]  # its command
     for name, spec in settings.data.sources.items():
@@ -115,7 +115,7 @@ def test_a_recipe_resolves_at_its_full_size(file):
 def test_every_stage_of_a_bunny_is_as_published(name):
     def stage(arg):
         settings = to_dataclass(RunSettings, resolve_recipe(f"{ROOT}/configs/{name}.py:{arg}"))
-        loop.check(settings)
+        check_numbers(settings)
         return settings
 
     lr, *sizes = BUNNIES[name]

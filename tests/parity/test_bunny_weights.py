@@ -19,7 +19,7 @@ from convert_weights import average, inspect, merge, to_hf
 from mmjax.generate.loop import pad_batch
 from mmjax.models import checkpoints, opening
 from mmjax.parallel.mesh import use
-from mmjax.train import loop
+from mmjax.train.export import export_model
 from mmjax.types import MMJaxError
 from tests.parity import bunny_examples, bunny_files, bunny_golden, forward, vision_peer
 from tests.parity.bunny_files import PROJECTOR
@@ -277,7 +277,7 @@ def test_a_run_that_trains_the_tower_says_so_in_what_it_writes(phi, tmp_path):
     )
     for i, (name, told) in enumerate({"vision.embed.kernel": True, "projector.layers.0.bias": False,
                                       "vision.layers.attn.q.lora_a": False}.items()):  # fmt: skip
-        loop.export(ours, tmp_path / str(i), None, {"decoder.embed.embedding", name})
+        export_model(ours, tmp_path / str(i), None, {"decoder.embed.embedding", name})
         config = json.loads((tmp_path / str(i) / "model" / "config.json").read_text())
         assert config["unfreeze_vision_tower"] is told, name
 

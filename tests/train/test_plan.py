@@ -13,7 +13,7 @@ from flax import nnx
 from mmjax.config import resolve_recipe, to_dataclass
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import use
-from mmjax.train import plan, state
+from mmjax.train import plan, plan_report, state
 from mmjax.train.loss import loss_sum
 from mmjax.train.optim import OptimSettings, make_optimizer
 from mmjax.train.optim import schedule as make_schedule
@@ -124,7 +124,7 @@ def test_lora_on_one_gpu_of_141_gb():
     # 17 % less: the activation of the MLP, 32 kB a token and layer, is computed again and not kept,
     # and two layer inputs of 8 kB each are (docs/memory.md).
     assert got == pytest.approx(MB_A_TOKEN - 36 * (32_768 - 16_384) / 1e6, rel=0.02)
-    assert "fits" in plan.verdict(made, 141)
+    assert "fits" in plan_report.verdict(made, 141)
     none = recipe("fuyu_8b_lora", 1, remat="off")
     assert none.parts["kept"] / none.tokens / 1e6 == pytest.approx(2 * MB_A_TOKEN, rel=0.1)
 
@@ -142,15 +142,15 @@ def test_full_tuning_on_one_gpu():
     assert sum(adamw.parts[k] for k in ("trained", "gradients", "optimizer")) == pytest.approx(
         16 * PARAMETERS, rel=0.01
     )
-    assert "does not fit" in plan.verdict(adamw, 141)
+    assert "does not fit" in plan_report.verdict(adamw, 141)
 
 
 def test_full_tuning_on_eight_gpus_of_80_gb():
     made = recipe("otterhd_8b", 8)
     state_bytes = sum(made.parts[k] for k in ("trained", "gradients", "optimizer"))
     assert state_bytes == pytest.approx(16 * PARAMETERS / 8, rel=0.01)
-    assert "fits: " in plan.verdict(made, 80)
-    text = plan.verdict(made, 40)
+    assert "fits: " in plan_report.verdict(made, 80)
+    text = plan_report.verdict(made, 40)
     assert "does not fit" in text and "model.remat=full" in text
 
 

@@ -1,0 +1,128 @@
+"""Activations of a step, for the memory plan: what is kept for the backward pass, and in between.
+
+They are read off the traced program, which needs no device of the kind planned for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+from flax import nnx
+
+from mmjax.nn import paths
+from mmjax.nn.linear import adapter_dropout, axes_apart
+from mmjax.parallel.mesh import use
+from mmjax.parallel.sharding import RULES
+from mmjax.train import frozen as frozen_part
+from mmjax.train import matrices
+from mmjax.train import state as train_state
+from mmjax.train.build import maker
+from mmjax.train.design import abstract_batch
+from mmjax.train.loss import loss_sum
+from mmjax.train.settings import ModelSettings, RunSettings
+
+
+def activations(
+    settings: RunSettings, config, processor, params, frozen, mesh, rows: int
+) -> dict[str, int]:
+    """Return what is kept for the backward pass, and what one layer and the head need."""
+    data = settings.data
+    targets = rows * data.max_targets  # of one device's rows, which context shares
+    own = targets // mesh.shape["context"]
+    chunked = own > settings.loss_chunk
+    trace = dict(rows=rows, chunk=max(1, targets // 2) if chunked else targets)
+    cut = Cut(settings, params, frozen, mesh, rows)
+    kept = residuals(settings, settings.model, config, processor, **trace)
+    everything = dataclasses.replace(settings.model, remat="off")
+    every = residuals(settings, everything, config, processor, **trace)
+
+    def in_stack(some: list[jax.ShapeDtypeStruct], size: int) -> int:
+        return sum(cut.bytes(r) for r in some if cut.in_stack(r, size))
+
+    tensor = mesh.shape["tensor"]
+    logits = min(own, settings.loss_chunk)
+    return {
+        "kept": sum(map(cut.bytes, kept)),
+        # What was not kept is there again while its layer is differentiated, and gradients of all.
+        # Where layers stand in groups it is a whole group: more than is there at once.
+        "layer": max((2 * in_stack(every, n) - in_stack(kept, n)) // n for n in cut.stacks),
+        "head": 2 * logits * config.vocab_size * 4 // tensor,
+    }
+
+
+def residuals(
+    settings: RunSettings, model: ModelSettings, config, processor, rows: int, chunk: int
+) -> list[jax.ShapeDtypeStruct]:
+    """Return the arrays that the backward pass of one device's rows finds saved.
+
+    They are the outputs of the traced forward pass of ``jax.vjp`` that are not its inputs.
+    """
+    with use() as one:
+        choose = partial(train_state.chosen_by, settings)
+        make, _ = maker(model, settings.lora, config, settings.seed, choose)
+        names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
+        chosen = train_state.chosen_by(settings, names)
+        graphdef, params, frozen = train_state.split(nnx.eval_shape(make), chosen)
+        frozen = frozen_part.cast_abstract(frozen, model.frozen_dtype)
+        batch = abstract_batch(settings, processor, rows, one)
+
+        def forward(params, frozen, batch):
+            def loss(params):
+                with adapter_dropout(jax.random.key(0)):  # its masks may be kept as well
+                    return loss_sum(nnx.merge(graphdef, params, frozen), batch, chunk=chunk)[0]
+
+            return jax.vjp(loss, params)[1]
+
+        with axes_apart():
+            jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
+    inputs, found = set(map(id, (*jaxpr.invars, *jaxpr.constvars))), {}
+    for eqn in jaxpr.eqns:  # the same memory in another shape, such as layers in groups
+        if eqn.primitive.name == "reshape" and id(eqn.invars[0]) in inputs:
+            inputs.add(id(eqn.outvars[0]))
+    for var in jaxpr.outvars:
+        if hasattr(var, "aval") and not hasattr(var, "val") and id(var) not in inputs:
+            found[id(var)] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    return list(found.values())
+
+
+class Cut:
+    """How the residuals of one device's rows are cut further, by the axes tensor and context."""
+
+    def __init__(self, settings: RunSettings, params, frozen, mesh, rows: int):
+        self.mesh, self.length = mesh, settings.data.seq_len
+        leaves = jax.tree.leaves((params, frozen))
+        # A parameter that is kept in the dtype of the computation lies as the parameter does.
+        self.like = {x.shape: x.sharding for x in leaves if math.prod(x.shape) > 1}
+        on_tensor = {axis for axis, to in RULES if to == "tensor"}
+        # How many layers each stack has, the shapes of their weights, and what tensor cuts.
+        self.stacks, self.weights, self.sizes = set(), set(), set()
+        for variable in jax.tree.leaves(
+            (params, frozen), is_leaf=lambda x: isinstance(x, nnx.Variable)
+        ):
+            axes = matrices.axes_of(variable) or ()
+            shape = jax.tree.leaves(variable)[0].shape
+            for axis, size in zip(axes, shape, strict=True):
+                if axis == "layers":
+                    self.stacks.add(size)
+                    self.weights.add(shape[1:])
+                elif axis in on_tensor:
+                    self.sizes |= {size, size * rows}  # attention's rows are rows x heads
+
+    def in_stack(self, x: jax.ShapeDtypeStruct, size: int) -> bool:
+        """Tell whether a residual is of the layers of a stack of this size, and no weight."""
+        layered = len(x.shape) > 2 and x.shape[0] == size
+        return layered and x.shape not in self.like and x.shape[1:] not in self.weights
+
+    def bytes(self, x: jax.ShapeDtypeStruct) -> int:
+        shape, size = tuple(x.shape), x.dtype.itemsize
+        if shape in self.like:
+            return math.prod(self.like[shape].shard_shape(shape)) * size
+        count = math.prod(shape)
+        if set(shape[1:]) & self.sizes:
+            count //= self.mesh.shape["tensor"]
+        if self.length in shape:
+            count //= self.mesh.shape["context"]
+        return count * size

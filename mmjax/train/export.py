@@ -1,0 +1,30 @@
+"""What a finished run leaves for others: its model, as a folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from flax import nnx
+
+from mmjax.loading import LoadedModel
+from mmjax.models import converted, registry
+from mmjax.nn import quantized
+from mmjax.nn.linear import LoRA
+from mmjax.train import frozen as frozen_part
+
+
+def export_model(model: LoadedModel, workdir: Path, lora: LoRA | None, trained: set[str]) -> None:
+    """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read."""
+    after = getattr(model.config, "after_training", None)
+    with tempfile.TemporaryDirectory() as folder:
+        model.processor.save_pretrained(folder)
+        converted.save_model(
+            workdir / "model",
+            quantized.multiplied_out(nnx.state(model.model), frozen_part.REST),
+            family=registry.family(model.family),
+            config=model.config if after is None else after(trained),
+            lora=lora,
+            folders=(Path(folder),),
+            overwrite=True,
+        )

@@ -1,0 +1,94 @@
+"""A memory plan as it is printed: its table, and whether it fits."""
+
+from __future__ import annotations
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mmjax.runtime import USABLE
+from mmjax.train.plan import PARTS, MemoryPlan, make_plan
+from mmjax.train.settings import RunSettings
+from mmjax.types import MMJaxError
+
+
+def table(plan: MemoryPlan) -> Table:
+    """Lay a plan out, in GB of 10**9 bytes on each device; a small one in MB."""
+    scale, unit = (1e9, "GB") if sum(plan.parts.values()) >= 1e9 else (1e6, "MB")
+    shown = Table(box=box.SIMPLE_HEAD)
+    for column, side in ((f"{plan.name}, on each device", "left"), (unit, "right"), ("", "left")):
+        shown.add_column(column, justify=side)
+    notes = dict(plan.kinds) | {
+        "kept": f"remat {plan.remat}: {plan.parts['kept'] / plan.tokens / 1e6:.2f} MB a token",
+        "layer": "estimate",
+        "head": "estimate",
+        "multiplied": "estimate",
+        "gathered": "estimate",
+    }
+    for part, words in PARTS.items():
+        if plan.parts[part]:
+            shown.add_row(words, f"{plan.parts[part] / scale:.2f}", notes.get(part, ""))
+    shown.add_section()
+    shown.add_row("sum", f"{sum(plan.parts.values()) / scale:.2f}", "")
+    if plan.compiled is not None:
+        shown.add_row("the compiled step, as XLA counts", f"{plan.compiled / scale:.2f}", "")
+    return shown
+
+
+def facts(plan: MemoryPlan) -> list[str]:
+    """Return the lines above the table."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    trained, everything = plan.parameters
+    lines = [
+        f"mesh {mesh}; {plan.tokens:,} tokens of a microbatch on each device",
+        f"{everything:,} parameters, {trained:,} of them trained",
+    ]
+    return [*lines, plan.note] if plan.note else lines
+
+
+def verdict(plan: MemoryPlan, memory: float) -> str:
+    """Say whether a plan fits into devices of ``memory`` GB, and if not, what would help."""
+    need, room = plan.total / 1e9, memory * USABLE
+    if need <= room:
+        return f"fits: {need:.1f} GB of {room:.1f} ({USABLE:.0%} of {memory:g} GB)"
+    help_ = {
+        "remat": ("model.remat=full", plan.parts["kept"] if plan.remat != "full" else 0),
+        "rows": ("a smaller data.batch_size or data.seq_len", plan.parts["kept"]),
+        "optimizer": ("optim.name=adafactor", plan.parts["optimizer"]),
+        "devices": ("more devices on fsdp", plan.parts["trained"] + plan.parts["optimizer"]),
+    }
+    best = sorted(help_.values(), key=lambda x: -x[1])[:3]
+    ways = ", ".join(words for words, size in best if size > 0.1e9) or "larger devices"
+    return (
+        f"does not fit: {need:.1f} GB, and {room:.1f} are there ({USABLE:.0%} of {memory:g} GB); "
+        f"what would help most: {ways}"
+    )
+
+
+def print_plan(settings: RunSettings, *, devices: int = 0, memory: float = 0.0) -> None:
+    """Print the plan of a run, and whether it fits.
+
+    devices: simulated ones, so many; 0 plans and compiles for those of this machine. memory: GB
+    of each; 0 asks the devices, which a CPU does not answer.
+    """
+    if devices < 0 or memory < 0:
+        raise MMJaxError(
+            f"--plan_devices is {devices} and --plan_memory {memory}; give positive numbers"
+        )
+    if devices:
+        # Before anything asks for devices: the numbers come from shapes, whatever machine this is.
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    chosen = jax.devices()[: devices or None]
+    plan = make_plan(settings, chosen, compile_=not devices)
+    console = Console(width=100)
+    for line in facts(plan):
+        console.print(line, soft_wrap=True)
+    console.print(table(plan))
+    if not memory and not devices:
+        memory = ((chosen[0].memory_stats() or {}).get("bytes_limit") or 0) / USABLE / 1e9
+    if memory:
+        console.print(verdict(plan, memory), soft_wrap=True)
+    else:
+        console.print("give --plan_memory=GB to be told whether it fits")
