@@ -110,9 +110,11 @@ class StoreReader:
                 f"while being written, make it again{partial_hint(folder)}"
             )
         self.folder, self.files = tree, [tree / "_METADATA"]
-        metadata = json.loads((tree / "_METADATA").read_text())
+        metadata = _metadata(tree)
         self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         self._ocdbt = (tree / "manifest.ocdbt").is_file()
+        # Where zeros are written like other numbers, what is not there was lost.
+        self._complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
         self._stores: dict[str, Any] = {}
         self._names = {}
         for entry in metadata["tree_metadata"].values():
@@ -133,7 +135,11 @@ class StoreReader:
         return np.dtype(self._store(key).dtype.numpy_dtype)
 
     def read(self, key: str, index: Any = ...) -> np.ndarray:
-        return self._store(key)[index].read().result()
+        store = self._store(key)
+        try:
+            return store[index].read().result()
+        except ValueError as error:
+            raise self._damaged(key, error) from error
 
     def nbytes(self) -> int:
         return sum(math.prod(self.shape(k)) * self.dtype(k).itemsize for k in self.keys())
@@ -142,17 +148,36 @@ class StoreReader:
         if key not in self._stores:
             name = self._names[key]
             if self._ocdbt:
-                kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}", "path": f"{name}/"}
+                base = {"driver": "file", "path": f"{self.folder}/"}
+                kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             else:
                 kvstore = {"driver": "file", "path": f"{self.folder / name}/"}
             context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-            spec = {"driver": self._driver, "kvstore": kvstore}
+            spec = {
+                "driver": self._driver,
+                "kvstore": kvstore,
+                "fill_missing_data_reads": not self._complete,
+            }
             try:
                 store = ts.open(spec, read=True, context=context).result()
             except ValueError as error:
-                raise MMJaxError(
-                    f"{self.folder}: the array {name!r} cannot be read; the folder is damaged, "
-                    f"make it again ({str(error)[:200]})"
-                ) from error
+                raise self._damaged(key, error) from error
             self._stores[key] = store
         return self._stores[key]
+
+    def _damaged(self, key: str, error: Exception) -> MMJaxError:
+        return MMJaxError(
+            f"{self.folder}: the array {self._names[key]!r} cannot be read; the folder is damaged, "
+            f"copy it anew or make it again ({str(error)[:200]})"
+        )
+
+
+def _metadata(tree: Path) -> dict[str, Any]:
+    """Return what a tree's _METADATA says; raises MMJaxError where it is no JSON."""
+    try:
+        return json.loads((tree / "_METADATA").read_text())
+    except ValueError as error:
+        raise MMJaxError(
+            f"{tree / '_METADATA'}: not JSON ({error}); the folder is damaged, copy it anew or make "
+            "it again"
+        ) from error

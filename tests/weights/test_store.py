@@ -92,6 +92,34 @@ def test_what_orbax_writes_is_read(params, tmp_path):
     assert reader.read("layers.w", (slice(1, 2),)).tolist() == [[3.0, 4.0, 5.0]]
 
 
+@pytest.mark.parametrize("path", ["a#b ü", "relative"])
+def test_what_orbax_writes_is_read_wherever_it_lies(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    ocp.save(tmp_path / path, {"w": jax.numpy.arange(3.0), "zeros": jax.numpy.zeros(2)})
+    reader = store.StoreReader(path if path == "relative" else tmp_path / path)
+    assert reader.read("w").tolist() == [0.0, 1.0, 2.0] and reader.read("zeros").tolist() == [0, 0]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("decoder.layers.mlp.up.kernel/c/0/0/0", Path.unlink),
+        ("decoder.layers.mlp.up.kernel/c/0/0/0", cut),
+        ("decoder.layers.mlp.up.kernel/zarr.json", Path.unlink),
+        ("_METADATA", cut),
+    ],
+)
+def test_what_a_copy_lost_is_named_and_never_read_as_zeros(params, tmp_path, name, damage):
+    tree = written(params, tmp_path / "m") / "params" / "state"
+    damage(tree / name)
+    with pytest.raises(MMJaxError, match=r"m/params/state.*copy it anew or make it again"):
+        store.StoreReader(tree).read("decoder.layers.mlp.up.kernel")
+
+
 @pytest.mark.parametrize("piece", [100, 10**6])
 @pytest.mark.parametrize("on_device", [True, False])
 def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece, on_device):
