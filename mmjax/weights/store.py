@@ -20,6 +20,7 @@ import tensorstore as ts
 from mmjax.types import MMJaxError
 from mmjax.weights.operations import Shape
 from mmjax.weights.reader import partial_hint
+from mmjax.weights.writer import cannot_write
 
 ITEM = "state"  # the name Orbax v1 gives to the only tree of a checkpoint
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
@@ -39,11 +40,14 @@ class StoreWriter:
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
     def write(self, path: str, index: tuple[slice, ...], block: np.ndarray) -> None:
-        """Write one block; it should cover whole chunks."""
-        if self._open is None or self._open[0] != path:
-            shape, dtype, chunk = self.arrays[path]
-            self._open = (path, self._create(path, shape, dtype, chunk))
-        self._open[1][index].write(block).result()
+        """Write one block; it should cover whole chunks. Raises MMJaxError on a full disk."""
+        try:
+            if self._open is None or self._open[0] != path:
+                shape, dtype, chunk = self.arrays[path]
+                self._open = (path, self._create(path, shape, dtype, chunk))
+            self._open[1][index].write(block).result()
+        except ValueError as error:
+            raise cannot_write(self.folder, error) from error
 
     def _create(self, path: str, shape: Shape, dtype: np.dtype, chunk: Shape):
         spec = {
@@ -178,6 +182,6 @@ def _metadata(tree: Path) -> dict[str, Any]:
         return json.loads((tree / "_METADATA").read_text())
     except ValueError as error:
         raise MMJaxError(
-            f"{tree / '_METADATA'}: not JSON ({error}); the folder is damaged, copy it anew or make "
-            "it again"
+            f"{tree / '_METADATA'}: not JSON ({error}); the folder is damaged, "
+            "copy it anew or make it again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from mmjax.weights.rules import Tensor
 
 SHARD_BYTES = 5_000_000_000
 MARKER = "INCOMPLETE"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -58,32 +60,51 @@ class Arrays:
 def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to fill that takes its final name only when the block ends well.
 
-    A killed process leaves ``NAME.partial-PID`` with a marker inside, which nothing loads.
+    A killed process leaves ``NAME.partial-PID`` with a marker inside, which nothing loads. A
+    destination that is a link stays one: what it points to is written.
     Raises MMJaxError when the destination exists, unless ``overwrite``: then the old folder stays
-    until the new one is whole.
+    until the new one is whole; and when the disk is full or cannot be written.
     """
     destination = Path(destination)
     if destination.exists() and not overwrite:
         raise MMJaxError(
             f"{destination} exists; give another destination, or --overwrite to replace it"
         )
-    partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
+    target = Path(os.path.realpath(destination))
+    if os.path.ismount(target):
+        raise MMJaxError(f"{destination}: a mounted disk cannot be replaced; give a folder in it")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / MARKER).write_text("This folder is being written or its writer was killed.\n")
+    try:
+        partial.mkdir(parents=True)
+        (partial / MARKER).write_text("This folder is being written or its writer was killed.\n")
+    except OSError as error:
+        raise cannot_write(destination, error) from error
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise cannot_write(destination, error) from error
         raise
     (partial / MARKER).unlink()
-    if destination.exists():
-        old = destination.with_name(f"{destination.name}.old-{os.getpid()}")
-        os.rename(destination, old)
-        os.rename(partial, destination)
+    if target.exists():
+        old = target.with_name(f"{target.name}.old-{os.getpid()}")
+        os.rename(target, old)
+        os.rename(partial, target)
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     else:
-        os.rename(partial, destination)
+        os.rename(partial, target)
+
+
+def cannot_write(destination: str | Path, error: Exception) -> MMJaxError:
+    """Return the error of a destination that is full or may not be written."""
+    # Of tensorstore's long messages the last words are the operating system's.
+    why = error.strerror if isinstance(error, OSError) else str(error).split(" [")[0][-160:]
+    return MMJaxError(
+        f"{destination} cannot be written ({why}); make room there, or give another destination. "
+        "Nothing was changed"
+    )
 
 
 def refuse_incomplete(folder: Path) -> None:

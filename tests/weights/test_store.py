@@ -1,6 +1,7 @@
 """Converted folders: Orbax's format, loading onto devices, and what a killed conversion leaves."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -170,6 +171,48 @@ def test_existing_destination_stays_unless_overwritten(params, tmp_path):
         (partial / "new").touch()
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     assert [p.name for p in folder.iterdir()] == ["new"]
+
+
+def test_a_destination_that_is_a_link_stays_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk" / "m").mkdir(parents=True)
+    (tmp_path / "disk" / "m" / "old").touch()
+    for name, points in (("link", "disk/m"), ("dangling", "disk/n")):
+        (tmp_path / name).symlink_to(points)
+        with atomic_folder(tmp_path / name, overwrite=True) as partial:
+            (partial / "new").touch()
+        assert (tmp_path / name).is_symlink()
+        assert [p.name for p in (tmp_path / points).iterdir()] == ["new"]
+    with atomic_folder("disk/../here") as partial:
+        (partial / "new").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_folder(".", overwrite=True) as partial:
+        (partial / "newer").touch()
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["newer"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "disk", "here", "link"]
+    with (
+        pytest.raises(MMJaxError, match="/: a mounted disk cannot be replaced"),
+        atomic_folder("/", overwrite=True),
+    ):
+        pass
+
+
+def test_a_destination_that_cannot_be_written_is_named_and_left_as_it_was(params, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MMJaxError, match=r"file/m cannot be written \(Not a directory\)"):
+        written(params, tmp_path / "file" / "m")
+    writer = store.StoreWriter(tmp_path / "s", {"w": ((2,), np.dtype(np.float32), (2,))})
+    (tmp_path / "s" / "state" / "w").touch()
+    with pytest.raises(MMJaxError, match=r"s cannot be written \(.*give another destination"):
+        writer.write("w", (slice(0, 2),), np.zeros(2, np.float32))
+    folder = written(params, tmp_path / "m")
+    with (
+        pytest.raises(MMJaxError, match=r"m cannot be written \(No space left on device\)"),
+        atomic_folder(folder, overwrite=True),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert opening.open_checkpoint(folder).kind == "mmjax"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m", "s"]
 
 
 def test_killed_conversion_never_loads(hub, tmp_path):
