@@ -90,7 +90,9 @@ def pack_record(record: Record) -> bytes:
         "meta": dict(record.meta),
     }
     try:
-        text = json.dumps(header, ensure_ascii=False, default=_plain).encode()
+        # Half a surrogate pair becomes its own escape in JSON: a record is copied as it is.
+        text = json.dumps(header, ensure_ascii=False, default=_plain)
+        text = text.encode(errors="backslashreplace")
     except TypeError as e:
         raise MMJaxError(f"record {record.meta.get('id')}: its meta is not JSON: {e}") from e
     return b"".join([MAGIC, struct.pack("<I", len(text)), text, *images])

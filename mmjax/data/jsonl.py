@@ -60,6 +60,8 @@ class IndexedJson:
             ) from e
         except KeyError as e:
             raise BadSample("bad_json", f"{where}: field {e.args[0]!r} is given twice") from e
+        except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
+            raise BadSample("bad_json", f"{where}: cannot be read as JSON: {e}") from e
         if not isinstance(value, dict):
             raise BadSample(
                 "bad_json", f"{where}: expected one JSON object, got {type(value).__name__}"
@@ -123,6 +125,11 @@ def index_array(path: Path) -> np.ndarray:
             _, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as e:
             raise MMJaxError(f"{path}:{e.lineno}: not JSON at column {e.colno}: {e.msg}") from e
+        except (ValueError, RecursionError) as e:
+            line += text.count("\n", counted, position)
+            raise MMJaxError(
+                f"{path}:{line}: record {len(rows) + 1} cannot be read as JSON: {e}"
+            ) from e
         line, counted = line + text.count("\n", counted, position), position
         rows.append((position, end, line))
         position = skip_space(text, end)
@@ -134,6 +141,13 @@ def index_array(path: Path) -> np.ndarray:
                 f"{path}:{line}: expected ',' or ']' after record {len(rows)}, found "
                 f"{text[position : position + 20]!r} (is the file cut off?)"
             )
+    after = skip_space(text, position + 1)
+    if after != len(text):
+        line += text.count("\n", counted, after)
+        raise MMJaxError(
+            f"{path}:{line}: {text[after : after + 20]!r} stands behind the array, and a file "
+            "holds one; join them into one array, or write one object a line into a .jsonl file"
+        )
     return np.array(rows, np.int64).reshape(-1, 3)
 
 

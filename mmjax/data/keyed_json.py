@@ -64,7 +64,7 @@ class KeyedJson:
         raw = os.pread(self._fd, end - start, start)
         try:
             ((key, value),) = json.loads(b"{" + raw + b"}").items()
-        except (UnicodeDecodeError, json.JSONDecodeError, ValueError) as e:
+        except (ValueError, RecursionError) as e:
             raise BadSample("bad_json", f"{self.path}:{line}: cannot be read as JSON: {e}") from e
         return line, key, value
 
@@ -106,6 +106,14 @@ def index_object(path: Path, inside: str | None = None, gather: Gather | None = 
         ids.append(key)
         if gather is not None:
             values.append(value)
+    if inside is None and rows:
+        after = skip_space(text, text.index("}", rows[-1][1]) + 1)
+        if after != len(text):
+            line = text.count("\n", 0, after) + 1
+            raise MMJaxError(
+                f"{path}:{line}: {text[after : after + 20]!r} stands behind the object, and a file "
+                "holds one; join them into one"
+            )
     index = IdIndex(as_bytes(ids))
     made = {"ids": index.names, "order": index.order}
     made["rows"] = np.array(rows, np.int64).reshape(-1, 3)
@@ -145,6 +153,8 @@ def _members(
             value, end = decoder.raw_decode(text, begin)
         except json.JSONDecodeError as e:
             raise fail(e.pos, f"not JSON ({e.msg})") from e
+        except (ValueError, RecursionError) as e:  # thousands of digits, deep nesting
+            raise fail(start, f"not JSON ({e})") from e
         raw = text[start:end]
         if raw.isascii():
             key = decoder.raw_decode(raw)[0]

@@ -50,7 +50,7 @@ def _document(sample: Sample) -> dict[str, Any]:
         )
     try:
         info = json.loads(sample.files["json"])
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BadSample("bad_json", f"{sample.where}: cannot be read as JSON: {e}") from e
     if not isinstance(info, dict):
         raise BadSample(

@@ -231,7 +231,7 @@ class ParquetSource:
             if isinstance(value.get(form), str):
                 try:
                     value[form] = json.loads(value[form])
-                except json.JSONDecodeError as e:
+                except (ValueError, RecursionError) as e:
                     raise BadSample("bad_record", f"{where}: {form!r} is not JSON: {e}") from e
         encoded = tuple(self._image(image, where) for image in images)
         name, _, row = where.rpartition(":")

@@ -115,11 +115,11 @@ class SkipLog:
         """Take counts up again; what the file already lists is not listed twice."""
         self.seen, self.counts = int(state["seen"]), dict(state["counts"])
         if self.path is not None and self.path.exists():
-            for text in self.path.read_text("utf-8").splitlines():
+            for line in self.path.read_bytes().split(b"\n"):
                 try:
-                    item = json.loads(text)
+                    item = json.loads(line)
                     self._listed.add((item["source"], item["id"], item["reason"]))
-                except (json.JSONDecodeError, KeyError):
+                except (ValueError, KeyError):
                     continue  # a line cut off by a kill
 
     def _list(self, skip: Skip) -> None:
@@ -132,7 +132,8 @@ class SkipLog:
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
+                # Half a surrogate pair, maybe what is wrong, becomes its own escape in JSON.
+                with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(json.dumps(dataclasses.asdict(skip), ensure_ascii=False) + "\n")
             except OSError:
                 return  # the disk is full: it is counted, and listed when it is met again

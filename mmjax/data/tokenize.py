@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.types import MMJaxError
+from mmjax.types import BadSample, MMJaxError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -79,8 +79,18 @@ def opening_ids(tokenizer: Any, bos: bool | None) -> list[int]:
 def encode_text(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise without special tokens: ids int32[t] and character spans int32[t,2], read-only.
 
-    Remembered, because prompts repeat: the same question is asked of many images.
+    Remembered, because prompts repeat: the same question is asked of many images. Raises BadSample
+    ``bad_text`` for half a surrogate pair, which JSON can hold and no tokenizer reads.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(text[max(0, error.start - 20) : error.start + 20])
+        raise BadSample(
+            "bad_text",
+            f"the text holds half a character, {text[error.start]!a}, in {around}; it was cut "
+            "within an emoji or the like: mend it or drop the record",
+        ) from error
     if text:
         encoded = tokenizer(
             text,

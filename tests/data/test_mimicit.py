@@ -15,7 +15,7 @@ from stub_processor import StubProcessor, text_of
 
 from mmjax.data.catalog import make_source, make_sources
 from mmjax.data.images import load_rgb
-from mmjax.data.mimicit import MimicitSource
+from mmjax.data.mimicit import MimicitSource, open_images
 from mmjax.data.mimicit_yaml import expand_yaml
 from mmjax.data.mixture import Mixture
 from mmjax.data.pipeline import make_train_iterator
@@ -264,6 +264,7 @@ def test_what_is_wrong_as_a_whole_is_said_when_opened(folder, entries, options, 
         ('{"meta": {}, "dat": {}}', r"no member 'data' \(found meta, dat\)"),
         ('{"data": {"A": {},\n "B": {"instruction": }}}', ":2: not JSON"),
         ('{"data": {"A": {}', "expected ',' or '}' behind an entry"),
+        ('{"data": {"A": ' + "[" * 100_000, ":1: not JSON .*recursion"),
         ("[1]", "expected an object of entries by id"),
         ('{"data": [1]}', "expected an object of entries by id"),
     ],
@@ -272,6 +273,15 @@ def test_broken_instructions_are_named_with_their_line(tmp_path, text, says):
     (tmp_path / "ins.json").write_text(text)
     with pytest.raises(MMJaxError, match=says):
         MimicitSource(tmp_path / "ins.json", group="TEXT_ONLY")
+
+
+def test_images_in_two_objects_behind_one_another_are_refused(tmp_path):
+    path = tmp_path / "images.json"
+    path.write_text('{"I_1": "QUJD",}\n')
+    assert len(open_images(path)) == 1
+    path.write_text('{"I_1": "QUJD"}\n{"I_2": "QUJD"}\n')
+    with pytest.raises(MMJaxError, match=r"images.json:2: .* stands behind the object"):
+        open_images(path)
 
 
 def test_images_given_twice_or_without_columns(folder):

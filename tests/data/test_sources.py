@@ -163,6 +163,8 @@ def test_a_bad_record_names_file_line_field_and_value(tmp_path, value, reason, m
         ('{"id": 1, "id": 2}', "field 'id' is given twice"),
         ('{"id": }', "not JSON at column 8"),
         ('{"question": "cut o', "not JSON at column 14"),
+        ('{"id": 1' + "0" * 5000 + "}", "cannot be read as JSON: .*4300 digits"),
+        ('{"id": ' + "[" * 100_000, "cannot be read as JSON: .*recursion"),
     ],
 )
 def test_a_malformed_line_is_one_bad_sample(tmp_path, line, message):
@@ -179,6 +181,8 @@ def test_a_malformed_line_is_one_bad_sample(tmp_path, line, message):
         ('[{"a": 1},\n {"a": }]', "a.json:2: not JSON at column 8"),
         ('[{"a": 1}\n {"a": 2}]', "a.json:2: expected ',' or ']' after record 1"),
         ('[{"a": 1},\n{"a": 2}', "a.json:2: expected ',' or ']' after record 2"),
+        ('[{"a": 1},\n{"a": ' + "[" * 100_000, "a.json:2: record 2 cannot be read as JSON"),
+        ('[{"a": 1}]\n[{"a": 2}]\n', "a.json:2: '[{\"a\": 2}]\\n' stands behind the array"),
     ],
 )
 def test_a_malformed_array_is_refused_when_opened(tmp_path, text, message):
