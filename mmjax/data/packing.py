@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmjax.types import BadSample, Batch, Example
+from mmjax.types import BadSample, Batch, Example, MMJaxError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +91,18 @@ class BatchBuilder:
         return True
 
     def add(self, example: Example, row: int) -> None:
-        """Write an example behind what the row already holds; the caller knows that it fits."""
+        """Write an example behind what the row already holds; the caller knows that it fits.
+
+        Raises MMJaxError where grey levels and normalised pixels come together.
+        """
         if self._batch is None:
             self._batch = empty_batch(self.shape, example["patches"])
         batch = self._batch
         start, first_patch, first_target = self.used[row]
         targets = _targets(example)
         tokens, patches = len(example["tokens"]), len(example["patches"])
+        if patches and batch["patches"].dtype != example["patches"].dtype:
+            self._take_dtype(example["patches"].dtype)
         span = slice(start, start + tokens)
         batch["tokens"][row, span] = example["tokens"]
         batch["positions"][row, span] = example["positions"]
@@ -113,6 +118,16 @@ class BatchBuilder:
             self.origins[row].append(origin)
         self.used[row] += (tokens, patches, len(targets))
         self.samples[row] += 1
+
+    def _take_dtype(self, dtype: np.dtype) -> None:
+        """Keep patches in another dtype; raises MMJaxError where patches stand in the batch."""
+        patches = self._batch["patches"]
+        if self.used[:, 1].any():
+            raise MMJaxError(
+                f"a batch holds patches of {patches.dtype} and an example brings {dtype}: uint8 is "
+                "grey levels, floats are normalised; give all images in one of these ways"
+            )
+        self._batch["patches"] = patches.astype(dtype)
 
     def batch(self) -> Batch:
         """Return the batch as filled so far; rows without a sample are all padding."""

@@ -44,6 +44,18 @@ def test_targets_name_their_source_and_rows_their_records():
     assert builder.origins == [origins[:2], origins[2:]]
 
 
+def test_normalised_pixels_stay_what_they_are_behind_text():
+    text, picture = example(1, 0, 2, 1), example(2, 1, 2, 1)
+    normalised = picture | {"patches": np.float32([[-0.5, 0.25, 1]])}
+    for order in ([text, normalised], [normalised, text]):
+        batch = pack(order, BatchShape(1, 10, 4, 5))
+        assert batch["patches"].dtype == np.float32
+        assert batch["patches"][0, :2].tolist() == [[-0.5, 0.25, 1], [0, 0, 0]]
+    for order in ([picture, normalised], [normalised, picture]):
+        with pytest.raises(MMJaxError, match="uint8 is grey levels, floats are normalised"):
+            pack(order, BatchShape(1, 10, 4, 5))
+
+
 def test_packing_keeps_every_sample_whole():
     rng = np.random.default_rng(0)
     samples = [example(i, *rng.integers(1, 6, 2), 1) for i in range(1, 30)]
