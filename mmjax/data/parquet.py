@@ -78,7 +78,7 @@ class ParquetFiles:
     def file(self, number: int) -> Any:
         """Open a file in this process; handles do not travel to others."""
         if number not in self._open:
-            pq = _pyarrow_parquet()
+            pq = pyarrow_parquet()
             try:
                 self._open[number] = pq.ParquetFile(self.files[number])
             except Exception as e:  # pyarrow raises its own and Python's errors for broken files
@@ -106,11 +106,13 @@ class ParquetFiles:
                 )
 
     def column(self, name: str) -> list[Any]:
-        """Read one small column whole, row group by row group."""
+        """Read one small column whole, group by group; raises MMJaxError for a damaged one."""
         values: list[Any] = []
         for file, group, _ in self._groups:
-            table = self.file(int(file)).read_row_group(int(group), columns=[name])
-            values += table.column(0).to_pylist()
+            try:
+                values += self._read(int(file), int(group), (name,)).column(0).to_pylist()
+            except BadSample as e:
+                raise MMJaxError(f"{e}; fetch the file again") from e
         return values
 
     def read(self, row: int, columns: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -129,16 +131,20 @@ class ParquetFiles:
         """Read the columns of a row group, or take them from the few that are kept."""
         table = self._kept.get((file, group, columns))
         if table is None:
-            try:
-                table = self.file(file).read_row_group(group, columns=list(columns))
-            except (OSError, ValueError) as e:
-                raise BadSample(
-                    "bad_record", f"{self.files[file]}: row group {group} cannot be read ({e})"
-                ) from e
+            table = self._read(file, group, columns)
             self._kept[file, group, columns] = table
             while len(self._kept) > _KEPT_GROUPS:
                 self._kept.popitem(last=False)
         return table
+
+    def _read(self, file: int, group: int, columns: tuple[str, ...]) -> Any:
+        try:
+            return self.file(file).read_row_group(group, columns=list(columns))
+        except (OSError, ValueError) as e:
+            says = " ".join(str(e).split())
+            raise BadSample(
+                "bad_record", f"{self.files[file]}: row group {group} cannot be read ({says})"
+            ) from e
 
 
 class ParquetImages:
@@ -165,7 +171,8 @@ class ParquetImages:
             index = IdIndex(as_bytes(map(str, self._files.column(id_column))))
             return {"ids": index.names, "order": index.order}
 
-        found = cached_index(self.path, self._files.files, build, index_dir)
+        what = f"ids of {id_column}"
+        found = cached_index(self.path, self._files.files, what, build, index_dir)
         self.ids = IdIndex(found["ids"], found["order"])
         if twice := self.ids.twice():
             raise MMJaxError(
@@ -273,27 +280,6 @@ def decode_base64(text: str | bytes, where: str) -> bytes:
 _TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
-def regroup(source: str | os.PathLike, target: str | os.PathLike, rows: int = 32) -> int:
-    """Copy a parquet file with ``rows`` rows in each group, page by page; returns all rows.
-
-    The target appears under its name only when it is whole.
-    """
-    pq = _pyarrow_parquet()
-    if rows < 1:
-        raise MMJaxError(f"--rows {rows}: a row group holds at least one row")
-    temporary = f"{os.fspath(target)}.{os.getpid()}.tmp"
-    # Without pre-buffering and with a buffered stream the pages are read one after another, of
-    # 1,024 rows as pyarrow writes them; by default it would read the whole group first.
-    file = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
-    count = 0
-    with pq.ParquetWriter(temporary, file.schema_arrow) as writer:
-        for batch in file.iter_batches(batch_size=rows):
-            writer.write_batch(batch, row_group_size=rows)
-            count += batch.num_rows
-    os.replace(temporary, target)
-    return count
-
-
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -311,7 +297,8 @@ def _id_column(files: ParquetFiles) -> str | None:
     return next((name for name in known if name in files.columns), None)
 
 
-def _pyarrow_parquet() -> Any:
+def pyarrow_parquet() -> Any:
+    """Import pyarrow's reader and writer; raises MMJaxError where they are not installed."""
     try:
         import pyarrow.parquet as pq
     except ImportError as e:

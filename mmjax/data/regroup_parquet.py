@@ -4,11 +4,14 @@ python -m mmjax.data.regroup_parquet BIG.parquet SMALL.parquet [--rows 32]
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmjax.cli import run_guarded
-from mmjax.data.parquet import regroup
+from mmjax.data.parquet import pyarrow_parquet
+from mmjax.types import MMJaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +23,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = regroup(args.source, args.target, args.rows)
     print(f"{args.target}: {count:,} rows, {args.rows} in each group")
     return 0
+
+
+def regroup(source: str | os.PathLike, target: str | os.PathLike, rows: int = 32) -> int:
+    """Copy a parquet file with ``rows`` rows in each group, page by page; returns all rows.
+
+    The target appears under its name only when it is whole. Raises MMJaxError for a file that
+    cannot be read, or written.
+    """
+    pq = pyarrow_parquet()
+    if rows < 1:
+        raise MMJaxError(f"--rows {rows}: a row group holds at least one row")
+    temporary = Path(f"{os.fspath(target)}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        # Without pre-buffering and with a buffered stream the pages are read one after another, of
+        # 1,024 rows as pyarrow writes them; by default it would read the whole group first.
+        file = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
+        with pq.ParquetWriter(temporary, file.schema_arrow) as writer:
+            for batch in file.iter_batches(batch_size=rows):
+                writer.write_batch(batch, row_group_size=rows)
+                count += batch.num_rows
+        os.replace(temporary, target)
+    except (OSError, ValueError) as e:
+        says = " ".join(str(e).split())
+        raise MMJaxError(
+            f"{source}: cannot be written anew as {target}: {says}; check both paths, or fetch the "
+            "file again"
+        ) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
 
 
 if __name__ == "__main__":

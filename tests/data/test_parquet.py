@@ -14,8 +14,9 @@ from PIL import Image
 from mmjax.data import parquet
 from mmjax.data.catalog import make_source
 from mmjax.data.images import load_rgb
-from mmjax.data.parquet import ParquetFiles, ParquetSource, decode_base64, regroup
+from mmjax.data.parquet import ParquetFiles, ParquetImages, ParquetSource, decode_base64
 from mmjax.data.regroup_parquet import main as regroup_command
+from mmjax.data.regroup_parquet import regroup
 from mmjax.types import BadSample, MMJaxError
 
 
@@ -118,6 +119,22 @@ def test_large_row_groups_are_refused_and_written_anew(tmp_path, monkeypatch, ca
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.parquet", "small.parquet"]
     with pytest.raises(MMJaxError, match="--rows 0"):
         regroup(path, tmp_path / "x", 0)
+
+
+def test_a_damaged_row_group_is_a_bad_sample_and_a_damaged_id_column_an_error(tmp_path):
+    columns = {"id": ["a", "b"], "base64": ["QUJD"] * 2, "question": ["q"] * 2, "answer": ["a"] * 2}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:4] + b"\xff" * 20 + raw[24:])  # the header of the first page
+    with pytest.raises(BadSample, match=r"a.parquet: row group 0 cannot be read \("):
+        ParquetSource(path)[0]
+    with pytest.raises(MMJaxError, match="a.parquet: row group 0 .*fetch the file again"):
+        ParquetImages(path)
+    for source, target in ((path, "b"), (tmp_path / "no.parquet", "b"), (path, "no/b")):
+        with pytest.raises(MMJaxError, match="cannot be written anew as"):
+            regroup(source, tmp_path / target)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
 @pytest.mark.parametrize(
