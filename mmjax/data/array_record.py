@@ -106,6 +106,9 @@ def unpack_record(raw: bytes, where: str) -> Record:
         (length,) = struct.unpack_from("<I", raw, 4)
         header = json.loads(raw[8 : 8 + length].decode())
         messages = tuple(Message(role, text) for role, text in header["messages"])
+        meta = header.get("meta", {})
+        if not isinstance(meta, dict) or not all(isinstance(m.text, str) for m in messages):
+            raise ValueError("a message is no text, or meta is no object")
         if wrong := [m.role for m in messages if m.role not in _ROLES]:
             raise ValueError(f"unknown role {wrong[0]!r}")
         lengths = header["images"]
@@ -119,7 +122,7 @@ def unpack_record(raw: bytes, where: str) -> Record:
         tuple(itertools.islice(parts, len(one))) if isinstance(one, list) else next(parts)
         for one in lengths
     )
-    return Record(messages, images, header.get("meta", {}))
+    return Record(messages, images, meta)
 
 
 def write_array_records(

@@ -20,17 +20,19 @@ Arrays = dict[str, np.ndarray]
 def cached_index(
     path: Path,
     parts: Sequence[Path],
+    what: str,
     build: Callable[[], Arrays],
     index_dir: str | os.PathLike | None = None,
 ) -> Arrays:
     """Return the arrays of ``build()``, from the cache while no part has changed.
 
-    path: the file or folder the index belongs to; parts: the files it is made from. A cache holds
-    as long as their names, sizes and modification times do. It lies as ``.<name>.index.npz`` beside
+    path: the file or folder the index belongs to; parts: the files it is made from; what: says what
+    kind of index it is. A cache holds for this kind, as long as the parts' names, sizes and
+    modification times do. It lies as ``.<name>.index.npz`` beside
     ``path``, in ``~/.cache/mmjax/index`` if that folder cannot be written, or in ``index_dir``.
     """
     stats = [(part, part.stat()) for part in parts]
-    told = "".join(f"{p.name}\0{s.st_size}\0{s.st_mtime_ns}\0" for p, s in stats)
+    told = "".join(f"{p.name}\0{s.st_size}\0{s.st_mtime_ns}\0" for p, s in stats) + what
     stamp = np.frombuffer(hashlib.sha256(told.encode()).digest(), np.uint8)
     caches = _cache_paths(path, index_dir)
     for cache in caches:
@@ -91,6 +93,7 @@ def as_bytes(ids: Iterable[str]) -> np.ndarray:
 
 def _cache_paths(path: Path, index_dir: str | os.PathLike | None) -> list[Path]:
     """Return where the index may lie: in ``index_dir``, or beside the file, else in the cache."""
+    path = path.absolute()  # "." has no name
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     name = f"{path.name}.{digest}.index.npz"
     if index_dir is not None:

@@ -82,7 +82,7 @@ def load_index(path: Path, index_dir: str | os.PathLike | None = None) -> np.nda
     def build() -> dict[str, np.ndarray]:
         return {"index": index_array(path) if path.suffix == ".json" else index_lines(path)}
 
-    return cached_index(path, [path], build, index_dir)["index"]
+    return cached_index(path, [path], "records", build, index_dir)["index"]
 
 
 def index_lines(path: Path) -> np.ndarray:

@@ -41,8 +41,9 @@ class KeyedJson:
         self.path = Path(path)
         if not self.path.is_file():
             raise MMJaxError(f"{self.path}: no such file; check the path of this data source")
+        what = f"members of {inside} with {getattr(gather, '__name__', None)}"
         self.arrays = cached_index(
-            self.path, [self.path], lambda: index_object(self.path, inside, gather), index_dir
+            self.path, [self.path], what, lambda: index_object(self.path, inside, gather), index_dir
         )
         self.ids = IdIndex(self.arrays.pop("ids"), self.arrays.pop("order"))
         self._rows = self.arrays.pop("rows")

@@ -145,13 +145,13 @@ class TfdsSource:
         found = {part: self._files.take(element, p, where) for part, p in self.fields.items()}
         question, answer = as_text(found["question"], where), found.get("answer")
         messages = [Message("user", question)]
-        answers = answer if isinstance(answer, list) else [answer]
+        answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
         answers = [as_text(one, where) for one in answers]
-        if answer is not None:
+        if answers:
             messages.append(Message("assistant", answers[0]))
         images = () if found.get("image") is None else (found["image"],)
         meta = {"id": f"{self._files.split}/{index}", "source": self._files.name, "line": index}
-        if answer is not None:
+        if answers:
             meta["answers"] = answers
         return Record(tuple(messages), images, meta)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,8 +116,9 @@ class Streams:
         async def write() -> None:
             folder = await directory.await_creation()
             for name, text in texts.items():
-                # Processes that share rows write the same file with the same content.
-                part = folder / f"{name}.{os.getpid()}"
+                # Processes that share rows write the same file with the same content; on other
+                # hosts, in containers above all, their ids may be the same.
+                part = folder / f"{name}.{uuid.uuid4().hex}"
                 await asyncio.to_thread(part.write_text, text)
                 await asyncio.to_thread(part.replace, folder / name)
 

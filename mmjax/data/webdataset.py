@@ -74,7 +74,7 @@ class Shards:
         self.files = expand_shards(path)
 
         def load(file: Path) -> Arrays:
-            return cached_index(file, [file], lambda: index_shard(file), index_dir)
+            return cached_index(file, [file], "samples", lambda: index_shard(file), index_dir)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             found = list(pool.map(load, self.files))

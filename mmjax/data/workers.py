@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -21,7 +22,10 @@ def prepare_worker(index: int, count: int) -> None:
     workers, so they look for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watcher = threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True)
+    parent = multiprocessing.parent_process()
+    # As the trainer told it: one that was killed while this process was starting is gone already.
+    trainer = os.getppid() if parent is None else parent.pid
+    watcher = threading.Thread(target=_end_with, args=(trainer,), daemon=True)
     watcher.start()
 
 

@@ -33,6 +33,13 @@ def record(i=0, images=(), **meta):
     return Record(turns, tuple(images), {"id": f"r{i}", "answers": ["a"]} | meta)
 
 
+def laid_anew(raw, **fields):
+    """Write other fields into the header of a record, as another writer might."""
+    (length,) = struct.unpack_from("<I", raw, 4)
+    header = json.dumps(json.loads(raw[8 : 8 + length]) | fields).encode()
+    return raw[:4] + struct.pack("<I", len(header)) + header + raw[8 + length :]
+
+
 def test_a_record_comes_back_as_it_was(tmp_path):
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     Image.fromarray(pixels).save(tmp_path / "x.png")
@@ -143,6 +150,8 @@ def test_files_that_are_not_ours(tmp_path):
         (lambda raw: b"MMR2" + raw[4:], "begins with b'MMR2'"),
         (lambda raw: raw[:9], "here: "),
         (lambda raw: raw.replace(b"user", b"usar"), "unknown role 'usar'"),
+        (lambda raw: laid_anew(raw, messages=[["user", None]]), "a message is no text"),
+        (lambda raw: laid_anew(raw, meta=None), "or meta is no object"),
     ],
 )
 def test_a_broken_record_is_a_bad_sample(spoil, says):

@@ -284,6 +284,21 @@ def test_images_in_two_objects_behind_one_another_are_refused(tmp_path):
         open_images(path)
 
 
+def test_a_file_that_was_first_opened_as_images_is_read_as_instructions(tmp_path):
+    path = instructions(tmp_path / "ins.json", {"A": entry(7, [])})
+    assert len(open_images(path)) == 2  # 'meta' and 'data'
+    (record,) = MimicitSource(path, group="TEXT_ONLY")
+    assert record.messages[-1].text == "It is 7."
+
+
+def test_the_working_directory_is_a_folder_of_images(folder, monkeypatch):
+    (folder / "images").mkdir()
+    write_images(folder / "images" / "a.parquet", ["I_1"])
+    monkeypatch.chdir(folder / "images")
+    assert len(open_images(".")) == 1
+    assert sorted(p.name for p in folder.iterdir() if "index" in p.name) == [".images.index.npz"]
+
+
 def test_images_given_twice_or_without_columns(folder):
     path = write_images(folder / "twice.parquet", ["I_1", "I_2", "I_1"])
     with pytest.raises(MMJaxError, match="1 image ids are given more than once, first 'I_1'"):

@@ -241,7 +241,8 @@ def test_tfds_is_read_from_array_record_without_tensorflow(tmp_path):
     for i, picture in enumerate(pictures):
         png = io.BytesIO()
         Image.fromarray(picture).save(png, "PNG")
-        example = {"image": png.getvalue(), "question": f"q{i}", "answers": [f"a{i}", "b"]}
+        answers = [f"a{i}", "b"] if i else []
+        example = {"image": png.getvalue(), "question": f"q{i}", "answers": answers}
         examples.append(example)
     write_tfds(tmp_path, features, examples)
     source = TfdsSource(
@@ -254,6 +255,8 @@ def test_tfds_is_read_from_array_record_without_tensorflow(tmp_path):
     record = source[found[2][1]]
     assert record.messages[1].text == "a2" and record.meta["answers"] == ["a2", "b"]
     np.testing.assert_array_equal(record.images[0], pictures[2])
+    unanswered = source[found[0][1]]
+    assert len(unanswered.messages) == 1 and "answers" not in unanswered.meta
     with pytest.raises(MMJaxError, match=r"no feature 'text'.*answers.*question"):
         TfdsSource(str(tmp_path), "train", {"question": "text"})[0]
     with pytest.raises(MMJaxError, match="split 'dev'"):

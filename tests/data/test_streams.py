@@ -79,6 +79,20 @@ def test_a_position_goes_on_with_any_number_of_processes(tmp_path):
     np.testing.assert_array_equal(next(one)["tokens"], wanted)
 
 
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    async def in_turn(function, *arguments):
+        function(*arguments)
+        await asyncio.sleep(0)  # the other writer does the same thing next
+
+    async def both():  # as processes of two hosts, with the same id
+        writes = [await it.save(Directory(tmp_path)) for it in (streams([0]), streams([0]))]
+        await asyncio.gather(*writes)
+
+    monkeypatch.setattr(asyncio, "to_thread", in_turn)
+    asyncio.run(both())
+    assert [p.name for p in tmp_path.iterdir()] == ["stream_0-of-4.json"]
+
+
 def test_another_number_of_streams_is_refused(tmp_path):
     save(streams(range(4)), tmp_path)
     with pytest.raises(MMJaxError, match=r"of 4 stream\(s\) and this run has 2.*data.streams"):

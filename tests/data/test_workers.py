@@ -114,6 +114,17 @@ def test_rows_know_the_records_they_hold(tmp_path):
     assert it.images == 0 and it.source_names == ("words",)
 
 
+def test_a_worker_ends_whose_trainer_was_killed_while_it_started():
+    worker = (
+        "import multiprocessing, os, time, types\n"
+        "from mmjax.data.workers import prepare_worker\n"
+        "gone = types.SimpleNamespace(pid=os.getppid() + 1)\n"  # another process is the parent now
+        "multiprocessing.parent_process = lambda: gone\n"
+        "prepare_worker(0, 1)\ntime.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", worker], timeout=30).returncode == 1
+
+
 def test_a_worker_ends_with_the_trainer_that_was_killed():
     """The trainer here starts a process that prepares itself as a worker, and kills itself."""
     worker = (
