@@ -39,8 +39,9 @@ def attention(
     scale: factor on the scores, default ``h ** -0.5``.
     alibi_slopes: float32[n]; adds ``-slope * (i - j)`` to a score (Press et al. 2022).
     implementation: "xla" everywhere; "triton", kernels for CUDA GPUs, interpreted elsewhere (slow,
-        for tests); "cudnn" on CUDA GPUs where it works, without ranges and slopes; "auto" takes
-        the one that is preferred where it runs compiled and fits, and says once which.
+        for tests); "mosaic", the same for Hopper alone, by its own instructions, jax 0.11 or newer;
+        "cudnn" on CUDA GPUs where it works, without ranges and slopes; "auto" takes the one that
+        is preferred where it runs compiled and fits, and says once which.
 
     Returns [b, t, n, h] in q's dtype, zeros where s is 0. Softmax statistics are float32 whatever
     the dtype, and no array of t x s elements exists, in the forward pass or in the backward one.

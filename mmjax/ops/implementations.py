@@ -2,7 +2,8 @@
 
 Each is a module with ``flash_attention(q, k, v, ranges, alibi_slopes, *, causal, scale)``, whose
 contract is that of ``mmjax.ops.attention.attention``, and ``problem(call)``, which tells what keeps
-it from a ``Call``. A new one is an entry of ``TABLE`` and a place in ``PREFERRED``.
+it from a ``Call``. A new one is an entry of ``TABLE``, and a place in ``PREFERRED`` once it is
+proven where it runs.
 """
 
 import dataclasses
@@ -32,9 +33,11 @@ class Implementation:
 TABLE = {
     "xla": Implementation("mmjax.ops.flash_xla", partitions=True),
     "triton": Implementation("mmjax.ops.flash_triton"),
+    "mosaic": Implementation("mmjax.ops.flash_mosaic"),
     "cudnn": Implementation("mmjax.ops.flash_cudnn", probed=True),
 }
 # Of ``auto`` on a CUDA GPU, the first that can do the call; see docs/design.md for the reasons.
+# Mosaic's kernels are not among them: they have never run on a GPU.
 PREFERRED = ("cudnn", "triton", "xla")
 # Below this many queries a block of a kernel would be mostly padding.
 MIN_KERNEL_QUERIES = 16
