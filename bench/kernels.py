@@ -64,13 +64,17 @@ def _attention_case(t, h, documents, backward, quick, on_gpu) -> Case:
         work=attention_flops(options) / (1e12 if on_gpu else 1e9),
         unit="TFLOP" if on_gpu else "GFLOP",
         bound=BOUNDS[options["dtype"]],
-        # cuDNN's row holds its reason where a machine's versions do not go together.
-        impls=("triton", *(() if documents else ("cudnn",)), "xla") if on_gpu else ("xla",),
+        impls=_implementations(documents) if on_gpu else ("xla",),
         peers=peers,
         target=target,
         rate_target=rate_target,
         device="gpu" if on_gpu else "cpu",
     )
+
+
+def _implementations(documents) -> tuple[str, ...]:
+    """Return ours to try on a GPU; the row of one that cannot run there holds its reason."""
+    return ("triton", "mosaic", *(() if documents else ("cudnn",)), "xla")
 
 
 def attention_flops(options: dict[str, Any]) -> int:

@@ -32,7 +32,7 @@ class ModelSettings:
     processor: settings that replace those of the folder, such as ``max_height``.
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. attention: which implementation
     runs, a name in ``mmjax.ops.attention.IMPLEMENTATIONS``: auto, or one for all calls (``cudnn``
-    cannot do a decoder's in training).
+    cannot do a decoder's in training, ``mosaic`` is for Hopper GPUs and jax 0.11 or newer).
     """
 
     family: str = "fuyu"
