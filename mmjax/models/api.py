@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from jax import Array
 
+from mmjax.models.decoder import DecoderConfig
 from mmjax.models.work import Work
 from mmjax.nn.cache import Cache
 from mmjax.types import Batch, Example, ImageSource, Segment
@@ -23,6 +24,7 @@ class Config(Protocol):
 
     end_token_ids: tuple[int, ...]  # any of them ends an answer
     vocab_size: int
+    decoder: DecoderConfig  # of the language model
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:

@@ -16,6 +16,7 @@ from mmjax.models.work import Work
 from mmjax.nn import rope
 from mmjax.nn.attention import Context, rope_dims
 from mmjax.nn.cache import Cache
+from mmjax.nn.dropout import drop
 from mmjax.nn.embed import Embed, PositionEmbed
 from mmjax.nn.layer import Layer, LayerConfig
 from mmjax.nn.linear import DTypes, Linear, LoRA
@@ -39,8 +40,9 @@ class DecoderConfig(LayerConfig):
     position_offset unused ones (OPT).
     window: how many keys a token sees, its own among them (Phi-3); None for all.
     tied: the head is the embedding table. head_bias: of the head.
-    embed_scale: multiplies the embedded stream, images in it too (Gemma, MiniCPM). logit_scale:
-    multiplies the hidden states that the head is given (MiniCPM).
+    embed_scale: multiplies the embedded stream, images in it too (Gemma, MiniCPM).
+    embedding_dropout: the share of that stream that is dropped in training (Phi, GPT-NeoX).
+    logit_scale: multiplies the hidden states that the head is given (MiniCPM).
     """
 
     vocab_size: int = 262_144
@@ -57,6 +59,7 @@ class DecoderConfig(LayerConfig):
     head_bias: bool = False
     embed_scale: float = 1.0
     logit_scale: float = 1.0
+    embedding_dropout: float = dataclasses.field(default=0.0, compare=False)
 
     def work(self, tokens: int, *, asked: float = 1.0) -> tuple[Work, Work, Work]:
         """Return the work of embedding, layers and head in a causal row of so many tokens.
@@ -116,6 +119,7 @@ class Decoder(nnx.Module):
     ):
         c = self.config = config
         self.remat, self.attention, self.dtypes = remat, attention, dtypes
+        self.dropout = c.embedding_dropout
         shared = dict(dtypes=dtypes, init_std=c.init_std, rngs=rngs)
         self.embed = Embed(c.vocab_size, c.d_model, **shared)
         make = partial(_make_layer, c, dtypes, lora)
@@ -162,6 +166,7 @@ class Decoder(nnx.Module):
             slopes = jnp.asarray(c.alibi_slopes, jnp.float32)
         else:
             x = x + self.position_embed(positions + c.position_offset)
+        x = drop(x, self.dropout, "embed")
         length = cache.length if decode else None
         if c.window is not None and not decode:
             k_start = ranges.in_window(k_start, *x.shape[:2], c.window)

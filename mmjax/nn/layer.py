@@ -11,6 +11,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.nn.attention import Context, SelfAttention
+from mmjax.nn.dropout import drop
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.nn.mlp import MLP
 from mmjax.nn.norm import make_norm
@@ -29,8 +30,9 @@ class LayerConfig:
     ``model`` width (MPT-1B), or none. clip_qkv: bound on queries, keys and values (MPT), before any
     norm. residual: ``sequential`` is x + attn(norm(x)), then x + mlp(norm(x)); ``parallel`` is
     x + attn(attn_norm(x)) + mlp(mlp_norm(x)) (GPT-NeoX), and ``shared`` that with one norm for both
-    (GPT-J, Phi). residual_scale: multiplies what attention and MLP add to x (MiniCPM). qkv_bias,
-    out_bias, mlp_bias: of the maps; k_bias: whether that of keys has one too (EVA-02's has none).
+    (GPT-J, Phi). residual_scale: multiplies what attention and MLP add to x (MiniCPM).
+    residual_dropout: the share of it that is dropped in training (Phi-2). qkv_bias, out_bias,
+    mlp_bias: of the maps; k_bias: whether that of keys has one too (EVA-02's has none).
     sub_norm: a norm more, before the output map of attention and before the last of the MLP
     (Magneto, Wang et al. 2022). rope_interleaved: rotary positions turn neighbours; see
     ``mmjax.nn.rope``.
@@ -51,6 +53,8 @@ class LayerConfig:
     clip_qkv: float | None = None
     residual: Literal["sequential", "parallel", "shared"] = "sequential"
     residual_scale: float = 1.0
+    # How a model is trained on, not what it computes: two that differ in it can be averaged.
+    residual_dropout: float = dataclasses.field(default=0.0, compare=False)
     qkv_bias: bool = True
     k_bias: bool = True
     out_bias: bool = True
@@ -87,6 +91,7 @@ class Layer(nnx.Module):
         prefix: str = "",
     ):
         self.residual, self.residual_scale = c.residual, c.residual_scale
+        self.dropout, self.prefix = c.residual_dropout, prefix
         shared = dict(dtypes=dtypes, lora=lora, rngs=rngs, prefix=prefix)
         self.attn_norm = make_norm(c, dtypes=dtypes)
         self.attn = SelfAttention(c, **shared)
@@ -104,17 +109,23 @@ class Layer(nnx.Module):
 
         at: int32[b, m], the positions whose outputs [b, m, d] are wanted; None for all.
         """
-        normed = self.attn_norm(x)
+        t, normed = x.shape[1], self.attn_norm(x)
         out = self.attn(normed, context, layer, cached, at)
         if cached is not None:
             out, cached = out
+
+        def branch(out: Array, name: str) -> Array:
+            return drop(out, self.dropout, f"{self.prefix}{name}.out", at=at, length=t)
+
+        out = branch(out, "attn")
         if at is not None:
             x, normed = take_on_length(x, at), take_on_length(normed, at)
         if self.residual == "sequential":
             x = checkpoint_name(self._add(x, out), "attn_sum")
-            out = self.mlp(self.mlp_norm(x))
+            out = branch(self.mlp(self.mlp_norm(x)), "mlp")
         else:
-            out = out + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+            normed = normed if self.mlp_norm is None else self.mlp_norm(x)
+            out = out + branch(self.mlp(normed), "mlp")
         x = self._add(x, out)
         return x if cached is None else (x, cached)
 

@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator
 
 import jax
@@ -13,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from mmjax.nn import nf4, quantized
+from mmjax.nn.dropout import drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LoRA:
     rank: of the update. alpha: the update is scaled by alpha / rank, or with ``rslora`` by
     alpha / sqrt(rank), which keeps its size when the rank grows (Kalajdzievski 2023).
     targets: names of linear maps, such as ``attn.q`` or ``mlp.up``. dropout: the share of an
-    adapter's inputs that is dropped in training; see ``adapter_dropout``.
+    adapter's inputs that is dropped in training; see ``mmjax.nn.dropout``.
     """
 
     rank: int
@@ -55,9 +55,6 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-_DROPOUT: contextvars.ContextVar[Array | None] = contextvars.ContextVar("dropout", default=None)
-
-
 _AS_MATRICES: contextvars.ContextVar[bool] = contextvars.ContextVar("as_matrices", default=True)
 
 
@@ -69,28 +66,6 @@ def axes_apart() -> Iterator[None]:
         yield
     finally:
         _AS_MATRICES.reset(token)
-
-
-@contextlib.contextmanager
-def adapter_dropout(key: Array | None) -> Iterator[None]:
-    """Drop inputs of adapters while a model is traced inside; None, the default, drops nothing.
-
-    key: a traced PRNG key, a function of seed and step: one program serves all steps. A scan over
-        layers folds the layer's index in, and every map its name, so a mask is a function of
-        (seed, step, layer, map) on any mesh, and rematerialisation draws it again. Chunks of the
-        loss share one mask of the head, and there alone the mesh tells which rows they hold.
-    """
-    token = _DROPOUT.set(key)
-    try:
-        yield
-    finally:
-        _DROPOUT.reset(token)
-
-
-def layer_dropout(index: Array) -> contextlib.AbstractContextManager[None]:
-    """Return the scope of one layer: its own masks where any are drawn."""
-    key = _DROPOUT.get()
-    return adapter_dropout(None if key is None else jax.random.fold_in(key, index))
 
 
 class Linear(nnx.Module):
@@ -139,7 +114,7 @@ class Linear(nnx.Module):
             self.lora_scale, self.dropout = lora.scale, lora.dropout
             # Maps of one block with the same input draw one mask: q, k and v, which are one fused
             # map in the peer.
-            self.stream = zlib.crc32(f"{name.rpartition('.')[0] or name}{d_in}".encode())
+            self.mask = f"{name.rpartition('.')[0] or name}{d_in}"
 
     def __call__(self, x: Array) -> Array:
         """Map [..., *d_in] to [..., *d_out] in the compute dtype."""
@@ -149,7 +124,8 @@ class Linear(nnx.Module):
         else:  # the kernel is multiplied out again for the gradient of x, not kept for it
             y = jax.checkpoint(self._quantized)(x, self.kernel[...], self.kernel_scale[...])
         if self.lora_a is not None:
-            low = _contract(self._drop(x), self.lora_a[...].astype(self.dtype), self.n_in)
+            dropped = drop(x, self.dropout, self.mask)
+            low = _contract(dropped, self.lora_a[...].astype(self.dtype), self.n_in)
             up = _contract(low, self.lora_b[...].astype(self.dtype), 1)
             y = y + up * self.lora_scale
         if self.bias is not None:
@@ -162,14 +138,6 @@ class Linear(nnx.Module):
             return _contract(x, kernel, self.n_in)
         y = _contract(x, codes.astype(self.dtype), self.n_in)
         return (y * scale).astype(self.dtype)
-
-    def _drop(self, x: Array) -> Array:
-        key = _DROPOUT.get()
-        if key is None or not self.dropout:
-            return x
-        key = jax.random.fold_in(key, self.stream)
-        keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x * (1.0 / (1.0 - self.dropout)), 0)
 
 
 def _contract(x: Array, kernel: Array, n: int) -> Array:

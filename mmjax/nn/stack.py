@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import checkpoint_policies as policies
 
-from mmjax.nn.linear import layer_dropout
+from mmjax.nn import dropout
 from mmjax.ops import flash_cudnn
 
 _NAMED = policies.save_only_these_names("qkv", "attn_out", "attn_lse", "attn_sum", "mlp_up")
@@ -83,7 +83,7 @@ def scan(
             # Inside of what is computed again: a slice made outside would be kept, a copy of all
             # weights, where the scan's own slices are not.
             leaves = leaves if at is None else jax.tree.map(lambda x: x[at], leaves)
-            with layer_dropout(index):
+            with dropout.of_layer(index):
                 return step(nnx.merge(definition, leaves), carry, index)
 
         if remat == "off":

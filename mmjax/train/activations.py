@@ -13,7 +13,8 @@ import jax
 from flax import nnx
 
 from mmjax.nn import paths
-from mmjax.nn.linear import adapter_dropout, axes_apart
+from mmjax.nn.dropout import dropout_key
+from mmjax.nn.linear import axes_apart
 from mmjax.parallel.mesh import use
 from mmjax.parallel.sharding import RULES
 from mmjax.train import frozen as frozen_part
@@ -71,7 +72,7 @@ def residuals(
 
         def forward(params, frozen, batch):
             def loss(params):
-                with adapter_dropout(jax.random.key(0)):  # its masks may be kept as well
+                with dropout_key(jax.random.key(0)):  # its masks may be kept as well
                     return loss_sum(nnx.merge(graphdef, params, frozen), batch, chunk=chunk)[0]
 
             return jax.vjp(loss, params)[1]

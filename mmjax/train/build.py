@@ -35,6 +35,7 @@ from mmjax.parallel.sharding import process_rows
 from mmjax.train import adapters, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train import state as train_state
+from mmjax.train.dropout import with_dropout
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
@@ -164,6 +165,7 @@ def maker(
         if (name := getattr(settings, key)) not in known:
             raise MMJaxError(f"model.{key} is {name!r}; choose one of {', '.join(known)}")
     check_attention(settings)
+    config = with_dropout(config, settings)
 
     def make(dtypes: DTypes, adapter: LoRA | None = None) -> nnx.Module:
         run = dict(remat=settings.remat, attention=settings.attention)

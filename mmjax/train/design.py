@@ -19,6 +19,7 @@ from mmjax.train import optim, startup, tuning, vocabulary
 from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.build import Blueprint, blueprint, check_fresh
+from mmjax.train.dropout import dropout_line, with_dropout
 from mmjax.train.settings import RunSettings
 from mmjax.train.state import TrainState
 
@@ -87,6 +88,7 @@ def make_design(settings: RunSettings, mesh: jax.sharding.Mesh) -> Design:
         plan.new_rows, plan.processor, (params, outline.frozen), outline.chosen
     )
     told |= check_fresh(plan, outline.chosen)
+    told |= dropout_line(with_dropout(plan.config, settings.model))
     rows = trained_rows.resolve(settings.train_rows, params, plan.processor, plan.new_rows)
     told |= startup.rate_lines(outline.own_rates, settings.optim, params)
     told |= trained_rows.describe(rows, plan.processor)

@@ -33,6 +33,8 @@ class ModelSettings:
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. attention: which implementation
     runs, a name in ``mmjax.ops.attention.IMPLEMENTATIONS``: auto, or one for all calls (``cudnn``
     cannot do a decoder's in training, ``mosaic`` is for Hopper GPUs and jax 0.11 or newer).
+    residual_dropout, embedding_dropout: shares of what attention and MLP add to the stream, and of
+    the embedded stream, that the decoder drops in training; None for what config.json says.
     """
 
     family: str = "fuyu"
@@ -48,6 +50,8 @@ class ModelSettings:
     dtype: str = "bfloat16"
     remat: str = "names"
     attention: str = "auto"
+    residual_dropout: float | None = None
+    embedding_dropout: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from mmjax.nn.linear import adapter_dropout
+from mmjax.nn.dropout import dropout_key
 from mmjax.ops import xent
 from mmjax.train.loss import loss_by_source, targets_by_source
 from mmjax.train.rows import Rows, masked, restored
@@ -96,7 +96,7 @@ def _summed_gradients(
     """
 
     def sums(params, frozen, batch, key, share):
-        with adapter_dropout(key):
+        with dropout_key(key):
             model = nnx.merge(graphdef, params, frozen)
             totals, counts = loss_by_source(model, batch, num_sources, chunk=loss_chunk)
         return (totals if share is None else totals * share).sum(), (totals, counts)

@@ -1,5 +1,7 @@
 """Adapters: gradients to every target, merging, dropout that is a function of the step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from flax import nnx
 from mmjax.models import checkpoints, converted, opening, registry
 from mmjax.models.views import Merged
 from mmjax.nn import paths, stack
-from mmjax.nn.linear import DTypes, Linear, LoRA, adapter_dropout
+from mmjax.nn.dropout import dropout_key
+from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
 from mmjax.train.loss import loss_sum
@@ -86,18 +89,18 @@ def linear(dropout, name="x"):
 
 def test_dropout_drops_its_share_and_scales_the_rest():
     layer, x = linear(0.25), jnp.ones((512, 256))
-    with adapter_dropout(jax.random.key(0)):
+    with dropout_key(jax.random.key(0)):
         got = np.asarray(layer(x))  # the first eight inputs, as they came through
     np.testing.assert_allclose(np.unique(got), [0, 4 / 3], rtol=1e-6)
     assert abs((got == 0).mean() - 0.25) < 0.03  # 4096 draws: a standard deviation of 0.007
     np.testing.assert_array_equal(layer(x), np.ones((512, 8)))  # outside training: nothing
-    with adapter_dropout(jax.random.key(0)):
+    with dropout_key(jax.random.key(0)):
         np.testing.assert_array_equal(linear(0.0)(x), np.ones((512, 8)))
 
 
 def test_q_k_and_v_share_a_mask_and_others_do_not():
     x = jnp.ones((4, 256))
-    with adapter_dropout(jax.random.key(0)):
+    with dropout_key(jax.random.key(0)):
         q, v, up = (linear(0.5, name)(x) for name in ("attn.q", "attn.v", "mlp.up"))
     np.testing.assert_array_equal(q, v)
     assert np.any(np.asarray(q) != np.asarray(up))
@@ -107,7 +110,7 @@ def test_masks_do_not_depend_on_the_mesh():
     layer = linear(0.5)
 
     def run(x):
-        with adapter_dropout(jax.random.key(5)):
+        with dropout_key(jax.random.key(5)):
             return layer(x)
 
     want = jax.jit(run)(jnp.ones((8, 256)))
@@ -118,16 +121,19 @@ def test_masks_do_not_depend_on_the_mesh():
 
 @pytest.fixture(scope="module")
 def dropped():
-    """The gradients of a tiny Fuyu with dropout, by remat policy, as a function of a key."""
+    """Gradients of a tiny Fuyu with all kinds of dropout, by remat policy, of a key."""
 
     def build(remat):
         lora = LoRA(3, 6.0, ("attn.q", "mlp.up"), dropout=0.5)
-        graphdef, state = nnx.split(tiny.model(lora=lora, remat=remat))
+        decoder = dict(residual_dropout=0.2, embedding_dropout=0.1)
+        decoder = dataclasses.replace(tiny.CONFIG.decoder, **decoder)
+        config = dataclasses.replace(tiny.CONFIG, decoder=decoder)
+        graphdef, state = nnx.split(tiny.model(config, lora=lora, remat=remat))
 
         @jax.jit
         def fn(key, state=state):
             def loss(state):
-                with adapter_dropout(key):
+                with dropout_key(key):
                     return loss_sum(nnx.merge(graphdef, state), BATCH)[0]
 
             value, grads = jax.value_and_grad(loss)(state)
@@ -166,7 +172,7 @@ def test_each_layer_of_a_scan_draws_its_own_mask():
     def step(layer, carry, index):  # the number of inputs that came through, each twice its size
         return carry.at[index].set(layer(jnp.ones((1, 64)))[0, 0] / 2)
 
-    with adapter_dropout(jax.random.key(3)):
+    with dropout_key(jax.random.key(3)):
         counts = np.asarray(stack.scan(layers, 3, step, jnp.zeros(3)))
     assert len(set(counts.tolist())) > 1 and np.all((counts > 16) & (counts < 48))
     np.testing.assert_array_equal(stack.scan(layers, 3, step, jnp.zeros(3)), [32, 32, 32])

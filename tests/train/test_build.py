@@ -5,11 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
 from mmjax.train import build, optim, state
+from mmjax.train.dropout import dropout_line, with_dropout
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
@@ -123,6 +125,7 @@ def test_frozen_parameters_of_a_random_start_have_their_own_dtype():
         (dict(init="/nowhere/fuyu"), {}, ["/nowhere/fuyu: no such file or folder"]),
         (dict(attention="flash"), {}, ["model.attention is 'flash'", "auto, xla, triton"]),
         (dict(attention="cudnn"), {}, ['model.attention is "cudnn"', "needs a CUDA GPU", '"auto"']),
+        (dict(residual_dropout=1.0), {}, ["model.residual_dropout is 1.0", "below 1"]),
         (dict(remat="most"), {}, ["model.remat is 'most'", "names"]),
         ({}, dict(rank=2, targets=("attn.z",)), ["'attn.z'", "attn.q", "mlp.up"]),
     ],
@@ -142,6 +145,19 @@ def test_a_decoder_in_training_has_ranges_which_cudnn_does_not_know(monkeypatch)
         build.check_attention(dataclasses.replace(MODEL, attention=name), ranges=True)
     with pytest.raises(MMJaxError, match="have ranges of keys"):
         build.check_attention(dataclasses.replace(MODEL, attention="cudnn"), ranges=True)
+
+
+def test_settings_say_what_is_dropped_and_the_config_stays_as_it_was():
+    model = dataclasses.replace(MODEL, residual_dropout=0.25)
+    plan = build.blueprint(model, NO_LORA, 0)
+    made = nnx.eval_shape(plan.make)
+    assert (made.decoder.layers.dropout, made.decoder.dropout) == (0.25, 0.0)
+    assert plan.config.decoder.residual_dropout == 0.0
+    assert dropout_line(with_dropout(plan.config, model)) == {"dropout": "residual 0.25"}
+    assert dropout_line(plan.config) == {}
+    stated = with_dropout(plan.config, dataclasses.replace(model, embedding_dropout=0.5))
+    back = with_dropout(stated, dataclasses.replace(MODEL, residual_dropout=0.0))
+    assert (back.decoder.residual_dropout, back.decoder.embedding_dropout) == (0.0, 0.5)
 
 
 def test_batches_come_in_the_shape_the_settings_say(tmp_path):

@@ -22,6 +22,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
     heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
     bias = bool(hf.get("attention_bias", True))
     parallel = hf.get("use_parallel_residual", True)
+    dropout = float(hf.get("hidden_dropout") or 0.0)
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
         d_model=d_model,
@@ -39,6 +40,8 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
         max_positions=hf.get("max_position_embeddings", 2048),
         init_std=hf.get("initializer_range", 0.02),
         tied=bool(hf.get("tie_word_embeddings", False)),
+        residual_dropout=dropout,
+        embedding_dropout=dropout,
         **rope_of(hf, 10_000.0, 0.25),
     )
 
@@ -58,6 +61,7 @@ def write(c: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": c.max_positions,
         "initializer_range": c.init_std,
         "tie_word_embeddings": c.tied,
+        "hidden_dropout": c.residual_dropout,
         "rotary_pct": c.rope_fraction,
         "rotary_emb_base": c.rope_theta,
         **rope_json(c),

@@ -50,6 +50,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
         max_positions=hf.get("max_position_embeddings", 2048),
         init_std=hf.get("init_std", 0.02),
         tied=bool(hf.get("tie_word_embeddings", True)),
+        residual_dropout=float(hf.get("dropout") or 0.0),
     )
 
 
@@ -68,6 +69,7 @@ def write(c: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": c.max_positions,
         "init_std": c.init_std,
         "tie_word_embeddings": c.tied,
+        "dropout": c.residual_dropout,
     }
 
 

@@ -34,6 +34,8 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
         norm_eps=hf.get("layer_norm_eps", 1e-5),
         qk_norm="none",
         residual="shared",
+        residual_dropout=float(hf.get("resid_pdrop") or 0.0),
+        embedding_dropout=float(hf.get("embd_pdrop") or 0.0),
         max_positions=hf.get("max_position_embeddings", 2048),
         init_std=hf.get("initializer_range", 0.02),
         tied=bool(hf.get("tie_word_embeddings", False)),
@@ -61,6 +63,8 @@ def write(c: DecoderConfig) -> dict[str, Any]:
         "initializer_range": c.init_std,
         "tie_word_embeddings": c.tied,
         "lm_head_bias": c.head_bias,
+        "resid_pdrop": c.residual_dropout,
+        "embd_pdrop": c.embedding_dropout,
         **rope_json(c),
     }
 

@@ -33,7 +33,10 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
     window = hf.get("sliding_window")
     binds = window is not None and window < plain.max_positions
     return dataclasses.replace(
-        plain, norm_eps=hf.get("rms_norm_eps", 1e-5), window=window if binds else None
+        plain,
+        norm_eps=hf.get("rms_norm_eps", 1e-5),
+        window=window if binds else None,
+        residual_dropout=float(hf.get("resid_pdrop") or 0.0),
     )
 
 
@@ -44,6 +47,7 @@ def write(c: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
         "sliding_window": c.window,
+        "resid_pdrop": c.residual_dropout,
     }
 
 
