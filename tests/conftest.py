@@ -11,11 +11,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # (XLA would give each to several threads), those of the processes that tests start too. The older
 # emitters of fused loops compile in half the time of today's, which is all that later XLAs have.
 # Flags that are given count; `make parity` optimises.
-UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-OLDER_EMITTERS = (
-    " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
-os.environ.setdefault("XLA_FLAGS", UNOPTIMISED + OLDER_EMITTERS)
 
 import jax
 import pytest
