@@ -20,6 +20,7 @@ from mmjax.train.state import TrainState
 from mmjax.types import MMJaxError
 
 FOLDER = "checkpoints"
+_NAMED = 3  # differences that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,15 +137,19 @@ class Checkpoints:
         """
         step = self.latest if step is None else step
         want = {"params": paths.flatten(abstract.params), "opt": _flat(abstract.opt), "data": data}
-        try:
-            got = self._manager.load_checkpointables(step, want)
-        except (ValueError, KeyError) as error:
+        saved = self._manager.checkpointables_metadata(step)
+        problem, cause = _misfit(saved.metadata, want), None
+        if not problem:
+            try:
+                got = self._manager.load_checkpointables(step, want)
+            except (ValueError, KeyError) as error:
+                problem, cause = str(error), error
+        if problem:
             raise MMJaxError(
-                f"checkpoint {self.directory}/{step} does not fit this config: {error}. Continue "
+                f"checkpoint {self.directory}/{step} does not fit this config: {problem}. Continue "
                 "with the config it was trained with, or choose another --workdir"
-            ) from error
-        about = self._manager.checkpointables_metadata(step).custom_metadata or {}
-        self.notes = dict(about.get("notes", {}))
+            ) from cause
+        self.notes = dict((saved.custom_metadata or {}).get("notes", {}))
         params = paths.replace(abstract.params, got["params"])
         opt = _unflat(abstract.opt, got["opt"])
         count = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
@@ -216,6 +221,28 @@ def _disk_trouble(error: BaseException | None) -> str | None:
     return None
 
 
+def _misfit(held: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+    """Say how what a checkpoint holds differs from what is wanted; empty where it does not.
+
+    Both by item, ``params`` and ``opt``, and by name: anything that has a shape.
+    """
+    for item, what in (("params", "trained"), ("opt", "of the optimizer")):
+        if not held.get(item) or item not in want:
+            continue
+        there, here = ({n: tuple(x.shape) for n, x in d[item].items()} for d in (held, want))
+        found = [f"{n} is {what} there and not here" for n in there if n not in here]
+        found += [f"{n} is {what} here and not there" for n in here if n not in there]
+        found += [
+            f"{n} is {there[n]} there and {shape} here"
+            for n, shape in here.items()
+            if there.get(n, shape) != shape
+        ]
+        if found:
+            more = len(found) - _NAMED
+            return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    return ""
+
+
 def _flat(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -254,8 +281,9 @@ def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[s
     try:
         return manager.load_checkpointables(step, {"params": dict(abstract)})["params"]
     except (ValueError, KeyError) as error:
+        found = _misfit(manager.checkpointables_metadata(step).metadata, {"params": abstract})
         raise MMJaxError(
-            f"checkpoint {step} of {workdir} does not fit the model: {error}"
+            f"checkpoint {step} of {workdir} does not fit the model: {found or error}"
         ) from error
     finally:
         manager.close()

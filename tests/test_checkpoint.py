@@ -1,6 +1,7 @@
 """Training checkpoints: what stays, what comes back on which mesh, and what is refused."""
 
 import dataclasses
+import re
 import shutil
 
 import grain
@@ -108,8 +109,15 @@ def test_parameters_alone_are_read_for_evaluation(saved):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("change", [{"d_mlp": 48}, {"num_layers": 3}, {"qk_norm": "none"}])
-def test_another_config_is_a_clear_error(saved, change):
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"d_mlp": 48}, r"layers\.mlp\.up\.bias is \(2, 64\) there and \(2, 48\) here; "),
+        ({"num_layers": 3}, r"bias is \(2, .* there and \(3, .* here; and \d+ more\. "),
+        ({"qk_norm": "none"}, r"attn\.\w_norm\.\w+ is trained there and not here; "),
+    ],
+)
+def test_another_config_is_a_clear_error(saved, change, says):
     config = dataclasses.replace(
         tiny.CONFIG, decoder=dataclasses.replace(tiny.CONFIG.decoder, **change)
     )
@@ -119,9 +127,23 @@ def test_another_config_is_a_clear_error(saved, change):
         with pytest.raises(MMJaxError, match="does not fit this config") as error:
             checkpoints.restore(abstract, numbers())
         checkpoints.close()
-        assert str(saved[0]) in str(error.value) and "another --workdir" in str(error.value)
-        with pytest.raises(MMJaxError, match="does not fit the model"):
+        text = str(error.value)
+        assert str(saved[0]) in text and "another --workdir" in text and re.search(says, text)
+        assert len(text) < 700  # not the tree of everything there is
+        with pytest.raises(MMJaxError, match=f"does not fit the model: .*{says.partition(';')[0]}"):
             load_params(saved[0], 5, paths.flatten(abstract.params))
+
+
+def test_another_optimizer_is_a_clear_error(saved):
+    with use() as mesh:
+        abstract, _ = build(mesh)
+        lion = optim.make_optimizer(optim.OptimSettings(name="lion"), 10)
+        opt = jax.eval_shape(lion.init, abstract.params)
+        opt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), opt)
+        checkpoints = opened(saved[0])
+        with pytest.raises(MMJaxError, match=r"\.nu.* is of the optimizer there and not here"):
+            checkpoints.restore(dataclasses.replace(abstract, opt=opt), numbers())
+        checkpoints.close()
 
 
 def test_what_a_killed_save_left_behind_is_ignored(saved, tmp_path):
