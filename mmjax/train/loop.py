@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -23,14 +24,16 @@ from mmjax.train.settings import RunSettings, check_numbers
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
 from mmjax.train.validation import ValidationLoss
+from mmjax.train.workdir import held, write_config
 from mmjax.types import Batch, MMJaxError
 
 
 def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     """Train as the settings say, or go on where the workdir stands; returns the last metrics.
 
-    Writes into the workdir: config.json, metrics.jsonl, events (TensorBoard), skipped.jsonl,
-    samples.jsonl, checkpoints/, and at the end model/, predictions/, results.json and report.html.
+    Writes into the workdir, which one run at a time may have: config.json, metrics.jsonl, events
+    (TensorBoard), skipped.jsonl, samples.jsonl, checkpoints/, and at the end model/, predictions/,
+    results.json and report.html.
     SIGTERM saves and returns; starting again continues with the very next batch.
     """
     workdir = Path(workdir)
@@ -41,18 +44,22 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     mesh = make_mesh(settings.mesh)
     check_batch(mesh, settings.data.batch_size, settings.data.seq_len, settings.accumulate)
     lengths.check_lengths(settings.data, mesh)
-    with use(mesh), StopFlag() as stop:
+    lead = jax.process_index() == 0
+    with held(workdir) if lead else nullcontext(), use(mesh), StopFlag() as stop:
         design = make_design(settings, mesh)
         check_attention(settings.model, ranges=True)
-        if jax.process_index() == 0:
-            startup.write_config(design.settings, workdir)
+        if lead:
             startup.print_startup(mesh, design, workdir)
         training = Training(design, workdir, mesh, stop)
-        for step in range(training.first, settings.steps):
-            profile.before(step, training.state)
-            if not training.step(step):
-                break
-        training.reports.line.close()
+        if lead:  # what was restored fits: the config on disk is never that of a run that could not
+            write_config(design.settings, workdir)
+        try:
+            for step in range(training.first, settings.steps):
+                profile.before(step, training.state)
+                if not training.step(step):
+                    break
+        finally:
+            training.reports.line.close()  # gives the terminal back, whatever happened
         profile.close(training.state)
         training.finish()
         training.close()

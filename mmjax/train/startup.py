@@ -1,9 +1,7 @@
-"""What a run tells before it begins: mesh, shapes, what is trained; and its config, as a file."""
+"""What a run tells before it begins: mesh, shapes, and which part of the model is trained."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,14 +33,6 @@ def print_startup(mesh, design: Design, workdir: Path) -> None:
     }
     rows = part_rows(design.outline.state, design.outline.frozen, settings, design.rows)
     Console().print(startup_table(dict(mesh.shape), rows, facts))
-
-
-def write_config(settings: RunSettings, workdir: Path) -> None:
-    """Write the settings as JSON, for the record and for eval.py's report."""
-    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
-    part = workdir / "config.json.part"
-    part.write_text(text + "\n")
-    part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
 
 
 def rate_lines(own: Mapping[str, Sequence[str]], settings: OptimSettings, params) -> dict[str, str]:

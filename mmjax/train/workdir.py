@@ -1,0 +1,51 @@
+"""The folder that a run lives in: one run at a time, and the config it was made with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmjax.train.settings import RunSettings
+from mmjax.types import MMJaxError
+
+LOCK = "run.lock"
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Keep other processes out of a workdir for the time of a block.
+
+    Two runs would write the same checkpoints and delete what the other is writing. The lock is the
+    system's: it is gone when the process is, however it ended. A file system without locks is not
+    guarded. Raises MMJaxError where another process has it.
+    """
+    with open(workdir / LOCK, "ab+", buffering=0) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            who = file.read().decode(errors="replace").strip() or "another process"
+            raise MMJaxError(
+                f"--workdir {workdir} is in use by {who}; wait until it has ended, stop it "
+                "(SIGTERM makes it save), or choose another --workdir"
+            ) from error
+        except OSError:
+            pass  # no locks here
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
+
+
+def write_config(settings: RunSettings, workdir: Path) -> None:
+    """Write the settings as JSON, for the record and for eval.py's report."""
+    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
+    part = workdir / "config.json.part"
+    part.write_text(text + "\n")
+    part.replace(workdir / "config.json")  # a kill leaves the old file or the new one

@@ -1,0 +1,40 @@
+"""One run at a time in a workdir."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mmjax.train import loop, workdir
+from mmjax.train.settings import RunSettings
+from mmjax.types import MMJaxError
+
+OTHER = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on node3", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_workdir_that_another_process_runs_in_is_refused(tmp_path):
+    command = [sys.executable, "-c", OTHER, str(tmp_path / workdir.LOCK)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(MMJaxError, match=r"in use by process 7 on node3.*another --workdir"):
+            loop.run(RunSettings(), tmp_path)
+        other.kill()  # a lock needs no cleaning up
+    assert [p.name for p in tmp_path.iterdir()] == [workdir.LOCK]
+    with workdir.held(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / workdir.LOCK).read_text()
+
+
+def test_the_config_is_written_whole(tmp_path):
+    workdir.write_config(RunSettings(name="one"), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["name"] == "one"
+    assert not (tmp_path / "config.json.part").exists()
