@@ -124,8 +124,8 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
     indices = spread(len(source), min(limits, default=None))
     if not indices:
         raise MMJaxError(f"task {task.name}: its source holds no records")
-    records = {i: source[i] for i in indices[:32]}  # enough to know sizes; a source may be large
-    native = picture_size(records.values())
+    # Enough to know sizes; a source may be large.
+    native = picture_size(_readable(source, indices[:32]))
     entries: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     shared: dict[str, Any] = {"split": task.split, "scorer": task.scorer}
