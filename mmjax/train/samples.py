@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.models.api import Processor
-from mmjax.monitor.writers import Writer
+from mmjax.monitor.writers import MultiWriter
 from mmjax.types import Batch
 
 LIMIT = 64
@@ -35,7 +35,7 @@ class Samples:
         processor: Processor,
         workdir: Path,
         mesh: jax.sharding.Mesh,
-        writer: Writer,
+        writer: MultiWriter,
     ):
         self._writer, self._processor, self._file = writer, processor, workdir / "samples.jsonl"
 
@@ -67,8 +67,11 @@ class Samples:
         found = {"record": "/".join(records[0][0]) if records[0] else "", **found}
         row = {"step": step, **found}
         if jax.process_index() == 0:
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            try:
+                with open(self._file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            except OSError as error:  # a full disk ends no run
+                self._writer.warn(f"the sample of step {step} could not be written: {error}")
         self._writer.sample(step, "samples", found)
         return "\n".join(f"  {name}: {value}" for name, value in row.items())
 

@@ -113,8 +113,11 @@ class StepWatch:
         )
         file = self._workdir / f"bad_steps{jax.process_index() or ''}.jsonl"
         row = {"step": expected.step, "loss": repr(loss), "grad_norm": repr(norm)}
-        with open(file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(row | {"records": records}, ensure_ascii=False) + "\n")
+        try:
+            with open(file, "a", encoding="utf-8") as out:
+                out.write(json.dumps(row | {"records": records}, ensure_ascii=False) + "\n")
+        except OSError as error:  # a full disk must hide no bad step
+            self._line.warn(f"{file} could not be written: {error}; all records: {records}")
         if self.settings.action == "skip" and self.bad <= self.settings.limit:
             self._line.warn(f"skipped a bad step ({self.bad} of {self.settings.limit}): {what}")
             return

@@ -35,12 +35,15 @@ def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
     graphdef, params = nnx.split(model)
     processor, sent = SimpleNamespace(tokenizer=Words()), []
     with use(make_mesh({"data": 2}, jax.devices()[:2])) as mesh:
-        writer = SimpleNamespace(sample=lambda *given: sent.append(given))
+        warned = []
+        writer = SimpleNamespace(sample=lambda *given: sent.append(given), warn=warned.append)
         samples = Samples(graphdef, processor, tmp_path, mesh, writer)
         placed = put_batch(batch, mesh, 8)
         params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P()))
         text = samples(40, batch, placed, params, nnx.State({}), [[("vqa", "7"), ("ocr", "9")]])
         samples(80, batch, placed, params, nnx.State({}), [[]])
+        samples._file = tmp_path  # which cannot be written, as on a full disk
+        samples(120, batch, placed, params, nnx.State({}), [[]])
     first, second = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
     tokens = batch["tokens"][0]
     assert first == {
@@ -53,4 +56,5 @@ def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
     assert second["step"] == 80 and second["predicted"] == first["predicted"]
     fields = {name: value for name, value in first.items() if name != "step"}
     assert sent[0] == (40, "samples", fields) and sent[1][0] == 80
+    assert len(sent) == 3 and len(warned) == 1 and "sample of step 120 could not be" in warned[0]
     assert "predicted: " + first["predicted"] in text
