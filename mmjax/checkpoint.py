@@ -28,8 +28,8 @@ class CheckpointSettings:
     """When checkpoints are saved and which stay.
 
     every: steps between saves. keep: the newest n stay. best: a metric name such as
-    ``eval/vqa/accuracy``; the checkpoint where it was highest stays too. export: write the last
-    parameters as a model folder when training ends.
+    ``eval/vqa/accuracy``; of the steps that were evaluated, the one where it was highest stays too.
+    export: write the last parameters as a model folder when training ends.
     """
 
     every: int = 500

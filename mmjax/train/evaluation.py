@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +13,68 @@ from flax import nnx
 from rich.console import Console
 
 from mmjax import __version__, checkpoint, runtime
+from mmjax.config import nearest
+from mmjax.data.templates import get_template
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
-from mmjax.evals.tasks import Task, make_task
+from mmjax.evals.tasks import Task, answers_of, make_task, open_source
 from mmjax.loading import LoadedModel, load
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train.build import init_state
 from mmjax.train.design import make_design
 from mmjax.train.settings import EvalSettings, RunSettings
-from mmjax.types import MMJaxError
+from mmjax.types import BadSample, MMJaxError
 
 
 def tasks_of(settings: EvalSettings) -> list[Task]:
     """Make the tasks of a config; raises MMJaxError for what they cannot be."""
     return [make_task(t, f"config.eval.tasks[{i}]") for i, t in enumerate(settings.tasks)]
+
+
+def check(settings: RunSettings) -> None:
+    """Raise MMJaxError for what the first evaluation, or ``checkpoint.best``, would stumble on.
+
+    Sources of tasks are opened and their first record is looked at: a run must not end after days
+    because of a path.
+    """
+    tasks, chosen = tasks_of(settings.eval), settings.eval
+    if tasks and (chosen.every or chosen.final):
+        get_template(chosen.template)
+        for task in tasks:
+            _check_sources(task)
+    if (best := settings.checkpoint.best) is None:
+        return
+    known = [name for task in tasks for name in metric_names(task)]
+    if best not in known:
+        raise MMJaxError(
+            f"checkpoint.best is {best!r}, and no evaluation reports an accuracy of this name"
+            f"{nearest(best, known)}; there are {', '.join(known) or 'no tasks'}"
+        )
+    every, saved = chosen.every, settings.checkpoint.every
+    if every < 1 or every % saved:
+        raise MMJaxError(
+            f"checkpoint.best is {best!r}, eval.every is {every} and checkpoint.every {saved}: the "
+            "best is among the steps that are both evaluated and saved; make eval.every a "
+            f"multiple of checkpoint.every, such as {max(1, every // saved) * saved}"
+        )
+
+
+def metric_names(task: Task) -> list[str]:
+    """Return the names of a task's accuracies; the plain one is that of the largest pictures."""
+    name = f"eval/{task.name}/accuracy"
+    keys = [task.result_key(resolution) for resolution in task.resolutions]
+    return [name, *(f"{name}_{key}" for key in keys if len(keys) > 1)]
+
+
+def _check_sources(task: Task) -> None:
+    """Open what a task reads."""
+    source = open_source(task.source)
+    for name, records in (("source", source), ("demos", task.demos), ("train", task.train)):
+        if records is not None and not len(open_source(records)):
+            raise MMJaxError(f"task {task.name}: its {name} holds no records")
+    with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
+        answers_of(source[0])
 
 
 def sample(

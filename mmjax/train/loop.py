@@ -48,6 +48,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     with held(workdir) if lead else nullcontext(), use(mesh), StopFlag() as stop:
         design = make_design(settings, mesh)
         check_attention(settings.model, ranges=True)
+        evaluation.check(settings)
         if lead:
             startup.print_startup(mesh, design, workdir)
         training = Training(design, workdir, mesh, stop)
@@ -109,6 +110,7 @@ class Training:
         tasks = evaluation.tasks_of(settings.eval)
         self._validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
         self.metrics: dict[str, float] = {}
+        self._measured: dict[str, float] = {}  # at the step that was made last, for its checkpoint
         if 0 < self.first < settings.steps:
             self.reports.line.print(f"continuing at step {self.first}")
 
@@ -122,13 +124,13 @@ class Training:
         self.state, metrics = self._step(self.state, self.frozen, batch)
         done = step + 1
         self.metrics |= self.reports.started(done, metrics, local)
+        self._measured = {}
         last = done == self.settings.steps
-        every = self.settings.eval.every
-        evaluating = every and done % every == 0 and not last and self.settings.eval.tasks
+        evaluating = self._evaluates(done, last)
         saving, stopping = self.checkpoints.due(done), self._stop.agreed(done)
         if evaluating or saving or stopping or last:
             jax.block_until_ready(self.state)  # or the pause would swallow steps under way
-            self.metrics |= self.reports.watch.settle(last=last)  # no bad step is saved
+            self._note(self.reports.watch.settle(last=last))  # no bad step is saved
         if stopping:
             return False
         if evaluating:
@@ -178,19 +180,30 @@ class Training:
         self.reports.sample(step, local, batch, self.state, self.frozen)
         return local, batch
 
+    def _evaluates(self, step: int, last: bool) -> bool:
+        """Tell whether a sample is asked after a step; the last one's only to find the best."""
+        settings = self.settings
+        due = settings.eval.every and step % settings.eval.every == 0
+        return bool(due and settings.eval.tasks and (not last or settings.checkpoint.best))
+
+    def _note(self, metrics: dict[str, float]) -> None:
+        """Keep what was measured at the step that was made last."""
+        self.metrics |= metrics
+        self._measured |= metrics
+
     def _evaluate(self, step: int) -> None:
         """Ask a sample of every task, and compute the validation loss."""
         with self.reports.meter.pause():
             got = evaluation.sample(self._model(), self.settings.eval, lambda: bool(self._stop))
             got |= self._validation(self.state.params, self.frozen)
-            self.metrics |= got
+            self._note(got)
             self.reports.evaluated(step, got)
 
     def _save(self, step: int) -> None:
         """Start saving a step; the disk works on it while training goes on."""
         with self.reports.meter.pause():
             notes = {"bad_steps": self.reports.watch.bad}
-            self.checkpoints.save(step, self.state, self._batches, self.metrics, notes)
+            self.checkpoints.save(step, self.state, self._batches, self._measured, notes)
 
     def _model(self) -> LoadedModel:
         """Return the model as it stands."""

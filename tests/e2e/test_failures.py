@@ -15,6 +15,7 @@ import pytest
 from test_bad_input import settings, write_data
 
 from mmjax.config import to_dataclass
+from mmjax.monitor.terminal import LiveLine
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import loop
 from mmjax.train.settings import CheckpointSettings
@@ -119,13 +120,16 @@ def listed(workdir):
     return [json.loads(line) for line in (workdir / "bad_steps.jsonl").read_text().splitlines()]
 
 
-def test_a_loss_that_is_no_number_stops_with_its_step_records_and_checkpoint(quiet):
+def test_a_loss_that_is_no_number_stops_with_its_step_records_and_checkpoint(quiet, monkeypatch):
     plain, workdir = quiet
     plain = dataclasses.replace(plain, steps=4)
     loop.run(plain, workdir)
     wild = dataclasses.replace(plain.optim, lr=1e30, warmup=0, schedule="constant", clip_norm=0.0)
+    closed = []
+    monkeypatch.setattr(LiveLine, "close", lambda line: closed.append(line))
     with pytest.raises(MMJaxError) as error:
         loop.run(dataclasses.replace(plain, optim=wild, steps=9), workdir)
+    assert len(closed) == 1  # the terminal has its cursor back
     text = str(error.value)
     step = int(re.search(r"at step (\d+) the loss is (nan|inf|\d)", text)[1])
     assert 5 < step < 9  # the step after the first wild update, or one more

@@ -1,0 +1,41 @@
+"""The best checkpoint is one that was evaluated; a run that cannot go on changes nothing."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from test_bad_input import settings, write_data
+
+from mmjax.checkpoint import CheckpointSettings, find_step
+from mmjax.parallel.mesh import make_mesh
+from mmjax.train import loop
+from mmjax.train.settings import EvalSettings
+from mmjax.types import MMJaxError
+from tests.e2e.faults import saved_steps
+
+BEST = "eval/vqa/accuracy"
+SCORES = {2: 0.9, 4: 0.5, 6: 0.95}
+
+
+def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
+    asked = iter(SCORES.values())
+    monkeypatch.setattr(loop.evaluation, "sample", lambda *_: {BEST: next(asked)})
+    file = write_data(tmp_path / "data")
+    plain = settings(file)
+    task = {"name": "vqa", "source": plain.data.sources["train"]}
+    plain = dataclasses.replace(
+        plain, checkpoint=CheckpointSettings(every=1, keep=1, best=BEST, export=False),
+        eval=EvalSettings(tasks=(task,), every=2, limit=2, final=False),
+    )  # fmt: skip
+    workdir = tmp_path / "run"
+    metrics = loop.run(dataclasses.replace(plain, steps=5), workdir)
+    assert metrics[BEST] == SCORES[4] and metrics["eval/vqa/loss"] > 0
+    assert saved_steps(workdir) == [2, 5] and find_step(workdir, BEST) == (workdir, 2)
+    # The last step is scored too: it may be the best.
+    loop.run(dataclasses.replace(plain, steps=6), workdir)
+    assert saved_steps(workdir) == [6] and find_step(workdir, BEST) == (workdir, 6)
+    with pytest.raises(MMJaxError, match=r"stands at step 6 and config.steps is 3"):
+        loop.run(dataclasses.replace(plain, steps=3), workdir)
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 6
