@@ -163,7 +163,24 @@ def make_optimizer(settings: OptimSettings, steps: int) -> optax.GradientTransfo
         ),
         optax.scale_by_learning_rate(schedule(settings, steps)),
     )
-    return optax.chain(clip, update, *([_at_their_rates(settings)] if settings.rates else []))
+    rates = [_at_their_rates(settings)] if settings.rates else []
+    return _in_float32(optax.chain(clip, update, *rates))
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Show a transformation parameters and gradients in float32, whatever they are kept in.
+
+    optax keeps second moments in the dtype of the parameters: in bfloat16 0.999 v rounds to v, and
+    they would never fall.
+    """
+
+    def cast(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates, state, params=None):
+        return inner.update(cast(updates), state, None if params is None else cast(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(cast(params)), update)
 
 
 def _at_their_rates(settings: OptimSettings) -> optax.GradientTransformation:

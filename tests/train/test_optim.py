@@ -172,15 +172,27 @@ def stacked(values):
         ("adafactor", "float32", {"float32": 1}),
     ],
 )
-def test_the_bytes_a_parameter_costs_are_those_of_the_docs(name, mu_dtype, kinds):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # of the parameters: all the same
+def test_the_bytes_a_parameter_costs_are_those_of_the_docs(name, mu_dtype, kinds, dtype):
     tx = make_optimizer(settings(name=name, mu_dtype=mu_dtype), 10)
     shape = (1, 256, 512)
-    made = jax.eval_shape(lambda: tx.init({"kernel": stacked(jnp.zeros(shape))}))
+    made = jax.eval_shape(lambda: tx.init({"kernel": stacked(jnp.zeros(shape, dtype))}))
     leaves = jax.tree.leaves(made)
     whole = [str(x.dtype) for x in leaves if x.shape == shape]
     assert {kind: whole.count(kind) for kind in set(whole)} == kinds
+    assert all(x.dtype == jnp.float32 for x in leaves if 1 < x.size < math.prod(shape))
     rest = sum(math.prod(x.shape) for x in leaves if x.shape != shape)
     assert rest <= 256 + 512 + 20  # rows, columns and counters
+
+
+def test_second_moments_of_bfloat16_parameters_fall():
+    tx = make_optimizer(settings(b1=0.0, b2=0.999, schedule="constant"), 10)
+    params = {"bias": jnp.ones(2, jnp.bfloat16)}
+    state = tx.init(params)
+    for gradient in (1.0, 0.0, 0.0):
+        _, state = tx.update({"bias": jnp.full(2, gradient, jnp.bfloat16)}, state, params)
+    (nu,) = (x for x in jax.tree.leaves(state) if x.shape and float(x[0]))
+    np.testing.assert_allclose(nu, 0.001 * 0.999**2, rtol=1e-5)
 
 
 def test_an_unknown_optimizer_is_named():
