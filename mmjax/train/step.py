@@ -43,7 +43,7 @@ def make_train_step(
     seed: of the adapters' dropout, whose masks are functions of (seed, step, microbatch, layer).
     num_sources: datasets whose losses are told apart, by ``batch["target_source"]``.
     max_loss: a loss above it, or a loss or gradient that is no number, makes a step bad.
-    skip_bad: a bad step leaves parameters and optimizer as they were.
+    skip_bad: a bad step leaves parameters and optimizer as they were; its learning rate is gone.
     rows: tables of which some rows alone are trained, by name; see ``mmjax.train.rows``.
     source_weights: the loss is then sum_s w_s mean_s, each mean over the targets of its own source
         in the whole batch, not the mean over all of them; a source without any adds nothing.
@@ -66,9 +66,7 @@ def make_train_step(
         loss, norm = total * scale, optax.tree.norm(grads)
         good = (loss <= max_loss) & jnp.isfinite(loss) & jnp.isfinite(norm)
         if skip_bad:
-            params, opt = jax.tree.map(
-                lambda new, old: jnp.where(good, new, old), (params, opt), (state.params, state.opt)
-            )
+            params, opt = _unless_bad(good, (params, opt), (state.params, state.opt))
         rate = schedule(state.step)
         metrics = {
             "loss": loss,
@@ -135,6 +133,23 @@ def _target_weights(
         return None
     weights = jnp.asarray(source_weights, jnp.float32)
     return weights / jnp.maximum(targets_by_source(batch, num_sources), 1.0)
+
+
+def _unless_bad(good: Array, new, old):
+    """Return the new trees where a step is good, else the old ones.
+
+    The schedule of the learning rate counts a skipped step all the same: it ends with the run, and
+    what is logged of it is what is applied.
+    """
+
+    def choose(a, b):
+        if isinstance(a, optax.ScaleByScheduleState):
+            return a
+        return jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)
+
+    return jax.tree.map(
+        choose, new, old, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+    )
 
 
 def _row_use(batch: Batch) -> dict[str, Array]:

@@ -19,7 +19,7 @@ from tests import tiny
 SETTINGS = optim.OptimSettings(lr=1e-2, warmup=0, schedule="constant")
 
 
-def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None, **options):
+def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None, schedule=None, **options):
     def make():
         return tiny.Fuyu(tiny.CONFIG, rngs=nnx.Rngs(0), lora=lora)
 
@@ -27,7 +27,7 @@ def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None, **options):
     chosen = state.trainable_names(names, freeze, lora is not None)
     tx = tx or optim.make_optimizer(SETTINGS, 100)
     graphdef, train, frozen = state.init(make, chosen, tx, mesh)
-    rate = optim.schedule(SETTINGS, 100)
+    rate = schedule or optim.schedule(SETTINGS, 100)
     fn = step.make_train_step(graphdef, tx, rate, accumulate=accumulate, **options)
     return step.compile_step(fn, train), train, frozen
 
@@ -86,10 +86,8 @@ def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
         before = jax.device_get(train)
         train, metrics = fn(train, frozen, bad)
         assert metrics["bad"] and np.isnan(metrics["loss"]) and int(train.step) == 2
-        for name in ("params", "opt"):
-            pairs = zip(*(jax.tree.leaves(getattr(t, name)) for t in (before, train)), strict=True)
-            for old, new in pairs:
-                np.testing.assert_array_equal(old, new)
+        for old, new in zip(*(moved(t) for t in (before, train)), strict=True):
+            np.testing.assert_array_equal(old, new)
         train, metrics = fn(train, frozen, good)
         assert not metrics["bad"] and np.isfinite(metrics["loss"])
         np.testing.assert_allclose(metrics["padding"], 0.0)
@@ -97,6 +95,36 @@ def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
         assert np.any(paths.flatten(train.params)[kernel] != paths.flatten(before.params)[kernel])
         strict, train, frozen = build(mesh, max_loss=1.0)
         assert strict(train, frozen, good)[1]["bad"]  # exploded: above max_loss
+
+
+def moved(train):
+    """All that a step moves but the count of the schedule, which goes on."""
+    opt = jax.tree.map(
+        lambda x: None if isinstance(x, optax.ScaleByScheduleState) else x,
+        train.opt, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
+    )  # fmt: skip
+    return jax.tree.leaves((train.params, opt))
+
+
+def test_the_learning_rate_that_is_logged_is_applied_after_a_skipped_step_too():
+    """Lion moves every number by the learning rate, up or down."""
+    linear = dataclasses.replace(
+        SETTINGS, name="lion", schedule="linear", weight_decay=0.0, clip_norm=0.0
+    )
+    with use(make_mesh({}, jax.devices()[:1])) as mesh:
+        fn, train, frozen = build(
+            mesh, skip_bad=True, max_loss=50.0, tx=optim.make_optimizer(linear, 10),
+            schedule=optim.schedule(linear, 10),
+        )  # fmt: skip
+        bad = tiny.batch()
+        bad["patches"] = np.full_like(bad["patches"], np.nan, np.float32)
+        train, _ = fn(train, frozen, bad)
+        before = paths.flatten(jax.device_get(train.params))
+        train, metrics = fn(train, frozen, bad | {"patches": tiny.batch()["patches"]})
+        name = "decoder.layers.mlp.up.kernel"
+        step = np.abs(np.asarray(paths.flatten(train.params)[name]) - before[name]).max()
+    np.testing.assert_allclose(metrics["lr"], linear.lr * 0.9, rtol=1e-6)
+    np.testing.assert_allclose(step, metrics["lr"], rtol=1e-4)
 
 
 def test_lora_trains_adapters_alone():
