@@ -124,7 +124,8 @@ def open_reader(path: str | Path) -> FileReader:
     """Open a checkpoint file or a folder of them: ``.safetensors``, ``.bin``, ``.pt``, ``.pth``.
 
     In a folder an index file says which shards belong together; without one, numbered shards must
-    be complete. safetensors win over pickles. Raises MMJaxError naming the file and the fix.
+    be complete. safetensors win over pickles, and the usual names over those of variants, as in
+    transformers. Raises MMJaxError naming the file and the fix.
     """
     path = Path(path)
     if path.is_file():
@@ -155,9 +156,10 @@ def partial_hint(path: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for index in sorted(folder.glob("*.safetensors.index.json")) + sorted(
-        folder.glob("*.bin.index.json")
-    ):
+    index = _index(folder, "model.safetensors.index.json")
+    if index is None and not (folder / "model.safetensors").is_file():
+        index = _index(folder, "pytorch_model.bin.index.json")
+    if index is not None:
         return _indexed_files(index)
     for suffixes in ((".safetensors",), _TORCH_SUFFIXES):
         files = [
@@ -175,9 +177,22 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _index(folder: Path, usual: str) -> Path | None:
+    """Return the index file of this kind; of several, such as those of variants, the usual one."""
+    found = sorted(folder.glob(f"*{usual[usual.index('.') :]}"))
+    if len(found) > 1 and folder / usual not in found:
+        raise MMJaxError(
+            f"{folder}: {', '.join(f.name for f in found[:4])}: which one is the checkpoint? "
+            "Leave one in the folder"
+        )
+    return folder / usual if folder / usual in found else next(iter(found), None)
+
+
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("its weight_map names no files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MMJaxError(f"{index}: not a weight index ({error!r}); download it again") from error
     unsafe = [name for name in names if Path(name).name != name]

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from mmjax.types import MMJaxError
 from mmjax.weights.reader import Overlay, Renamed, open_reader
 from mmjax.weights.rules import Tensor
+from mmjax.weights.torch_file import write_torch
 from mmjax.weights.writer import Arrays, write_shards
 
 
@@ -87,6 +88,43 @@ def test_folder_without_weights_and_ambiguous_folder(tmp_path):
     with pytest.raises(MMJaxError, match="which one is the checkpoint"):
         open_reader(tmp_path)
     assert set(open_reader(tmp_path / "one.safetensors").keys()) == {"a", "b", "c"}
+
+
+def indexed(folder, stem, suffix, arrays):
+    """Write one shard and its index, as transformers names them."""
+    shard = f"{stem}-00001-of-00001.{suffix}"
+    (folder / f"{stem}.{suffix}.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(arrays, shard)})
+    )
+    if suffix == "safetensors":
+        save_file(arrays, folder / shard)
+    else:
+        write_torch(folder / shard, as_tensors(arrays))
+
+
+def test_safetensors_win_over_pickles_and_usual_names_over_variants(tmp_path):
+    """The same tensors twice, with other numbers: which of them are read."""
+    want, other = tensors(), {k: v + 1 for k, v in tensors().items()}
+    save_file(want, tmp_path / "model.safetensors")
+    indexed(tmp_path, "pytorch_model", "bin", other)
+    assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
+    (tmp_path / "pytorch_model-00001-of-00001.bin").unlink()  # its index alone was downloaded
+    assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
+    (tmp_path / "model.safetensors").unlink()
+    indexed(tmp_path, "model.fp16", "safetensors", other)
+    assert np.array_equal(open_reader(tmp_path).read("a"), other["a"])
+    indexed(tmp_path, "model.fp8", "safetensors", other)
+    with pytest.raises(MMJaxError, match=r"model\.fp16\..*model\.fp8\..*which one"):
+        open_reader(tmp_path)
+    indexed(tmp_path, "model", "safetensors", want)
+    assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_names_no_files_says_so(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(MMJaxError, match=r"index\.json: not a weight index"):
+        open_reader(tmp_path)
 
 
 def test_renamed_and_overlaid_readers():
