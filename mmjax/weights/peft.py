@@ -88,8 +88,12 @@ class AdapterReader:
         config: Mapping[str, Any],
         rules: Sequence[Rule],
         shapes: Mapping[str, Shape],
+        theirs: Mapping[str, str] | None = None,
     ):
-        """reader: keys without PEFT's prefix, in the names of ``rules``. shapes: of our kernels."""
+        """reader: keys without PEFT's prefix, in the names of ``rules``. shapes: of our kernels.
+
+        theirs: keys of the reader -> those of PEFT's file, which patterns of its config speak of.
+        """
         self.reader, self.files = reader, reader.files
         folder = reader.files[0].parent if reader.files else Path()
         _refuse(config, folder)
@@ -109,8 +113,10 @@ class AdapterReader:
                 f"{folder}: an adapter of another model: of its {len(modules)} modules "
                 f"{len(unknown)} are none of this model's, first {unknown[0]}; give its own base"
             )
-        ranks = {name: reader.shape(f"{name}.lora_A.weight")[0] for name in modules}
-        self._scales = {name: _scale(config, name, r) for name, r in ranks.items()}
+        keys = {name: f"{name}.lora_A.weight" for name in modules}
+        ranks = {name: reader.shape(key)[0] for name, key in keys.items()}
+        peers = {name: _module((theirs or {}).get(key, key)) for name, key in keys.items()}
+        self._scales = {name: _scale(config, peers[name], rank) for name, rank in ranks.items()}
         self.rank = max(ranks.values(), default=int(config.get("r", 8)))
         # The common scale, so that an ordinary adapter keeps its B as it is.
         values = list(self._scales.values()) or [1.0]
@@ -165,15 +171,36 @@ class AdapterReader:
         return self._like[name], side
 
 
+# Settings under which PEFT computes something else than W + scale B A.
+_SWITCHES = (
+    "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
+    "alora_invocation_tokens",
+)  # fmt: skip
+# Ways to begin that take the first B A out of W: the file holds no such W.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def _refuse(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         raise MMJaxError(f"{folder}: a {config['peft_type']} adapter; only LORA is supported")
-    for switch in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"):
+    begun = str(config.get("init_lora_weights", True))
+    if begun.lower().startswith(_CHANGES_BASE):
+        raise MMJaxError(
+            f"{folder}: adapter_config.json says init_lora_weights {begun!r}: its base is not the "
+            "published one but what that left of it; merge the adapter with PEFT "
+            "(merge_and_unload), save the model and convert that"
+        )
+    for switch in _SWITCHES:
         if config.get(switch):
             raise MMJaxError(
                 f"{folder}: adapter_config.json sets {switch}, which is not supported; merge the "
-                "adapter with PEFT (merge_and_unload), save the model and convert that"
+                "adapter with PEFT (merge_and_unload) if that can be, save the model and convert it"
             )
+
+
+def _module(key: str) -> str:
+    """Return the name of the module that PEFT adapted, from a key of its file."""
+    return key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

@@ -127,6 +127,54 @@ def theirs(tmp_path_factory):
     return folder, model
 
 
+def test_an_alpha_pattern_speaks_of_modules_by_pefts_own_names(base, tmp_path):
+    """Whole names, anchored ones and expressions; here the modules have the names of the hub."""
+    layers = "model.language_model.layers"
+    config = LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["query_key_value", "dense", "dense_h_to_4h"],
+        alpha_pattern={
+            f"{layers}.0.self_attn.query_key_value": 11,
+            f"^{layers}.1.mlp.dense_h_to_4h": 7,
+            rf"{layers}\.\d+\.self_attn\.dense": 5,
+        },
+    )
+    model = get_peft_model(peer.tiny_fuyu(), config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    opened = opening.open_checkpoint(tmp_path, base=base[0])
+    abstract = checkpoints.abstract_params(FAMILY, base[1], lora=opened.lora)
+    params = checkpoints.read_params(opened, abstract)
+    assert_alike(our_logits(params, base[1], opened.lora), torch_logits(model))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("alora_invocation_tokens", [9]),
+        ("layer_replication", [[0, 1], [0, 1]]),
+        ("use_dora", True),
+    ],
+)
+def test_what_is_more_than_a_pair_beside_its_base_is_refused(base, theirs, tmp_path, name, value):
+    """Their files hold A and B like any other's, and PEFT makes something else of them."""
+    about = json.loads((theirs[0] / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**about, name: value}))
+    weights = "adapter_model.safetensors"
+    (tmp_path / weights).write_bytes((theirs[0] / weights).read_bytes())
+    with pytest.raises(
+        MMJaxError, match=f"adapter_config.json (says|sets) {name}.*merge_and_unload"
+    ):
+        opening.open_checkpoint(tmp_path, base=base[0])
+
+
 THEIRS = LoRA(
     4, 6.0, ("attn.q", "attn.k", "attn.v", "mlp.up", "patch_embed"), rslora=True, dropout=0.1
 )
