@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -56,6 +57,7 @@ def load(
     Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    _check_dtype(dtype)
     if weights is not None and weights not in quantized.KINDS:
         known = " or ".join(f'"{kind}"' for kind in quantized.KINDS)
         raise MMJaxError(f"weights is {weights!r}; give {known}, or None to keep them in {dtype}")
@@ -85,6 +87,15 @@ def load(
         values = checkpoints.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
     return LoadedModel(family.name, config, model, processor, mesh)
+
+
+def _check_dtype(dtype: str) -> None:
+    try:
+        floats = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floats = False
+    if not floats:
+        raise MMJaxError(f'dtype is {dtype!r}; give "float32", "bfloat16" or "float16"')
 
 
 def first_processor(family: registry.Family, folders: Sequence[Path]) -> Processor:
@@ -212,6 +223,9 @@ class LoadedModel:
         """
         if max_new_tokens < 1:
             raise MMJaxError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+        if batch_size < 1:
+            raise MMJaxError(f"batch_size is {batch_size}; give at least 1")
+        self._check_positions(examples, max_new_tokens)
         if beams.num_beams > self.config.vocab_size:
             raise MMJaxError(
                 f"num_beams is {beams.num_beams}, more than the vocabulary of "
@@ -260,11 +274,26 @@ class LoadedModel:
     def logits(self, prompt: Prompt, images: Images = None) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens int32[t], logits float32[t, v]) of one prompt."""
         example = self.encode(prompt, images)
+        self._check_positions([example], 1)
         graphdef, params = self._split
         batch, lengths = pad_batch([example])
         with use(self.mesh):
             logits = _logits(graphdef, params, batch)
         return example["tokens"], np.asarray(logits)[0, : lengths[0]]
+
+    def _check_positions(self, examples: Sequence[Example], new: int) -> None:
+        """Raise MMJaxError where a row would need more positions than the model's table has.
+
+        new: tokens that are asked for; the last of them is not read again.
+        """
+        limit = self.config.decoder.longest
+        longest = max((len(e["tokens"]) for e in examples), default=0)
+        if limit is not None and longest + new - 1 > limit:
+            raise MMJaxError(
+                f"a prompt of {longest} tokens and {new} new ones need {longest + new - 1} "
+                f"positions, and the model's table has {limit}; shorten the prompt, or lower "
+                "max_new_tokens"
+            )
 
     def _scale(self, images: Images) -> float:
         """The factor from coordinates in the picture to those the model speaks in."""
@@ -311,7 +340,9 @@ def pair(prompts: Any, images: Any) -> tuple[list[Prompt], list[Any]]:
     prompts = list(prompts)
     if images is None:
         return prompts, [None] * len(prompts)
-    images = list(images)
+    # One image is not a list of them, though a path can be taken apart.
+    several = isinstance(images, Sequence | np.ndarray) and not isinstance(images, str | bytes)
+    images = list(images) if several else [images]
     if len(images) != len(prompts):
         raise MMJaxError(
             f"there are {len(prompts)} prompts and images for {len(images)}; give one entry a "

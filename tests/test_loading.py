@@ -155,6 +155,8 @@ def test_generate_takes_one_prompt_or_many_and_each_is_answered_as_alone(loaded)
         assert loaded.generate(prompt, image, max_new_tokens=8) == [answer]
     assert loaded.generate(prompts, images, max_new_tokens=8, batch_size=3) == together
     assert loaded.generate(prompts[1:2], max_new_tokens=8) == together[1:2]
+    assert loaded.generate(prompts[:1], PIXELS[None], max_new_tokens=8) == together[:1]
+    assert loaded.generate(prompts[:1], Image.fromarray(PIXELS), max_new_tokens=8) == together[:1]
 
 
 def test_token_id_prompts_one_or_many_are_told_apart(ids_only):
@@ -242,6 +244,10 @@ def test_stop_takes_ids_and_tokens(loaded, ids_only):
         (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size is -1"),
         (dict(cache_dtype="int4"), 'cache_dtype is .int4.; give one of "float32".*"int8", or None'),
         (dict(min_new_tokens=5, max_new_tokens=4), "min_new_tokens is 5.*max_new_tokens 4"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(num_beams=2, early_stopping=1), "early_stopping is 1"),
+        (dict(num_beams=2, length_penalty=float("nan")), "length_penalty is nan"),
     ],
 )
 def test_options_that_cannot_be_are_explained(ids_only, options, message):
@@ -281,6 +287,9 @@ def test_bad_string_prompts_are_explained(loaded):
         loaded.logits("a", [PATCHES])
     with pytest.raises(MMJaxError, match="2 prompts and images for 1"):
         loaded.generate(["a", "b"], [None])
+    for image in ("a.jpg", b"jpg", Image.new("RGB", (4, 4))):  # one image, in whatever form
+        with pytest.raises(MMJaxError, match="2 prompts and images for 1"):
+            loaded.generate(["a", "b"], image)
     with pytest.raises(MMJaxError, match="max_new_tokens is 0"):
         loaded.generate("a", max_new_tokens=0)
 
@@ -365,6 +374,12 @@ def test_a_tokenizer_of_another_model_is_refused(bare, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(MMJaxError, match=r"vocab_size is 96.*different checkpoints"):
         mmjax.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_a_dtype_that_is_none_is_named(bare, dtype):
+    with pytest.raises(MMJaxError, match=f"dtype is '{dtype}'; give \"float32\""):
+        mmjax.load(bare[0], dtype=dtype)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

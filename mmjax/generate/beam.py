@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,7 +40,9 @@ class Beams:
     def __post_init__(self):
         if self.num_beams < 1:
             raise MMJaxError(f"num_beams is {self.num_beams}; give at least 1")
-        if self.early_stopping not in (False, True, "never"):
+        if not math.isfinite(self.length_penalty):
+            raise MMJaxError(f"length_penalty is {self.length_penalty}; give a finite number")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise MMJaxError(
                 f'early_stopping is {self.early_stopping!r}; give False, True or "never"'
             )

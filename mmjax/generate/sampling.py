@@ -24,7 +24,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise MMJaxError(
                 f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"

@@ -22,6 +22,7 @@ from mmjax.types import Batch, Example, ImageSource, Segment
 class Config(Protocol):
     """A frozen dataclass with everything that shapes the model."""
 
+    decoder: DecoderConfig  # of its language model
     end_token_ids: tuple[int, ...]  # any of them ends an answer
     vocab_size: int
     decoder: DecoderConfig  # of the language model

@@ -61,6 +61,11 @@ class DecoderConfig(LayerConfig):
     logit_scale: float = 1.0
     embedding_dropout: float = dataclasses.field(default=0.0, compare=False)
 
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a row; None where positions are no rows of a table."""
+        return self.max_positions if self.position == "learned" else None
+
     def work(self, tokens: int, *, asked: float = 1.0) -> tuple[Work, Work, Work]:
         """Return the work of embedding, layers and head in a causal row of so many tokens.
 

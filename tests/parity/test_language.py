@@ -10,6 +10,7 @@ from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 import mmjax
 from mmjax.models import checkpoints, exports, opening
 from mmjax.parallel.mesh import use
+from mmjax.types import MMJaxError
 
 VOCAB, WIDTH, LAYERS, HEADS = 96, 32, 3, 4
 EOS = 1
@@ -130,6 +131,27 @@ def test_an_export_is_read_by_transformers(pair, tmp_path):
     ids = torch.from_numpy(PROMPTS[0])[None]
     with torch.no_grad():
         np.testing.assert_allclose(again(ids).logits, peer(ids).logits, atol=1e-5)
+
+
+def test_learned_positions_reach_as_far_as_their_table_and_no_further(tmp_path):
+    """The peer fails there, too; a lookup here would take the last row again and again."""
+    torch.manual_seed(3)
+    peer = opt().eval()
+    peer.save_pretrained(tmp_path)
+    ours, prompt = mmjax.load(tmp_path), RNG.integers(2, VOCAB, 62)
+    with torch.no_grad():
+        want = peer.generate(
+            torch.from_numpy(prompt)[None], max_new_tokens=3, do_sample=False, eos_token_id=None
+        )[0, 62:]
+    assert ours.generate(prompt, max_new_tokens=3) == [" ".join(map(str, want.tolist()))]
+    with pytest.raises(
+        MMJaxError, match="62 tokens and 4 new ones need 65 positions.*table has 64"
+    ):
+        ours.generate(prompt, max_new_tokens=4)
+    with pytest.raises(MMJaxError, match="need 65 positions"):
+        ours.logits([2] * 65)
+    with pytest.raises(MMJaxError, match="integer token ids, not float64"):
+        ours.logits([2.5, 3.0])
 
 
 def test_an_adapter_of_peft_on_fused_maps_answers_as_it_does_there(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens, table_rows
 from mmjax.data.tokenizers_small import build_word_tokenizer
-from mmjax.models.token_stream import make_example
+from mmjax.models.token_stream import make_example, token_array
 from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 
 
@@ -107,7 +107,7 @@ class LanguageProcessor:
             raise MMJaxError(f"the prompt comes with {len(images)} image(s); this model reads text")
         if isinstance(prompt, str):
             prompt = self._needed()(prompt, verbose=False)["input_ids"]
-        tokens = np.asarray(prompt, np.int32).reshape(-1)
+        tokens = token_array(prompt)
         return _example(tokens, np.zeros(len(tokens), bool))
 
     def decode(self, tokens: Sequence[int] | np.ndarray, scale: float = 1.0) -> str:
