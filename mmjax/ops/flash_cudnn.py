@@ -2,7 +2,9 @@
 
 cuDNN fuses causality, or no mask at all; a mask given as an array would be a bias of t x s numbers,
 which is never passed here. So calls with ranges of keys are refused: what is left are vision
-towers, resamplers, and prompts that are read into a cache.
+towers, resamplers, and prompts that are read into a cache. JAX refuses odd lengths where a gradient
+is asked for (it takes its own placeholder for a bias), and towers have 577 or 729 tokens: such
+arrays are padded by one, which costs a copy, and the number of keys that count is passed with them.
 
 Whether cuDNN's attention works depends on the versions of CUDA and cuDNN beside JAX's (jax issue
 32430: none of it with some CUDA 13). ``trouble`` tries it, once for each kind of call.
@@ -37,9 +39,20 @@ def flash_attention(q, k, v, ranges, alibi_slopes, *, causal: bool, scale: float
     """
     if ranges is not None or alibi_slopes is not None:
         raise ValueError("cuDNN's attention was given ranges of keys or ALiBi slopes")
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=float(scale), is_causal=causal, implementation="cudnn"
-    )
+    (b, t), s, lengths = q.shape[:2], k.shape[1], None
+    if _kind(s, causal) == "odd":
+        lengths = jnp.full((b,), s, jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=float(scale), is_causal=causal, key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )  # fmt: skip
+    return out[:, :t]
+
+
+def _kind(s: int, causal: bool) -> str:
+    """Tell which of cuDNN's masks a call needs: causality hides a padded key by itself."""
+    return "causal" if causal else "odd" if s % 2 else "whole"
 
 
 def keeps_residuals(primitive, *_, **__) -> bool:
@@ -69,29 +82,30 @@ def problem(call: implementations.Call) -> str | None:
     most = 256 if found >= 9.0 else 128
     if h % 8 or h > most:
         return f"head dim {h} is no multiple of 8, at most {most} on this GPU"
-    return trouble(call.q.dtype.name, h, call.causal)
+    return trouble(call.q.dtype.name, h, _kind(s, call.causal))
 
 
 @functools.cache
-def trouble(dtype: str, h: int, causal: bool) -> str | None:
+def trouble(dtype: str, h: int, kind: str) -> str | None:
     """Try cuDNN on a small case, forward and backward; return what went wrong, None for nothing.
 
-    A kind of call is tried once a process. In a thread of its own: it may be asked for within a
-    trace, under a mesh or in a context of settings, all of which belong to the caller's thread.
+    kind: of mask, ``causal``, ``whole``, or ``odd`` numbers of keys; each is tried once a process.
+    In a thread of its own: it may be asked for within a trace, under a mesh or in a context of
+    settings, all of which belong to the caller's thread.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        found = pool.submit(_probe, dtype, h, causal).result()
+        found = pool.submit(_probe, dtype, h, kind).result()
     if found is None:
         return None
-    kind = f"{dtype}, head dim {h}, {'causal' if causal else 'no mask'}"
-    logging.getLogger(__name__).info("cuDNN's attention failed its probe (%s): %s", kind, found)
-    return f"its probe failed ({kind}): {found[:200]}"
+    case = f"{dtype}, head dim {h}, {kind}"
+    logging.getLogger(__name__).info("cuDNN's attention failed its probe (%s): %s", case, found)
+    return f"its probe failed ({case}): {found[:200]}"
 
 
-def _probe(dtype: str, h: int, causal: bool) -> str | None:
+def _probe(dtype: str, h: int, kind: str) -> str | None:
     """Compare cuDNN with ``flash_xla`` in float32 on the same rounded numbers."""
-    # Lengths without a factor of two, as those of towers with a class token; grouped heads.
-    shapes = ((1, 67, 2, h), (1, 67, 1, h), (1, 67, 1, h), (1, 67, 2, h))
+    causal, s = kind == "causal", 66 if kind == "whole" else 67
+    shapes = ((1, 67, 2, h), (1, s, 1, h), (1, s, 1, h), (1, 67, 2, h))  # grouped heads
     rng = np.random.default_rng(0)
     q, k, v, grad = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from mmjax.ops import flash_cudnn, flash_xla, implementations
 from mmjax.ops.attention import IMPLEMENTATIONS, attention
 from mmjax.ops.implementations import Call, choose
 from mmjax.parallel.mesh import make_mesh, use
+from tests.ops.reference import reference, reference_gradients
 
 X = jax.ShapeDtypeStruct((1, 32, 2, 64), jnp.bfloat16)
 
@@ -57,7 +59,7 @@ def test_auto_takes_the_first_that_can_and_says_once_why(gpu, caplog):
     assert [x.split(":")[0].split()[-1] for x in lines] == ["cudnn", "triton"] + ["xla"] * 3
     assert "not cudnn: queries have ranges" in lines[1]
     assert "not triton: head dim 264" in lines[2] and "fewer than 16 queries" in lines[4]
-    assert gpu == [("bfloat16", 64, True)] * 2
+    assert gpu == [("bfloat16", 64, "causal")] * 2
 
 
 def test_auto_leaves_out_what_failed_and_what_may_differ_between_processes(gpu, monkeypatch):
@@ -96,13 +98,14 @@ def test_what_cudnn_cannot_do_is_said_before_it_is_tried(gpu, wrong, says):
 
 
 def test_cudnn_takes_other_keys_grouped_heads_and_wide_heads_where_it_can(gpu, monkeypatch):
-    keys = X.update(shape=(1, 40, 1, 64))
-    assert choose("cudnn", call(k=keys, causal=False)) == "cudnn"
+    for s in (40, 41):
+        keys = X.update(shape=(1, s, 1, 64))
+        assert choose("cudnn", call(k=keys, causal=False)) == "cudnn"
     wide = call(X.update(shape=(1, 32, 2, 256)))
     assert choose("auto", wide) == "cudnn"
     monkeypatch.setattr(implementations, "capability", lambda: 8.0)
     assert choose("auto", wide) == "xla"
-    assert gpu == [("bfloat16", 64, False), ("bfloat16", 256, True)]
+    assert gpu == [("bfloat16", 64, "whole"), ("bfloat16", 64, "odd"), ("bfloat16", 256, "causal")]
 
 
 def test_a_length_cut_over_devices_is_not_for_cudnn(gpu):
@@ -170,7 +173,7 @@ def test_the_probe_runs_once_within_a_trace_and_under_a_mesh(in_place):
 def test_a_wrong_result_and_an_error_fail_the_probe(in_place, caplog):
     caplog.set_level(logging.INFO)
     in_place(lambda q, *rest, **options: flash_xla.flash_attention(1.1 * q, *rest, **options))
-    assert "is off by" in flash_cudnn.trouble("bfloat16", 16, True)
+    assert "is off by" in flash_cudnn.trouble("bfloat16", 16, "causal")
 
     def broken(*_, **__):
         raise RuntimeError("no execution\n plans")
@@ -183,11 +186,63 @@ def test_a_wrong_result_and_an_error_fail_the_probe(in_place, caplog):
     assert len(lines) == 2 and lines[1].endswith("RuntimeError: no execution plans")
 
 
-def test_rematerialisation_runs_cudnn_once(monkeypatch):
-    # JAX asks which cuDNN is there before it traces; the program is only read here.
+@pytest.fixture
+def some_cudnn(monkeypatch):
+    """JAX asks which cuDNN is there before it traces; programs are only read here."""
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
+
+
+@pytest.mark.parametrize(
+    "causal, s, mask", [(True, 729, "CAUSAL"), (False, 801, "PADDING"), (False, 800, "NO_MASK")]
+)
+def test_it_lowers_to_cudnns_fused_calls_without_a_mask_as_an_array(some_cudnn, causal, s, mask):
+    """Of odd lengths too, which JAX itself refuses where a gradient is asked for."""
+    q, k = (jax.ShapeDtypeStruct((2, *x, 72), jnp.bfloat16) for x in ((729, 4), (s, 2)))
+
+    def loss(q, k, v):
+        out = flash_cudnn.flash_attention(q, k, v, None, None, causal=causal, scale=0.125)
+        assert out.shape == q.shape
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(q, k, k)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"__cudnn\$(\w+)", text)
+    assert calls == ["fmhaSoftmax", "fmhaSoftmaxBackward"]  # no ScaleBias in their names
+    assert re.findall(r"mask_type\W+22: \W+22(\w+?)\\22", text) == [mask] * 2
+    assert not re.search(rf"(729|730)x({s}|{s + 1})x", text)
+
+
+@pytest.mark.parametrize("causal, t, s", [(True, 19, 19), (False, 18, 13)])
+def test_what_is_asked_of_cudnn_is_what_attention_means(monkeypatch, causal, t, s):
+    """JAX's plain path in cuDNN's place: its causality, and the padding of odd lengths."""
+    asked = jax.nn.dot_product_attention
+
+    def plain(*arrays, implementation, **options):
+        assert implementation == "cudnn" and not any(x.shape[1] % 2 for x in arrays)
+        return asked(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    keys, shapes = jax.random.split(jax.random.key(0), 4), [(t, 4), (s, 2), (s, 2), (t, 4)]
+    arrays = zip(keys, shapes, strict=True)
+    q, k, v, grad = (jax.random.normal(key, (2, *shape, 8)) for key, shape in arrays)
+    options = dict(causal=causal, scale=8**-0.5)
+
+    @jax.jit
+    def run(q, k, v, grad):
+        attend = functools.partial(flash_cudnn.flash_attention, **options)
+        out, pull = jax.vjp(lambda *x: attend(*x, None, None), q, k, v)
+        return out, *pull(grad)
+
+    start, end = np.zeros((2, t)), np.full((2, t), s)
+    want = reference(q, k, v, start, end, causal)
+    want = want, *reference_gradients(q, k, v, grad, start, end, causal)
+    for got, right in zip(run(q, k, v, grad), want, strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-5)
+
+
+def test_rematerialisation_runs_cudnn_once(some_cudnn):
     x = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.bfloat16)
 
     def loss(q, k, v):
