@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,9 @@ def _call(spec: Mapping[str, Any], kinds: Mapping[str, str]) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise MMJaxError(f"data source kind {kind!r} is unknown, one of {', '.join(every)}{hint}")
     module, name = kinds[kind].split(":")
+    made = getattr(importlib.import_module(module), name)
     try:
-        return getattr(importlib.import_module(module), name)(**arguments)
+        return made(**arguments)
     except TypeError as error:
-        raise MMJaxError(f"data source {dict(spec)}: {error}") from error
+        takes = ", ".join(inspect.signature(made).parameters)
+        raise MMJaxError(f"data source {dict(spec)}: {error}; {kind!r} takes {takes}") from error

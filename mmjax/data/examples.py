@@ -80,8 +80,10 @@ def make_loader(
 ) -> LoadExample:
     """Make what turns a draw into an example; arguments as in ``make_train_iterator``.
 
-    Raises MMJaxError for a template that is not one for the processor's tokenizer.
+    Raises MMJaxError for a template that is not one for the processor's tokenizer, a seed below 0.
     """
+    if seed < 0:
+        raise MMJaxError(f"seed is {seed}; give a whole number from 0 up")
     sides = list_resolutions(options.resolutions)
     each = by_source("template", template, mixture.names)
     templates, resize = tuple(get_template(one) for one in each), at_resolution

@@ -22,17 +22,21 @@ MAX_PIXELS = 89_478_485
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _STRIPE_PIXELS = 500_000  # below, starting a thread costs more than it saves
+_LONG_NAME = 300  # of a path; longer ones are pictures in base64, or the like
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
 def source_name(source: ImageSource) -> str:
     """Name an image source for a message: its path, or what kind of object it is and how large."""
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
+        name = os.fspath(source)
+        return name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}... ({len(name)} long)"
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or f"PIL image {source.mode} {source.size}"
     if isinstance(source, bytes | bytearray | memoryview):
         return f"<{len(source)} bytes>"
+    if isinstance(source, list | tuple):
+        return f"<{type(source).__name__} of {len(source)}>"
     return f"<array {getattr(source, 'dtype', type(source).__name__)}{np.shape(source)}>"
 
 
@@ -211,7 +215,7 @@ def _open_encoded(source: Any, name: str) -> Image.Image:
 
 def _from_array(source: Any, name: str) -> Image.Image:
     """Wrap uint8 pixels in a PIL image, whichever side the channels stand on."""
-    array = np.asarray(source)
+    array = np.zeros(0) if isinstance(source, list | tuple) else np.asarray(source)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise BadSample(
             "bad_image_type",

@@ -21,7 +21,8 @@ from mmjax.types import BadSample, MMJaxError
 
 _CHUNK = 1 << 24
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BOM = "\xef\xbb\xbf"  # a UTF-8 byte order mark, read as latin-1
+_BOM = b"\xef\xbb\xbf"  # a UTF-8 byte order mark
+_OPENINGS = 8  # lines of which one at least begins with {, or the file is no JSONL
 
 
 class IndexedJson:
@@ -34,8 +35,7 @@ class IndexedJson:
 
     def __init__(self, path: str | os.PathLike, index_dir: str | os.PathLike | None = None):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise MMJaxError(f"{self.path}: no such file; check the path of this data source")
+        need_file(self.path)
         self._index = load_index(self.path, index_dir)
         self._fd: int | None = None
 
@@ -76,6 +76,13 @@ class IndexedJson:
             os.close(self._fd)
 
 
+def need_file(path: Path) -> None:
+    """Raise MMJaxError where a data source is no file."""
+    if not path.is_file():
+        found = "is a folder; name the file in it" if path.is_dir() else "no such file"
+        raise MMJaxError(f"{path}: {found}; check the path of this data source")
+
+
 def load_index(path: Path, index_dir: str | os.PathLike | None = None) -> np.ndarray:
     """Return int64[n,3] (first byte, end byte, line) of each record, from the cache if it holds."""
 
@@ -86,7 +93,10 @@ def load_index(path: Path, index_dir: str | os.PathLike | None = None) -> np.nda
 
 
 def index_lines(path: Path) -> np.ndarray:
-    """Find the lines of a JSONL file in chunks; blank lines hold no record."""
+    """Find the lines of a JSONL file in chunks; blank lines hold no record.
+
+    Raises MMJaxError for a file whose lines are no objects from the first on.
+    """
     ends: list[np.ndarray] = []
     size = 0
     with open(path, "rb") as file:
@@ -101,7 +111,19 @@ def index_lines(path: Path) -> np.ndarray:
         for i in np.flatnonzero((end - start <= 8) & ~blank):
             file.seek(start[i])
             blank[i] = not file.read(end[i] - start[i]).strip()
-    return np.stack([start, end, line], 1)[~blank]
+        rows = np.stack([start, end, line], 1)[~blank]
+        openings = []
+        for begin, stop, _ in rows[:_OPENINGS]:
+            file.seek(begin)
+            openings.append(file.read(min(40, stop - begin)).removeprefix(_BOM).strip())
+    if len(openings) > 1 and openings[0].startswith(b"["):
+        raise MMJaxError(f"{path}: holds a JSON array; name it .json, or write one object a line")
+    if openings and not any(opening.startswith((b"{", b"[")) for opening in openings):
+        raise MMJaxError(
+            f"{path}: begins with {openings[0]!r}; a JSON source is a .jsonl file in UTF-8, "
+            "one object {...} a line, not compressed, or a .json file with an array of them"
+        )
+    return rows
 
 
 def index_array(path: Path) -> np.ndarray:
@@ -109,7 +131,7 @@ def index_array(path: Path) -> np.ndarray:
     # latin-1 maps bytes to characters one to one, so that character offsets are byte offsets;
     # JSON's structure is ASCII, and every record is decoded as UTF-8 when it is read.
     text = path.read_bytes().decode("latin-1")
-    position = skip_space(text, len(_BOM) if text.startswith(_BOM) else 0)
+    position = skip_space(text, first_byte(text))
     if text[position : position + 1] != "[":
         seen = text[position : position + 20]
         raise MMJaxError(
@@ -149,6 +171,11 @@ def index_array(path: Path) -> np.ndarray:
             "holds one; join them into one array, or write one object a line into a .jsonl file"
         )
     return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def first_byte(text: str) -> int:
+    """Return where a file that was read as latin-1 begins, behind a byte order mark."""
+    return len(_BOM) if text.startswith(_BOM.decode("latin-1")) else 0
 
 
 def skip_space(text: str, position: int) -> int:

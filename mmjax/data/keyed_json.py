@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
-from mmjax.data.jsonl import skip_space
+from mmjax.data.jsonl import first_byte, need_file, skip_space
 from mmjax.types import BadSample, MMJaxError
 
-_BOM = "\xef\xbb\xbf"  # a UTF-8 byte order mark, read as latin-1
 Gather = Callable[[list[str], list[Any]], Arrays]
 
 
@@ -39,8 +38,7 @@ class KeyedJson:
         index_dir: str | os.PathLike | None = None,
     ):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise MMJaxError(f"{self.path}: no such file; check the path of this data source")
+        need_file(self.path)
         what = f"members of {inside} with {getattr(gather, '__name__', None)}"
         self.arrays = cached_index(
             self.path, [self.path], what, lambda: index_object(self.path, inside, gather), index_dir
@@ -84,7 +82,7 @@ def index_object(path: Path, inside: str | None = None, gather: Gather | None = 
     """
     # latin-1 maps bytes to characters one to one, so character offsets are byte offsets.
     text = path.read_bytes().decode("latin-1")
-    position = skip_space(text, len(_BOM) if text.startswith(_BOM) else 0)
+    position = skip_space(text, first_byte(text))
     ids: list[str] = []
     values: list[Any] = []
     rows: list[tuple[int, int, int]] = []

@@ -24,6 +24,15 @@ class BatchShape:
     max_patches: int
     max_targets: int
 
+    def __post_init__(self) -> None:
+        """Raise MMJaxError for a shape that holds nothing; text alone needs no patches."""
+        for name in ("rows", "seq_len", "max_targets"):
+            if getattr(self, name) < 1:
+                said = "batch_size" if name == "rows" else name
+                raise MMJaxError(f"{said} is {getattr(self, name)}; give 1 or more")
+        if self.max_patches < 0:
+            raise MMJaxError(f"max_patches is {self.max_patches}; give 0 or more")
+
     def check(self, example: Example, name: str = "sample") -> None:
         """Raise BadSample when an example fits into no row at all, or has nothing to learn."""
         sizes = example_sizes(example)

@@ -71,8 +71,7 @@ def make_train_iterator(
     ``mmjax.data.examples.RecordOptions``, such as ``resolutions=(448, 512)``. The iterator has
     ``get_state`` and ``set_state`` and is an Orbax checkpointable; ``.skips`` holds the counts.
     """
-    if not 0 <= process_index < process_count:
-        raise MMJaxError(f"process_index {process_index} of process_count {process_count}")
+    _check(process_index, process_count, num_workers, epochs)
     mixture = Mixture.of(sources, weights)
     shape = BatchShape(batch_size, seq_len, max_patches, max_targets)
     prepare = RecordOptions(**options)
@@ -82,45 +81,24 @@ def make_train_iterator(
         rows=batch_size * process_count, streams=process_count, workers=max(1, num_workers)
     )
     draws = draw_records(mixture, seed, epochs, **(batches if group else {}))
-    draws = draws[process_index::process_count]
-    reading = grain.ReadOptions(
-        num_threads=read_threads, prefetch_buffer_size=4 * read_threads if read_threads else 0
-    )
-    dataset = draws.map(load).to_iter_dataset(reading)
-    if group:
-        dataset = RowDataset(dataset, shape)
-    else:
-        dataset = PackDataset(dataset, shape, None if pack else 1)
-    if num_workers:
-        parse_no_flags()
-        tell_of_early_deaths()
-        ahead = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(1, prefetch))
-        dataset = dataset.mp_prefetch(ahead, prepare_worker)
-    elif prefetch:
-        dataset = grain.experimental.ThreadPrefetchIterDataset(
-            dataset, prefetch_buffer_size=prefetch
-        )
+    samples = _read(draws[process_index::process_count].map(load), read_threads)
+    made = RowDataset(samples, shape) if group else PackDataset(samples, shape, None if pack else 1)
     suffix = f".{process_index}" if process_count > 1 else ""
     path = None if workdir is None else Path(workdir) / f"skipped{suffix}.jsonl"
     fixed = {
-        "seed": seed,
+        "seed": int(seed),  # JSON knows no integers of numpy
         "num_workers": num_workers,
         "process_index": process_index,
         "process_count": process_count,
         "epochs": epochs,
         "pack": pack,
         "group": group,
-        "shape": list(dataclasses.astuple(shape)),
+        "shape": list(map(int, dataclasses.astuple(shape))),
         **prepare.facts(),
-        "sources": {
-            name: [len(source), count]
-            for name, source, count in zip(
-                mixture.names, mixture.sources, mixture.counts, strict=True
-            )
-        },
+        "sources": _sizes(mixture),
     }
     skips = SkipLog(path, max_bad_share, min_bad_samples)
-    return TrainIterator(dataset, skips, fixed, mixture.names)
+    return TrainIterator(_ahead(made, num_workers, prefetch), skips, fixed, mixture.names)
 
 
 def draw_records(
@@ -140,6 +118,42 @@ def draw_records(
         total = None if epochs is None else epochs * mixture.epoch
         draw = Grouped(draw, mixture.sources, total, seed, **batches)
     return grain.MapDataset.range(mixture.epoch).repeat(epochs).map_with_index(draw)
+
+
+def _check(process_index: int, process_count: int, num_workers: int, epochs: int | None) -> None:
+    """Raise MMJaxError for numbers that no pipeline has."""
+    if not 0 <= process_index < process_count:
+        raise MMJaxError(f"process_index {process_index} of process_count {process_count}")
+    if num_workers < 0:
+        raise MMJaxError(f"num_workers is {num_workers}; give 0 to read and pack in this process")
+    if epochs is not None and epochs < 1:
+        raise MMJaxError(f"epochs is {epochs}; give 1 or more, or None to go on for ever")
+
+
+def _read(samples: grain.MapDataset, threads: int) -> grain.IterDataset:
+    """Make the samples one after another, or so many at once in threads, in the same order."""
+    ahead = 4 * threads if threads else 0
+    return samples.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    )
+
+
+def _ahead(made: grain.IterDataset, num_workers: int, prefetch: int) -> grain.IterDataset:
+    """Make batches in worker processes, or by a thread ahead of the one that asks for them."""
+    if num_workers:
+        parse_no_flags()
+        tell_of_early_deaths()
+        ahead = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(1, prefetch))
+        return made.mp_prefetch(ahead, prepare_worker)
+    if prefetch:
+        return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=prefetch)
+    return made
+
+
+def _sizes(mixture: Mixture) -> dict[str, list[int]]:
+    """Return (records, draws of an epoch) of each source by its name."""
+    every = zip(mixture.names, mixture.sources, mixture.counts, strict=True)
+    return {name: [len(source), count] for name, source, count in every}
 
 
 class _Order:

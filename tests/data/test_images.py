@@ -70,6 +70,13 @@ def test_modes_give_three_channels_the_same_each_time(mode):
     np.testing.assert_array_equal(first, np.asarray(image.convert("RGB")))
 
 
+def test_what_is_no_image_is_named_shortly():
+    frames = (picture(3, 4), picture(5, 4))  # a video, for a model that takes pictures
+    assert "<tuple of 2>: an image is a path" in refused("bad_image_type", frames)
+    told = refused("missing_image", "data:image/png;base64," + "A" * 5000)
+    assert len(told) < 400 and "AAA... (5022 long): no such image file" in told
+
+
 def test_transparent_palette_keeps_its_colours():
     image = Image.fromarray(picture()).convert("P")
     stream = io.BytesIO()

@@ -104,6 +104,31 @@ def test_resume_gives_the_very_next_batch(options):
     assert_equal(next(it), batches[3])
 
 
+def test_a_state_is_json_whatever_integers_were_given():
+    it = train(Numbers(9), seed=np.int64(3), batch_size=np.int64(2))
+    next(it)
+    state = json.loads(json.dumps(it.get_state()))
+    same = train(Numbers(9), seed=3)
+    same.set_state(state)
+    assert_equal(next(same), next(it))
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"seed": -1}, "seed is -1; give a whole number from 0 up"),
+        ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
+        ({"max_patches": -1}, "max_patches is -1; give 0 or more"),
+        ({"num_workers": -1}, "num_workers is -1; give 0"),
+        ({"epochs": 0}, "epochs is 0; give 1 or more, or None"),
+        ({"process_index": 2}, "process_index 2 of process_count 1"),
+    ],
+)
+def test_numbers_that_no_pipeline_has_are_refused(options, says):
+    with pytest.raises(MMJaxError, match=says):
+        train(Numbers(9), **options)
+
+
 def test_resume_refuses_other_options():
     state = train(Numbers(9)).get_state()
     with pytest.raises(MMJaxError, match="seed was 0 and is 3"):

@@ -191,6 +191,41 @@ def test_a_malformed_array_is_refused_when_opened(tmp_path, text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, raw, says",
+    [
+        (
+            "a.yaml",
+            b"- question: q\n  answer: a\n",
+            r"a.yaml: begins with b'- question: q'",
+        ),
+        ("a.csv", b"question,answer\nq,a\n", r"one object {...} a line"),
+        ("a.jsonl", '{"question": "q"}\n'.encode("utf-16"), r"with b'\\xff\\xfe{.*in UTF-8"),
+        ("a.json.gz", b"\x1f\x8b\x08\x08\n\x03", "not compressed"),
+        (
+            "a.jsonl",
+            b'[{"question": "q"},\n{"question": "p"}]',
+            "holds a JSON array; name it .json",
+        ),
+        ("a", None, "a: is a folder; name the file in it"),
+    ],
+)
+def test_files_of_another_format_are_refused_when_opened(tmp_path, name, raw, says):
+    if raw is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(raw)
+    with pytest.raises(MMJaxError, match=says):
+        JsonSource(tmp_path / name)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_record(tmp_path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b'\xef\xbb\xbf{"question": "a"}\r\n\r\n{"question": "b"}\r\n')
+    assert [r.messages[0].text for r in map(JsonSource(lines).__getitem__, range(2))] == ["a", "b"]
+    assert len(JsonSource(lines)) == 2
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(MMJaxError, match="no such file"):
         JsonSource(tmp_path / "none.json")
