@@ -19,9 +19,12 @@ from tests import tiny
 SETTINGS = optim.OptimSettings(lr=1e-2, warmup=0, schedule="constant")
 
 
-def build(mesh, *, lora=None, freeze=(), accumulate=1, tx=None, schedule=None, **options):
+def build(
+    mesh, *, config=tiny.CONFIG, lora=None, freeze=(), accumulate=1, tx=None, schedule=None,
+    **options,
+):  # fmt: skip
     def make():
-        return tiny.Fuyu(tiny.CONFIG, rngs=nnx.Rngs(0), lora=lora)
+        return tiny.Fuyu(config, rngs=nnx.Rngs(0), lora=lora)
 
     names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
     chosen = state.trainable_names(names, freeze, lora is not None)
@@ -49,10 +52,20 @@ def run(shape, steps=3, **kwargs):
 GRADIENTS = {"tx": optax.sgd(1.0), "steps": 1}
 
 
+DROPPING = dataclasses.replace(
+    tiny.CONFIG,
+    decoder=dataclasses.replace(
+        tiny.CONFIG.decoder, residual_dropout=0.2, embedding_dropout=0.1
+    ),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}])
 def test_loss_and_gradients_do_not_depend_on_the_mesh(shape):
-    one_loss, one, _, _ = run({}, **GRADIENTS)
-    many_loss, many, fn, train = run(shape, **GRADIENTS)
+    """Nor do the masks of dropout."""
+    one_loss, one, _, _ = run({}, config=DROPPING, **GRADIENTS)
+    assert abs(one_loss[0] - run({}, **GRADIENTS)[0][0]) > 1e-3
+    many_loss, many, fn, train = run(shape, config=DROPPING, **GRADIENTS)
     np.testing.assert_allclose(many_loss, one_loss, rtol=1e-5)
     for name, value in one.items():
         np.testing.assert_allclose(many[name], value, atol=2e-5, err_msg=name)
