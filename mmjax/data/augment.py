@@ -50,9 +50,10 @@ def augments_of(wanted: Augments, names: Sequence[str]) -> tuple[tuple[Augment, 
     return tuple(tuple(AUGMENTS[n] for n in wanted.get(name, ())) for name in names)
 
 
-def _mirrored(source: ImageSource) -> np.ndarray:
-    pixels = np.asarray(im.to_rgb(im.open_image(source), im.source_name(source)))
-    return np.ascontiguousarray(pixels[:, ::-1])
+def _mirrored(source: ImageSource) -> ImageSource:
+    image = im.open_image(source)
+    pixels = np.asarray(im.to_rgb(image, im.source_name(source)))
+    return im.keep_orientation(np.ascontiguousarray(pixels[:, ::-1]), image, mirrored=True)
 
 
 def _unknown(what: str, name: str, known) -> None:

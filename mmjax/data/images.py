@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmjax.types import BadSample, ImageSource
 
@@ -80,6 +80,28 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 def load_rgb(source: ImageSource, **options: Any) -> np.ndarray:
     """Read any source into uint8[h,w,3]; options and errors are those of ``open_image``."""
     return np.asarray(to_rgb(open_image(source, **options), source_name(source)))
+
+
+def keep_orientation(
+    pixels: np.ndarray, image: Image.Image, *, mirrored: bool = False
+) -> np.ndarray | Image.Image:
+    """Return uint8[h,w,3] made of an image with its EXIF orientation, for ``open_image`` to apply.
+
+    The pixels as they are where it has none. mirrored: they were mirrored left to right, and come
+    out so when the orientation is applied, too.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF, of which Pillow raises nearly anything, says nothing
+        return pixels
+    if orientation not in range(2, 9):
+        return pixels
+    kept, exif = Image.fromarray(pixels), Image.Exif()
+    # Quarter turns and the two diagonals change places in a mirror.
+    turned = {5: 7, 6: 8, 7: 5, 8: 6} if mirrored else {}
+    exif[ExifTags.Base.Orientation] = turned.get(orientation, orientation)
+    kept.info["exif"] = exif.tobytes()
+    return kept
 
 
 def fit_size(

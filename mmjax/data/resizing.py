@@ -56,8 +56,9 @@ def squash_first(record: Record, side: int) -> Record:
     """
     if record.images:
         image = im.open_image(record.images[0])
-        image = im.to_rgb(image, im.source_name(record.images[0]))
-        pixels = np.asarray(image.resize((side, side), im.Image.Resampling.BICUBIC))
+        whole = im.to_rgb(image, im.source_name(record.images[0]))
+        pixels = np.asarray(whole.resize((side, side), im.Image.Resampling.BICUBIC))
+        pixels = im.keep_orientation(pixels, image)
     else:
         pixels = np.zeros((side, side, 3), np.uint8)
     messages = record.messages
@@ -139,9 +140,10 @@ def each_picture(source: ImageSource, change: Callable[[ImageSource], ImageSourc
     return change(source)
 
 
-def _padded(source: ImageSource, colour: tuple[int, int, int]) -> np.ndarray:
-    image = im.to_rgb(im.open_image(source), im.source_name(source))
-    return np.asarray(im.pad_to_square(image, colour))
+def _padded(source: ImageSource, colour: tuple[int, int, int]) -> ImageSource:
+    image = im.open_image(source)
+    square = im.pad_to_square(im.to_rgb(image, im.source_name(source)), colour)
+    return im.keep_orientation(np.asarray(square), image)
 
 
 def _resized(source: ImageSource, longest: int, enlarge: bool) -> ImageSource:
@@ -158,7 +160,8 @@ def _resized(source: ImageSource, longest: int, enlarge: bool) -> ImageSource:
             f"{im.source_name(source)}: enlarged to {size[0]}x{size[1]} it would be above the "
             f"limit of {im.MAX_PIXELS} pixels; lower the resolution",
         )
-    return np.asarray(im.resize(im.to_rgb(image, im.source_name(source)), *size))
+    pixels = np.asarray(im.resize(im.to_rgb(image, im.source_name(source)), *size))
+    return im.keep_orientation(pixels, image)
 
 
 def _without_marks(text: str) -> str:
