@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,26 @@ def largest_within(width: int, height: int, patch: int, tokens: int) -> tuple[in
         middle = (low + high) / 2
         low, high = (middle, high) if fits(at(middle)) else (low, middle)
     return at(low)
+
+
+def too_long(plans: Sequence[ImagePlan], total: int, limit: int, patch: int) -> str:
+    """Say what makes so many tokens, above the limit, and which size of the image would fit."""
+    message = f"the sample makes {total} tokens, above max_tokens = {limit}"
+    if not plans:
+        return f"{message}; shorten the text or raise max_tokens"
+    plan = max(plans, key=lambda p: p.num_tokens)
+    rest = total - plan.num_tokens
+    width, height = plan.size
+    message += f": {plan.name} of {width}x{height} makes {plan.num_tokens} of them"
+    if plan.fitted != plan.size:
+        message += f" (already shrunk to {plan.fitted[0]}x{plan.fitted[1]})"
+    best = largest_within(*plan.fitted, patch, limit - rest)
+    if best is None:
+        return f"{message}, and the other {rest} leave it no room; raise max_tokens"
+    return (
+        f"{message}; the largest size of it that fits is {best[0]}x{best[1]}: lower max_height "
+        "and max_width, or raise max_tokens"
+    )
 
 
 def _plan_floats(array: np.ndarray, name: str, config: ProcessorConfig) -> ImagePlan:

@@ -20,7 +20,6 @@ from mmjax.data.tokenize import (
     need_tokenizer,
     supervised_tokens,
     table_rows,
-    token_id,
 )
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.coordinates import CoordinateTokens, split_coordinates
@@ -29,10 +28,11 @@ from mmjax.models.fuyu.image_plan import (
     cut_patches,
     fitted_size,
     grid,
-    largest_within,
     plan_image,
+    too_long,
 )
 from mmjax.models.fuyu.processor_config import ProcessorConfig
+from mmjax.models.fuyu.special_tokens import check_vocabulary, special_ids
 from mmjax.models.processor import FolderProcessor
 from mmjax.models.token_stream import (
     TokenStream,
@@ -43,7 +43,7 @@ from mmjax.models.token_stream import (
 )
 from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 
-__all__ = ["FuyuProcessor", "ProcessorConfig", "check_vocabulary"]
+__all__ = ["FuyuProcessor", "ProcessorConfig"]
 
 IMAGE_MARK = "<image>"
 
@@ -61,7 +61,7 @@ class FuyuProcessor(FolderProcessor):
         config = config or ProcessorConfig()
         self.coordinates = None
         if tokenizer is not None:
-            config = dataclasses.replace(config, **_ids_of(tokenizer))
+            config = dataclasses.replace(config, **special_ids(tokenizer))
             self.coordinates = CoordinateTokens(tokenizer)
         super().__init__(config, tokenizer)
         self.specials = {
@@ -143,7 +143,9 @@ class FuyuProcessor(FolderProcessor):
                 )
         tokens, loss, visual = self._stream(segments, plans).arrays()
         if max_tokens is not None and len(tokens) > max_tokens:
-            raise BadSample("too_long", self._too_long(plans, len(tokens), max_tokens))
+            raise BadSample(
+                "too_long", too_long(plans, len(tokens), max_tokens, self.config.patch_size)
+            )
         example = make_example(tokens, loss, visual, self._patches(plans))
         check_targets(segments, loss)
         return example
@@ -279,25 +281,6 @@ class FuyuProcessor(FolderProcessor):
             return np.zeros((0, config.patch_dim), np.uint8)
         return patches[0] if len(patches) == 1 else np.concatenate(patches)
 
-    def _too_long(self, plans: Sequence[ImagePlan], total: int, limit: int) -> str:
-        """Say what is too long and what would fit."""
-        message = f"the sample makes {total} tokens, above max_tokens = {limit}"
-        if not plans:
-            return f"{message}; shorten the text or raise max_tokens"
-        plan = max(plans, key=lambda p: p.num_tokens)
-        rest = total - plan.num_tokens
-        width, height = plan.size
-        message += f": {plan.name} of {width}x{height} makes {plan.num_tokens} of them"
-        if plan.fitted != plan.size:
-            message += f" (already shrunk to {plan.fitted[0]}x{plan.fitted[1]})"
-        best = largest_within(*plan.fitted, self.config.patch_size, limit - rest)
-        if best is None:
-            return f"{message}, and the other {rest} leave it no room; raise max_tokens"
-        return (
-            f"{message}; the largest size of it that fits is {best[0]}x{best[1]}: lower max_height "
-            "and max_width, or raise max_tokens"
-        )
-
 
 def prompt_segments(prompt: str, num_images: int) -> list[Segment]:
     """Split a string prompt into segments: images, ``bos`` before the first text, ``answer`` last.
@@ -324,46 +307,3 @@ def prompt_segments(prompt: str, num_images: int) -> list[Segment]:
     if not started:
         segments.append(Segment("special", "bos"))
     return [*segments, Segment("special", "answer")]
-
-
-def check_vocabulary(processor: FuyuProcessor, vocab_size: int, image_token_id: int) -> None:
-    """Raise MMJaxError when the tokenizer cannot belong to a model of these numbers.
-
-    A vocabulary smaller than the table is fine: tables are padded. No tokenizer passes too.
-    """
-    if processor.tokenizer is None:
-        return
-    size = len(processor.tokenizer)
-    if size > vocab_size:
-        raise MMJaxError(
-            f"the tokenizer has {size} tokens but the model's vocab_size is {vocab_size}: they are "
-            "of different checkpoints; use the tokenizer the model was trained with"
-        )
-    if processor.image_token_id != image_token_id:
-        raise MMJaxError(
-            f"the tokenizer puts |SPEAKER| at {processor.image_token_id} but the model's "
-            f"image_token_id is {image_token_id}: they are of different checkpoints; use the "
-            "tokenizer the model was trained with, or correct image_token_id in config.json"
-        )
-
-
-def _ids_of(tokenizer: Any) -> dict[str, int]:
-    """Look up Fuyu's special tokens, all missing ones in one error."""
-    names = {
-        "image_token_id": "|SPEAKER|",
-        "newline_token_id": "|NEWLINE|",
-        "answer_token_id": "<0x04>",
-        "bos_token_id": "<s>",
-        "eos_token_id": "|ENDOFTEXT|",
-    }
-    ids = {key: token_id(tokenizer, name) for key, name in names.items()}
-    for key, fallback in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
-        if ids[key] is None:
-            ids[key] = getattr(tokenizer, fallback)
-    missing = [names[key] for key, value in ids.items() if value is None]
-    if missing:
-        raise MMJaxError(
-            f"the tokenizer lacks {', '.join(missing)}: it is not Fuyu's; use the tokenizer files "
-            "of the checkpoint, or build one with mmjax.data.tokenizers_small"
-        )
-    return ids

@@ -10,7 +10,8 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.image_plan import fitted_size, largest_within
-from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig, check_vocabulary
+from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
+from mmjax.models.fuyu.special_tokens import check_vocabulary
 from mmjax.types import BadSample, MMJaxError, Segment
 
 TOKENIZER = build_tiny_tokenizer()
