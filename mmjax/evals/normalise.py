@@ -58,34 +58,29 @@ _NUMBER_WORDS = {
     **{"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"},
 }
 
-# Contractions that the VQA evaluation writes with their apostrophes, given without them.
+# Contractions that the VQA evaluation writes in full, given without one of their apostrophes.
 _FULL_FORMS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-haven't he'd he'd've how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll let's ma'am
-mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't ow's'at shan't
-she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's
-someone'd someone'd've someone'll someone's something'd something'd've something'll that's
-there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd
-you'd've you'll you're you've
+haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am
+mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
+you'd you'd've you'll you're you've
 """
 
 
 def _contractions() -> dict[str, str]:
-    """Map every spelling that lacks one or all apostrophes to the full form."""
-    table: dict[str, str] = {}
-    for full in _FULL_FORMS.split():
-        places = [i for i, c in enumerate(full) if c == "'"]
-        spellings = {full.replace("'", "")}
-        if len(places) > 1:
-            spellings |= {full[:i] + full[i + 1 :] for i in places}
-        for spelling in spellings:
-            table[spelling] = full
-    # Words of their own, which the official table also leaves alone.
-    for word in ("id", "hell", "ill", "shell", "well", "were", "wed", "its", "hed", "hows"):
-        table.pop(word, None)
-    return table | {"hed": "he'd", "hows": "how's"}
+    """Map every spelling that lacks one apostrophe to the full form, and a slip of the table."""
+    table = {
+        full[:i] + full[i + 1 :]: full
+        for full in _FULL_FORMS.split()
+        for i, letter in enumerate(full)
+        if letter == "'"
+    }
+    return table | {"somebody'd": "somebodyd"}
 
 
 _CONTRACTIONS = _contractions()

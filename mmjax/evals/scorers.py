@@ -58,8 +58,8 @@ def parse_choice(
         after "answer is" / "answer:". ``A man`` is not the option A, ``A or B`` is no choice.
     option_text: as strict, or else the text of exactly one option after normalisation.
     otter: Otter's benchmark code, to compare with its numbers: "The answer is X", else the first
-        of A, B, C, D that the answer contains **anywhere** (so ``A man`` is A), else an option's
-        text inside the answer, else the answer's own upper case if that is a letter.
+        of A, B, C, D that the answer contains **anywhere** (so ``A man`` is A), else the first
+        option whose text it contains in any case, else the first of a, b, c, d (so ``yeah`` is A).
     """
     if mode == "otter":
         return _parse_otter(prediction, choices)
@@ -141,11 +141,13 @@ def _parse_otter(text: str, choices: Sequence[str]) -> str | None:
     for letter in "ABCD":
         if letter in text:
             return letter
+    upper = text.upper()
     for letter, choice in zip("ABCD", choices, strict=False):
-        if choice and choice in text:
+        choice = choice.strip()
+        choice = choice[:-1] if choice.endswith((".", ",", "?")) else choice
+        if choice and choice.upper() in upper:
             return letter
-    upper = text.strip().upper()
-    return upper if upper in tuple("ABCD") else None
+    return next((letter for letter in "ABCD" if letter in upper), None)
 
 
 def _answer_letter(answer: str, choices: Sequence[str]) -> str | None:
