@@ -12,25 +12,27 @@ from mmjax.types import BadSample, Record
 
 def answerer(
     model: LoadedModel, *, template: str, batch_size: int, cache_dtype: str | None = None
-) -> Callable[[Sequence[Record], int | None, int], list[str]]:
+) -> Callable[[Sequence[Record], int | None, int], list[str | BadSample]]:
     """Return answer(records, resolution, max_new_tokens) -> texts, in the records' order.
 
-    resolution: longest side in pixels that images are reduced to, or None. A record that cannot
-    be read is answered with an empty string: it counts as wrong, it is not left out.
+    resolution: longest side in pixels that images are reduced to, or None. In the place of a record
+    that cannot be read stands its BadSample: it counts as wrong, it is not left out.
     cache_dtype: see ``LoadedModel.generate``.
     """
     lay_out = get_template(template)
 
-    def answer(records: Sequence[Record], resolution: int | None, max_new_tokens: int) -> list[str]:
+    def answer(
+        records: Sequence[Record], resolution: int | None, max_new_tokens: int
+    ) -> list[str | BadSample]:
+        answers: list[str | BadSample] = [""] * len(records)
         examples, kept = [], []
         for place, record in enumerate(records):
             try:
                 record = at_resolution(record, resolution)
                 examples.append(model.processor.encode(lay_out(record), record.images))
                 kept.append(place)
-            except BadSample:
-                continue
-        answers = [""] * len(records)
+            except BadSample as error:
+                answers[place] = error
         tokens = model.generate_tokens(
             examples,
             max_new_tokens=max_new_tokens,

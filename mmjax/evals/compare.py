@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_runs(names: Sequence[str], task: str | None = None) -> dict[str, Entries]:
     """Return run name -> its results of one task.
 
-    Raises MMJaxError for a run without results, a task that it lacks, or sizes that differ.
+    Raises MMJaxError for a run without results, a task that it lacks, or runs that were asked
+    otherwise: at other sizes, other questions or examples, scored by other rules.
     """
     runs: dict[str, Entries] = {}
     for item in names:
@@ -76,7 +77,22 @@ def read_runs(names: Sequence[str], task: str | None = None) -> dict[str, Entrie
                 f"run {name!r} was asked at {', '.join(entries)} and {first!r} at "
                 f"{', '.join(runs[first])}; evaluate both with the same resolutions"
             )
+        for key, entry in entries.items():
+            _check_alike(first, runs[first][key], name, entry)
     return runs
+
+
+# What has to be alike before two accuracies are. Longest sides are those of the pictures.
+_ASKED = ("split", "scorer", "n", "shots", "text_shots", "longest_side")
+
+
+def _check_alike(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:
+    for what in _ASKED:
+        if ours.get(what) != theirs.get(what):
+            raise MMJaxError(
+                f"{what} is {ours.get(what)} in {first!r} and {theirs.get(what)} in {name!r}; "
+                "evaluate both with the same task"
+            )
 
 
 def write(out: str | os.PathLike, runs: Mapping[str, Entries], command: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mmjax.types import MMJaxError, Record
+from mmjax.types import BadSample, MMJaxError, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,17 @@ class Demonstrations:
         """Return a question with its examples before it, the drawn order kept."""
         size = len(self.source)
         among = np.random.default_rng(self.seed).permutation(size)[: max(self.pool, self.shots + 1)]
-        drawn = np.random.default_rng((self.seed, index)).permutation(among)[: self.shots + 1]
-        solved = [self.source[int(i)] for i in drawn]
-        own = record.meta.get("id")
-        others = [r for r in solved if own is None or r.meta.get("id") != own][: self.shots]
+        drawn = np.random.default_rng((self.seed, index)).permutation(among)
+        others = itertools.islice(self._others(drawn, record.meta.get("id")), self.shots)
         return join([*map(self._shown, others), record])
+
+    def _others(self, drawn: Sequence[int], own: str | None) -> Iterator[Record]:
+        """Yield records in the drawn order without the question's own, and what cannot be read."""
+        for i in drawn:
+            with contextlib.suppress(BadSample):
+                record = self.source[int(i)]
+                if own is None or record.meta.get("id") != own:
+                    yield record
 
     def _shown(self, record: Record) -> Record:
         if not self.text_only:

@@ -14,7 +14,12 @@ from typing import Any
 from mmjax.evals.charts import Point, Series, legend, line_chart
 from mmjax.evals.page import filters, page
 from mmjax.evals.pictures import data_uri
-from mmjax.evals.results import predictions_path, read_results, write_atomic
+from mmjax.evals.results import (
+    predictions_path,
+    read_results,
+    unreadable_note,
+    write_atomic,
+)
 from mmjax.monitor.writers import read_metrics
 
 _LOSS_POINTS = 160  # points of the loss curve: more than a screen can tell apart
@@ -141,7 +146,7 @@ def _table_row(name: str, at: str, e: Mapping, blind: Mapping, with_blind: bool,
     bar = f'<span class="meter" aria-hidden="true"><i style="width:{e["accuracy"]:.1%}"></i></span>'
     cells = [f'<td class="l">{escape(at)}</td>']
     cells += [f'<td class="main">{share(e["accuracy"])}{bar}</td>', f"<td>{interval}</td>"]
-    cells.append(f"<td>{e['correct']:,g} / {e['n']:,}</td>")
+    cells.append(f"<td>{e['correct']:,g} / {e['n']:,}{unreadable_note(e)}</td>")
     if with_blind:
         for kind in ("question_only", "majority"):
             cells.append(f"<td>{share(blind.get(kind, {}).get('accuracy'))}</td>")

@@ -29,6 +29,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def unreadable_note(entry: Mapping[str, Any]) -> str:
+    """Say how many questions of a result could not be asked and count as wrong; '' for none."""
+    return f", {entry['unreadable']:,} unreadable" if entry.get("unreadable") else ""
+
+
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share; (0, 1) where nothing was asked."""
     if n == 0:

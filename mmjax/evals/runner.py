@@ -21,6 +21,7 @@ from mmjax.evals.results import (
     merge_results,
     predictions_path,
     summarise,
+    unreadable_note,
     write_atomic,
 )
 from mmjax.evals.scorers import get_scorer
@@ -28,8 +29,9 @@ from mmjax.evals.tasks import Task, answers_of, ask, open_source, question_of, s
 from mmjax.monitor.terminal import track
 from mmjax.types import BadSample, MMJaxError, Record
 
-Generate = Callable[[Sequence[Record], int | None, int], list[str]]
-"""generate(records, resolution, max_new_tokens) -> one answer a record, in their order."""
+Generate = Callable[[Sequence[Record], int | None, int], list[str | BadSample]]
+"""generate(records, resolution, max_new_tokens) -> one answer a record, in their order, or why
+there is none."""
 
 
 def evaluate(
@@ -53,8 +55,10 @@ def evaluate(
     A kill loses the unfinished task alone: files change only when a task is complete.
     """
     names = [t.name for t in tasks]
-    if len(set(names)) != len(names):
-        raise MMJaxError(f"tasks need different names, got {', '.join(names)}")
+    if len({predictions_path("", name) for name in names}) != len(names):
+        raise MMJaxError(
+            f"tasks need different names, that make different files, got {', '.join(names)}"
+        )
     console = console or Console()
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
@@ -111,7 +115,7 @@ def _add_row(table: Table, task: str, key: str, e: dict, blind: dict, chance: fl
         key,
         f"[bold]{share(e['accuracy'])}[/]",
         f"{low * 100:.1f}-{high * 100:.1f}",
-        f"{e['correct']:g}/{e['n']}",
+        f"{e['correct']:g}/{e['n']}" + unreadable_note(e),
         share(blind.get("question_only", {}).get("accuracy")),
         share(chance),
     )
@@ -133,7 +137,7 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
         shared["step"] = step
     if task.train is not None and limit is None:
         train = open_source(task.train)
-        known = (train[i] for i in spread(len(train), task.train_limit))
+        known = _readable(train, spread(len(train), task.train_limit))
         shared["blind"] = blind_baselines(task, _readable(source, indices), known)
     chance = chance_level(task, _readable(source, indices[:1000]))
     if chance is not None:
@@ -204,8 +208,11 @@ def _ask_batch(
     if len(texts) != len(asked):
         raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")
     for (index, record), text in zip(records.items(), texts, strict=True):
-        value = score(text, answers_of(record), record.meta.get("choices", ()))
         row = _row(task, index, record, resolution)
+        if isinstance(text, BadSample):
+            rows[index] = row | {"error": str(text)}
+            continue
+        value = score(text, answers_of(record), record.meta.get("choices", ()))
         rows[index] = row | {"prediction": text, "score": value, "correct": value >= 0.5}
     return [rows[i] for i in batch]
 

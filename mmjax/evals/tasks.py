@@ -58,6 +58,10 @@ class Task:
                 f"task {self.name}: resolutions {self.resolutions} must be one or more different "
                 "longest sides (None for the full picture)"
             )
+        for name in ("limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MMJaxError(f"task {self.name}: {name} is {value}; give at least 1")
         if bool(self.shots or self.text_shots) != (self.demos is not None) or (
             self.shots and self.text_shots
         ):

@@ -79,6 +79,13 @@ def test_runs_that_cannot_be_compared_are_named(runs, tmp_path):
     other = write_run(tmp_path / "c", {24: 0.1})
     with pytest.raises(MMJaxError, match="run 'c' was asked at 24 and 'low' at 96, 48"):
         compare.read_runs([runs[0], other])
+    for what, value in (("n", 50), ("scorer", "vqa_accuracy"), ("shots", 4), ("longest_side", 80)):
+        folder = tmp_path / what
+        write_run(folder, {})
+        asked = {"digits": {k: entry(0.5, int(k)) | {what: value} for k in ("96", "48")}}
+        (folder / "results.json").write_text(json.dumps(asked))
+        with pytest.raises(MMJaxError, match=f"{what} is .* in 'low' and {value} in '{what}'"):
+            compare.read_runs([runs[0], str(folder)])
     two = write_run(tmp_path / "d", {24: 0.1}, more={})
     with pytest.raises(MMJaxError, match="several tasks, digits, more: give --task"):
         compare.read_runs([two])

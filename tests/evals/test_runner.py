@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import re
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mmjax.data.images import open_image
 from mmjax.evals import report, results, runner
+from mmjax.evals.answer import answerer
 from mmjax.evals.tasks import Task, make_task, multiple_choice, question_of, spread, vqa
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
@@ -103,15 +106,50 @@ def test_multiple_choice_chance_prompt_and_limit():
     assert asked == ["Which? A. x B. y Letter only."] * 4
 
 
-def test_an_unreadable_record_counts_as_wrong():
-    class Broken(list):
-        def __getitem__(self, i):
-            if i in (0, 40):
-                raise BadSample("corrupt_image", "x.png is cut off")
-            return record(0, "Q?", "red")
+class Broken(list):
+    """A source of numbered records, two of which cannot be read."""
 
-    found = run([vqa("t", Broken(range(50)))])["t"]["test"]
+    def __getitem__(self, i):
+        if i in (0, 40):
+            raise BadSample("corrupt_image", "x.png is cut off")
+        return record(i, "Q?", "red")
+
+
+def test_an_unreadable_record_counts_as_wrong():
+    """In training records and solved examples it is passed over."""
+    task = vqa("t", Broken(range(50)), train=Broken(range(3)), demos=Broken(range(3)), shots=2)
+    found = run([task])["t"]["test"]
     assert (found["n"], found["correct"], found["unreadable"]) == (50, 48, 2)
+    assert found["blind"]["majority"]["correct"] == 48
+
+
+def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
+    class Model:
+        class processor:
+            def encode(segments, images):
+                return {"picture": open_image(images[0])}
+
+            def decode(tokens):
+                return tokens
+
+        def generate_tokens(examples, **options):
+            return [" red "] * len(examples)
+
+    there, lost = record(0, "Q?", "red"), record(1, "Q?", "red")
+    lost = dataclasses.replace(lost, images=("/nowhere/a.png",))
+    generate = answerer(Model, template="fuyu_prompt", batch_size=2)
+    for resolutions in ((None,), (6,)):
+        task = vqa("t", [lost, there], resolutions=resolutions)
+        got = runner.evaluate([task], generate, workdir=tmp_path, progress=False)
+        (found,) = got["t"].values()
+        assert (found["n"], found["correct"], found["unreadable"]) == (2, 1, 1)
+        rows = report.read_predictions(results.predictions_path(tmp_path, "t"))
+        assert "/nowhere/a.png" in rows[0]["error"] and rows[0]["prediction"] == ""
+        assert "error" not in rows[1] and rows[1]["prediction"] == "red"
+    assert "1 / 2, 1 unreadable" in Path(report.report_workdir(tmp_path)).read_text()
+    console = Console(file=io.StringIO(), width=160)
+    console.print(runner.results_table(got))
+    assert "1/2, 1 unreadable" in console.file.getvalue()
 
 
 def test_stop_leaves_the_unfinished_task_out(tmp_path):
@@ -128,6 +166,10 @@ def test_task_settings_are_checked():
         make_task({"name": "t", "source": (), "score": "x"})
     with pytest.raises(MMJaxError, match="different names"):
         run([vqa("a", colours()), vqa("a", colours())])
+    with pytest.raises(MMJaxError, match="different files, got a b, a_b"):
+        run([vqa("a b", colours()), vqa("a_b", colours())])
+    with pytest.raises(MMJaxError, match="task t: limit is 0; give at least 1"):
+        vqa("t", colours(), limit=0)
     with pytest.raises(MMJaxError, match="holds no records"):
         run([vqa("a", [])])
 
