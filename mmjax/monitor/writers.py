@@ -114,7 +114,8 @@ class WandbWriter:
     """Report to Weights & Biases; a run that is continued goes on in the same W&B run.
 
     project: its name there. name: of the run. config: what the run was told. Steps are an axis of
-    their own, ``step``, because a restarted run reports some of them again.
+    their own, ``step``, because a restarted run reports some of them again. Whatever wandb raises
+    later on becomes an OSError: its own process may die under a run that goes on.
     """
 
     def __init__(self, folder: str | os.PathLike, project: str, name: str, config: Mapping):
@@ -137,7 +138,7 @@ class WandbWriter:
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({"step": int(step)} | {k: float(v) for k, v in values.items()})
+        self._log({"step": int(step)} | {k: float(v) for k, v in values.items()})
 
     def sample(self, step: int, name: str, fields: Mapping[str, str]) -> None:
         style = "<style>pre { white-space: pre-wrap }</style>"
@@ -145,13 +146,22 @@ class WandbWriter:
             f"<b>{html.escape(key)}</b><pre>{html.escape(value)}</pre>"
             for key, value in fields.items()
         )
-        self._run.log({"step": int(step), name: self._wandb.Html(style + "".join(shown))})
+        self._log({"step": int(step), name: self._wandb.Html(style + "".join(shown))})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._run.log({"step": int(step), name: self._wandb.Image(pixels)})
+        self._log({"step": int(step), name: self._wandb.Image(pixels)})
 
     def close(self) -> None:
-        self._run.finish()
+        self._call(self._run.finish)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self._call(self._run.log, row)
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:  # of many kinds, bare ones among them
+            raise OSError(f"W&B: {error}") from error
 
 
 class MultiWriter:

@@ -117,6 +117,21 @@ def test_all_places_get_the_same_names(tmp_path, monkeypatch):
     assert json.loads(rows[0]) == told[0] and len(rows) == 2
 
 
+def test_a_dead_wandb_ends_no_run(tmp_path, monkeypatch):
+    def dead(*_):
+        raise Exception("the backend has shut down")
+
+    run = types.SimpleNamespace(log=dead, define_metric=lambda *a, **k: None, finish=dead)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    writer, told = writers.make_writer(tmp_path, tensorboard=False, wandb="lab"), []
+    writer.warn = told.append
+    for step in (1, 2):
+        writer.scalars(step, {"train/loss": 0.5})
+    writer.close()
+    assert len(told) == 1 and "W&B: the backend has shut down. Training goes on" in told[0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_wandb_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MMJaxError, match=r"log.wandb is 'lab'.*mmjax\[wandb\]"):
