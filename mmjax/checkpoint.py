@@ -143,7 +143,7 @@ class Checkpoints:
             try:
                 got = self._manager.load_checkpointables(step, want)
             except (ValueError, KeyError) as error:
-                problem, cause = str(error), error
+                problem, cause = _told(error), error
         if problem:
             raise MMJaxError(
                 f"checkpoint {self.directory}/{step} does not fit this config: {problem}. Continue "
@@ -219,6 +219,16 @@ def _disk_trouble(error: BaseException | None) -> str | None:
             return os.strerror(error.errno)
         error = error.__cause__ or error.__context__
     return None
+
+
+def _told(error: BaseException) -> str:
+    """Return what we ourselves said where Orbax wraps it, as of the data iterator, else all."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MMJaxError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
 
 
 def _misfit(held: Mapping[str, Any], want: Mapping[str, Any]) -> str:

@@ -146,6 +146,29 @@ def test_another_optimizer_is_a_clear_error(saved):
         checkpoints.close()
 
 
+class Refusing:
+    """A data iterator that was made with other options."""
+
+    async def save(self, directory):
+        raise NotImplementedError
+
+    async def load(self, directory):
+        async def read():
+            raise MMJaxError("shape was [2, 8] and is [4, 8]")
+
+        return read()
+
+
+def test_what_the_data_iterator_says_is_what_is_told(saved):
+    with use() as mesh:
+        abstract, _ = build(mesh)
+        checkpoints = opened(saved[0])
+        says = r"does not fit this config: shape was \[2, 8\] and is \[4, 8\]\. Continue with"
+        with pytest.raises(MMJaxError, match=says):
+            checkpoints.restore(abstract, Refusing())
+        checkpoints.close()
+
+
 def test_what_a_killed_save_left_behind_is_ignored(saved, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(saved[0], workdir)
