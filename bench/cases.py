@@ -92,6 +92,7 @@ class BunnySize(TowerSize):
 SIZES = {"flamingo": FlamingoSize, "bunny": BunnySize}
 """The suites whose models are no Fuyus."""
 
+UNROLLED = "scan_unroll of all layers"
 TINY = Size(vocab=512, d=64, layers=2, heads=4, mlp=128, patch=8)
 
 
@@ -146,6 +147,7 @@ def train_cases(quick: bool, device: str) -> list[Case]:
                     size=TINY if quick else Size(),
                     # The second peer is told to compute no logits but the ones the loss needs.
                     peers=("sdpa", "sdpa, gathered logits") if loss == "answers" else ("sdpa",),
+                    impls=("",) if quick or loss != "answers" else ("", UNROLLED),
                     target=1.0 if loss == "answers" else None,
                 )
             )

@@ -55,7 +55,11 @@ def write_model(size: Size, folder: str) -> None:
 
 
 class Train:
-    """``mmjax.train.step`` as the training loop compiles it: AdamW, clipping, donation."""
+    """``mmjax.train.step`` as the training loop compiles it: AdamW, clipping, donation.
+
+    impl: ``cases.UNROLLED`` compiles all layers as one iteration of the scan, a setting that
+    recipes have at 1.
+    """
 
     def __init__(self, case: Case, folder: str, impl: str):
         import jax
@@ -70,6 +74,8 @@ class Train:
         settings = optim.OptimSettings(schedule="constant", warmup=0, **self.optimizer())
         self.jax, self.use = jax, use
         loaded = mmjax.load(folder)
+        if impl == cases.UNROLLED:
+            loaded.model.decoder.scan_unroll = case.size.layers
         self.mesh = loaded.mesh
         with use(self.mesh):
             names = self.trained(list(paths.flatten(nnx.state(loaded.model))))

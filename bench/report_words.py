@@ -50,8 +50,9 @@ SUITES = {
         '`attn_implementation="sdpa"` and the faster of fused and foreach AdamW, float32, dropout '
         "0. Three quarters of a row are image patches. *Loss on answers*: the peer gets labels "
         "-100 elsewhere; *gathered logits* is the peer told to compute only the logits that the "
-        "loss needs. Parity: largest relative difference of losses and gradient norms over four "
-        "optimizer steps (bound {bound:g}). Units are tokens.",
+        "loss needs. *scan_unroll of all layers* is ours with that setting. Parity: largest "
+        "relative difference of losses and gradient norms over four optimizer steps (bound "
+        "{bound:g}). Units are tokens.",
     ),
     "decode": (
         "Generation",

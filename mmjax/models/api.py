@@ -45,7 +45,10 @@ class Config(Protocol):
 
 
 class Model(Protocol):
-    """An NNX module built as ``Model(config, rngs=, dtypes=, lora=, remat=, attention=)``."""
+    """An NNX module, built as ``Model(config, rngs=, dtypes=, lora=, **run)``.
+
+    run: ``remat``, ``scan_unroll`` and ``attention``, see ``mmjax.train.settings.ModelSettings``.
+    """
 
     config: Config
 

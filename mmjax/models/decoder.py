@@ -120,10 +120,12 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         lora: LoRA | None = None,
         remat: str = "names",
+        scan_unroll: int = 1,
         attention: str = "auto",
     ):
         c = self.config = config
-        self.remat, self.attention, self.dtypes = remat, attention, dtypes
+        self.remat, self.scan_unroll = remat, scan_unroll
+        self.attention, self.dtypes = attention, dtypes
         self.dropout = c.embedding_dropout
         shared = dict(dtypes=dtypes, init_std=c.init_std, rngs=rngs)
         self.embed = Embed(c.vocab_size, c.d_model, **shared)
@@ -187,6 +189,7 @@ class Decoder(nnx.Module):
                 lambda m, x, i: m(x, context, i),
                 x,
                 remat=self.remat,
+                unroll=self.scan_unroll,
                 last=(lambda m, x, i: m(x, context, i, at=at)) if trim else None,
                 between=between,
             )

@@ -107,10 +107,11 @@ class ViT(nnx.Module):
         dtypes: DTypes = DTypes(),  # noqa: B008
         lora: LoRA | None = None,
         remat: str = "names",
+        scan_unroll: int = 1,
         attention: str = "auto",
     ):
         c = self.config = config
-        self.remat, self.attention = remat, attention
+        self.remat, self.scan_unroll, self.attention = remat, scan_unroll, attention
         shared = dict(dtypes=dtypes, lora=lora, rngs=rngs)
         # Not flat: a convolution's kernel lies channels first, and is read through a view.
         pixels = (c.patch_size, c.patch_size, c.num_channels)
@@ -155,6 +156,7 @@ class ViT(nnx.Module):
             lambda layer, x, i: layer(x, context, i),
             constrain(x, "batch", "length", "embed"),
             remat=self.remat,
+            unroll=self.scan_unroll,
         )
         if c.class_token:
             x = x[:, 1:]

@@ -62,12 +62,15 @@ def scan(
     carry,
     *,
     remat: str = "off",
+    unroll: int = 1,
     last: Callable | None = None,
     between: Between | None = None,
 ):
     """Run ``carry = step(layer, carry, index)`` over stacked layers.
 
     The carry may hold the stacked cache: as scan inputs and outputs it would be copied each step.
+    unroll: iterations of the scan that are compiled as one, of which XLA may overlap the ends;
+    compilation takes as many times longer.
     last: runs in place of ``step`` on the last layer, and may return a carry of another shape. The
     weights of the layers before it are copied then. between: blocks among the layers; the scan
     then goes over groups of ``every`` layers and a block.
@@ -114,11 +117,11 @@ def scan(
     xs = (jnp.arange(groups), grouped, block_state)
     cut_last = last is not None and not rest
     if not cut_last:
-        carry = jax.lax.scan(group(step), carry, xs)[0]
+        carry = jax.lax.scan(group(step), carry, xs, unroll=unroll)[0]
     else:
         if groups > 1:
             head = jax.tree.map(lambda x: x[:-1], xs)
-            carry = jax.lax.scan(group(step), carry, head)[0]
+            carry = jax.lax.scan(group(step), carry, head, unroll=unroll)[0]
         carry = group(last)(carry, jax.tree.map(lambda x: x[-1], xs))[0]
     for i in range(groups * every, count):
         which = last if last is not None and i == count - 1 else step

@@ -164,11 +164,14 @@ def maker(
     for key, known in choices.items():
         if (name := getattr(settings, key)) not in known:
             raise MMJaxError(f"model.{key} is {name!r}; choose one of {', '.join(known)}")
+    if settings.scan_unroll < 1:
+        raise MMJaxError(f"model.scan_unroll is {settings.scan_unroll}; it must be 1 or more")
     check_attention(settings)
     config = with_dropout(config, settings)
 
     def make(dtypes: DTypes, adapter: LoRA | None = None) -> nnx.Module:
-        run = dict(remat=settings.remat, attention=settings.attention)
+        names = ("remat", "scan_unroll", "attention")
+        run = {name: getattr(settings, name) for name in names}
         return family.Model(config, rngs=nnx.Rngs(seed), dtypes=dtypes, lora=adapter, **run)
 
     def names_of(made: Callable[[], nnx.Module]) -> list[str]:

@@ -30,9 +30,11 @@ class ModelSettings:
     in 8 or 4.5 bits a weight (see ``mmjax.nn.int8`` and ``nf4``) and all else in bfloat16. dtype:
     of the computation.
     processor: settings that replace those of the folder, such as ``max_height``.
-    remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. attention: which implementation
-    runs, a name in ``mmjax.ops.attention.IMPLEMENTATIONS``: auto, or one for all calls (``cudnn``
-    cannot do a decoder's in training, ``mosaic`` is for Hopper GPUs and jax 0.11 or newer).
+    remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. scan_unroll: layers that one
+    iteration of the scan over them does; XLA may then overlap the end of one with the start of the
+    next, and compiles as many times longer. attention: which implementation runs, a name in
+    ``mmjax.ops.attention.IMPLEMENTATIONS``: auto, or one for all calls (``cudnn`` cannot do a
+    decoder's in training, ``mosaic`` is for Hopper GPUs and jax 0.11 or newer).
     residual_dropout, embedding_dropout: shares of what attention and MLP add to the stream, and of
     the embedded stream, that the decoder drops in training; None for what config.json says.
     """
@@ -49,6 +51,7 @@ class ModelSettings:
     frozen_dtype: str = "bfloat16"
     dtype: str = "bfloat16"
     remat: str = "names"
+    scan_unroll: int = 1
     attention: str = "auto"
     residual_dropout: float | None = None
     embedding_dropout: float | None = None

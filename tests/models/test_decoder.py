@@ -131,21 +131,23 @@ def test_the_named_implementation_of_attention_runs():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_remat_changes_neither_values_nor_gradients():
+def test_remat_and_unrolling_change_neither_values_nor_gradients():
     x = stream()
 
-    def gradients(remat):
-        graphdef, params = decoder(remat=remat)
+    def gradients(remat, unroll):
+        graphdef, params = decoder(remat=remat, scan_unroll=unroll)
 
         def loss(params):
             return jnp.sum(nnx.merge(graphdef, params)(x, POSITIONS)[0] ** 2)
 
-        value, grads = jax.jit(jax.value_and_grad(loss))(params)
+        traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+        assert f"unroll={unroll}\n" in str(traced.jaxpr)
+        value, grads = traced.lower().compile()(params)
         return value, paths.flatten(grads)
 
-    want, want_grads = gradients("off")
-    for policy in ("names", "full"):
-        got, grads = gradients(policy)
+    want, want_grads = gradients("off", 1)
+    for policy, unroll in (("names", 2), ("full", 1)):
+        got, grads = gradients(policy, unroll)
         np.testing.assert_allclose(got, want, rtol=1e-6)
         for name, grad in want_grads.items():
             scale = float(jnp.abs(grad).max())

@@ -127,6 +127,7 @@ def test_frozen_parameters_of_a_random_start_have_their_own_dtype():
         (dict(attention="cudnn"), {}, ['model.attention is "cudnn"', "needs a CUDA GPU", '"auto"']),
         (dict(residual_dropout=1.0), {}, ["model.residual_dropout is 1.0", "below 1"]),
         (dict(remat="most"), {}, ["model.remat is 'most'", "names"]),
+        (dict(scan_unroll=0), {}, ["model.scan_unroll is 0", "1 or more"]),
         ({}, dict(rank=2, targets=("attn.z",)), ["'attn.z'", "attn.q", "mlp.up"]),
     ],
 )

@@ -30,11 +30,12 @@ class Bunny(CausalModel):
         dtypes: DTypes = DTypes(),  # noqa: B008
         lora: LoRA | None = None,
         remat: str = "names",
+        scan_unroll: int = 1,
         attention: str = "auto",
     ):
         self.config = config
         shared = dict(dtypes=dtypes, lora=lora, rngs=rngs)
-        run = dict(remat=remat, attention=attention)
+        run = dict(remat=remat, scan_unroll=scan_unroll, attention=attention)
         self.vision = ViT(config.vision, **shared, **run)
         self.projector = Projector(config.projector, **shared)
         self.decoder = Decoder(config.decoder, **shared, **run)

@@ -74,10 +74,12 @@ class Flamingo(nnx.Module):
         dtypes: DTypes = DTypes(),  # noqa: B008
         lora: LoRA | None = None,
         remat: str = "names",
+        scan_unroll: int = 1,
         attention: str = "auto",
     ):
         c = self.config = config
-        shared = dict(dtypes=dtypes, lora=lora, remat=remat, attention=attention, rngs=rngs)
+        run = dict(remat=remat, scan_unroll=scan_unroll, attention=attention)
+        shared = dict(dtypes=dtypes, lora=lora, rngs=rngs, **run)
         self.vision = ViT(c.vision, **shared)
         self.perceiver = Perceiver(c.perceiver, **shared)
         self.cross = stack(partial(_make_block, c, dtypes, lora, attention), c.num_cross, rngs)

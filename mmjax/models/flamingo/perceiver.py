@@ -83,10 +83,11 @@ class Perceiver(nnx.Module):
         dtypes: DTypes = DTypes(),  # noqa: B008
         lora: LoRA | None = None,
         remat: str = "names",
+        scan_unroll: int = 1,
         attention: str = "auto",
     ):
         c = self.config = config
-        self.remat, self.dtype = remat, dtypes.compute
+        self.remat, self.scan_unroll, self.dtype = remat, scan_unroll, dtypes.compute
 
         def table(*shape: int) -> nnx.Param:
             value = jax.random.normal(rngs.params(), (*shape, c.d_model), jnp.dtype(dtypes.param))
@@ -126,6 +127,7 @@ class Perceiver(nnx.Module):
             lambda layer, x, _: layer(x, media),
             constrain(latents, "batch", None, "embed"),
             remat=self.remat,
+            unroll=self.scan_unroll,
         )
         return self.final_norm(latents).reshape(b, m, c.num_latents, d)
 

@@ -161,10 +161,11 @@ class Fuyu(CausalModel):
         dtypes: DTypes = DTypes(),  # noqa: B008
         lora: LoRA | None = None,
         remat: str = "names",
+        scan_unroll: int = 1,
         attention: str = "auto",
     ):
         self.config = config
-        run = dict(remat=remat, attention=attention)
+        run = dict(remat=remat, scan_unroll=scan_unroll, attention=attention)
         self.decoder = Decoder(config.decoder, dtypes=dtypes, rngs=rngs, lora=lora, **run)
         self.patch_embed = Linear(
             (config.patch_dim,),
