@@ -136,11 +136,16 @@ def _forward_kernel(x, own, sums, keys, values, staging, *, tile, groups, scale)
             acc, m, total = carry
             slot = parts.slot_of(tile, j - bounds[0])
             plgpu.barrier_wait(keys.loaded.at[slot])
-            score = parts.product(mine.q, k_slots.at[slot].T) * (scale * parts.LOG2E)
+            raw = parts.product(mine.q, k_slots.at[slot].T)
             plgpu.barrier_arrive(keys.freed.at[slot])
+            score = raw * (scale * parts.LOG2E)
             ranges = (start, end) if masked else None
             score = parts.masked(score, i0, j * tile.walk, slope, ranges, 0)
-            m_new = jnp.maximum(m, score.max(1))
+            if masked or slope is not None or scale < 0:
+                top = score.max(1)
+            else:  # the factor is then applied within p alone, where it costs nothing (an FMA)
+                top = raw.max(1) * (scale * parts.LOG2E)
+            m_new = jnp.maximum(m, top)
             finite = jnp.where(m_new == -jnp.inf, 0.0, m_new)
             p = jnp.exp2(score - parts.over(finite, score.shape, 0))
             keep = jnp.exp2(m - finite)

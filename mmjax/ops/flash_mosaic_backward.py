@@ -162,15 +162,18 @@ def _dkv_kernel(x, own, queries, staging, *, tile, groups, scale):
             slot = parts.slot_of(tile, g * count + i - first)
             plgpu.barrier_wait(queries.loaded.at[slot])
             q, grad, *rows = (slots.at[slot] for slots in queries.slots)
-            start, end, lse, delta = (plgpu.load(ref, layout=parts.vector(1)) for ref in rows)
+            # Each is read where it is used: a thread holds a quarter of a vector along this axis.
+            start, end, lse, delta = (
+                functools.partial(plgpu.load, ref, layout=parts.vector(1)) for ref in rows
+            )
             score = parts.product(mine.k, q.T) * (scale * parts.LOG2E)
             slope = None if x.slopes is None else x.slopes[kv_head * groups + g]
-            ranges = (start, end) if masked else None
+            ranges = (start(), end()) if masked else None
             score = parts.masked(score, i * tile.walk, j0, slope, ranges, 1)
-            p = jnp.exp2(score - parts.over(lse, score.shape, 1))
+            p = jnp.exp2(score - parts.over(lse(), score.shape, 1))
             plgpu.wgmma(dv, parts.left(p.astype(q.dtype), stage), grad)
             dp = parts.product(mine.v, grad.T)
-            ds = p * (dp - parts.over(delta, score.shape, 1))
+            ds = p * (dp - parts.over(delta(), score.shape, 1))
             plgpu.wgmma(dk, parts.left(ds.astype(q.dtype), stage), q)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(queries.freed.at[slot])

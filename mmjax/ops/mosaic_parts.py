@@ -21,7 +21,7 @@ LOG2E = math.log2(math.e)  # exp2 is one instruction on a GPU, exp is two
 TILE_ROWS = 8
 """A swizzled tile of shared memory: TMA takes arrays of whole ones."""
 GRID, WARPGROUP = ("block", "head", "row"), "warpgroup"
-LOADER_REGISTERS = 40
+LOADER_REGISTERS = 24
 REGISTERS = 65536 // 128  # of a multiprocessor, for each thread of a warpgroup
 
 
@@ -133,7 +133,7 @@ def share(tile: Tile, load, compute):
 
     @pl.when(warpgroup < tile.warpgroups)
     def _():
-        most = min(232, (REGISTERS - LOADER_REGISTERS) // tile.warpgroups // 8 * 8)
+        most = min(240, (REGISTERS - LOADER_REGISTERS) // tile.warpgroups // 8 * 8)
         plgpu.set_max_registers(most, action="increase")
         compute(warpgroup)
 
