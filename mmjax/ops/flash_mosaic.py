@@ -110,13 +110,13 @@ def _forward(q, k, v, start, end, slopes, tile, scale, interpret):
         staging=parts.staging(tile, q.dtype, interpret),
     )
     kernel = functools.partial(_forward_kernel, tile=tile, groups=n // kv, scale=scale)
-    grid = (pl.cdiv(t, tile.program), n, b)
+    grid = (b, n, pl.cdiv(t, tile.program))
     out, lse = parts.call(kernel, "flash_forward", grid, tile, interpret, inputs, outputs, scratch)
     return out, lse[:, :, :t]
 
 
 def _forward_kernel(x, own, sums, keys, values, staging, *, tile, groups, scale):
-    block, head, row, bounds = parts.program(x.bounds)
+    row, head, block, bounds = parts.program(x.bounds, last_first=True)
 
     def load():
         kv_head = lax.div(head, jnp.int32(groups))

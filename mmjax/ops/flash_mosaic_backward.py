@@ -68,7 +68,7 @@ def _dq(rows, arrays, scale, interpret):
     inputs = _inputs(rows, arrays, bounds, tile.program)
     outputs = dict(dq=jax.ShapeDtypeStruct(q.shape, q.dtype))
     kernel = functools.partial(_dq_kernel, tile=tile, groups=n // kv, scale=scale)
-    grid = (pl.cdiv(t, tile.program), n, b)
+    grid = (b, n, pl.cdiv(t, tile.program))
     return parts.call(kernel, "flash_dq", grid, tile, interpret, inputs, outputs, scratch)[0]
 
 
@@ -89,12 +89,12 @@ def _dkv(rows, arrays, scale, interpret):
     inputs = _inputs(rows, arrays, blocks.query_bounds(*cut, key_blocks), tile.walk)
     outputs = {key: jax.ShapeDtypeStruct(k.shape, k.dtype) for key in ("dk", "dv")}
     kernel = functools.partial(_dkv_kernel, tile=tile, groups=n // kv, scale=scale)
-    grid = (key_blocks, kv, b)
+    grid = (b, kv, key_blocks)
     return parts.call(kernel, "flash_dkv", grid, tile, interpret, inputs, outputs, scratch)
 
 
 def _dq_kernel(x, own, keys, values, staging, *, tile, groups, scale):
-    block, head, row, bounds = parts.program(x.bounds)
+    row, head, block, bounds = parts.program(x.bounds, last_first=True)
 
     def load():
         kv_head = lax.div(head, jnp.int32(groups))
@@ -138,7 +138,7 @@ def _dq_kernel(x, own, keys, values, staging, *, tile, groups, scale):
 
 
 def _dkv_kernel(x, own, queries, staging, *, tile, groups, scale):
-    block, kv_head, row, bounds = parts.program(x.bounds)
+    row, kv_head, block, bounds = parts.program(x.bounds, last_first=False)
     first, count = bounds[0], bounds[3] - bounds[0]
 
     def load():

@@ -20,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2E = math.log2(math.e)  # exp2 is one instruction on a GPU, exp is two
 TILE_ROWS = 8
 """A swizzled tile of shared memory: TMA takes arrays of whole ones."""
-GRID, WARPGROUP = ("block", "head", "row"), "warpgroup"
+# The blocks of a head run side by side: what they all walk over is then read from memory once.
+GRID, WARPGROUP = ("row", "head", "block"), "warpgroup"
 LOADER_REGISTERS = 24
 REGISTERS = 65536 // 128  # of a multiprocessor, for each thread of a warpgroup
 
@@ -121,10 +122,15 @@ def call(kernel, name, grid, tile, interpret, inputs, outputs, scratch):
     )(*given.values())
 
 
-def program(bounds) -> tuple:
-    """Return a program's (block, head, row) and its bounds, as ``mmjax.ops.blocks`` orders them."""
-    block, head, row = (lax.axis_index(name) for name in GRID)
-    return block, head, row, tuple(bounds[row, block, at] for at in range(4))
+def program(bounds, last_first: bool) -> tuple:
+    """Return a program's (row, head, block) and its bounds, as ``mmjax.ops.blocks`` orders them.
+
+    last_first: start with the last block, the longest walk of causal queries; the short ones then
+    fill up what is left of the GPU at the end.
+    """
+    row, head, block = (lax.axis_index(name) for name in GRID)
+    block = bounds.shape[1] - 1 - block if last_first else block
+    return row, head, block, tuple(bounds[row, block, at] for at in range(4))
 
 
 def share(tile: Tile, load, compute):
