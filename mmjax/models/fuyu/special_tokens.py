@@ -21,9 +21,9 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
         "eos_token_id": "|ENDOFTEXT|",
     }
     ids = {key: token_id(tokenizer, name) for key, name in names.items()}
-    for key, fallback in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
+    for key in ("bos_token_id", "eos_token_id"):
         if ids[key] is None:
-            ids[key] = getattr(tokenizer, fallback)
+            ids[key] = getattr(tokenizer, key)
     missing = [names[key] for key, value in ids.items() if value is None]
     if missing:
         raise MMJaxError(
