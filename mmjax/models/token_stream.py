@@ -5,7 +5,7 @@ numpy only: processors are built on this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,28 @@ def check_targets(segments: Sequence[Segment], loss: np.ndarray) -> None:
     """Raise BadSample ``empty_answer`` where something is supervised and no token is a target."""
     if any(s.loss for s in segments) and not loss.any():
         raise BadSample("empty_answer", "no token lies inside the supervised text")
+
+
+def check_ends(
+    segments: Sequence[Segment],
+    tokens: np.ndarray,
+    loss: np.ndarray,
+    ends: Mapping[str, int | None],
+) -> None:
+    """Refuse a supervised text that itself holds a token which ends an answer.
+
+    A model would learn to stop there, and to go on. ends: special segment -> its id. Raises
+    BadSample ``end_mark``.
+    """
+    own = sum(s.loss and s.kind == "special" and s.value in ends for s in segments)
+    ids = [i for i in ends.values() if i is not None]
+    found = np.isin(tokens[loss], ids).sum()
+    if found > own:
+        raise BadSample(
+            "end_mark",
+            f"an answer itself holds a token that ends it (id {' or '.join(map(str, ids))}); take "
+            "it out of the record",
+        )
 
 
 def check_length(length: int, limit: int | None) -> None:

@@ -30,6 +30,7 @@ from mmjax.models.processor import FolderProcessor
 from mmjax.models.token_stream import (
     TokenStream,
     check_answers,
+    check_ends,
     check_length,
     check_targets,
     image_order,
@@ -117,8 +118,8 @@ class FlamingoProcessor(FolderProcessor):
 
         Special segments: ``bos`` is what the tokenizer begins with, maybe nothing, ``eoc``,
         ``answer``, ``eos``, and ``cut``, behind which the tokenizer starts anew. Raises BadSample:
-        empty_answer, too_long (before any pixel is read), image_mismatch, frame_count, and those of
-        ``open_image``.
+        empty_answer, end_mark, too_long (before any pixel is read), image_mismatch, frame_count,
+        and those of ``open_image``.
         """
         check_answers(segments)
         order = image_order(segments, len(images))
@@ -132,6 +133,8 @@ class FlamingoProcessor(FolderProcessor):
             )
         check_length(len(tokens), max_tokens)
         check_targets(segments, loss)
+        ends = {"eoc": self.config.eoc_token_id, "eos": self.config.eos_token_id}
+        check_ends(segments, tokens, loss, ends)
         mode = self.config.attend_mode
         if mode == "random":  # a coin of the sample's own, the same whenever it is met
             mode = ("previous", "next")[zlib.crc32(tokens.tobytes()) & 1]

@@ -37,6 +37,7 @@ from mmjax.models.processor import FolderProcessor
 from mmjax.models.token_stream import (
     TokenStream,
     check_answers,
+    check_ends,
     check_targets,
     make_example,
     token_array,
@@ -129,8 +130,8 @@ class FuyuProcessor(FolderProcessor):
     ) -> Example:
         """Encode segments into an Example; neighbouring text segments are tokenised as one text.
 
-        Raises BadSample: empty_answer, too_long (before any pixel is read), image_mismatch,
-        bad_coordinates, and those of ``open_image``.
+        Raises BadSample: empty_answer, end_mark, too_long (before any pixel is read),
+        image_mismatch, bad_coordinates, and those of ``open_image``.
         """
         check_answers(segments, bare_end=True)
         plans = [plan_image(image, self.config) for image in images]
@@ -146,9 +147,9 @@ class FuyuProcessor(FolderProcessor):
             raise BadSample(
                 "too_long", too_long(plans, len(tokens), max_tokens, self.config.patch_size)
             )
-        example = make_example(tokens, loss, visual, self._patches(plans))
         check_targets(segments, loss)
-        return example
+        check_ends(segments, tokens, loss, {"eos": self.config.eos_token_id})
+        return make_example(tokens, loss, visual, self._patches(plans))
 
     def encode_prompt(
         self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()

@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.tokenize import encode_text, load_tokenizer, supervised_tokens, table_rows
+from mmjax.data.tokenize import load_tokenizer, table_rows
 from mmjax.data.tokenizers_small import build_word_tokenizer
-from mmjax.models.token_stream import make_example, token_array
+from mmjax.models.token_stream import (
+    TokenStream,
+    check_ends,
+    check_length,
+    make_example,
+    token_array,
+)
 from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 
 
@@ -64,40 +70,25 @@ class LanguageProcessor:
         *,
         max_tokens: int | None = None,
     ) -> Example:
-        """Encode text segments; raises BadSample for images, and for more than max_tokens.
+        """Encode text segments; raises BadSample: image_count, too_long, end_mark.
 
         Text runs between special tokens are tokenised whole; ``answer`` marks stand for nothing.
         """
         if images or any(s.kind == "image" for s in segments):
             raise BadSample("image_count", f"{len(images)} image(s) for a model of text alone")
         tokenizer = self._needed()
-        ids, loss, run = [], [], []
-
-        def flush() -> None:
-            text = "".join(piece for piece, _ in run)
-            some, spans = encode_text(tokenizer, text)
-            ids.append(some)
-            loss.append(supervised_tokens(spans, run))
-            run.clear()
-
+        marks = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+        stream = TokenStream(tokenizer)
         for segment in segments:
             if segment.kind == "text":
-                run.append((str(segment.value), segment.loss))
+                stream.text(str(segment.value), segment.loss)
                 continue
-            flush()
-            token = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}.get(
-                str(segment.value)
-            )
-            if token is not None:
-                ids.append(np.array([token], np.int32))
-                loss.append(np.array([segment.loss]))
-        flush()
-        tokens = np.concatenate(ids)
-        if max_tokens is not None and len(tokens) > max_tokens:
-            raise BadSample(
-                "too_long", f"{len(tokens)} tokens, and a row holds {max_tokens}; raise seq_len"
-            )
-        return _example(tokens, np.concatenate(loss))
+            token = marks.get(str(segment.value))
+            stream.add([] if token is None else [token], segment.loss)
+        tokens, loss, _ = stream.arrays()
+        check_length(len(tokens), max_tokens)
+        check_ends(segments, tokens, loss, {"eos": marks["eos"]})
+        return _example(tokens, loss)
 
     def encode_prompt(
         self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()
@@ -130,4 +121,4 @@ class LanguageProcessor:
 
 def _example(tokens: np.ndarray, loss_mask: np.ndarray) -> Example:
     visual = np.full(len(tokens), -1, np.int32)
-    return make_example(tokens, loss_mask.astype(bool), visual, np.zeros((0, 1), np.uint8))
+    return make_example(tokens, loss_mask, visual, np.zeros((0, 1), np.uint8))

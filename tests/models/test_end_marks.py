@@ -1,0 +1,45 @@
+"""Tokens of the stream that a record's own text holds: an answer with an end mark is refused."""
+
+import numpy as np
+import pytest
+
+from mmjax.data.templates import get_template
+from mmjax.data.tokenizers_small import build_word_tokenizer
+from mmjax.models.flamingo.processor import FlamingoProcessor, ProcessorConfig
+from mmjax.models.fuyu.processor import FuyuProcessor
+from mmjax.models.language.processor import LanguageProcessor
+from mmjax.types import BadSample, Message, Record
+
+WORDS = ["what is it red User: Assistant: GPT:"]
+EOS, EOC = "|ENDOFTEXT|", "<|endofchunk|>"
+FUYU, LANGUAGE = (
+    kind(tokenizer=build_word_tokenizer(WORDS)) for kind in (FuyuProcessor, LanguageProcessor)
+)
+FLAMINGO = FlamingoProcessor(
+    ProcessorConfig(image_size=8, answer_token=True), build_word_tokenizer(WORDS)
+)
+
+
+@pytest.mark.parametrize(
+    "processor, template, ends, learnt",
+    [
+        (FUYU, "fuyu_chat", [EOS], [EOS]),
+        (FLAMINGO, "otter_chat", [EOS, EOC], [EOC]),
+        (FLAMINGO, "laion_caption", [EOS, EOC], [EOC, EOS]),
+        (LANGUAGE, "plain", [EOS], [EOS]),
+    ],
+)
+def test_an_answer_that_holds_an_end_mark_is_a_bad_sample(processor, template, ends, learnt):
+    def encode(question, answer):
+        images = () if processor is LANGUAGE else (np.zeros((8, 8, 3), np.uint8),)
+        turns = (Message("user", question), Message("assistant", answer))
+        return processor.encode(get_template(template)(Record(turns, images)), images)
+
+    for question in ("what is it", *(f"what {end} is it" for end in ends)):
+        example = encode(question, "red")  # nothing is learnt from a question
+        targets = processor.tokenizer.convert_ids_to_tokens(example["tokens"][example["loss_mask"]])
+        assert [token for token in targets if token in ends] == learnt
+    for end in ends:
+        with pytest.raises(BadSample, match="an answer itself holds a token that ends it") as error:
+            encode("what is it", f"red {end} it")
+        assert error.value.reason == "end_mark"
