@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mmjax.config import nearest
 from mmjax.data.catalog import make_sources
 from mmjax.data.examples import LoadExample, RecordOptions, make_loader
 from mmjax.data.mixture import Mixture
@@ -160,10 +161,12 @@ def maker(
 ) -> tuple[Callable[[], nnx.Module], LoRA | None]:
     """Return the function that makes the model of a config, and the adapters it gets."""
     family = registry.family(settings.family)
+    floats = dict.fromkeys(("dtype", "param_dtype"), frozen_part.FLOATS)
     choices = dict(remat=REMAT, attention=IMPLEMENTATIONS, frozen_dtype=frozen_part.KINDS)
-    for key, known in choices.items():
+    for key, known in (choices | floats).items():
         if (name := getattr(settings, key)) not in known:
-            raise MMJaxError(f"model.{key} is {name!r}; choose one of {', '.join(known)}")
+            near = nearest(name, known)
+            raise MMJaxError(f"model.{key} is {name!r}{near}; choose one of {', '.join(known)}")
     if settings.scan_unroll < 1:
         raise MMJaxError(f"model.scan_unroll is {settings.scan_unroll}; it must be 1 or more")
     check_attention(settings)

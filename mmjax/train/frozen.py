@@ -15,7 +15,10 @@ from mmjax.nn.paths import flatten, map_named
 from mmjax.train.adapters import linear_maps
 from mmjax.types import MMJaxError
 
-KINDS = ("bfloat16", "float32", "float16", *quantized.KINDS)
+FLOATS = ("bfloat16", "float32", "float16")
+"""What ``model.dtype`` and ``model.param_dtype`` may be."""
+
+KINDS = (*FLOATS, *quantized.KINDS)
 """What ``model.frozen_dtype`` may be."""
 
 REST = "bfloat16"

@@ -203,13 +203,34 @@ class RunSettings:
 
 def check_numbers(settings: RunSettings) -> None:
     """Raise MMJaxError for numbers that cannot work, before anything is built."""
-    positive = {
-        "steps": settings.steps, "accumulate": settings.accumulate,
-        "loss_chunk": settings.loss_chunk, "data.batch_size": settings.data.batch_size,
-        "data.seq_len": settings.data.seq_len, "data.max_targets": settings.data.max_targets,
-        "log.every": settings.log.every, "checkpoint.every": settings.checkpoint.every,
-        "checkpoint.keep": settings.checkpoint.keep,
+    data, optim, asked = settings.data, settings.optim, settings.eval
+    least: dict[float, dict[str, float]] = {
+        1: {
+            "steps": settings.steps, "accumulate": settings.accumulate,
+            "loss_chunk": settings.loss_chunk, "data.batch_size": data.batch_size,
+            "data.seq_len": data.seq_len, "data.max_targets": data.max_targets,
+            "log.every": settings.log.every, "checkpoint.every": settings.checkpoint.every,
+            "checkpoint.keep": settings.checkpoint.keep, "eval.limit": asked.limit,
+            "eval.batch_size": asked.batch_size,
+        },
+        0: {
+            "seed": settings.seed, "data.max_patches": data.max_patches,
+            "data.workers": data.workers, "data.streams": data.streams, "eval.every": asked.every,
+            "log.pictures": settings.log.pictures, "log.samples": settings.log.samples,
+            "bad_steps.limit": settings.bad_steps.limit,
+            "bad_steps.max_loss": settings.bad_steps.max_loss, "optim.lr": optim.lr,
+            "optim.warmup": optim.warmup, "optim.final_lr": optim.final_lr,
+            "optim.b1": optim.b1, "optim.b2": optim.b2, "optim.eps": optim.eps,
+            "optim.weight_decay": optim.weight_decay, "optim.clip_norm": optim.clip_norm,
+        },
     }  # fmt: skip
-    for name, value in positive.items():
-        if value < 1:
-            raise MMJaxError(f"config.{name} is {value}; it must be at least 1")
+    for bound, values in least.items():
+        for name, value in values.items():
+            if not value >= bound:  # which nan is not
+                raise MMJaxError(f"config.{name} is {value}; it must be at least {bound}")
+    for name in ("b1", "b2"):
+        if (value := getattr(optim, name)) >= 1:
+            raise MMJaxError(
+                f"config.optim.{name} is {value}; it is the share of a moment that stays in each "
+                "step, and must be below 1"
+            )

@@ -128,6 +128,8 @@ def test_frozen_parameters_of_a_random_start_have_their_own_dtype():
         (dict(residual_dropout=1.0), {}, ["model.residual_dropout is 1.0", "below 1"]),
         (dict(remat="most"), {}, ["model.remat is 'most'", "names"]),
         (dict(scan_unroll=0), {}, ["model.scan_unroll is 0", "1 or more"]),
+        (dict(dtype="flaot32"), {}, ["model.dtype is 'flaot32'; did you mean 'float32'"]),
+        (dict(param_dtype="fp16"), {}, ["model.param_dtype is 'fp16'", "bfloat16, float32"]),
         ({}, dict(rank=2, targets=("attn.z",)), ["'attn.z'", "attn.q", "mlp.up"]),
     ],
 )

@@ -1,0 +1,37 @@
+"""Numbers of a config that cannot work, and would train without a word."""
+
+import pytest
+
+from mmjax.config import to_dataclass
+from mmjax.train.settings import RunSettings, check_numbers
+from mmjax.types import MMJaxError
+
+
+@pytest.mark.parametrize(
+    "room, name, value, bound",
+    [
+        (None, "steps", 0, "at least 1"),
+        (None, "seed", -1, "at least 0"),
+        ("optim", "lr", -1e-5, "at least 0"),  # climbs
+        ("optim", "lr", float("nan"), "at least 0"),
+        ("optim", "clip_norm", -1.0, "at least 0"),  # turns every gradient round
+        ("optim", "warmup", -5.0, "at least 0"),
+        ("optim", "b1", 1.5, "below 1"),
+        ("optim", "b2", 1.0, "below 1"),
+        ("data", "workers", -1, "at least 0"),
+        ("eval", "batch_size", 0, "at least 1"),
+        ("eval", "limit", 0, "at least 1"),
+        ("bad_steps", "max_loss", -1.0, "at least 0"),
+    ],
+)
+def test_numbers_that_cannot_work_are_named(room, name, value, bound):
+    config = {name: value} if room is None else {room: {name: value}}
+    path = name if room is None else f"{room}.{name}"
+    with pytest.raises(MMJaxError, match=f"config.{path} is {value}; it .*must be {bound}"):
+        check_numbers(to_dataclass(RunSettings, config))
+
+
+def test_numbers_at_their_bounds_are_let_through():
+    optim = {"lr": 0.0, "warmup": 0, "clip_norm": 0.0, "b1": 0.0, "weight_decay": 0.0}
+    config = {"steps": 1, "optim": optim, "bad_steps": {"max_loss": float("inf")}}
+    check_numbers(to_dataclass(RunSettings, config))
