@@ -60,6 +60,11 @@ def parse_args(argv: Sequence[str]) -> tuple[Any, list[str]]:
     overrides, rest = split_overrides(argv[1:])
     try:
         positional = FLAGS([argv[0], *rest])
+    except flags.UnrecognizedFlagError as e:
+        raise MMJaxError(
+            f"{e}; a setting of the recipe is written --config.{e.flagname}=VALUE, and --help "
+            "behind a --config lists all of them"
+        ) from e
     except flags.Error as e:
         raise MMJaxError(str(e)) from e
     if FLAGS.config is None:

@@ -148,6 +148,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     assert code == 2 and err.startswith("error: unknown config key 'optim.lrr'; did you mean 'lr'?")
     code, _, err = run(f"--config={recipe}", "--workdirr=1")
     assert code == 2 and "Traceback" not in err and "workdir" in err
+    assert "is written --config.workdirr=VALUE" in err  # what people mean by --steps=5
     assert run()[0] == 2
 
 
