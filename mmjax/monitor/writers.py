@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,14 +120,7 @@ class WandbWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, project: str, name: str, config: Mapping):
-        try:
-            import wandb
-        except ImportError as error:
-            raise MMJaxError(
-                f"log.wandb is {project!r} and wandb is not installed: pip install 'mmjax[wandb]', "
-                "or set log.wandb=None"
-            ) from error
-        self._wandb = wandb
+        wandb = self._wandb = require_wandb(project)
         file = Path(folder) / "wandb_id"
         if not file.exists():
             file.write_text(secrets.token_hex(8))
@@ -162,6 +156,18 @@ class WandbWriter:
             function(*args)
         except Exception as error:  # of many kinds, bare ones among them
             raise OSError(f"W&B: {error}") from error
+
+
+def require_wandb(project: str) -> ModuleType:
+    """Return wandb; raises MMJaxError, which names the setting, where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise MMJaxError(
+            f"log.wandb is {project!r} and wandb is not installed: pip install 'mmjax[wandb]', or "
+            "set log.wandb=None"
+        ) from error
+    return wandb
 
 
 class MultiWriter:

@@ -12,6 +12,7 @@ from mmjax import runtime
 from mmjax.checkpoint import Checkpoints
 from mmjax.loading import LoadedModel
 from mmjax.monitor.profile import ProfileWindow
+from mmjax.monitor.writers import require_wandb
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import put_batch
 from mmjax.train import evaluation, lengths, optim, startup
@@ -39,13 +40,14 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     check_numbers(settings)
     profile = ProfileWindow(settings.log.profile, workdir / "profile")
-    workdir.mkdir(parents=True, exist_ok=True)
     runtime.enable_compilation_cache()
     mesh = make_mesh(settings.mesh)
     check_batch(mesh, settings.data.batch_size, settings.data.seq_len, settings.accumulate)
     lengths.check_lengths(settings.data, mesh)
     lead = jax.process_index() == 0
     with held(workdir) if lead else nullcontext(), use(mesh), StopFlag() as stop:
+        if lead and settings.log.wandb:
+            require_wandb(settings.log.wandb)
         design = make_design(settings, mesh)
         check_attention(settings.model, ranges=True)
         evaluation.check(settings)

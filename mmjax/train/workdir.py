@@ -23,9 +23,10 @@ def held(workdir: Path) -> Iterator[None]:
 
     Two runs would write the same checkpoints and delete what the other is writing. The lock is the
     system's: it is gone when the process is, however it ended. A file system without locks is not
-    guarded. Raises MMJaxError where another process has it.
+    guarded. Raises MMJaxError where another process has it, and for a folder that cannot be made
+    or written.
     """
-    with open(workdir / LOCK, "ab+", buffering=0) as file:
+    with _opened(workdir) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -41,6 +42,18 @@ def held(workdir: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
+
+
+def _opened(workdir: Path):
+    """Make the folder, and open its lock."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        return open(workdir / LOCK, "ab+", buffering=0)
+    except OSError as error:
+        raise MMJaxError(
+            f"--workdir {workdir} cannot be written: {error.strerror}; choose a folder that can, "
+            "or mend its path, rights or disk"
+        ) from error
 
 
 def write_config(settings: RunSettings, workdir: Path) -> None:

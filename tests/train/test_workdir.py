@@ -34,6 +34,13 @@ def test_a_workdir_that_another_process_runs_in_is_refused(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / workdir.LOCK).read_text()
 
 
+def test_a_workdir_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, says in (("file", "File exists"), ("file/run", "Not a directory")):
+        with pytest.raises(MMJaxError, match=f"--workdir .*{path} cannot be written: {says}"):
+            loop.run(RunSettings(), tmp_path / path)
+
+
 def test_the_config_is_written_whole(tmp_path):
     workdir.write_config(RunSettings(name="one"), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["name"] == "one"
