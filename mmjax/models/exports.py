@@ -63,39 +63,55 @@ def plan_export(
     kernels are a part; whole: write all the rest as well.
     """
     shapes = check(ckpt, abstract)
-    source: Reader = Canonical(ckpt.reader, ckpt.rules, shapes)
-    weights = ckpt.family.weights
+    source = Canonical(ckpt.reader, ckpt.rules, shapes)
     layout = choose_layout(ckpt.family, layout, adapter=adapter)
-    table = weights.rules(ckpt.config, layout)
     if adapter:
-        if ckpt.lora is None:
-            raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
-        tensors, about = peft.export_adapter(
-            table,
-            Subset(source, [name for name in shapes if is_lora(name)]),
-            rank=ckpt.lora.rank,
-            alpha=ckpt.lora.alpha,
-            rslora=ckpt.lora.rslora,
-            dropout=ckpt.lora.dropout,
-            rename=lambda key: weights.from_hub(key, layout),
-            task=getattr(weights, "ADAPTER_TASK", "CAUSAL_LM"),
-        )
-        files: dict[str, File] = {"adapter_config.json": about}
-        beside = partial_adapter(ckpt.family)
-        if beside is not None:
-            files["config.json"] = ckpt.config.to_hf()
-            files[beside.file] = [
-                dataclasses.replace(t, key=peft.PREFIX + weights.from_hub(t.key, layout))
-                for t in R.export(table, Subset(source, [n for n in shapes if not is_lora(n)]))
-                if beside.keeps(t.key, ckpt.config)
-            ]
-        return tensors, files
+        return _adapter(ckpt, source, layout)
+    return _model(ckpt, source, layout, None if dtype == "keep" else dtype, whole)
+
+
+def _adapter(
+    ckpt: Checkpoint, source: Reader, layout: str
+) -> tuple[list[R.Tensor], dict[str, File]]:
+    """Return the adapter of a model, and what its family's adapters have beside them."""
+    if ckpt.lora is None:
+        raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
+    weights, names = ckpt.family.weights, list(source.keys())
+    table = weights.rules(ckpt.config, layout)
+    tensors, about = peft.export_adapter(
+        table,
+        Subset(source, [name for name in names if is_lora(name)]),
+        rank=ckpt.lora.rank,
+        alpha=ckpt.lora.alpha,
+        rslora=ckpt.lora.rslora,
+        dropout=ckpt.lora.dropout,
+        rename=lambda key: weights.from_hub(key, layout),
+        task=getattr(weights, "ADAPTER_TASK", "CAUSAL_LM"),
+    )
+    files: dict[str, File] = {"adapter_config.json": about}
+    beside = partial_adapter(ckpt.family)
+    if beside is not None:
+        files["config.json"] = ckpt.config.to_hf()
+        files[beside.file] = [
+            dataclasses.replace(t, key=peft.PREFIX + weights.from_hub(t.key, layout))
+            for t in R.export(table, Subset(source, [n for n in names if not is_lora(n)]))
+            if beside.keeps(t.key, ckpt.config)
+        ]
+    return tensors, files
+
+
+def _model(
+    ckpt: Checkpoint, source: Reader, layout: str, dtype: str | None, whole: bool
+) -> tuple[list[R.Tensor], dict[str, File]]:
+    """Return the tensors of a model, adapters merged, or of its trained part, and config.json."""
+    weights = ckpt.family.weights
+    table = weights.rules(ckpt.config, layout)
     adapted: set[str] = set()
     if ckpt.lora is not None:
         source = Merged(source, ckpt.lora)
         merged = R.by_ours(table, source.adapted)
-        adapted = {key for name, rule in merged.items() for key in rule.keys(shapes[name])}
-    tensors = R.export(table, source, None if dtype == "keep" else dtype)
+        adapted = {key for name, rule in merged.items() for key in rule.keys(source.shape(name))}
+    tensors = R.export(table, source, dtype)
     form = partial_form(ckpt.family, layout)
     if form is not None and not whole:
         tensors = [t for t in tensors if form.keeps(t.key, ckpt.config) or t.key in adapted]

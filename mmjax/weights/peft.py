@@ -242,18 +242,17 @@ def export_adapter(
     for rule in rules:
         if rule.ours in adapted:
             groups.setdefault(rule.theirs, []).append(rule.ours)
-    blocks = [group for group in groups.values() if not _same_a(source, group)]
-    table = adapter_rules(rules, [path for group in blocks for path in group])
+    blocks = {theirs: group for theirs, group in groups.items() if not _same_a(source, group)}
+    table = adapter_rules(rules, [path for group in blocks.values() for path in group])
     tensors = [dataclasses.replace(t, key=PREFIX + rename(t.key)) for t in export(table, source)]
     names = _short_names(rules, groups, rename)
     ranks, alphas = {}, {}
-    for theirs, group in groups.items():
-        if group in blocks:
-            name = names[theirs]
-            more = math.sqrt(len(group)) if rslora else len(group)
-            ranks[name], alphas[name] = rank * len(group), _number(alpha * more)
+    for theirs, group in blocks.items():
+        more = math.sqrt(len(group)) if rslora else len(group)
+        ranks[names[theirs]] = rank * len(group)
+        alphas[names[theirs]] = _number(alpha * more)
     return tensors, {
-        "peft_type": "LORA",
+        **_PLAIN,
         "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
@@ -261,17 +260,21 @@ def export_adapter(
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "lora_dropout": dropout,
-        "bias": "none",
         "target_modules": _target_modules(names.values()),
-        "modules_to_save": None,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "use_dora": False,
         "use_rslora": rslora,
     }
 
 
+# What PEFT's config says of every adapter of ours.
+_PLAIN = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "inference_mode": True,
+    "use_dora": False,
+}
 _LAYER = "918273"  # stands for the number of a layer while names are compared
 
 
