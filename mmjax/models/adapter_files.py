@@ -13,6 +13,7 @@ from mmjax.nn.linear import LoRA
 from mmjax.types import MMJaxError
 from mmjax.weights import peft
 from mmjax.weights import rules as R
+from mmjax.weights.adapter_reader import AdapterReader
 from mmjax.weights.reader import Reader, Renamed
 
 
@@ -55,13 +56,13 @@ def adapter_pairs(
     family: registry.Family,
     table: Sequence[R.Rule],
     shapes: Mapping[str, R.Shape],
-) -> tuple[peft.AdapterReader, list[R.Rule], LoRA]:
+) -> tuple[AdapterReader, list[R.Rule], LoRA]:
     """Return the LoRA pairs in a reader, the rules that read them, and what they amount to.
 
     table, shapes: of the model they belong to; the table says how its maps are cut.
     """
     theirs = reader.names if isinstance(reader, Renamed) else None
-    pairs = peft.AdapterReader(reader, about, table, shapes, theirs)
+    pairs = AdapterReader(reader, about, table, shapes, theirs)
     stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
     rules = [r for r in peft.adapter_rules(table) if r.ours.startswith(stems)]
     targets = tuple(family.weights.lora_target(kernel) for kernel in pairs.kernels)
