@@ -7,6 +7,7 @@ Shah et al. 2024). Off a GPU JAX interprets them, warpgroups and barriers includ
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ MIN_JAX = (0, 11)
 """Before it Pallas has no public interpreter of Mosaic, and other names for what is used here."""
 CAPABILITY = 9
 """Of Hopper, the only GPUs with wgmma."""
+MISCOMPILING = range(12080, 12091)
+"""Versions of CUDA with which JAX's own kernel of this kind refuses causal masks, for ptxas."""
 DTYPES = ("bfloat16", "float16")
 
 
@@ -57,9 +60,20 @@ def problem(call: implementations.Call) -> str | None:
     if jax.default_backend() == "gpu" and (found is None or int(found) != CAPABILITY):
         has = "another vendor's" if found is None else f"of compute capability {found}"
         return f"it needs a Hopper GPU, of compute capability {CAPABILITY}.0, and this one is {has}"
+    if cuda_version() in MISCOMPILING:
+        return f"CUDA {cuda_version()} may compile its masks wrongly; CUDA 13 does not"
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.default_backend() != "gpu" and not mesh.empty and mesh.size > 1:
+        return f"off a GPU it runs on one device, and the mesh has {mesh.size}"
     if call.q.shape[3] not in parts.TILES:
         return f"head dim {call.q.shape[3]} is none of {', '.join(map(str, parts.TILES))}"
     return call.dtype_problem(DTYPES)
+
+
+def cuda_version() -> int | None:
+    """Return the version of CUDA that JAX's backend is of, 13000 for 13.0; None without CUDA."""
+    found = re.search(r"cuda (\d+)", jax.local_devices()[0].client.platform_version)
+    return int(found[1]) if found else None
 
 
 def _whole_tiles(x):

@@ -9,6 +9,7 @@ import pytest
 from mmjax.ops import flash_mosaic, implementations
 from mmjax.ops.attention import attention
 from mmjax.ops.implementations import Call, choose
+from mmjax.parallel.mesh import make_mesh, use
 
 X = jax.ShapeDtypeStruct((1, 32, 2, 64), jnp.bfloat16)
 
@@ -67,6 +68,20 @@ def test_what_it_cannot_do_is_said(new_jax, gpu, capability, x, says):
     gpu(capability)
     with pytest.raises(ValueError, match=says):
         choose("mosaic", call(x, ranges=True))
+
+
+def test_a_cuda_that_may_compile_it_wrongly_is_named(new_jax, gpu, monkeypatch):
+    for version, says in ((12080, "CUDA 12080 may compile"), (12090, "CUDA 12090 may compile")):
+        monkeypatch.setattr(flash_mosaic, "cuda_version", lambda version=version: version)
+        assert says in flash_mosaic.problem(call())
+    for version in (12060, 13000, None):
+        monkeypatch.setattr(flash_mosaic, "cuda_version", lambda version=version: version)
+        assert flash_mosaic.problem(call()) is None
+
+
+def test_off_a_gpu_it_takes_no_mesh(new_jax):
+    with use(make_mesh({"fsdp": 2}, jax.devices()[:2])):
+        assert "the mesh has 2" in flash_mosaic.problem(call())
 
 
 def test_auto_never_takes_it(new_jax, gpu):
