@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 from mmjax.data.sources import Source
@@ -41,7 +42,8 @@ class Mixture:
         (the default): then an epoch is every record once. With shares an epoch draws as many
         records as there are. counts: draws of each source in an epoch instead; -1 for its size. A
         source may have a size to count by other than its length, ``draws``.
-        Raises MMJaxError for an empty source, and weights or counts that do not match the sources.
+        Raises MMJaxError for an empty source, two of one name, and weights or counts that do not
+        match the sources.
         """
         if isinstance(sources, Mixture):
             return sources
@@ -51,6 +53,10 @@ class Mixture:
             named = {f"{i}": s for i, s in enumerate(sources)}
         else:
             named = {"0": sources}
+        if isinstance(sources, Mapping) and len(named) < len(sources):
+            raise MMJaxError(
+                f"two sources have one name among {list(map(str, sources))}; rename one"
+            )
         if not named:
             raise MMJaxError("a mixture of no sources; name at least one")
         for name, source in named.items():
@@ -109,11 +115,11 @@ def by_source(what: str, given: Any, names: Sequence[str]) -> list[Any]:
 
 def _shares(weights: Weights | None, sizes: Mapping[str, int]) -> list[float]:
     """Return a share for each source."""
-    if weights is None or weights == "size":
-        return [float(size) for size in sizes.values()]
-    if weights == "sqrt":
-        return [math.sqrt(size) for size in sizes.values()]
-    if isinstance(weights, str):
+    by_size = {"size": float, "sqrt": math.sqrt}
+    if weights is None or isinstance(weights, str):
+        share = by_size.get(weights or "size")
+        if share is not None:
+            return [share(size) for size in sizes.values()]
         raise MMJaxError(f"weights {weights!r} is unknown; give 'size', 'sqrt', or shares by name")
     if isinstance(weights, Mapping):
         weights = [_matched("weights", weights, sizes)[name] for name in sizes]
@@ -128,13 +134,13 @@ def _shares(weights: Weights | None, sizes: Mapping[str, int]) -> list[float]:
 def _counts(counts: Mapping[str, int], sizes: Mapping[str, int]) -> list[int]:
     """Return the draws of each source; -1 is its size."""
     found = _matched("counts", counts, sizes)
-    wrong = {n: c for n, c in found.items() if not isinstance(c, int) or (c < 1 and c != -1)}
+    wrong = {n: c for n, c in found.items() if not isinstance(c, Integral) or (c < 1 and c != -1)}
     if wrong:
         raise MMJaxError(
             f"counts {wrong}: each is how many records an epoch draws, at least 1, or -1 for all; "
             "drop a source that is not to be drawn"
         )
-    return [sizes[n] if found[n] == -1 else found[n] for n in sizes]
+    return [sizes[n] if found[n] == -1 else int(found[n]) for n in sizes]
 
 
 def _matched(what: str, given: Mapping, sizes: Mapping) -> Mapping:

@@ -2,6 +2,7 @@
 
 import collections
 
+import numpy as np
 import pytest
 
 from mmjax.data.mixture import Mixture, apportion
@@ -32,6 +33,14 @@ SOURCES = {name: Sized(n) for name, n in SIZES.items()}
 def draws(mixture, epochs=1, seed=0):
     dataset = draw_records(mixture, seed, epochs)
     return [dataset[i] for i in range(len(dataset))]
+
+
+def test_shares_may_be_numpy_and_names_are_told_apart():
+    assert Mixture.of(SOURCES, np.array([1.0, 2.0, 1.0])).counts == (260, 521, 260)
+    mixture = Mixture.of(SOURCES, counts={"a": np.int64(5), "b": 2, "c": -1})
+    assert mixture.counts == (5, 2, 4) and {type(n) for n in mixture.counts} == {int}
+    with pytest.raises(MMJaxError, match=r"two sources have one name among \['1', '1'\]"):
+        Mixture.of({1: Sized(2), "1": Sized(3)})
 
 
 def test_an_epoch_by_size_is_every_record_once():
