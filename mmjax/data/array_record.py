@@ -51,7 +51,10 @@ class ArrayRecordSource:
             self._data = reader([os.fspath(f) for f in files])
             first = self._data[0] if len(self._data) else MAGIC
         except (RuntimeError, ValueError, OSError, IndexError) as e:
-            raise MMJaxError(f"{self.path}: cannot be read as ArrayRecord: {e}") from e
+            raise MMJaxError(
+                f"{self.path}: cannot be read as ArrayRecord: {e}; write one with python -m "
+                "mmjax.data.to_array_record, or name the kind that this file is of"
+            ) from e
         if not first.startswith(MAGIC):
             raise MMJaxError(
                 f"{files[0]}: its records do not begin with {MAGIC.decode()}, so they were not "

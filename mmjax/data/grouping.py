@@ -125,8 +125,9 @@ class Grouped:
             epochs[source] = epoch
         rng = np.random.default_rng((self.seed, window))
         order = arrange([self._kind(draw) for draw in draws], begins, self.rows, rng)
-        while len(self._orders) > 1:
-            self._orders.pop(next(iter(self._orders)), None)
+        # A copy: threads that read take windows out and put them in at the same time.
+        for old in list(self._orders.copy())[:-1]:
+            self._orders.pop(old, None)
         self._orders[window] = order
         return order
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from stub_processor import StubProcessor
 
-from mmjax.data.grouping import arrange
+from mmjax.data.grouping import Grouped, arrange
 from mmjax.data.mixture import Mixture
 from mmjax.data.pipeline import draw_records, make_train_iterator
 from mmjax.data.streams import Streams
@@ -55,6 +55,25 @@ KINDS += [
     (False, 8),
     (True, 0),
 ]  # by words the pictures are 9, 2, 0, 6, 4 and the texts 7, 1, 5, 8, 3
+
+
+class Emptied(dict):
+    """Windows that another thread forgets as soon as this one has counted them."""
+
+    def __len__(self):
+        count = super().__len__()
+        if count > 1:
+            self.clear()
+        return count
+
+
+def test_threads_forget_windows_at_the_same_time():
+    draws = [
+        Grouped(lambda place: (0, place, 0), (Mixed(256),), None, 0, rows=1, _orders=orders)
+        for orders in ({}, Emptied())
+    ]
+    places = [0, 64, 128, 192, 1]
+    assert [draws[1](place) for place in places] == [draws[0](place) for place in places]
 
 
 def arranged(kinds, begins=(), rows=2, seed=0):
