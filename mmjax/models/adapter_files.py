@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmjax.models import registry
 from mmjax.models.json_files import read_json
 from mmjax.models.parts import Partial
@@ -48,6 +50,35 @@ def peft_names(raw: Reader, family: registry.Family) -> Renamed:
         return family.weights.to_hub(key, layout) if layout else key
 
     return Renamed(raw, rename)
+
+
+def refuse_untied(
+    folder: Path,
+    about: Mapping[str, Any],
+    pairs: Reader,
+    table: Sequence[R.Rule],
+    config: Any,
+) -> None:
+    """Raise MMJaxError where an adapter holds one of two tables that its model has as one.
+
+    table, config: of the model. PEFT's copy of a module (``modules_to_save``) is tied to nothing.
+    """
+    if not config.decoder.tied:
+        return
+    whole = {key for key in pairs.keys() if ".lora_" not in key}  # noqa: SIM118
+    embed = next(rule.theirs for rule in table if rule.ours == "decoder.embed.embedding")
+    size = config.decoder.vocab_size, config.decoder.d_model
+    heads = [key for key in whole - {embed} if tuple(pairs.shape(key)) == size]
+    if embed in whole and heads:
+        apart = any(not np.array_equal(pairs.read(key), pairs.read(embed)) for key in heads)
+    else:
+        apart = bool(heads) or (embed in whole and bool(about.get("modules_to_save")))
+    if apart:
+        raise MMJaxError(
+            f"{folder}: holds {', '.join(sorted({embed, *heads} & whole))} of its own, and the "
+            "model's head is its embedding (tie_word_embeddings); merge the adapter with PEFT "
+            "(merge_and_unload), set tie_word_embeddings to false, save the model and convert it"
+        )
 
 
 def adapter_pairs(

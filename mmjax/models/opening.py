@@ -13,6 +13,7 @@ from mmjax.models.adapter_files import (
     adapter_pairs,
     partial_adapter,
     peft_names,
+    refuse_untied,
     without_config,
 )
 from mmjax.models.checkpoints import Checkpoint, abstract_params
@@ -177,6 +178,7 @@ def _open_adapter(
             f"--base {base}: holds adapters itself; merge them first (convert_weights.merge)"
         )
     pairs, rules, lora = _adapted(under, peft_names(raw, under.family), about)
+    refuse_untied(folder, about, pairs, under.rules, under.config)
     return dataclasses.replace(
         under,
         path=folder,

@@ -154,6 +154,31 @@ def test_learned_positions_reach_as_far_as_their_table_and_no_further(tmp_path):
         ours.logits([2.5, 3.0])
 
 
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], []])
+def test_an_adapter_with_a_table_of_its_own_needs_an_untied_head(tmp_path, saved):
+    """PEFT's copies are tied to nothing, and here one table serves as both."""
+    peer = PEERS["llama_tied_gqa"]()
+    peer.save_pretrained(tmp_path / "base")
+    tying = not saved  # the copies are then one
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=saved or ["embed_tokens"],
+        ensure_weight_tying=tying, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    peer = get_peft_model(peer, config).eval()
+    for name, parameter in peer.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    peer.save_pretrained(tmp_path / "adapter")
+    if not tying:
+        with pytest.raises(MMJaxError, match=f"{saved[-1]}.weight.* of its own.*tie_word_embedd"):
+            mmjax.load(tmp_path / "adapter", base=tmp_path / "base")
+        return
+    with torch.no_grad():
+        want = peer(torch.from_numpy(PROMPTS[0])[None]).logits[0].numpy()
+    _, got = mmjax.load(tmp_path / "adapter", base=tmp_path / "base").logits(PROMPTS[0].tolist())
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_an_adapter_of_peft_on_fused_maps_answers_as_it_does_there(tmp_path):
     torch.manual_seed(2)
     peer = PEERS["phi3_window"]()
