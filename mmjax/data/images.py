@@ -1,6 +1,7 @@
 """Images from any source to RGB, to a size that fits, and to patches; numpy and Pillow only.
 
-Everything here is a pure function of its arguments: no randomness, no global state.
+Everything here is a pure function of its arguments: no randomness, no global state. Importing this
+silences Pillow's own warnings.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from mmjax.types import BadSample, ImageSource
 
 MAX_PIXELS = 89_478_485
 """Pixels above which an image is refused unread: Pillow's own threshold for a bomb warning."""
+
+# Sizes are checked here and broken files raise: nothing is left to warn of. Once for the process:
+# filters that are changed around a call and put back are mixed up by threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _STRIPE_PIXELS = 500_000  # below, starting a thread costs more than it saves
@@ -275,10 +280,7 @@ def _convert(image: Image.Image) -> Image.Image:
 def _decoding(name: str, function: Any, image: Any) -> Any:
     """Call a Pillow function on untrusted data; every failure becomes a BadSample."""
     try:
-        with warnings.catch_warnings():
-            # Sizes are checked by the caller, broken files raise: nothing is left to warn of.
-            warnings.simplefilter("ignore")
-            return function(image)
+        return function(image)
     except Image.DecompressionBombError as error:
         raise BadSample("image_too_large", f"{name}: {error}") from error
     except MemoryError:

@@ -2,6 +2,10 @@
 
 import io
 import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -75,6 +79,23 @@ def test_what_is_no_image_is_named_shortly():
     assert "<tuple of 2>: an image is a path" in refused("bad_image_type", frames)
     told = refused("missing_image", "data:image/png;base64," + "A" * 5000)
     assert len(told) < 400 and "AAA... (5022 long): no such image file" in told
+
+
+def test_threads_leave_the_warnings_of_others_alone():
+    before, data = list(warnings.filters), encoded(picture(120, 90))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: load_rgb(data), range(300)))
+    assert warnings.filters == before
+
+
+def test_pillow_says_nothing_of_what_is_checked_here():
+    code = (
+        "import io, warnings\nfrom PIL import Image\nfrom mmjax.data.images import open_image\n"
+        "stream = io.BytesIO()\nImage.new('1', (10_000, 9_000)).save(stream, 'PNG')\n"
+        "assert open_image(stream.getvalue(), max_pixels=None).size == (10_000, 9_000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_transparent_palette_keeps_its_colours():
