@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmjax.loading import LoadedModel as LoadedModel
+    from mmjax.loaded import LoadedModel as LoadedModel
     from mmjax.loading import load as load
     from mmjax.types import BadSample as BadSample
     from mmjax.types import Message as Message
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "mmjax.loading",
-    "LoadedModel": "mmjax.loading",
+    "LoadedModel": "mmjax.loaded",
     "BadSample": "mmjax.types",
     "MMJaxError": "mmjax.types",
     "Message": "mmjax.types",

@@ -30,13 +30,16 @@ COMMANDS = (
 # Files that know families only through mmjax.models.registry.
 FAMILY_FREE = (
     "train", "data/pipeline.py", "data/examples.py", "generate", "parallel", "weights", "nn", "ops",
-    "monitor", "loading.py", "checkpoint.py", "config.py", "cli.py", "models/decoder.py",
-    "models/causal.py", "models/api.py", "models/processor.py", "models/checkpoints.py",
+    "monitor", "loading.py", "loaded.py", "checkpoint.py", "config.py", "cli.py",
+    "models/decoder.py", "models/causal.py", "models/api.py", "models/processor.py", "models/checkpoints.py",
     "models/opening.py", "models/converted.py", "models/averages.py",
 )  # fmt: skip
 FAMILIES = {p.name for p in (ROOT / "mmjax/models").iterdir() if (p / "model.py").exists()}
 # These import on a bare accelerator machine.
-BARE = ("ops", "nn", "parallel", "generate", "models", "weights", "train/step.py", "loading.py")
+BARE = (
+    "ops", "nn", "parallel", "generate", "models", "weights", "train/step.py", "loading.py",
+    "loaded.py",
+)  # fmt: skip
 BARE_PACKAGES = {
     "jax", "jaxlib", "flax", "optax", "orbax", "numpy",
     "ml_dtypes", "tensorstore",  # what those bring along

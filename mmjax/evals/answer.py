@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mmjax.data.resizing import at_resolution
 from mmjax.data.templates import get_template
-from mmjax.loading import LoadedModel
+from mmjax.loaded import LoadedModel
 from mmjax.types import BadSample, Record
 
 

@@ -18,7 +18,8 @@ from mmjax.data.templates import get_template
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.tasks import Task, answers_of, make_task, open_source
-from mmjax.loading import LoadedModel, load
+from mmjax.loaded import LoadedModel
+from mmjax.loading import load
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train.build import init_state

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from mmjax.loading import LoadedModel
+from mmjax.loaded import LoadedModel
 from mmjax.models import converted, registry
 from mmjax.nn import quantized
 from mmjax.nn.linear import LoRA

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mmjax import runtime
 from mmjax.checkpoint import Checkpoints
-from mmjax.loading import LoadedModel
+from mmjax.loaded import LoadedModel
 from mmjax.monitor.profile import ProfileWindow
 from mmjax.monitor.writers import require_wandb
 from mmjax.parallel.mesh import check_batch, make_mesh, use

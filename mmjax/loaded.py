@@ -1,0 +1,268 @@
+"""A model that is loaded: prompts and images in every form, answers and logits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mmjax.data.tokenize import token_id
+from mmjax.generate.beam import Beams
+from mmjax.generate.constraints import Constraints
+from mmjax.generate.loop import Generator, pad_batch
+from mmjax.generate.sampling import Sampling
+from mmjax.models.api import Config, Processor
+from mmjax.parallel.mesh import use
+from mmjax.types import Example, ImageSource, MMJaxError
+
+Prompt = str | Sequence[int]
+Images = ImageSource | Sequence[ImageSource] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights and its processor.
+
+    family: name of its family. config: its sizes. model: the NNX module; call it inside
+    ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back.
+    """
+
+    family: str
+    config: Config
+    model: nnx.Module
+    processor: Processor
+    mesh: jax.sharding.Mesh
+
+    @cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(self.model)
+
+    def encode(self, prompt: Prompt, images: Images = None) -> Example:
+        """Encode one prompt: a string, or token ids that are used as they are.
+
+        images: one image or a list: paths, bytes, PIL images, uint8 arrays, or processed float
+            arrays. Raises MMJaxError for token ids outside the vocabulary.
+        """
+        example = self.processor.encode_prompt(prompt, image_list(images))
+        size = self.config.vocab_size
+        if not len(example["tokens"]):
+            raise MMJaxError("the prompt is empty: give it at least one token")
+        worst = example["tokens"][np.argmax(np.abs(example["tokens"].astype(np.int64)))]
+        if not 0 <= worst < size or example["tokens"].min() < 0:
+            raise MMJaxError(
+                f"the prompt holds token id {worst}, outside the model's vocabulary of {size}; "
+                "its tokenizer belongs to another model"
+            )
+        return example
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        images: Any = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        num_return_sequences: int = 1,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        min_new_tokens: int = 0,
+        stop: int | str | Sequence[int | str] = (),
+        cache_dtype: str | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Answer prompts, greedily at temperature 0; returns one text a prompt.
+
+        prompts: one prompt or a list of them; ``images`` then holds one entry a prompt: an image,
+            a list of images, or None. Prompts of any lengths make one batch, and each gets the
+            answer it would get alone. A model folder without a tokenizer answers with the new
+            token ids, separated by spaces.
+        num_beams: above 1, beam search, which goes with temperature 0 only; ``length_penalty``,
+            ``early_stopping`` and ``num_return_sequences`` are explained at ``Beams``. With more
+            than one sequence a prompt, returns a list of texts a prompt, the best first.
+        repetition_penalty, no_repeat_ngram_size, min_new_tokens: see ``Constraints``.
+        stop: tokens that end an answer beside the end token: ids, or tokens of the vocabulary.
+        cache_dtype: "int8" keeps the keys and values of earlier tokens in about half of bfloat16's
+            memory, and may choose otherwise between tokens that are nearly as likely; "float32",
+            "bfloat16", "float16", or None for the dtype of the computation. See docs/memory.md.
+        """
+        prompts, images = pair(prompts, images)
+        tokens = self.generate_tokens(
+            [self.encode(p, i) for p, i in zip(prompts, images, strict=True)],
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            batch_size=batch_size,
+            beams=Beams(num_beams, length_penalty, early_stopping, num_return_sequences),
+            constraints=Constraints(repetition_penalty, no_repeat_ngram_size, min_new_tokens),
+            stop=stop,
+            cache_dtype=cache_dtype,
+        )
+
+        def text(row: np.ndarray, images: Images) -> str:
+            if self.processor.tokenizer is None:
+                return " ".join(map(str, row.tolist()))
+            return self.processor.decode(row, self._scale(images))
+
+        if num_return_sequences > 1:
+            return [[text(x, i) for x in row] for row, i in zip(tokens, images, strict=True)]
+        return [text(row, i) for row, i in zip(tokens, images, strict=True)]
+
+    def generate_tokens(
+        self,
+        examples: Sequence[Example],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        seed: int = 0,
+        batch_size: int = 8,
+        beams: Beams = Beams(),  # noqa: B008
+        constraints: Constraints = Constraints(),  # noqa: B008
+        stop: int | str | Sequence[int | str] = (),
+        cache_dtype: str | None = None,
+    ) -> list[np.ndarray] | list[list[np.ndarray]]:
+        """Return the new tokens of encoded prompts, int32[<= max_new_tokens], in their order.
+
+        Prompts are batched by length, so that little is padding. With a temperature, each draws by
+        (seed, its place in ``examples``), whatever batch it falls into. With num_return_sequences
+        above 1, each prompt has a list of so many.
+        """
+        if max_new_tokens < 1:
+            raise MMJaxError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+        if batch_size < 1:
+            raise MMJaxError(f"batch_size is {batch_size}; give at least 1")
+        self._check_positions(examples, max_new_tokens)
+        if beams.num_beams > self.config.vocab_size:
+            raise MMJaxError(
+                f"num_beams is {beams.num_beams}, more than the vocabulary of "
+                f"{self.config.vocab_size}; give fewer"
+            )
+        graphdef, params = self._split
+        generator = Generator(
+            graphdef, self.end_tokens(stop), sampling, cache_dtype, beams, constraints
+        )
+        out: list[np.ndarray] = [None] * len(examples)
+        rows = min(batch_size, len(examples))
+        with use(self.mesh):
+            for some in batches(examples, batch_size):
+                got = generator(
+                    params,
+                    [examples[i] for i in some],
+                    max_new_tokens,
+                    seed=seed,
+                    rows=rows,
+                    places=some,
+                )
+                for i, tokens in zip(some, got, strict=True):
+                    out[i] = tokens
+        return out
+
+    def end_tokens(self, stop: int | str | Sequence[int | str] = ()) -> tuple[int, ...]:
+        """Return the ids that end an answer: the model's end tokens and those of ``stop``.
+
+        Raises MMJaxError for an id outside the vocabulary and a text that is no single token.
+        """
+        ids = list(self.config.end_token_ids)
+        for token in [stop] if isinstance(stop, str | int | np.integer) else stop:
+            number = token
+            if isinstance(token, str):
+                tokenizer = self.processor.tokenizer
+                number = None if tokenizer is None else token_id(tokenizer, token)
+            if number is None or not 0 <= number < self.config.vocab_size:
+                raise MMJaxError(
+                    f"stop holds {token!r}, which is no token of this model's vocabulary of "
+                    f"{self.config.vocab_size}; give an id below that, or a token as its tokenizer "
+                    "spells it"
+                )
+            ids.append(int(number))
+        return tuple(dict.fromkeys(ids))
+
+    def logits(self, prompt: Prompt, images: Images = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens int32[t], logits float32[t, v]) of one prompt."""
+        example = self.encode(prompt, images)
+        self._check_positions([example], 1)
+        graphdef, params = self._split
+        batch, lengths = pad_batch([example])
+        with use(self.mesh):
+            logits = _logits(graphdef, params, batch)
+        return example["tokens"], np.asarray(logits)[0, : lengths[0]]
+
+    def _check_positions(self, examples: Sequence[Example], new: int) -> None:
+        """Raise MMJaxError where a row would need more positions than the model's table has.
+
+        new: tokens that are asked for; the last of them is not read again.
+        """
+        limit = self.config.decoder.longest
+        longest = max((len(e["tokens"]) for e in examples), default=0)
+        if limit is not None and longest + new - 1 > limit:
+            raise MMJaxError(
+                f"a prompt of {longest} tokens and {new} new ones need {longest + new - 1} "
+                f"positions, and the model's table has {limit}; shorten the prompt, or lower "
+                "max_new_tokens"
+            )
+
+    def _scale(self, images: Images) -> float:
+        """The factor from coordinates in the picture to those the model speaks in."""
+        with contextlib.suppress(AttributeError, MMJaxError):
+            first = image_list(images)
+            return self.processor.image_scale(first[0]) if first else 1.0
+        return 1.0
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef, params, batch):
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(batch))
+
+
+def batches(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Return indices in batches of similar lengths, grey levels and normalised images apart."""
+    floats = [len(e["patches"]) > 0 and e["patches"].dtype != np.uint8 for e in examples]
+    out = []
+    for kind in (False, True):
+        some = [i for i in range(len(examples)) if floats[i] == kind]
+        some.sort(key=lambda i: len(examples[i]["tokens"]))
+        out += [some[start : start + size] for start in range(0, len(some), size)]
+    return out
+
+
+def image_list(images: Images) -> list[ImageSource]:
+    """Return the images of one prompt as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def pair(prompts: Any, images: Any) -> tuple[list[Prompt], list[Any]]:
+    """Return prompts and their images as two lists of equal length.
+
+    One prompt is a string or a sequence of ints; several prompts are a sequence of those.
+    """
+    single = isinstance(prompts, str) or (
+        len(prompts) > 0 and all(isinstance(x, int | np.integer) for x in prompts)
+    )
+    if single:
+        return [prompts], [images]
+    prompts = list(prompts)
+    if images is None:
+        return prompts, [None] * len(prompts)
+    # One image is not a list of them, though a path can be taken apart.
+    several = isinstance(images, Sequence | np.ndarray) and not isinstance(images, str | bytes)
+    images = list(images) if several else [images]
+    if len(images) != len(prompts):
+        raise MMJaxError(
+            f"there are {len(prompts)} prompts and images for {len(images)}; give one entry a "
+            "prompt: an image, a list of images, or None"
+        )
+    return prompts, images
