@@ -123,12 +123,12 @@ class RowDataset(grain.IterDataset):
 
 
 class _RowIterator(grain.DatasetIterator):
-    """The state is that of the parent."""
+    """The state is that of the parent, and what patches are like once an example told."""
 
     def __init__(self, parent, shape: BatchShape):
         super().__init__(parent)
         self._shape = shape
-        self._patches: np.ndarray | None = None  # of any example: their width and dtype
+        self._patches: np.ndarray | None = None  # [0, pixels]: their width and dtype
 
     def __next__(self) -> dict[str, Any]:
         builder = BatchBuilder(self._shape, 1)
@@ -140,7 +140,7 @@ class _RowIterator(grain.DatasetIterator):
                 skips.append(sample)
             else:
                 builder.add(sample, row)
-                self._patches = sample["patches"]
+                self._patches = sample["patches"][:0]
         if not seen:
             raise StopIteration
         item = {"seen": seen, "skips": tuple(skips)}
@@ -161,15 +161,19 @@ class _RowIterator(grain.DatasetIterator):
         state = self._parent.get_state()
         for _, sample in zip(range(_FLUSH), self._parent, strict=False):
             if not isinstance(sample, Skip):
-                self._patches = sample["patches"]
+                self._patches = sample["patches"][:0]
                 break
         self._parent.set_state(state)
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state()}
+        like = self._patches
+        told = None if like is None else [like.shape[-1], like.dtype.name]
+        return {"parent": self._parent.get_state(), "patches": told}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
+        told = state.get("patches")  # not in states of earlier versions
+        self._patches = None if told is None else np.zeros((0, told[0]), told[1])
 
 
 class TrainIterator(grain.DatasetIterator):

@@ -165,6 +165,19 @@ def test_it_goes_on_where_it_stood(workers):
         train(source, group=None).set_state(train(source).get_state())
 
 
+def test_a_last_batch_of_bad_samples_alone_comes_after_a_restart_too():
+    one, again = (
+        train(Mixed(16, bad=range(8)), epochs=1, max_bad_share=1.0, seed=3) for _ in range(2)
+    )
+    counts = [np.count_nonzero(next(one)["segment_ids"]) for _ in range(3)]
+    again.set_state(one.get_state())
+    last = [list(it) for it in (one, again)]
+    assert [len(batches) for batches in last] == [1, 1] and min(counts) > 0
+    assert not last[0][0]["segment_ids"].any()
+    for name, value in last[0][0].items():
+        np.testing.assert_array_equal(value, last[1][0][name], err_msg=name)
+
+
 def test_grouped_batches_fit_shorter_rows():
     def padding(group):
         batches = [fitted(b, range(8, 64, 8)) for b in train(Mixed(48), epochs=1, group=group)]
