@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from typing import Any
 
 # Dense (not sparse) bfloat16 matmul FLOP/s with float32 accumulation, from the makers' data
-# sheets; the first name contained in the device kind counts, so the special ones stand first.
+# sheets; the first name that ends a word of the device kind counts, so special ones stand first.
 _BF16_PEAKS = (
     ("h100 pcie", 756e12),
     ("h100 nvl", 835e12),
@@ -43,7 +44,7 @@ def table_peak(device_kind: str, dtype: str = "bfloat16") -> float | None:
     """Return the data-sheet FLOP/s of one device by its kind, None when it is not in the table."""
     kind = device_kind.lower()
     for name, flops in _BF16_PEAKS:
-        if name in kind:
+        if re.search(rf"{name}\b", kind):  # "l4" is not an L40
             return flops * (_FLOAT32_SHARE if dtype == "float32" else 1.0)
     return None
 

@@ -59,6 +59,8 @@ def test_meter_without_a_peak_has_no_mfu():
         ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
         ("NVIDIA A100-SXM4-80GB", "float32", 156e12),
         ("cpu", "float32", None),
+        ("NVIDIA L4", "bfloat16", 121e12),
+        ("NVIDIA L40", "bfloat16", None),  # no L4
         ("Quadro of tomorrow", "bfloat16", None),
     ],
 )
