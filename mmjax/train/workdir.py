@@ -26,7 +26,10 @@ def held(workdir: Path) -> Iterator[None]:
     guarded. Raises MMJaxError where another process has it, and for a folder that cannot be made
     or written.
     """
-    with _opened(workdir) as file:
+    with _disk_asked(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / LOCK, "ab+", buffering=0)  # noqa: SIM115 - closed below
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -44,21 +47,22 @@ def held(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _opened(workdir: Path):
-    """Make the folder, and open its lock."""
+def write_config(settings: RunSettings, workdir: Path) -> None:
+    """Write the settings as JSON, for the record and for eval.py's report."""
+    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
+    part = workdir / "config.json.part"
+    with _disk_asked(workdir):
+        part.write_text(text + "\n")
+        part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
+
+
+@contextlib.contextmanager
+def _disk_asked(workdir: Path) -> Iterator[None]:
+    """Turn what the disk refuses into an MMJaxError that names the folder."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        return open(workdir / LOCK, "ab+", buffering=0)
+        yield
     except OSError as error:
         raise MMJaxError(
             f"--workdir {workdir} cannot be written: {error.strerror}; choose a folder that can, "
             "or mend its path, rights or disk"
         ) from error
-
-
-def write_config(settings: RunSettings, workdir: Path) -> None:
-    """Write the settings as JSON, for the record and for eval.py's report."""
-    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
-    part = workdir / "config.json.part"
-    part.write_text(text + "\n")
-    part.replace(workdir / "config.json")  # a kill leaves the old file or the new one

@@ -45,3 +45,6 @@ def test_the_config_is_written_whole(tmp_path):
     workdir.write_config(RunSettings(name="one"), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["name"] == "one"
     assert not (tmp_path / "config.json.part").exists()
+    (tmp_path / "config.json.part").mkdir()  # as good as a full disk
+    with pytest.raises(MMJaxError, match="cannot be written: Is a directory"):
+        workdir.write_config(RunSettings(), tmp_path)
