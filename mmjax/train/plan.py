@@ -132,8 +132,8 @@ def _parts(
     return {
         "trained": _bytes(params),
         "frozen": _bytes(frozen),
-        # Those of microbatches are summed in an array beside the newest ones.
-        "gradients": _bytes(params) * (2 if settings.accumulate > 1 else 1),
+        # Those of microbatches are summed in float32, beside the newest ones.
+        "gradients": _bytes(params) + (_bytes(params, 4) if settings.accumulate > 1 else 0),
         "optimizer": _bytes(outline.state.opt),
         "batch": _bytes(batch),
         **activations(settings, config, processor, params, frozen, mesh, rows),
@@ -170,10 +170,11 @@ def _model(settings: RunSettings):
     return plan.make, plan.config, plan.processor, plan, ""
 
 
-def _bytes(tree) -> int:
-    """Bytes of a tree of abstract arrays on one device."""
+def _bytes(tree, itemsize: int | None = None) -> int:
+    """Bytes of a tree of abstract arrays on a device; itemsize: of a number, None for their own."""
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
+        for x in jax.tree.leaves(tree)
     )
 
 

@@ -60,7 +60,7 @@ def make_train_step(
         (total, (totals, counts)), grads = gradients(state.params, frozen, batch, key, share)
         count = counts.sum()
         scale = 1.0 / jnp.maximum(count, 1.0) if share is None else jnp.float32(1.0)
-        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), masked(rows, grads))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, masked(rows, grads))
         updates, opt = tx.update(grads, state.opt, state.params)
         params = restored(rows, optax.apply_updates(state.params, updates), state.params)
         loss, norm = total * scale, optax.tree.norm(grads)
@@ -114,9 +114,11 @@ def _summed_gradients(
             got = of_microbatch(params, frozen, piece, jax.random.fold_in(key, index), share)
             return jax.tree.map(jnp.add, total, got), None
 
+        # In float32, whatever the parameters are kept in: bfloat16 has no room for many terms.
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         zero = jnp.zeros((), jnp.float32)
         each = jnp.zeros(num_sources, jnp.float32)
-        start = ((zero, (each, each)), jax.tree.map(jnp.zeros_like, params))
+        start = ((zero, (each, each)), zeros)
         return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
 
     return accumulated

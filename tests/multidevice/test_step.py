@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mmjax.nn import paths
-from mmjax.nn.linear import LoRA
+from mmjax.nn.linear import DTypes, LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
 from mmjax.train import optim, state, step
@@ -21,10 +21,10 @@ SETTINGS = optim.OptimSettings(lr=1e-2, warmup=0, schedule="constant")
 
 def build(
     mesh, *, config=tiny.CONFIG, lora=None, freeze=(), accumulate=1, tx=None, schedule=None,
-    **options,
+    param="float32", **options,
 ):  # fmt: skip
     def make():
-        return tiny.Fuyu(config, rngs=nnx.Rngs(0), lora=lora)
+        return tiny.Fuyu(config, rngs=nnx.Rngs(0), lora=lora, dtypes=DTypes(param=param))
 
     names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
     chosen = state.trainable_names(names, freeze, lora is not None)
@@ -87,6 +87,19 @@ def test_accumulation_averages_over_tokens_not_over_microbatches():
     _, cut, _, _ = run({}, accumulate=4, **GRADIENTS)
     for name, value in whole.items():
         np.testing.assert_allclose(cut[name], value, atol=2e-6, err_msg=name)
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+    norms = []
+    with use(make_mesh({}, jax.devices()[:1])) as mesh:
+        for accumulate in (1, 4):
+            options = dict(accumulate=accumulate, tx=optax.sgd(1.0), param="bfloat16")
+            fn, train, frozen = build(mesh, **options)
+            train, metrics = fn(train, frozen, tiny.batch())
+            norms.append(metrics["grad_norm"])
+    assert norms[0].dtype == np.float32
+    assert {str(x.dtype) for x in jax.tree.leaves(train.params)} == {"bfloat16"}
+    np.testing.assert_allclose(*norms, rtol=1e-3)
 
 
 def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
