@@ -5,6 +5,7 @@
     python -m bench --suite train --out bench/results/train.jsonl
     python -m bench --suite flamingo --out bench/results/flamingo.jsonl     beside OpenFlamingo
     python -m bench --suite bunny --out bench/results/bunny.jsonl     beside what Bunny is made of
+    python -m bench --suite probe,attention,loss,train_8b,decode_8b     what a GPU can show
     python -m bench --report bench/results/*.jsonl   write the document from raw rows again
     python -m bench.convert                          conversions: memory and time
     python -m bench.pipeline                         the training pipeline: rate and memory
@@ -41,7 +42,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device",
         choices=("cpu", "gpu"),
-        help="for probe, attention and loss; default gpu where nvidia-smi finds one",
+        help="for probe, attention, loss, train_8b and decode_8b; default gpu where nvidia-smi\n"
+        "finds one",
     )
     parser.add_argument(
         "--deadline",
@@ -70,6 +72,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--flamingo-python PATH, or --peer none"
         )
     args.device = args.device or ("gpu" if environment.gpu() else "cpu")
+    if not args.report:
+        for suite in args.suites:
+            if not suites.cases_of(suite, args.quick, args.device):
+                parser.error(f"{suite} needs a GPU; --quick runs toy sizes of it on a CPU")
     name = "quick.jsonl" if args.quick else f"{args.device}.jsonl"
     args.out = args.out or ROOT / "bench" / "results" / name
     return args

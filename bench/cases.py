@@ -101,10 +101,11 @@ class Case:
     """One thing that is timed on both sides.
 
     suite: one of ``bench.suites.SUITES``. options: sizes of the work; see the suites' sides. work:
-    what one repetition does, in ``unit``. peers: variants of the peer; none means that nothing is
-    timed against anything, the suite's side answers with what it found. impls: variants of our own;
-    the first is what mmjax does by default. bound: of the parity error. target: of the ratio, or
-    None. rate_target: of our own work per second, or None. device: what both sides run on, one of
+    what one repetition does, in ``unit``. peers: variants of the peer, None for a time without one;
+    no variants mean that nothing is timed, the suite's side answers with what it found. impls:
+    variants of our own; the first is what mmjax does by default. bound: of the parity error.
+    target: of the ratio, or None. rate_target: of our own work per second, or None. device: what
+    both sides run on, one of
     ``bench.sides.DEVICES``.
     """
 
@@ -115,7 +116,7 @@ class Case:
     unit: str
     bound: float
     size: Size | FlamingoSize | BunnySize = Size()
-    peers: tuple[str, ...] = ("",)
+    peers: tuple[str | None, ...] = ("",)
     impls: tuple[str, ...] = ("",)
     target: float | None = None
     rate_target: float | None = None

@@ -61,40 +61,63 @@ class Train:
     recipes have at 1.
     """
 
+    dtype: str | None = None  # of weights and computation; None for what mmjax.load takes
+
     def __init__(self, case: Case, folder: str, impl: str):
         import jax
-        import jax.numpy as jnp
-        from flax import nnx
 
-        import mmjax
-        from mmjax.nn import paths
-        from mmjax.parallel.mesh import use
-        from mmjax.train import optim, state, step
+        from mmjax.train import optim, step
 
+        self.jax = jax
         settings = optim.OptimSettings(schedule="constant", warmup=0, **self.optimizer())
-        self.jax, self.use = jax, use
-        loaded = mmjax.load(folder)
-        if impl == cases.UNROLLED:
-            loaded.model.decoder.scan_unroll = case.size.layers
-        self.mesh = loaded.mesh
-        with use(self.mesh):
-            names = self.trained(list(paths.flatten(nnx.state(loaded.model))))
-            tx = optim.make_optimizer(settings, 100)
-            graphdef, params, self.frozen = state.split(loaded.model, names)
-            replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-            opt = jax.tree.map(
-                lambda x: x if x.ndim else jax.device_put(x, replicated), jax.jit(tx.init)(params)
-            )
-            start = jax.device_put(jnp.int32(0), replicated)
-            self.state = state.TrainState(start, params, opt)
-            train_step = step.make_train_step(
-                graphdef, tx, optim.schedule(settings, 100), rows=self.rows(case)
-            )
+        tx = optim.make_optimizer(settings, 100)
+        graphdef = self.start(case, folder, impl, tx)
+        with self.use(self.mesh):
+            schedule = optim.schedule(settings, 100)
+            train_step = step.make_train_step(graphdef, tx, schedule, rows=self.rows(case))
             self.batch = jax.device_put(self.make_batch(case))
             begun = time.perf_counter()
             compiled = step.compile_step(train_step, self.state)
             self.compiled = compiled.lower(self.state, self.frozen, self.batch).compile()
             self.compile_s = time.perf_counter() - begun
+
+    def start(self, case: Case, folder: str, impl: str, tx: Any) -> Any:
+        """Set ``state``, ``frozen`` and ``mesh`` from the files; returns the model's graph."""
+        from flax import nnx
+
+        import mmjax
+        from mmjax.nn import paths
+        from mmjax.train import state
+
+        loaded = mmjax.load(folder, dtype=self.dtype)
+        if impl == cases.UNROLLED:
+            loaded.model.decoder.scan_unroll = case.size.layers
+        self.mesh = loaded.mesh
+        names = self.trained(list(paths.flatten(nnx.state(loaded.model))))
+        with self.use(self.mesh):
+            graphdef, params, self.frozen = state.split(loaded.model, names)
+        self.state = self.make_state(params, tx)
+        return graphdef
+
+    def make_state(self, params: Any, tx: Any) -> Any:
+        """Return the state before the first step."""
+        import jax.numpy as jnp
+
+        from mmjax.train.state import TrainState
+
+        jax = self.jax
+        replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        with self.use(self.mesh):
+            opt = jax.jit(tx.init)(params)
+        opt = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, replicated), opt)
+        return TrainState(jax.device_put(jnp.int32(0), replicated), params, opt)
+
+    @staticmethod
+    def use(mesh: Any) -> Any:
+        """Return the context in which a mesh is used."""
+        from mmjax.parallel.mesh import use
+
+        return use(mesh)
 
     def optimizer(self) -> dict[str, Any]:
         """Return what differs from the defaults of ``OptimSettings``."""

@@ -109,6 +109,23 @@ SUITES = {
         "torchvision. Parity: tokens equal, patches within one grey level where Pillow resizes "
         "and equal where nothing is resized. Units are images.",
     ),
+    "train_8b": (
+        "Train step of Fuyu-8B",
+        "One GPU, the model at its full size, weights drawn on the device, bfloat16. *Adapters*: "
+        "LoRA of rank 16 on every linear map of the layers, AdamW; `mmjax.train.step`, whose "
+        "remat is `names`, against transformers and PEFT, in the settings that the row names. "
+        "*Packed*: ours gets one row, the peer a batch of the documents. *All weights*: float32 "
+        "masters and Adafactor, without a peer. Parity: largest relative difference of losses and "
+        "gradient norms over four optimizer steps of a small model that both sides read, in "
+        "float32, adapters on all but query, key and value (bound {bound:g}). Units are tokens.",
+    ),
+    "decode_8b": (
+        "Generation of Fuyu-8B",
+        "One GPU, the model at its full size, weights drawn on the device, bfloat16, greedy "
+        "answers behind one image: `LoadedModel.generate_tokens` against `generate`; the prefill "
+        "is in the time. Parity: share of the new tokens of a small model in float32 that differ "
+        "(bound {bound:g}). Units are new tokens.",
+    ),
     "length": (
         "Length of the rows",
         "`mmjax.train.step` of a Fuyu with AdamW, in float32, every batch of as many tokens, three "

@@ -36,7 +36,7 @@ def run_cases(
     with tempfile.TemporaryDirectory() as folder:
         for (suite, cores, device), group in _groups(cases, quick).items():
             makers = {"ours": {"name": "ours"}}
-            if peer and any(case.peers for case in group):
+            if peer and any(one is not None for case in group for one in case.peers):
                 makers["peer"] = {"name": "peer"}
                 if torchvision_python and suite in ("input", "all"):
                     makers["torchvision"] = {"name": "peer", "python": torchvision_python}
@@ -76,6 +76,7 @@ def _run_case(case: Case, sides: Sides, folder: Path, quick: bool, until: float)
             "unit": case.unit,
             "target": case.target,
             "rate_target": case.rate_target,
+            "alone": None in case.peers,
             **_verdict(case, None),
         }
         try:
@@ -95,6 +96,9 @@ def _pairs(case: Case, sides: Sides) -> Iterator[tuple[str, str | None, str | No
         for j, peer_impl in enumerate(case.peers or ("",)):
             if i and j:
                 continue  # our other variants are compared with the peer's first one alone
+            if peer_impl is None:  # measured alone
+                yield impl, None, None
+                continue
             key = "torchvision" if peer_impl == "torchvision" else "peer"
             key = "flamingo" if case.suite == "flamingo" else key
             if key in sides and case.peers:
@@ -111,7 +115,7 @@ def _measured(
     ours = sides.get("ours", until)
     peer = sides.get(peer_key, until) if peer_key else None
     model = folder / f"{type(case.size).__name__}-{case.size.d}-{case.size.layers}"
-    if case.suite in ("train", "decode", "flamingo", "bunny") and not model.exists():
+    if case.suite in suites.WITH_MODEL and not model.exists():
         (peer or ours).call("write_model", case=case.to_json(), folder=str(model))
     outputs = {}
     prepared = {}

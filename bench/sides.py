@@ -27,6 +27,7 @@ DEVICES = {
     # No "cuda,cpu": without CUDA that would run on the CPU, and the rows would say GPU. Both sides
     # keep their memory while they take turns: JAX must not take three quarters of it.
     "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"},
+    "gpu alone": {"JAX_PLATFORMS": "cuda"},  # without a peer; mmjax.runtime gives its share
 }
 """Environment variables that put a side on a device."""
 

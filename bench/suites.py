@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from types import ModuleType
 
-from bench import bunny, cases, flamingo, kernels, length, probe, shard
+from bench import bunny, cases, flamingo, fuyu8b, kernels, length, probe, shard
 from bench.cases import Case
 
 SUITES = {
@@ -21,10 +21,16 @@ SUITES = {
         flamingo.flamingo_cases, "bench.flamingo_ours:make", "bench.flamingo_torch:make",
     ),
     "bunny": (bunny.bunny_cases, "bench.bunny_ours:make", "bench.bunny_torch:make"),
+    "train_8b": (
+        fuyu8b.train_cases, "bench.fuyu8b_ours:make_train", "bench.fuyu8b_torch:make_train",
+    ),
+    "decode_8b": (fuyu8b.decode_cases, "bench.fuyu8b_ours:Decode", "bench.fuyu8b_torch:Decode"),
     "length": (length.length_cases, "bench.length:Length", None),
     "input": (cases.input_cases, "bench.ours:Input", "bench.torch_peer:Input"),
     "shard": (shard.shard_cases, "bench.shard:Shard", None),
 }  # fmt: skip
+WITH_MODEL = ("train", "decode", "flamingo", "bunny", "train_8b", "decode_8b")
+"""Those whose sides read a model that one of them writes."""
 DEFAULT = ("train", "decode", "input")
 DEADLINE = 600
 """Seconds for the cases of one suite."""

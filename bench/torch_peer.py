@@ -17,13 +17,9 @@ from mmjax.types import MMJaxError
 ADAMW = {"plain": {}, "fused": {"fused": True}, "foreach": {"foreach": True}}
 
 
-def write_model(size: Size, folder: str) -> None:
-    """Write a random model with the peer's own save_pretrained.
-
-    Every parameter is random, biases and norms too. The head's row of the end token is zero: a
-    greedy answer never ends early, so every run generates the same number of tokens.
-    """
-    from transformers import FuyuConfig, FuyuForCausalLM
+def fuyu_config(size: Size) -> Any:
+    """Return the peer's configuration of a Fuyu of this size."""
+    from transformers import FuyuConfig
 
     rope = {"rope_type": "default", "rope_theta": 25000.0, "partial_rotary_factor": 0.5}
     text = dict(
@@ -42,9 +38,19 @@ def write_model(size: Size, folder: str) -> None:
         attention_dropout=0.0,
         rope_parameters=rope,
     )
-    config = FuyuConfig(text_config=text, patch_size=size.patch, image_token_id=cases.IMAGE)
+    return FuyuConfig(text_config=text, patch_size=size.patch, image_token_id=cases.IMAGE)
+
+
+def write_model(size: Size, folder: str) -> None:
+    """Write a random model with the peer's own save_pretrained.
+
+    Every parameter is random, biases and norms too. The head's row of the end token is zero: a
+    greedy answer never ends early, so every run generates the same number of tokens.
+    """
+    from transformers import FuyuForCausalLM
+
     torch.manual_seed(0)
-    model = FuyuForCausalLM(config)
+    model = FuyuForCausalLM(fuyu_config(size))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
@@ -52,7 +58,8 @@ def write_model(size: Size, folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def _load(folder: str):
+def load(folder: str) -> Any:
+    """Load a model that ``write_model`` wrote, in float32."""
     from transformers import FuyuForCausalLM
 
     return FuyuForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
@@ -136,7 +143,7 @@ class Train(TrainStep):
 
     def load(self) -> list[dict[str, Any]]:
         """Make the model; returns the groups of what is trained."""
-        self.model = _load(self.folder).train()
+        self.model = load(self.folder).train()
         named = list(self.model.named_parameters())
         decayed = [p for n, p in named if p.ndim > 1 and "embed_tokens" not in n]
         others = [p for n, p in named if p.ndim < 2 or "embed_tokens" in n]
@@ -163,7 +170,7 @@ class Decode:
     """``generate``, greedily, with its default cache."""
 
     def __init__(self, case: Case, folder: str, impl: str):
-        self.model = _load(folder).eval()
+        self.model = load(folder).eval()
         tokens, patches = cases.decode_prompts(case)
         self.inputs = {
             "input_ids": torch.from_numpy(tokens).long(),

@@ -89,7 +89,7 @@ class Worker:
     def _build(self, case: dict, folder: str, impl: str) -> Case:
         self.subject = None  # frees the previous one first
         found = Case.from_json(case)
-        if found.device == "gpu":
+        if found.device.startswith("gpu"):
             self.module.check_gpu()
         self.subject = suites.side_of(found.suite, self.side)(found, folder, impl)
         return found
