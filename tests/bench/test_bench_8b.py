@@ -1,4 +1,4 @@
-"""The suites of Fuyu-8B: both sides agree on toy sizes; what a GPU would run and a CPU would not."""
+"""The suites of Fuyu-8B: both sides agree on toy sizes; what a GPU would run, a CPU would not."""
 
 import dataclasses
 import json
