@@ -8,8 +8,8 @@ COMMAND
 
 As published (Chen et al. 2023, instruct_flamingo's tuning_config/lora+perceiver): rank 64, alpha 64
 on the four maps of each MPT block, 1e-4 constant after 1,000 steps, a batch of 64, prompts without
-a system line, up to 32 more turns drawn into a sample. Not measured: the authors have not run this
-on GPUs.
+a system line, up to 32 more turns drawn into a sample. Weight decay of 0.1 is for the gated blocks
+alone, which are frozen here. Not measured: the authors have not run this on GPUs.
 """
 
 from typing import Any
@@ -58,7 +58,7 @@ def settings(name: str, lora: dict[str, Any]) -> dict[str, Any]:
             batch_size=64,
             workers=8,
         ),
-        optim=dict(lr=1e-4, schedule="constant", warmup=1000, weight_decay=0.1),
+        optim=dict(lr=1e-4, schedule="constant", warmup=1000, weight_decay=0.1, decay=("cross.*",)),
         mesh=dict(fsdp=-1),
         checkpoint=dict(every=1000, keep=2),
     )

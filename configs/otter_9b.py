@@ -7,8 +7,9 @@ COMMAND
 
 The YAML is Otter's training YAML (docs/data_formats.md). As in its README for MPT: AdamW at 2e-5,
 cosine, 1 % of warm-up, three epochs at a batch of 64; trained are the resampler, the gated blocks
-and the embeddings, as its model freezes all else. steps = epochs * records / batch: set them for
-your data. Not measured: the authors have not run this on GPUs.
+and the embeddings, as its model freezes all else. Weight decay of 0.1 acts, as in its code, on the
+kernels of the gated blocks alone. steps = epochs * records / batch: set them for your data. Not
+measured: the authors have not run this on GPUs.
 """
 
 from typing import Any
@@ -50,7 +51,9 @@ def settings(name: str, *, max_patches: int = 24, batch_size: int = 16) -> dict[
             batch_size=batch_size,
             workers=8,
         ),
-        optim=dict(lr=2e-5, schedule="cosine", warmup=0.01, weight_decay=0.1),
+        optim=dict(
+            lr=2e-5, schedule="cosine", warmup=0.01, weight_decay=0.1, decay=("cross.*kernel",)
+        ),
         mesh=dict(fsdp=-1),
         checkpoint=dict(every=500, keep=2),
     )

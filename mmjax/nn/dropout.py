@@ -50,4 +50,5 @@ def drop(x: Array, rate: float, name: str, *, at: Array | None = None, length: i
     keep = jax.random.bernoulli(key, 1.0 - rate, shape)
     if at is not None:
         keep = take_on_length(keep, at)
-    return jnp.where(keep, x * (1.0 / (1.0 - rate)), 0)
+    # In float32: bfloat16 would round the factor itself, for every number that is kept.
+    return jnp.where(keep, x.astype(jnp.float32) / (1.0 - rate), 0).astype(x.dtype)

@@ -127,7 +127,8 @@ class Linear(nnx.Module):
             dropped = drop(x, self.dropout, self.mask)
             low = _contract(dropped, self.lora_a[...].astype(self.dtype), self.n_in)
             up = _contract(low, self.lora_b[...].astype(self.dtype), 1)
-            y = y + up * self.lora_scale
+            # In float32: bfloat16 would round the scale itself, which merging does not.
+            y = y + (up.astype(jnp.float32) * self.lora_scale).astype(up.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y

@@ -32,7 +32,8 @@ class ModelSettings:
     processor: settings that replace those of the folder, such as ``max_height``.
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. scan_unroll: layers that one
     iteration of the scan over them does; XLA may then overlap the end of one with the start of the
-    next, and compiles as many times longer. attention: which implementation runs, a name in
+    next, and compiles as many times longer; of all layers no loop is left, and XLA may keep what
+    ``remat`` would compute again. attention: which implementation runs, a name in
     ``mmjax.ops.attention.IMPLEMENTATIONS``: auto, or one for all calls (``cudnn`` cannot do a
     decoder's in training, ``mosaic`` is for Hopper GPUs and jax 0.11 or newer).
     residual_dropout, embedding_dropout: shares of what attention and MLP add to the stream, and of

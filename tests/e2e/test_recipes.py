@@ -18,6 +18,7 @@ from mmjax.data.resizing import list_resolutions
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import evaluation, loop
+from mmjax.train.optim import decays
 from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings, check_numbers
 from mmjax.types import MMJaxError
 from tests.data import emoji_files
@@ -109,6 +110,22 @@ def test_a_recipe_resolves_at_its_full_size(file):
             make_sources({name: spec})
         except MMJaxError as error:  # its files are not here; its arguments are known
             assert "argument" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["otter_9b", "otter_video", "clever_flamingo_lora",
+                                  "clever_flamingo_9b", "openflamingo_3b"])  # fmt: skip
+def test_weight_decay_of_flamingos_is_for_gated_blocks_alone(name):
+    """As the peers group their parameters; Otter leaves gates and norms out."""
+    found = to_dataclass(RunSettings, resolve_recipe(ROOT / f"configs/{name}.py")).optim
+    names = {
+        "cross.attn.q.kernel": True,
+        "cross.attn_gate": not name.startswith("otter"),
+        "cross.attn_norm.scale": not name.startswith("otter"),
+        "perceiver.layers.mlp.up.kernel": False,
+        "decoder.layers.attn.q.lora_a": False,
+    }
+    assert found.weight_decay == 0.1
+    assert {one: decays(one, found.decay) for one in names} == names
 
 
 @pytest.mark.parametrize("name", BUNNIES)

@@ -67,9 +67,16 @@ class FuyuConfig:
         base = DecoderConfig()
 
         def pick(key, default):
-            return nested.get(key, hf.get(key, default))
+            stated = (place.get(key) for place in (nested, hf))
+            return next((value for value in stated if value is not None), default)
 
         rope = pick("rope_parameters", None) or pick("rope_scaling", None) or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind != "default":
+            raise MMJaxError(
+                f"config.json of a Fuyu says rope_type {kind!r}; supported is 'default'. Give a "
+                "model of the shorter context, if there is one"
+            )
         heads = pick("num_attention_heads", base.num_heads)
         d_model = pick("hidden_size", base.d_model)
         decoder = DecoderConfig(

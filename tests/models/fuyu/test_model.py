@@ -213,5 +213,10 @@ def test_a_config_comes_back_from_its_file():
 def test_a_config_of_nothing_is_fuyu_8b_and_another_model_is_refused():
     assert FuyuConfig.from_hf({}) == FuyuConfig()
     assert FuyuConfig.from_hf({"text_config": None, "rope_theta": None}) == FuyuConfig()
+    assert FuyuConfig.from_hf({"text_config": {"hidden_size": None}}) == FuyuConfig()
     with pytest.raises(MMJaxError, match="'llava'; a Fuyu model says 'fuyu'"):
         FuyuConfig.from_hf({"model_type": "llava"})
+    for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}):
+        for config in ({"rope_scaling": scaling}, {"text_config": {"rope_parameters": scaling}}):
+            with pytest.raises(MMJaxError, match="rope_type '(linear|dynamic)'; supported is"):
+                FuyuConfig.from_hf(config)
