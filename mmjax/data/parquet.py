@@ -113,6 +113,9 @@ class ParquetFiles:
                 values += self._read(int(file), int(group), (name,)).column(0).to_pylist()
             except BadSample as e:
                 raise MMJaxError(f"{e}; fetch the file again") from e
+            except UnicodeDecodeError as e:
+                says = f"{self.files[int(file)]}: {name!r} is not UTF-8 ({e})"
+                raise MMJaxError(f"{says}; write the file anew with text in UTF-8") from e
         return values
 
     def read(self, row: int, columns: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -124,8 +127,13 @@ class ParquetFiles:
         inside = row - int(self._ends[place]) + rows
         with self._lock:
             table = self._group(file, group, tuple(columns))
-        values = {name: table.column(name)[inside].as_py() for name in columns}
-        return f"{self.files[file]}:{row}", values
+        where, values = f"{self.files[file]}:{row}", {}
+        for name in columns:
+            try:
+                values[name] = table.column(name)[inside].as_py()
+            except UnicodeDecodeError as e:  # pyarrow looks at text when it is asked for
+                raise BadSample("bad_record", f"{where}: {name!r} is not UTF-8 ({e})") from e
+        return where, values
 
     def _group(self, file: int, group: int, columns: tuple[str, ...]) -> Any:
         """Read the columns of a row group, or take them from the few that are kept."""

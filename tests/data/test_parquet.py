@@ -137,6 +137,17 @@ def test_a_damaged_row_group_is_a_bad_sample_and_a_damaged_id_column_an_error(tm
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
+def test_text_that_is_not_utf8_is_a_bad_sample_and_ids_an_error(tmp_path):
+    latin = pa.array(["süß".encode("latin-1"), b"sweet"]).view(pa.string())
+    path = write(tmp_path / "a.parquet", {"question": latin, "answer": ["a", "b"]})
+    source = ParquetSource(path)
+    with pytest.raises(BadSample, match="a.parquet:0: 'question' is not UTF-8") as error:
+        source[0]
+    assert error.value.reason == "bad_record" and source[1].messages[0].text == "sweet"
+    with pytest.raises(MMJaxError, match="b.parquet: 'id' is not UTF-8 .*write the file anew"):
+        ParquetImages(write(tmp_path / "b.parquet", {"id": latin, "base64": ["QUJD"] * 2}))
+
+
 @pytest.mark.parametrize(
     "columns, options, says",
     [
