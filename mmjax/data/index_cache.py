@@ -87,7 +87,8 @@ class IdIndex:
 
 def as_bytes(ids: Iterable[str]) -> np.ndarray:
     """Return ids as an array of UTF-8 bytes (dtype S), at least one byte wide."""
-    encoded = [i.encode() for i in ids]
+    # Half a surrogate pair, which JSON can hold and UTF-8 not, as the escape it was in JSON.
+    encoded = [i.encode(errors="backslashreplace") for i in ids]
     return np.array(encoded, f"S{max(map(len, encoded), default=1) or 1}")
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from mmjax.data.array_record import pack_record, unpack_record
 from mmjax.data.examples import make_loader
+from mmjax.data.mimicit import MimicitSource
 from mmjax.data.mixture import Mixture
 from mmjax.data.packing import BatchShape
 from mmjax.data.skips import Skip, SkipLog
@@ -34,6 +35,14 @@ def test_a_record_with_half_a_character_is_skipped_and_listed(tmp_path):
     log.add(2, (skip,))
     (listed,) = map(json.loads, (tmp_path / "skipped.jsonl").read_bytes().splitlines())
     assert listed["id"] == HALF and listed["message"] == skip.message
+
+
+def test_ids_may_hold_half_a_character(tmp_path):
+    entry = {"instruction": "q", "answer": "a", "image_ids": [HALF], "rel_ins_ids": []}
+    (tmp_path / "ins.json").write_text(json.dumps({"data": {"é" + HALF: entry}}))
+    (tmp_path / "images.json").write_text(json.dumps({HALF: "QUJD"}))
+    (record,) = MimicitSource(tmp_path / "ins.json", tmp_path / "images.json")
+    assert record.meta["id"] == "é" + HALF and record.images == (b"ABC",)
 
 
 def test_a_record_with_half_a_character_is_copied_as_it_is(tmp_path):
