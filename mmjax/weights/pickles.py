@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import pickle
+import types
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -123,6 +124,21 @@ class _Scripted(dict):
         self.update(state)
 
 
+class _Function:
+    """A function that a pickle may call, and not change: an opcode sets attributes of any other."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+    def __setstate__(self, state):
+        raise TypeError("a pickle may not change a function")
+
+
 def _rebuild_tensor(storage, offset, shape, strides, *_):
     return PickledTensor(storage, offset, tuple(shape), tuple(strides), storage.dtype)
 
@@ -139,12 +155,16 @@ def _same(value, *_):
     return value
 
 
+def _empty(*_):
+    return {}
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch.jit._pickle", f"build_{kind}list"): _same for kind in ("int", "double", "bool")},
     ("torch.jit._pickle", "build_tensorlist"): _same,
     ("torch.jit._pickle", "restore_type_tag"): _same,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): lambda *a: {},
+    ("collections", "defaultdict"): _empty,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("__builtin__", "set"): set,
@@ -174,7 +194,8 @@ class Unpickler(pickle.Unpickler):
         if module.partition(".")[0] == "__torch__":
             return _Scripted
         try:
-            return _ALLOWED[module, name]
+            found = _ALLOWED[module, name]
+            return _Function(found) if isinstance(found, types.FunctionType) else found
         except KeyError:
             raise MMJaxError(
                 f"{self.file}: refused: its pickle asks for {module}.{name}, which is not part of "

@@ -32,6 +32,10 @@ def read_torch(file: Path) -> dict[str, TensorInfo]:
             tree = _read_zip(file)
         else:
             tree = _read_legacy(file)
+        flat = dict(_flatten(_weights_of(tree), ""))
+        while flat and all(name.startswith("module.") for name in flat):
+            flat = {name.removeprefix("module."): tensor for name, tensor in flat.items()}
+        tensors = {name: tensor.locate(file, name) for name, tensor in flat.items()}
     except MMJaxError:
         raise
     except Exception as error:  # a hostile or damaged pickle can raise nearly anything
@@ -39,20 +43,20 @@ def read_torch(file: Path) -> dict[str, TensorInfo]:
             f"{file}: not a readable torch file ({type(error).__name__}: {error}); "
             "it is damaged or incomplete, copy it again"
         ) from error
-    flat = dict(_flatten(_weights_of(tree), ""))
-    while flat and all(name.startswith("module.") for name in flat):
-        flat = {name.removeprefix("module."): tensor for name, tensor in flat.items()}
-    if not flat:
+    if not tensors:
         raise MMJaxError(f"{file}: holds no tensors; give the file with the model's weights")
-    return {name: tensor.locate(file, name) for name, tensor in flat.items()}
+    return tensors
 
 
 # What a model's tensors are called in a training checkpoint, whatever stands beside them.
 _STATES = ("state_dict", "model_state_dict")
+_DEEPEST = 8  # so many of them one in the other; a dict that holds itself has no end
 
 
 def _weights_of(tree: Any) -> Any:
-    while isinstance(tree, dict):
+    for _ in range(_DEEPEST):
+        if not isinstance(tree, dict):
+            break
         inner = next((k for k in (*_STATES, "model", "module") if k in tree), None)
         # A model may itself have a part called "model": its siblings are tensors or more parts.
         beside = (v for k, v in tree.items() if k != inner)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmjax.types import MMJaxError
+from mmjax.weights import pickles
 from mmjax.weights.torch_archive import read_torch
 
 
@@ -115,6 +116,23 @@ def test_other_globals_are_named(tmp_path, name):
         archive.writestr("a/data.pkl", f"c{module}\n{attribute}\n.")
     with pytest.raises(MMJaxError, match=name):
         read_torch(tmp_path / "a.pt")
+
+
+HOSTILE = {
+    "changes a function": b"ctorch._utils\n_rebuild_tensor\n(N}U\x0c__defaults__(I1\ntstb.",
+    "holds itself": b"}q\x00U\x01ah\x00s.",
+    "holds itself as its model": b"}q\x00U\x05modelh\x00s.",
+    "is deep": b"}U\x01a" * 5000 + b"}" + b"s" * 5000 + b".",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_end_and_change_nothing(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + HOSTILE[name])
+    with pytest.raises(MMJaxError, match="not a readable torch file"):
+        read_torch(tmp_path / "a.pt")
+    assert pickles._rebuild_tensor.__defaults__ is None
 
 
 def test_tensor_beyond_its_storage_is_refused(tmp_path):
