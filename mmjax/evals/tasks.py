@@ -119,7 +119,12 @@ def ask(task: Task, record: Record) -> Record:
     if task.prompt is None:
         return record
     messages = list(record.messages)
-    place = max(i for i, m in enumerate(messages) if m.role == "user")
+    place = max((i for i, m in enumerate(messages) if m.role == "user"), default=None)
+    if place is None:
+        raise MMJaxError(
+            f"task {task.name}: record {record.meta.get('id', '?')} has no question for the prompt "
+            f"{task.prompt!r}; leave the prompt away, or ask something in each record"
+        )
     text = task.prompt.replace("{question}", messages[place].text)
     messages[place] = dataclasses.replace(messages[place], text=text)
     return dataclasses.replace(record, messages=tuple(messages))

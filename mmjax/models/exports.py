@@ -62,6 +62,8 @@ def plan_export(
     format, named as the layout names its modules. Of a layout that holds the trained part, merged
     kernels are a part; whole: write all the rest as well.
     """
+    if adapter and dtype != "keep":
+        raise MMJaxError(f"--dtype {dtype}: an adapter keeps its own; leave --dtype away")
     shapes = check(ckpt, abstract)
     source = Canonical(ckpt.reader, ckpt.rules, shapes)
     layout = choose_layout(ckpt.family, layout, adapter=adapter)

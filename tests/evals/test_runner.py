@@ -168,6 +168,9 @@ def test_task_settings_are_checked():
         run([vqa("a", colours()), vqa("a", colours())])
     with pytest.raises(MMJaxError, match="different files, got a b, a_b"):
         run([vqa("a b", colours()), vqa("a_b", colours())])
+    caption = Record((Message("assistant", "A cat."),), (), {"id": "c"})
+    with pytest.raises(MMJaxError, match="task t: record c has no question for the prompt"):
+        run([vqa("t", [caption], prompt="Say: {question}")])
     with pytest.raises(MMJaxError, match="task t: limit is 0; give at least 1"):
         vqa("t", colours(), limit=0)
     with pytest.raises(MMJaxError, match="holds no records"):

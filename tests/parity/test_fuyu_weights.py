@@ -15,6 +15,7 @@ from convert_weights import inspect, to_hf, to_jax
 from mmjax.models import checkpoints, converted, opening
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
+from mmjax.types import MMJaxError
 from mmjax.weights.writer import Arrays
 
 IDS = torch.tensor([[1, 5, 5, 9, 33, 12, 60, 2]])
@@ -243,6 +244,8 @@ def test_adapter_merges_to_the_same_logits(published, adapter, tmp_path):
 def test_adapter_comes_back_as_an_adapter(published, adapter, tmp_path):
     to_jax.main([str(adapter[0]), str(tmp_path / "jax"), "--base", str(published[0])])
     to_hf.main([str(tmp_path / "jax"), str(tmp_path / "peft"), "--adapter"])
+    with pytest.raises(MMJaxError, match="--dtype float16: an adapter keeps its own"):
+        to_hf.main([str(tmp_path / "jax"), str(tmp_path / "x"), "--adapter", "--dtype=float16"])
     model = PeftModel.from_pretrained(tiny_fuyu(), tmp_path / "peft").eval()
     np.testing.assert_allclose(logits(model), logits(adapter[1]), atol=1e-5)
 
