@@ -182,7 +182,7 @@ class Checkpoints:
 
     def _drop(self, step: int, size: int, error: Exception) -> None:
         """Report a save that the disk did not take, and forget it; raise any other error."""
-        reason = _disk_trouble(error)
+        reason = disk_trouble(error)
         if reason is None:
             raise error
         for _ in range(2):  # closing raises the failure of the save once more
@@ -207,7 +207,7 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _disk_trouble(error: BaseException | None) -> str | None:
+def disk_trouble(error: BaseException | None) -> str | None:
     """Return what the disk has to say if it made a save fail, else None."""
     known = ("No space left", "Disk quota exceeded", "File too large", "Input/output error",
              "Read-only file system")  # fmt: skip

@@ -25,7 +25,7 @@ from mmjax.train.settings import RunSettings, check_numbers
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
 from mmjax.train.validation import ValidationLoss
-from mmjax.train.workdir import held, write_config
+from mmjax.train.workdir import disk_asked, held, write_config
 from mmjax.types import Batch, MMJaxError
 
 
@@ -157,7 +157,9 @@ class Training:
             return
         if settings.checkpoint.export:
             design = self._design
-            export_model(self._model(), self._workdir, design.plan.lora, design.outline.chosen)
+            fix = f"step {done} is saved: make room and start again, and it is written"
+            with disk_asked(self._workdir / "model", fix):
+                export_model(self._model(), self._workdir, design.plan.lora, design.outline.chosen)
         if settings.eval.tasks and settings.eval.final:
             got = evaluation.full(
                 self._model(), settings, self._workdir, step=done,

@@ -11,10 +11,12 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmjax.checkpoint import disk_trouble
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
 LOCK = "run.lock"
+_FIX = "choose a --workdir that can, or mend its path, rights or disk"
 
 
 @contextlib.contextmanager
@@ -26,7 +28,7 @@ def held(workdir: Path) -> Iterator[None]:
     guarded. Raises MMJaxError where another process has it, and for a folder that cannot be made
     or written.
     """
-    with _disk_asked(workdir):
+    with disk_asked(workdir, _FIX):
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / LOCK, "ab+", buffering=0)  # noqa: SIM115 - closed below
     with file:
@@ -51,18 +53,19 @@ def write_config(settings: RunSettings, workdir: Path) -> None:
     """Write the settings as JSON, for the record and for eval.py's report."""
     text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
     part = workdir / "config.json.part"
-    with _disk_asked(workdir):
+    with disk_asked(workdir, _FIX):
         part.write_text(text + "\n")
         part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
 
 
 @contextlib.contextmanager
-def _disk_asked(workdir: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an MMJaxError that names the folder."""
+def disk_asked(path: Path, fix: str) -> Iterator[None]:
+    """Turn what the disk refuses within a block into an MMJaxError. path: what is written."""
     try:
         yield
-    except OSError as error:
-        raise MMJaxError(
-            f"--workdir {workdir} cannot be written: {error.strerror}; choose a folder that can, "
-            "or mend its path, rights or disk"
-        ) from error
+    except MMJaxError:
+        raise
+    except Exception as error:
+        if (reason := disk_trouble(error)) is None:
+            raise
+        raise MMJaxError(f"{path} cannot be written: {reason}; {fix}") from error

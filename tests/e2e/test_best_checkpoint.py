@@ -39,3 +39,16 @@ def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path, monkeypatch
     with pytest.raises(MMJaxError, match=r"stands at step 6 and config.steps is 3"):
         loop.run(dataclasses.replace(plain, steps=3), workdir)
     assert json.loads((workdir / "config.json").read_text())["steps"] == 6
+
+
+def test_a_model_that_finds_no_room_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise ValueError("tensorstore: No space left on device")
+
+    monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(loop, "export_model", full)
+    plain = settings(write_data(tmp_path / "data"))
+    plain = dataclasses.replace(plain, steps=1, checkpoint=CheckpointSettings(export=True))
+    with pytest.raises(MMJaxError, match="model cannot be written: No space left; step 1 is saved"):
+        loop.run(plain, tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [1]
