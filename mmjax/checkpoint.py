@@ -287,13 +287,16 @@ def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
 
 def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Load a step's parameters alone, by dotted name, onto the shardings of ``abstract``."""
+    logging.getLogger("absl").addFilter(_not_from_orbax)
     manager = ocp.training.Checkpointer(Path(workdir).absolute() / FOLDER)
+    want = {"params": dict(abstract)}
     try:
-        return manager.load_checkpointables(step, {"params": dict(abstract)})["params"]
+        if problem := _misfit(manager.checkpointables_metadata(step).metadata, want):
+            raise ValueError(problem)
+        return manager.load_checkpointables(step, want)["params"]
     except (ValueError, KeyError) as error:
-        found = _misfit(manager.checkpointables_metadata(step).metadata, {"params": abstract})
         raise MMJaxError(
-            f"checkpoint {step} of {workdir} does not fit the model: {found or error}"
+            f"checkpoint {step} of {workdir} does not fit the model: {error}"
         ) from error
     finally:
         manager.close()
