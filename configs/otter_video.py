@@ -18,6 +18,10 @@ from mmjax.recipes import toy_flamingo
 from mmjax.train.settings import RunSettings
 
 FRAMES = 32
+LLAMA_7B = dict(
+    model_type="llama", hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
+    num_attention_heads=32, vocab_size=32_004,
+)  # fmt: skip
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -27,4 +31,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if quick:
         return fill(RunSettings, toy_flamingo(recipe))
     recipe["model"]["processor"] |= dict(frames=FRAMES)
+    recipe["model"]["plan_config"] = dict(text_config=LLAMA_7B, max_num_frames=128)
     return fill(RunSettings, recipe)

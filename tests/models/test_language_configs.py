@@ -39,6 +39,14 @@ def test_stablelm_epoch_says_the_same_in_other_words():
         (dict(model_type="qwen2", use_sliding_window=True), "use_sliding_window True"),
         (dict(model_type="llama", rope_scaling={"rope_type": "yarn"}), "rope_type 'yarn'"),
         (dict(model_type="llama", rope_scaling={"rope_type": "llama3"}), "without factor, low_f"),
+        (
+            dict(
+                model_type="llama",
+                rope_parameters={"rope_type": "default"},
+                rope_scaling={"type": "linear", "factor": 2.0},
+            ),
+            "rope_type 'linear'",
+        ),
         (dict(model_type="gemma", hidden_activation="gelu"), "hidden_activation 'gelu'"),
     ],
 )

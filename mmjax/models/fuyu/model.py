@@ -11,6 +11,7 @@ from jax import Array
 
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
+from mmjax.models.language.architecture import rope_kind
 from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.parallel.sharding import constrain
@@ -70,9 +71,9 @@ class FuyuConfig:
             stated = (place.get(key) for place in (nested, hf))
             return next((value for value in stated if value is not None), default)
 
-        rope = pick("rope_parameters", None) or pick("rope_scaling", None) or {}
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind != "default":
+        new, old = (pick(key, None) or {} for key in ("rope_parameters", "rope_scaling"))
+        rope = {**new, **old}
+        if (kind := rope_kind(old or new)) != "default":
             raise MMJaxError(
                 f"config.json of a Fuyu says rope_type {kind!r}; supported is 'default'. Give a "
                 "model of the shorter context, if there is one"

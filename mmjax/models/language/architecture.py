@@ -60,11 +60,12 @@ _LLAMA3 = {
 def rope_of(hf: Mapping[str, Any], theta: float, fraction: float = 1.0) -> dict[str, Any]:
     """Return the decoder's ``rope_...`` values from any of the places transformers keeps them.
 
-    theta, fraction: where nothing is stated. Raises MMJaxError for a rotation that is scaled in
+    theta, fraction: where nothing is stated. Where both are, ``rope_scaling`` wins over
+    ``rope_parameters``, as in transformers. Raises MMJaxError for a rotation that is scaled in
     another way than Llama 3.1's.
     """
-    stated = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = stated.get("rope_type", stated.get("type", "default"))
+    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    kind, stated = rope_kind(old or new), {**new, **old}
     if kind not in ("default", "llama3"):
         raise MMJaxError(
             f"config.json of a {hf.get('model_type')} model says rope_type {kind!r}; supported is "
@@ -85,6 +86,11 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float = 1.0) -> dict[
         "rope_fraction": pick("partial_rotary_factor", "rotary_pct", "rope_pct", default=fraction),
         "rope_scaling": rope.Llama3Scaling(**scaled) if scaled else None,
     }
+
+
+def rope_kind(stated: Mapping[str, Any]) -> str:
+    """Return how a rotation is scaled, by its new name or its old one; ``default`` is not."""
+    return stated.get("rope_type") or stated.get("type") or "default"
 
 
 def rope_json(c: DecoderConfig) -> dict[str, Any]:

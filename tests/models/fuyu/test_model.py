@@ -217,6 +217,11 @@ def test_a_config_of_nothing_is_fuyu_8b_and_another_model_is_refused():
     with pytest.raises(MMJaxError, match="'llava'; a Fuyu model says 'fuyu'"):
         FuyuConfig.from_hf({"model_type": "llava"})
     for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}):
-        for config in ({"rope_scaling": scaling}, {"text_config": {"rope_parameters": scaling}}):
+        both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": scaling}
+        for config in (
+            {"rope_scaling": scaling},
+            {"text_config": {"rope_parameters": scaling}},
+            both,
+        ):
             with pytest.raises(MMJaxError, match="rope_type '(linear|dynamic)'; supported is"):
                 FuyuConfig.from_hf(config)
