@@ -110,7 +110,8 @@ def test_the_plan_counts_four_and_a_half_bits_a_weight():
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(MMJaxError, match="model.frozen_dtype is 'fp4'; choose one of bfloat16"):
+    says = "model.frozen_dtype is 'fp4'; did you mean 'nf4'.*one of bfloat16"
+    with pytest.raises(MMJaxError, match=says):
         base("fp4")
 
 
