@@ -25,7 +25,8 @@ at 1e-4, constant after 1,875 steps of warm-up, weight decay 0.1 on the gated bl
 of LAION's captions weighs 0.2 beside MMC4's documents; trained are the resampler, the gated blocks
 and the embeddings of <image> and <|endofchunk|>. There 60 million documents and 120 million
 captions were seen; rows here are packed, so a step holds as many of them as fit, and steps say how
-long. Not measured: the authors have not run this on GPUs.
+long. Its code cuts a document at 256 tokens and a caption at 32; here a row's 2,048 are the limit.
+Not measured: the authors have not run this on GPUs.
 """
 
 from typing import Any
