@@ -30,7 +30,8 @@ class LoadedModel:
     """A model with its weights and its processor.
 
     family: name of its family. config: its sizes. model: the NNX module; call it inside
-    ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back.
+    ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back. ends: tokens
+    that end an answer beside those of the config, as generation_config.json states them.
     """
 
     family: str
@@ -38,6 +39,7 @@ class LoadedModel:
     model: nnx.Module
     processor: Processor
     mesh: jax.sharding.Mesh
+    ends: tuple[int, ...] = ()
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -173,7 +175,7 @@ class LoadedModel:
 
         Raises MMJaxError for an id outside the vocabulary and a text that is no single token.
         """
-        ids = list(self.config.end_token_ids)
+        ids = [*self.config.end_token_ids, *self.ends]
         for token in [stop] if isinstance(stop, str | int | np.integer) else stop:
             number = token
             if isinstance(token, str):

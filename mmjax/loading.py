@@ -13,6 +13,7 @@ from flax import nnx
 from mmjax.loaded import LoadedModel
 from mmjax.models import checkpoints, opening, registry
 from mmjax.models.api import Processor
+from mmjax.models.companions import stated_ends
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
@@ -74,7 +75,8 @@ def load(
             wanted, each = quantized.while_loading(abstract, wanted, dtype)
         values = checkpoints.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
-    return LoadedModel(family.name, config, model, processor, mesh)
+    ends = tuple(i for i in stated_ends(opened.folders) if i < config.vocab_size)
+    return LoadedModel(family.name, config, model, processor, mesh, ends)
 
 
 def _check_dtype(dtype: str) -> None:

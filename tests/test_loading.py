@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import FuyuForCausalLM
 
 import mmjax
 from convert_weights import to_jax
@@ -229,6 +231,25 @@ def test_stop_takes_ids_and_tokens(loaded, ids_only):
     for model, stop in ((loaded, "<|nowhere|>"), (ids_only, "a"), (ids_only, 96), (ids_only, -1)):
         with pytest.raises(MMJaxError, match=f"stop holds {re.escape(repr(stop))}.*vocabulary"):
             model.generate([1, 2], stop=[stop])
+
+
+def test_ends_of_generation_config_end_an_answer_as_the_peers(tmp_path, bare, ids_only):
+    folder = tmp_path / "instruct"
+    shutil.copytree(bare[0], folder)
+    full = ids_only.generate(IDS, [PATCHES], max_new_tokens=6)[0].split()
+    stated = {"eos_token_id": [ids_only.config.eos_token_id, int(full[3]), 10**6]}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    model = mmjax.load(folder)
+    assert model.end_tokens() == (ids_only.config.eos_token_id, int(full[3]))
+    theirs = FuyuForCausalLM.from_pretrained(folder).generate(
+        input_ids=torch.tensor([IDS]), pixel_values=torch.tensor(PATCHES)[None],
+        max_new_tokens=6, do_sample=False,
+    )  # fmt: skip
+    ours = model.generate(IDS, [PATCHES], max_new_tokens=6)[0].split()
+    assert ours == [str(int(i)) for i in theirs[0, len(IDS) : -1]] == full[: full.index(full[3])]
+    (folder / "generation_config.json").write_text("[")
+    with pytest.raises(MMJaxError, match="generation_config.json is no JSON object"):
+        mmjax.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+from mmjax.types import MMJaxError
 
 COMPANIONS = (
     "tokenizer.json",
@@ -21,6 +24,25 @@ COMPANIONS = (
     "chat_template.json",
     "chat_template.jinja",
 )
+
+
+def stated_ends(folders: Sequence[Path]) -> tuple[int, ...]:
+    """Return the tokens that end an answer by the nearest generation_config.json or config.json.
+
+    As transformers' ``generate`` does, which reads the first alone where a folder has it: there an
+    instruction-tuned model lists the end of a turn beside the end of a text.
+    Raises MMJaxError for a file that is damaged.
+    """
+    for folder in folders:
+        for name in ("generation_config.json", "config.json"):
+            if (file := Path(folder) / name).is_file():
+                try:
+                    stated = json.loads(file.read_text()).get("eos_token_id")
+                except (ValueError, AttributeError) as error:
+                    raise MMJaxError(f"{file} is no JSON object: {error}") from error
+                if stated is not None:
+                    return tuple(stated) if isinstance(stated, list) else (stated,)
+    return ()
 
 
 def copy_companions(folders: Sequence[Path], destination: Path) -> list[str]:
