@@ -12,7 +12,7 @@ from typing import Any
 
 from mmjax.evals.scorers import get_scorer
 from mmjax.evals.tasks import Task, answers_of, question_of
-from mmjax.types import MMJaxError, Record
+from mmjax.types import BadSample, MMJaxError, Record
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -69,7 +69,10 @@ def blind_baselines(
         answers, choices = answers_of(record), record.meta.get("choices", ())
         guesses = {"majority": majority, "question_only": best.get(question_of(record), majority)}
         for name, guess in guesses.items():
-            value = score(guess, answers, choices)
+            try:
+                value = score(guess, answers, choices)
+            except BadSample:  # nothing would be right, as for the model's own answer
+                value = 0.0
             rows[name].append({"score": value, "group": record.meta.get(task.group)})
     out: dict[str, Any] = {name: summarise(scored) for name, scored in rows.items()}
     out["majority"]["answer"] = majority

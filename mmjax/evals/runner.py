@@ -190,7 +190,7 @@ def _ask_batch(
     generate_fn: Generate,
     demos: Demonstrations | None,
 ) -> list[dict[str, Any]]:
-    """Ask some questions and score the answers; a record that cannot be read counts as wrong."""
+    """Ask some questions and score the answers; a record that cannot be used counts as wrong."""
     score = get_scorer(task.scorer)
     rows: dict[int, dict[str, Any]] = {}
     records: dict[int, Record] = {}
@@ -212,7 +212,11 @@ def _ask_batch(
         if isinstance(text, BadSample):
             rows[index] = row | {"error": str(text)}
             continue
-        value = score(text, answers_of(record), record.meta.get("choices", ()))
+        try:
+            value = score(text, answers_of(record), record.meta.get("choices", ()))
+        except BadSample as e:
+            rows[index] = row | {"prediction": text, "error": str(e)}
+            continue
         rows[index] = row | {"prediction": text, "score": value, "correct": value >= 0.5}
     return [rows[i] for i in batch]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mmjax.evals import normalise
-from mmjax.types import MMJaxError
+from mmjax.types import BadSample, MMJaxError
 
 Scorer = Callable[[str, Sequence[str], Sequence[str]], float]
 
@@ -80,10 +80,17 @@ def multiple_choice(
 ) -> float:
     """Return 1 if the option chosen by ``parse_choice`` is the right one.
 
-    answers: the letter, or the text of the option (``choices`` must then be given).
+    answers: the letter, or the text of the option (``choices`` must then be given). Raises
+    BadSample where no answer is an option: nothing could be right.
     """
-    letter = parse_choice(prediction, choices, mode)
-    return float(letter is not None and letter in {_answer_letter(a, choices) for a in answers})
+    right = {_answer_letter(answer, choices) for answer in answers} - {None}
+    if not right:
+        raise BadSample(
+            "no_option",
+            f"none of the right answers {list(answers)} is a letter or a text of the options "
+            f"{list(choices)}",
+        )
+    return float(parse_choice(prediction, choices, mode) in right)
 
 
 def multiple_choice_text(

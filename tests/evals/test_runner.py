@@ -106,6 +106,17 @@ def test_multiple_choice_chance_prompt_and_limit():
     assert asked == ["Which? A. x B. y Letter only."] * 4
 
 
+def test_a_right_answer_that_is_no_option_is_counted_and_told(tmp_path):
+    options = [record(i, "Which?", answer, choices=["x", "y"]) for i, answer in enumerate("BzA")]
+    task = multiple_choice("mc", options, train=options)
+    say = lambda records, *_: ["B"] * len(records)  # noqa: E731
+    found = runner.evaluate([task], say, workdir=tmp_path, progress=False)["mc"]["test"]
+    assert (found["n"], found["correct"], found["unreadable"]) == (3, 1, 1)
+    assert found["blind"]["majority"]["n"] == 3
+    row = json.loads((tmp_path / "predictions" / "mc.jsonl").read_text().splitlines()[1])
+    assert row["prediction"] == "B" and "['z'] is a letter or a text" in row["error"]
+
+
 class Broken(list):
     """A source of numbered records, two of which cannot be read."""
 
