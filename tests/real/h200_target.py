@@ -7,6 +7,7 @@ assembler that it calls are wheels of PyPI; see ``compile-h200`` in the Makefile
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -14,8 +15,8 @@ from unittest import mock
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 # Autotuning runs candidates on the device and takes the fastest; there is nothing to run them on.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-# The plugin finds no GPU and says so on stderr.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# XLA tells of ptxas's warnings, such as registers spilled, at this level; see ``log_to``.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
 
 import jax
 from jax.experimental import topologies
@@ -72,10 +73,25 @@ def taken_for_default():
 
 @contextlib.contextmanager
 def assembler_reports(folder: Path):
-    """Have Mosaic write what ptxas says of each kernel into a folder, as ``<kernel>.ptxas``."""
+    """Write what ptxas says into a folder: all of it of Mosaic's kernels, XLA's warnings."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
     told = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(folder))
-    with mock.patch.dict(os.environ, told):
+    with mock.patch.dict(os.environ, told), log_to(folder / "xla.ptxas"):
         yield
+
+
+@contextlib.contextmanager
+def log_to(path: Path):
+    """Send stderr, also that of compiled code, to a file."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with path.open("w") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
