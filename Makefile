@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-312 parity parity-flamingo parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
+.PHONY: quickstart test test-heavy test-312 parity parity-flamingo parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -24,10 +24,16 @@ quickstart: .venv/installed  ## learn to read tiny digits in photographs, in min
 	$(PY) train.py --config=configs/quickstart.py --workdir=runs/quickstart
 	@echo "Open runs/quickstart/report.html in a browser."
 
-test: .venv/installed-test  ## the whole test suite
+# In the order of the files: xdist's own puts those with few tests last, and they are the longest.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: .venv/installed-test  ## the test suite, but for more cases of what it shows already
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) $(PYTEST) -m "not heavy"
+
+test-heavy: .venv/installed-test  ## those other cases: more language models, meshes, plans, benchmarks
+	$(PY) $(PYTEST) -m heavy
 
 # The second leg: the newest jax and flax, which need Python 3.12. No torch, so no peers.
 test-312:  ## import, step, generation and a quick run on Python 3.12

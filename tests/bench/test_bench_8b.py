@@ -25,6 +25,7 @@ def rows():
         return list(runner.run_cases(chosen, peer="torch", quick=True))
 
 
+@pytest.mark.heavy
 def test_a_packed_row_is_the_peers_batch_and_answers_are_the_same(rows):
     packed, whole, decode = rows
     for row in (packed, decode):

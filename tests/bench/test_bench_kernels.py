@@ -109,6 +109,7 @@ def test_the_probe_measures_each_attention_or_says_why_not(monkeypatch):
     }
 
 
+@pytest.mark.heavy
 def test_a_mesh_gives_its_collectives_bytes_and_the_losses_of_one_device(monkeypatch):
     # Its process compiles into the cache of the whole suite (tests/conftest.py).
     for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):

@@ -23,6 +23,7 @@ def row(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.heavy
 def test_a_quick_run_draws_every_record_and_both_sides_make_the_same(row):
     ours, peer = row["ours"], row["peer"]
     assert ours["records"] == ours["images"] == row["records"] == 96 and ours["skipped"] == 0
@@ -40,6 +41,7 @@ def test_a_quick_run_draws_every_record_and_both_sides_make_the_same(row):
     assert [m["share"] for m in ours["memory"]] == sorted(m["share"] for m in ours["memory"])
 
 
+@pytest.mark.heavy
 def test_the_document_has_the_run_and_names_a_miss(row):
     text = report.markdown([row], "c", "r")
     assert "## Pipeline" in text and "96 records, 12 pictures" in text and "--quick" in text

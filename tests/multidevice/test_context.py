@@ -53,7 +53,13 @@ def whole():
         return loss_and_gradients({}, packed())
 
 
-@pytest.mark.parametrize("shape", [{"context": 2}, ALL_AXES], ids=["context", "all_axes"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"context": 2}, marks=pytest.mark.heavy, id="context"),
+        pytest.param(ALL_AXES, id="all_axes"),
+    ],
+)
 def test_loss_and_gradients_equal_those_of_one_device(shape, whole):
     loss, grads = loss_and_gradients(shape, packed())
     np.testing.assert_allclose(loss, whole[0], rtol=1e-5)

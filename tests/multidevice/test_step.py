@@ -60,7 +60,10 @@ DROPPING = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}])
+@pytest.mark.parametrize(
+    "shape",
+    [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"fsdp": 8}, marks=pytest.mark.heavy)],
+)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(shape):
     """Nor do the masks of dropout."""
     one_loss, one, _, _ = run({}, config=DROPPING, **GRADIENTS)

@@ -17,8 +17,15 @@ from mmjax.weights import rules
 from mmjax.weights.writer import Arrays
 from tests.parity import flamingo_golden, flamingo_peer, forward
 
+IN_SHORT = ("flamingo_mpt", "flamingo_llama")
+"""With ALiBi and grouped layers, and with rotary positions; the others have neither more."""
+GOLDENS = [
+    pytest.param(path, marks=() if path.stem in IN_SHORT else pytest.mark.heavy, id=path.stem)
+    for path in flamingo_golden.paths()
+]
 
-@pytest.fixture(scope="module", params=flamingo_golden.paths(), ids=lambda path: path.stem)
+
+@pytest.fixture(scope="module", params=GOLDENS)
 def pair(request, tmp_path_factory):
     """One run of the peer, and its weights loaded by us."""
     golden = flamingo_golden.load(request.param)

@@ -65,7 +65,9 @@ def our_tokens(loaded, samples, eos=(EOS,), beams=None, constraints=None, rows=N
     return [row.tolist() for row in generate(params, peer.examples(samples), NEW, rows=rows)]
 
 
-@pytest.mark.parametrize("num_beams", [2, 3, 4])
+@pytest.mark.parametrize(
+    "num_beams", [3, *(pytest.param(n, marks=pytest.mark.heavy) for n in (2, 4))]
+)
 def test_beam_search_is_identical_in_one_program(both, num_beams):
     theirs, loaded = both
     answers, programs = set(), _generate._cache_size()
@@ -126,11 +128,11 @@ def test_beams_are_identical_where_images_stand_in_the_prompt(both):
 
 CONSTRAINTS = [
     (dict(repetition_penalty=1.4), 1),
-    (dict(repetition_penalty=1.4), 3),
+    pytest.param(dict(repetition_penalty=1.4), 3, marks=pytest.mark.heavy),
     (dict(no_repeat_ngram_size=2), 1),
-    (dict(no_repeat_ngram_size=3), 3),
+    pytest.param(dict(no_repeat_ngram_size=3), 3, marks=pytest.mark.heavy),
     (dict(min_new_tokens=9), 1),
-    (dict(min_new_tokens=9), 3),
+    pytest.param(dict(min_new_tokens=9), 3, marks=pytest.mark.heavy),
     (dict(repetition_penalty=0.8, no_repeat_ngram_size=2, min_new_tokens=5), 3),
 ]
 

@@ -52,7 +52,10 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("shape, accumulate", [((), 4), ((("data", 2), ("fsdp", 2)), 1)])
+@pytest.mark.parametrize(
+    "shape, accumulate",
+    [((), 4), pytest.param((("data", 2), ("fsdp", 2)), 1, marks=pytest.mark.heavy)],
+)
 def test_the_loss_equals_a_backward_pass_for_each_source(alone, shape, accumulate):
     got, metrics = gradient(
         BATCH | {"target_source": SOURCES}, shape, accumulate=accumulate, num_sources=3,

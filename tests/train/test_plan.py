@@ -61,7 +61,9 @@ def recipe(name, devices, remat=None, **changes):
     "case, within",
     [
         (small("full", optimizer="adafactor", accumulate=2), 0.1),
-        (small("names", rank=4, mesh={"fsdp": 2, "tensor": 2}), 0.25),
+        pytest.param(
+            small("names", rank=4, mesh={"fsdp": 2, "tensor": 2}), 0.25, marks=pytest.mark.heavy
+        ),
     ],
 )
 def test_the_sum_is_near_to_what_the_compiler_counts(case, within):

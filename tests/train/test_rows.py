@@ -69,7 +69,10 @@ def test_other_rows_stay_bit_for_bit_under_every_optimizer_with_decay(name):
     assert np.all(before[kernel] != after[kernel])
 
 
-@pytest.mark.parametrize("mesh, accumulate", [({}, 1), ({"fsdp": 2, "tensor": 2}, 2)])
+@pytest.mark.parametrize(
+    "mesh, accumulate",
+    [pytest.param({}, 1, marks=pytest.mark.heavy), ({"fsdp": 2, "tensor": 2}, 2)],
+)
 def test_gradient_norm_and_clipping_see_the_chosen_rows_alone(whole, mesh, accumulate):
     """SGD moves by the gradient: what is chosen moves as without a choice, and makes the norm."""
     want = {}
