@@ -12,13 +12,13 @@ import re
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmjax.ops import blocks, implementations
 from mmjax.ops import mosaic_parts as parts
 from mmjax.ops.flash_mosaic_backward import backward
+from mmjax.ops.kernel_rule import bounds_of, differentiable, interpreted
 
 MIN_JAX = (0, 11)
 """Before it Pallas has no public interpreter of Mosaic, and other names for what is used here."""
@@ -38,17 +38,10 @@ def flash_attention(
     too; None does so off a GPU. A length that is no multiple of 8 costs padded copies of its
     arrays.
     """
-    b, t = q.shape[:2]
-    s = k.shape[1]
-    if ranges is None:
-        ranges = jnp.zeros((b, t), jnp.int32), jnp.full((b, t), s, jnp.int32)
-    start, end = ranges
-    if causal:  # two comparisons per score instead of three
-        end = jnp.minimum(end, jnp.arange(1, t + 1, dtype=jnp.int32))
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
+    t, (start, end) = q.shape[1], bounds_of(q, k, ranges, causal)
     q, k, v, start, end = (_whole_tiles(x) for x in (q, k, v, start, end))
-    return _flash(q, k, v, start, end, alibi_slopes, float(scale), interpret)[:, :t]
+    out = _flash(q, k, v, start, end, alibi_slopes, float(scale), interpreted(interpret))
+    return out[:, :t]
 
 
 def problem(call: implementations.Call) -> str | None:
@@ -82,32 +75,11 @@ def _whole_tiles(x):
     return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if more else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _flash(q, k, v, start, end, slopes, scale, interpret):
-    return _flash_fwd(q, k, v, start, end, slopes, scale, interpret)[0]
-
-
-def _flash_fwd(q, k, v, start, end, slopes, scale, interpret):
-    tile = parts.TILES[q.shape[3]].forward
-    out, lse = _forward(q, k, v, start, end, slopes, tile, scale, interpret)
-    # Named inside the rule, as in flash_xla: rematerialisation then never runs the kernel again.
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return out, (q, k, v, start, end, slopes, out, lse)
-
-
-def _flash_bwd(scale, interpret, residuals, grad):
-    slopes = residuals[5]
-    dq, dk, dv = backward(*residuals, grad, scale, interpret)
-    return dq, dk, dv, None, None, jax.tree.map(jnp.zeros_like, slopes)
-
-
-_flash.defvjp(_flash_fwd, _flash_bwd)
-
-
-def _forward(q, k, v, start, end, slopes, tile, scale, interpret):
+def _forward(q, k, v, start, end, slopes, scale, interpret):
     """Return the output and the log-sum-exp, float32[b, n, t], natural logarithm."""
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]
+    tile = parts.TILES[h].forward
     bounds = blocks.key_bounds(*blocks.cut(start, end, s, tile.program, tile.walk))
     start, end = parts.padded(tile.program, start, end, values=(0, 0))
     inputs = dict(bounds=bounds, start=start, end=end, slopes=slopes, q=q, k=k, v=v)
@@ -127,6 +99,9 @@ def _forward(q, k, v, start, end, slopes, tile, scale, interpret):
     grid = (b, n, pl.cdiv(t, tile.program))
     out, lse = parts.call(kernel, "flash_forward", grid, tile, interpret, inputs, outputs, scratch)
     return out, lse[:, :, :t]
+
+
+_flash = differentiable(_forward, backward)
 
 
 def _forward_kernel(x, own, sums, keys, values, staging, *, tile, groups, scale):

@@ -14,13 +14,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mmjax.ops import implementations
 from mmjax.ops import triton_parts as parts
 from mmjax.ops.flash_triton_backward import backward
+from mmjax.ops.kernel_rule import bounds_of, differentiable, interpreted
 
 MAX_HEAD_DIM = max(parts.TILES)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -40,45 +40,20 @@ def flash_attention(
 
     scale is a Python number. interpret: run the kernels as plain JAX; None does so off a GPU.
     """
-    b, t = q.shape[:2]
-    s = k.shape[1]
-    if ranges is None:
-        ranges = jnp.zeros((b, t), jnp.int32), jnp.full((b, t), s, jnp.int32)
-    start, end = ranges
-    if causal:  # two comparisons per score instead of three
-        end = jnp.minimum(end, jnp.arange(1, t + 1, dtype=jnp.int32))
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
-    return _flash(q, k, v, start, end, alibi_slopes, float(scale), interpret)
+    start, end = bounds_of(q, k, ranges, causal)
+    return _flash(q, k, v, start, end, alibi_slopes, float(scale), interpreted(interpret))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _flash(q, k, v, start, end, slopes, scale, interpret):
-    return _flash_fwd(q, k, v, start, end, slopes, scale, interpret)[0]
-
-
-def _flash_fwd(q, k, v, start, end, slopes, scale, interpret):
+def _forward(q, k, v, start, end, slopes, scale, interpret):
+    """Return the output and the log-sum-exp, float32[b, n, t], natural logarithm."""
     tile = parts.tiles(q.shape[3], q.shape[1], k.shape[1], q.dtype)[0]
-    out, lse = _forward(q, k, v, start, end, slopes, tile, scale, interpret)
-    # Named inside the rule, as in flash_xla: rematerialisation then never runs the kernel again.
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return out, (q, k, v, start, end, slopes, out, lse)
-
-
-def _flash_bwd(scale, interpret, residuals, grad):
-    slopes = residuals[5]
-    dq, dk, dv = backward(*residuals, grad, scale, interpret)
-    return dq, dk, dv, None, None, jax.tree.map(jnp.zeros_like, slopes)
-
-
-_flash.defvjp(_flash_fwd, _flash_bwd)
+    return _tiled_forward(q, k, v, start, end, slopes, tile, scale, interpret)
 
 
 # jit, because jax 0.10 never drops a pallas_call whose results nobody uses, as rematerialisation
 # leaves one behind; it does drop a jit. Later versions drop both.
 @functools.partial(jax.jit, static_argnums=(6, 7, 8))
-def _forward(q, k, v, start, end, slopes, tile, scale, interpret):
-    """Return the output and the log-sum-exp, float32[b, n, t], natural logarithm."""
+def _tiled_forward(q, k, v, start, end, slopes, tile, scale, interpret):
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]
     hp = parts.padded(h)
@@ -89,6 +64,9 @@ def _forward(q, k, v, start, end, slopes, tile, scale, interpret):
     ]
     kernel = functools.partial(_forward_kernel, tile=tile, t=t, s=s, h=h, scale=scale)
     return parts.call(kernel, "flash_forward", grid, tile, interpret, inputs, outputs)
+
+
+_flash = differentiable(_forward, backward)
 
 
 def _forward_kernel(

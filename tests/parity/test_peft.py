@@ -109,6 +109,15 @@ def test_an_export_answers_in_peft_as_it_does_here(base, tmp_path, case):
     assert_alike(ours, torch_logits(whole))
 
 
+def draw_adapters(model, seed):
+    """Give both halves of all adapters random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+
+
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """An adapter that PEFT trained, with rsLoRA, and its model."""
@@ -117,11 +126,7 @@ def theirs(tmp_path_factory):
         target_modules=["query_key_value", "dense_h_to_4h", "vision_embed_tokens"],
     )  # fmt: skip
     model = get_peft_model(peer.tiny_fuyu(), config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    draw_adapters(model, 1)
     folder = tmp_path_factory.mktemp("theirs")
     model.save_pretrained(folder)
     return folder, model
@@ -141,11 +146,7 @@ def test_an_alpha_pattern_speaks_of_modules_by_pefts_own_names(base, tmp_path):
         },
     )
     model = get_peft_model(peer.tiny_fuyu(), config)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    draw_adapters(model, 2)
     model.save_pretrained(tmp_path)
     opened = opening.open_checkpoint(tmp_path, base=base[0])
     abstract = checkpoints.abstract_params(FAMILY, base[1], lora=opened.lora)
