@@ -200,18 +200,23 @@ class LoadedModel:
             logits = _logits(graphdef, params, batch)
         return example["tokens"], np.asarray(logits)[0, : lengths[0]]
 
-    def _check_positions(self, examples: Sequence[Example], new: int) -> None:
-        """Raise MMJaxError where a row would need more positions than the model's table has.
+    def longest_prompt(self, new: int) -> int | None:
+        """Return the most tokens of a prompt beside ``new`` ones; None where there is no limit.
 
-        new: tokens that are asked for; the last of them is not read again.
+        Positions that are rows of a table set it. The last new token is not read again.
         """
         limit = self.config.decoder.longest
+        return None if limit is None else limit - new + 1
+
+    def _check_positions(self, examples: Sequence[Example], new: int) -> None:
+        """Raise MMJaxError where a row would need more positions than the model's table has."""
+        room = self.longest_prompt(new)
         longest = max((len(e["tokens"]) for e in examples), default=0)
-        if limit is not None and longest + new - 1 > limit:
+        if room is not None and longest > room:
             raise MMJaxError(
                 f"a prompt of {longest} tokens and {new} new ones need {longest + new - 1} "
-                f"positions, and the model's table has {limit}; shorten the prompt, or lower "
-                "max_new_tokens"
+                f"positions, and the model's table has {self.config.decoder.longest}; shorten the "
+                "prompt, or lower max_new_tokens"
             )
 
     def _scale(self, images: Images) -> float:

@@ -75,7 +75,7 @@ def load(
             wanted, each = quantized.while_loading(abstract, wanted, dtype)
         values = checkpoints.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
-    ends = tuple(i for i in stated_ends(opened.folders) if i < config.vocab_size)
+    ends = stated_ends(opened.folders, config.vocab_size)
     return LoadedModel(family.name, config, model, processor, mesh, ends)
 
 

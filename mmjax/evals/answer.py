@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from mmjax.data.resizing import at_resolution
 from mmjax.data.templates import get_template
 from mmjax.loaded import LoadedModel
-from mmjax.types import BadSample, Record
+from mmjax.types import BadSample, MMJaxError, Record
 
 
 def answerer(
@@ -16,7 +16,8 @@ def answerer(
     """Return answer(records, resolution, max_new_tokens) -> texts, in the records' order.
 
     resolution: longest side in pixels that images are reduced to, or None. In the place of a record
-    that cannot be read stands its BadSample: it counts as wrong, it is not left out.
+    that cannot be read, or whose prompt leaves no positions for an answer, stands its BadSample: it
+    counts as wrong, it is not left out.
     cache_dtype: see ``LoadedModel.generate``.
     """
     lay_out = get_template(template)
@@ -26,10 +27,17 @@ def answerer(
     ) -> list[str | BadSample]:
         answers: list[str | BadSample] = [""] * len(records)
         examples, kept = [], []
+        room = model.longest_prompt(max_new_tokens)
+        if room is not None and room < 1:
+            raise MMJaxError(
+                f"max_new_tokens is {max_new_tokens}, and the model's table has "
+                f"{model.config.decoder.longest} positions for prompt and answer; lower it"
+            )
         for place, record in enumerate(records):
             try:
                 record = at_resolution(record, resolution)
-                examples.append(model.processor.encode(lay_out(record), record.images))
+                segments = lay_out(record)
+                examples.append(model.processor.encode(segments, record.images, max_tokens=room))
                 kept.append(place)
             except BadSample as error:
                 answers[place] = error

@@ -26,11 +26,12 @@ COMPANIONS = (
 )
 
 
-def stated_ends(folders: Sequence[Path]) -> tuple[int, ...]:
+def stated_ends(folders: Sequence[Path], vocab_size: int) -> tuple[int, ...]:
     """Return the tokens that end an answer by the nearest generation_config.json or config.json.
 
     As transformers' ``generate`` does, which reads the first alone where a folder has it: there an
-    instruction-tuned model lists the end of a turn beside the end of a text.
+    instruction-tuned model lists the end of a turn beside the end of a text. Ids outside the
+    vocabulary, which no model can say, are left out.
     Raises MMJaxError for a file that is damaged.
     """
     for folder in folders:
@@ -41,7 +42,8 @@ def stated_ends(folders: Sequence[Path]) -> tuple[int, ...]:
                 except (ValueError, AttributeError) as error:
                     raise MMJaxError(f"{file} is no JSON object: {error}") from error
                 if stated is not None:
-                    return tuple(stated) if isinstance(stated, list) else (stated,)
+                    ends = stated if isinstance(stated, list) else [stated]
+                    return tuple(i for i in ends if i < vocab_size)
     return ()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mmjax.models.api import Processor
+from mmjax.models.api import Config, Processor
 from mmjax.nn import paths
 from mmjax.parallel.sharding import batch_sharding, check_divides
 from mmjax.train import frozen as frozen_part
@@ -22,6 +22,7 @@ from mmjax.train.build import Blueprint, blueprint, check_fresh
 from mmjax.train.dropout import dropout_line, with_dropout
 from mmjax.train.settings import RunSettings
 from mmjax.train.state import TrainState
+from mmjax.types import MMJaxError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,7 @@ def make_design(settings: RunSettings, mesh: jax.sharding.Mesh) -> Design:
     settings, told = tuning.applied(settings)
     choose = partial(train_state.chosen_by, settings)
     plan = blueprint(settings.model, settings.lora, settings.seed, choose)
+    _check_positions(plan.config, settings.data.seq_len)
     outline = make_outline(settings, plan.make, mesh)
     params = outline.state.params
     check_divides(paths.flatten(params) | paths.flatten(outline.frozen))
@@ -94,6 +96,17 @@ def make_design(settings: RunSettings, mesh: jax.sharding.Mesh) -> Design:
     told |= trained_rows.describe(rows, plan.processor)
     told |= vocabulary.growth_line(plan.source_rows, plan.config.vocab_size)
     return Design(settings, plan, outline, rows, told)
+
+
+def _check_positions(config: Config, seq_len: int) -> None:
+    """Raise MMJaxError where a sample may be longer than the model's table of positions."""
+    limit = config.decoder.longest
+    if limit is not None and seq_len > limit:
+        raise MMJaxError(
+            f"data.seq_len is {seq_len}, and the model's table has positions for {limit} tokens: "
+            f"all behind them would take the last; set data.seq_len to {limit} or less (more rows, "
+            "data.batch_size, hold as many tokens)"
+        )
 
 
 def abstract_batch(

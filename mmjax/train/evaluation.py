@@ -20,9 +20,10 @@ from mmjax.evals.answer import answerer
 from mmjax.evals.tasks import Task, answers_of, make_task, open_source
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
+from mmjax.models.companions import stated_ends
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.train.build import init_state
+from mmjax.train.build import Blueprint, init_state
 from mmjax.train.design import make_design
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.types import BadSample, MMJaxError
@@ -139,6 +140,12 @@ def count_parameters(model: LoadedModel) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model.model)))
 
 
+def answering(plan: Blueprint, model: nnx.Module, mesh: jax.sharding.Mesh) -> LoadedModel:
+    """Return a run's model as ``mmjax.load`` would return its export: with the same end tokens."""
+    ends = () if plan.source is None else stated_ends(plan.source.folders, plan.config.vocab_size)
+    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh, ends)
+
+
 def open_model(
     path: str | Path, settings: RunSettings, *, weights: str | None = None
 ) -> tuple[LoadedModel, int | None]:
@@ -168,7 +175,7 @@ def open_model(
         values = checkpoint.load_params(workdir, step, paths.flatten(outline.state.params))
         graphdef, state, frozen = init_state(plan, settings, outline.chosen, outline.tx, mesh)
         model = nnx.merge(graphdef, paths.replace(state.params, values), frozen)
-    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh), step
+    return answering(plan, model, mesh), step
 
 
 def run_eval(

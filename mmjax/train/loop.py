@@ -213,4 +213,4 @@ class Training:
         """Return the model as it stands."""
         plan = self._design.plan
         model = nnx.merge(self._graphdef, self.state.params, self.frozen)
-        return LoadedModel(plan.family, plan.config, model, plan.processor, self._mesh)
+        return evaluation.answering(plan, model, self._mesh)

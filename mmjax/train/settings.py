@@ -28,7 +28,7 @@ class ModelSettings:
     never looks at them. words: texts whose words make a small tokenizer, for random starts.
     param_dtype: of trained parameters; frozen_dtype: of the others, with int8 or nf4 their kernels
     in 8 or 4.5 bits a weight (see ``mmjax.nn.int8`` and ``nf4``) and all else in bfloat16. dtype:
-    of the computation.
+    of the computation; neither of the two that train may be float16, for no loss is scaled.
     processor: settings that replace those of the folder, such as ``max_height``.
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. scan_unroll: layers that one
     iteration of the scan over them does; XLA may then overlap the end of one with the start of the
@@ -203,7 +203,7 @@ class RunSettings:
 
 
 def check_numbers(settings: RunSettings) -> None:
-    """Raise MMJaxError for numbers that cannot work, before anything is built."""
+    """Raise MMJaxError for numbers, or dtypes, that cannot work, before anything is built."""
     data, optim, asked = settings.data, settings.optim, settings.eval
     least: dict[float, dict[str, float]] = {
         1: {
@@ -234,4 +234,11 @@ def check_numbers(settings: RunSettings) -> None:
             raise MMJaxError(
                 f"config.optim.{name} is {value}; it is the share of a moment that stays in each "
                 "step, and must be below 1"
+            )
+    for name in ("dtype", "param_dtype"):
+        if getattr(settings.model, name) == "float16":
+            raise MMJaxError(
+                f"config.model.{name} is 'float16', which holds nothing below 6e-8: most gradients "
+                "would become 0, and no loss is scaled here; set it to 'bfloat16', or 'float32' "
+                "(answers can be computed in float16)"
             )

@@ -137,11 +137,15 @@ def test_an_unreadable_record_counts_as_wrong():
 def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
     class Model:
         class processor:
-            def encode(segments, images):
+            def encode(segments, images, max_tokens):
+                assert max_tokens == 65  # 16 are left for an answer
                 return {"picture": open_image(images[0])}
 
             def decode(tokens):
                 return tokens
+
+        def longest_prompt(new):
+            return 81 - new
 
         def generate_tokens(examples, **options):
             return [" red "] * len(examples)

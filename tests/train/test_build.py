@@ -1,6 +1,8 @@
 """From settings to the parts of a run, and every mistake that is found before a device is used."""
 
+import contextlib
 import dataclasses
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from flax import nnx
 from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
-from mmjax.train import build, optim, state
+from mmjax.train import build, design, evaluation, optim, state
 from mmjax.train.dropout import dropout_line, with_dropout
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
@@ -161,6 +163,32 @@ def test_settings_say_what_is_dropped_and_the_config_stays_as_it_was():
     stated = with_dropout(plan.config, dataclasses.replace(model, embedding_dropout=0.5))
     back = with_dropout(stated, dataclasses.replace(MODEL, residual_dropout=0.0))
     assert (back.decoder.residual_dropout, back.decoder.embedding_dropout) == (0.0, 0.5)
+
+
+def test_rows_longer_than_the_table_of_positions_are_refused_before_all_else():
+    sizes = dict(
+        model_type="opt", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8,
+        max_position_embeddings=64, vocab_size=8,
+    )  # fmt: skip
+    model = ModelSettings(family="language", config=sizes, words=("what is it? red",))
+    for length in (64, 65):
+        data = dataclasses.replace(DATA, seq_len=length)
+        with use() as mesh, contextlib.ExitStack() as stack:
+            if length > 64:
+                said = "data.seq_len is 65, .* positions for 64 tokens.*set data.seq_len to 64"
+                stack.enter_context(pytest.raises(MMJaxError, match=said))
+            design.make_design(RunSettings(model=model, data=data), mesh)
+
+
+def test_a_run_asks_its_model_as_its_export_is_asked(folder, tmp_path):
+    """Of an instruction-tuned model generation_config.json tells the end of a turn."""
+    path = shutil.copytree(folder[0], tmp_path / "model")
+    (path / "generation_config.json").write_text('{"eos_token_id": [5, 7, 4000]}')
+    plan = build.blueprint(ModelSettings(init=str(path)), NO_LORA, 0)
+    asked = evaluation.answering(plan, None, None)
+    assert asked.end_tokens() == (plan.config.eos_token_id, 5, 7)
+    random = evaluation.answering(build.blueprint(MODEL, NO_LORA, 0), None, None)
+    assert random.ends == ()
 
 
 def test_batches_come_in_the_shape_the_settings_say(tmp_path):

@@ -31,6 +31,13 @@ def test_numbers_that_cannot_work_are_named(room, name, value, bound):
         check_numbers(to_dataclass(RunSettings, config))
 
 
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_float16_is_for_answers_alone(name):
+    with pytest.raises(MMJaxError, match=f"config.model.{name} is 'float16'.*'bfloat16', or 'fl"):
+        check_numbers(to_dataclass(RunSettings, {"model": {name: "float16"}}))
+    check_numbers(to_dataclass(RunSettings, {"model": {"frozen_dtype": "float16"}}))
+
+
 def test_numbers_at_their_bounds_are_let_through():
     optim = {"lr": 0.0, "warmup": 0, "clip_norm": 0.0, "b1": 0.0, "weight_decay": 0.0}
     config = {"steps": 1, "optim": optim, "bad_steps": {"max_loss": float("inf")}}
