@@ -1,7 +1,7 @@
 """Two ways to bring an answer into a form that can be compared.
 
-``plain`` is ours; ``official`` reproduces the VQA evaluation code (Antol et al. 2015), with its
-particularities, so that accuracies can be set beside published ones.
+``plain`` is ours; ``official`` reproduces the VQA evaluation code (vqaEval.py of GT-Vision-Lab/VQA,
+Antol et al. 2015), with its particularities, so that accuracies can be set beside published ones.
 """
 
 from __future__ import annotations
@@ -25,21 +25,25 @@ def plain(text: str) -> str:
     return " ".join(kept) or " ".join(text.split())
 
 
+def one_line(text: str) -> str:
+    """Replace line ends and tabs by spaces, and drop white space at both ends."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 def official(text: str) -> str:
-    """Normalise a predicted answer as the VQA evaluation does: punctuation, digits, articles."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    return _official_words(official_punctuation(text))
+    """Normalise an answer as the VQA evaluation does: punctuation, digits, articles."""
+    return _official_words(_official_punctuation(one_line(text)))
 
 
-def official_punctuation(text: str) -> str:
-    """Remove punctuation as the VQA evaluation does; the only step it applies to human answers.
+def _official_punctuation(text: str) -> str:
+    """Remove punctuation as the VQA evaluation does.
 
     A mark that touches a space, or any mark in a text with a comma between digits, is deleted;
     another becomes a space. Points go unless a digit follows.
     """
     out = text
     number_comma = re.search(r"(\d)(,)(\d)", text) is not None
-    for mark in _OFFICIAL_PUNCTUATION:
+    for mark in _OFFICIAL_MARKS:
         touches = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if touches or number_comma else " ")
     # The official pattern means to spare decimal points but looks behind wrongly; kept.
@@ -52,7 +56,7 @@ def _official_words(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(w, w) for w in words if w not in _ARTICLES)
 
 
-_OFFICIAL_PUNCTUATION = (*';/[]"{}()=+\\_-><@`,?!',)
+_OFFICIAL_MARKS = (*';/[]"{}()=+\\_-><@`,?!',)
 _NUMBER_WORDS = {
     **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"},
     **{"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"},

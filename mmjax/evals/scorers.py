@@ -32,21 +32,24 @@ def exact_match_strict(
 def vqa_accuracy(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
     """Return the VQA accuracy against several (10 in VQAv2) human answers.
 
-    The mean over leaving each human out of min(1, equal answers among the others / 3), with the
-    official normalisation: human answers pass through punctuation alone, and only when they are
-    not all the same. Raises MMJaxError below four answers, where even a perfect one fails.
+    The mean over leaving each human out of min(1, equal answers among the others / 3). Where the
+    humans differ, prediction and answers are normalised alike; where all agree, the answer may be
+    text that stands in the picture, and the prediction has to equal it as it stands. This is
+    vqaEval.py of GT-Vision-Lab/VQA as OpenFlamingo's evaluation carries it; its first version, of
+    2015, normalised otherwise. Raises MMJaxError below four answers, where even a perfect one
+    fails.
     """
     if len(answers) < 4:
         raise MMJaxError(
             f"vqa_accuracy needs several human answers to a question (10 in VQAv2), got "
             f"{len(answers)}: {list(answers)}; score single answers with exact_match"
         )
-    found = normalise.official(prediction)
-    if len(set(answers)) > 1:
-        answers = [normalise.official_punctuation(a) for a in answers]
-    equal = [a == found for a in answers]
+    found, *humans = (normalise.one_line(text) for text in (prediction, *answers))
+    if len(set(humans)) > 1:
+        found, *humans = (normalise.official(text) for text in (found, *humans))
+    equal = [a == found for a in humans]
     total = sum(equal)
-    return sum(min(1.0, (total - mine) / 3) for mine in equal) / len(answers)
+    return sum(min(1.0, (total - mine) / 3) for mine in equal) / len(humans)
 
 
 def parse_choice(

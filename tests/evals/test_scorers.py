@@ -62,17 +62,34 @@ def test_official_normalisation(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("equal", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
+    ("equal", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)]
 )
 def test_vqa_accuracy_formula(equal, accuracy):
     answers = ["cat"] * equal + [f"other {i}" for i in range(10 - equal)]
     assert scorers.vqa_accuracy("Cat.", answers) == pytest.approx(accuracy)
 
 
-def test_vqa_accuracy_keeps_the_articles_of_humans_and_refuses_single_answers():
-    answers = ["the cat"] * 5 + ["cat"] * 5
-    assert scorers.vqa_accuracy("the cat", answers) == 1.0  # reads "cat": five humans said so
-    assert scorers.vqa_accuracy("the cat", ["the cat"] * 9 + ["dog"]) == 0.0
+@pytest.mark.parametrize(
+    ("said", "answers", "accuracy"),
+    [
+        ("the cat", ["the cat"] * 9 + ["dog"], 1.0),  # articles go on both sides
+        ("a cat", ["the cat"] * 5 + ["Cat."] * 5, 1.0),
+        ("two", ["two"] * 3 + ["2"] + ["3"] * 6, 1.0),  # and number words become digits
+        ("2", ["two"] * 2 + ["3"] * 8, 0.6),
+        ("none", ["none", *"123456789"], 0.3),
+        ("dont know", ["don't know"] * 5 + ["yes"] * 5, 1.0),
+        # Where all humans agree, nothing is normalised: it may be text that was read.
+        ("STOP", ["STOP"] * 10, 1.0),
+        ("stop", ["STOP"] * 10, 0.0),
+        ("yes.", ["yes"] * 10, 0.0),
+        (" yes\n", ["yes", "yes "] * 5, 1.0),  # white space at the ends is no disagreement
+    ],
+)
+def test_vqa_accuracy_normalises_both_sides_where_humans_differ(said, answers, accuracy):
+    assert scorers.vqa_accuracy(said, answers) == pytest.approx(accuracy)
+
+
+def test_vqa_accuracy_refuses_single_answers():
     with pytest.raises(MMJaxError, match="exact_match"):
         scorers.vqa_accuracy("cat", ["cat"])
 
