@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mmjax.types import BadSample, MMJaxError, Record
+from mmjax.evals.tasks import answers_of
+from mmjax.types import BadSample, Message, MMJaxError, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Demonstrations:
 
     source: training records. shots: examples before a question. pool: how many records of the
     source, drawn once, the examples are drawn from (the peer's query set of 2,048); text_only:
-    leave their pictures out (the peer shows two such examples where it speaks of zero shots).
-    A question's examples are a function of (seed, its index), and never the question itself.
+    leave their pictures out (the peer shows two such examples where it speaks of zero shots);
+    lay_out: puts an example's question into the words of the one that is asked, ``tasks.ask``.
+    A question's examples are a function of (seed, its index), and never the question itself. One
+    whose record does not end with its answer shows the first right one.
     """
 
     source: Sequence[Record]
@@ -27,6 +30,7 @@ class Demonstrations:
     pool: int = 2048
     seed: int = 42
     text_only: bool = False
+    lay_out: Callable[[Record], Record] | None = None
 
     def __post_init__(self) -> None:
         if len(self.source) <= self.shots:
@@ -36,11 +40,21 @@ class Demonstrations:
             )
 
     def before(self, record: Record, index: int) -> Record:
-        """Return a question with its examples before it, the drawn order kept."""
+        """Return a question with its examples before it, the drawn order kept.
+
+        Raises MMJaxError where fewer than ``shots`` records can be read, or one has no answer.
+        """
         size = len(self.source)
         among = np.random.default_rng(self.seed).permutation(size)[: max(self.pool, self.shots + 1)]
         drawn = np.random.default_rng((self.seed, index)).permutation(among)
-        others = itertools.islice(self._others(drawn, record.meta.get("id")), self.shots)
+        own = record.meta.get("id")
+        others = list(itertools.islice(self._others(drawn, own), self.shots))
+        if len(others) < self.shots:
+            raise MMJaxError(
+                f"{len(others)} of {len(drawn)} records can be shown before record {own}, and "
+                f"{self.shots} are asked for: the rest cannot be read; mend the source of demos, "
+                "or lower shots"
+            )
         return join([*map(self._shown, others), record])
 
     def _others(self, drawn: Sequence[int], own: str | None) -> Iterator[Record]:
@@ -52,6 +66,11 @@ class Demonstrations:
                     yield record
 
     def _shown(self, record: Record) -> Record:
+        if not record.messages or record.messages[-1].role != "assistant":
+            answer = Message("assistant", answers_of(record)[0])
+            record = dataclasses.replace(record, messages=(*record.messages, answer))
+        if self.lay_out is not None:
+            record = self.lay_out(record)
         if not self.text_only:
             return record
         messages = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -145,7 +146,12 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
     demos = None
     if task.demos is not None:
         shots = task.shots or task.text_shots
-        demos = Demonstrations(open_source(task.demos), shots, text_only=task.text_shots > 0)
+        demos = Demonstrations(
+            open_source(task.demos),
+            shots,
+            text_only=task.text_shots > 0,
+            lay_out=functools.partial(ask, task),
+        )
         shared |= {"shots": task.shots, "text_shots": task.text_shots}
     for resolution in task.resolutions:
         start = time.perf_counter()

@@ -1,11 +1,13 @@
 """Few-shot questions: which examples stand before a question, and how."""
 
+import dataclasses
+
 import pytest
 
 from mmjax.evals.few_shot import Demonstrations, join
 from mmjax.evals.runner import evaluate
 from mmjax.evals.tasks import Task
-from mmjax.types import Message, MMJaxError, Record
+from mmjax.types import BadSample, Message, MMJaxError, Record
 
 
 def solved(i, marked=True):
@@ -62,6 +64,43 @@ def test_a_task_asks_with_shots_and_says_so():
     results = evaluate([task], answer, progress=False)["few"]["test"]
     assert results["accuracy"] == 1.0 and results["shots"] == 4
     assert [len(r.images) for r in seen] == [5, 5, 5]
+
+
+def test_examples_are_asked_like_the_question():
+    seen = []
+
+    def answer(records, resolution, max_new_tokens):
+        seen.extend(records)
+        return [""] * len(records)
+
+    prompt = "{question} Answer with one word."
+    task = Task("few", [solved(30)], shots=2, demos=POOL, prompt=prompt)
+    evaluate([task], answer, progress=False)
+    asked = [m.text for m in seen[0].messages if m.role == "user"]
+    assert len(asked) == 3 and all(text.endswith("? Answer with one word.") for text in asked)
+
+
+def test_an_example_without_an_answering_turn_shows_its_first_right_answer():
+    bare = [dataclasses.replace(r, messages=r.messages[:1]) for r in POOL]
+    asked = Demonstrations(bare, 2).before(solved(99), 5)
+    assert asked == Demonstrations(POOL, 2).before(solved(99), 5)
+    with pytest.raises(MMJaxError, match="record r3 of .* has no answers"):
+        Demonstrations([dataclasses.replace(r, meta={"id": "r3"}) for r in bare], 1).before(
+            solved(99), 0
+        )
+
+
+def test_fewer_readable_examples_than_shots_are_no_shots():
+    class Broken(list):
+        def __getitem__(self, i):
+            if i > 1:
+                raise BadSample("corrupt_image", "cut off")
+            return super().__getitem__(i)
+
+    demos = Demonstrations(Broken(POOL[:4]), 2)
+    assert len(demos.before(solved(99), 0).images) == 3
+    with pytest.raises(MMJaxError, match="1 of 4 records can be shown before record r1, and 2"):
+        demos.before(POOL[1], 1)
 
 
 def test_mistakes_are_named():

@@ -128,7 +128,7 @@ class Broken(list):
 
 def test_an_unreadable_record_counts_as_wrong():
     """In training records and solved examples it is passed over."""
-    task = vqa("t", Broken(range(50)), train=Broken(range(3)), demos=Broken(range(3)), shots=2)
+    task = vqa("t", Broken(range(50)), train=Broken(range(3)), demos=Broken(range(4)), shots=2)
     found = run([task])["t"]["test"]
     assert (found["n"], found["correct"], found["unreadable"]) == (50, 48, 2)
     assert found["blind"]["majority"]["correct"] == 48
