@@ -7,6 +7,7 @@ Antol et al. 2015), with its particularities, so that accuracies can be set besi
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _ARTICLES = frozenset(("a", "an", "the"))
 # A point or comma between digits and a sign before a digit belong to a number.
@@ -17,12 +18,19 @@ def plain(text: str) -> str:
     """Lower the case, drop punctuation and articles, and join words by single spaces.
 
     Numbers keep their decimal point and sign (``-3.5``); thousands separators go (``1,000``).
-    Articles stay where nothing else would be left, so that the option ``A`` remains an answer.
+    Articles stay where nothing else would be left, so that the option ``A`` remains an answer. A
+    letter and its accent are one character, however they were written (Unicode's NFC).
     """
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.lower())
-    words = _PLAIN_PUNCTUATION.sub(" ", text.replace("'", "").replace("\u2019", "")).split()
+    text = unicodedata.normalize("NFC", text.lower())
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    words = _PLAIN_PUNCTUATION.sub(_space, text.replace("'", "").replace("\u2019", "")).split()
     kept = [w for w in words if w not in _ARTICLES] or words
     return " ".join(kept) or " ".join(text.split())
+
+
+def _space(mark: re.Match[str]) -> str:
+    """Return a space for punctuation; accents and vowel signs, which ``\\w`` leaves out, stay."""
+    return mark[0] if unicodedata.category(mark[0]).startswith("M") else " "
 
 
 def one_line(text: str) -> str:

@@ -122,7 +122,8 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
     """Write a text file so that a reader, or a kill, never sees half of it."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w", encoding="utf-8") as f:
+    # Half a surrogate pair, which a dataset's JSON may hold, becomes its own escape in JSON.
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -167,6 +167,16 @@ def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
     assert "1/2, 1 unreadable" in console.file.getvalue()
 
 
+def test_half_a_surrogate_pair_ends_no_evaluation(tmp_path):
+    """JSON may hold one as an escape; no encoding has it."""
+    odd = record(0, "Which \ud83d?", "red", group="\ud83d")
+    run([vqa("t", [odd], group="group")], tmp_path)
+    (row,) = report.read_predictions(results.predictions_path(tmp_path, "t"))
+    assert row["question"] == "Which \ud83d?" and row["correct"]
+    assert list(results.read_results(tmp_path / "results.json")["t"]["test"]["groups"]) == ["\ud83d"]
+    assert "Which \\ud83d?" in Path(report.report_workdir(tmp_path)).read_text("utf-8")
+
+
 def test_stop_leaves_the_unfinished_task_out(tmp_path):
     calls = iter([False, True])
     tasks = [vqa("a", colours()), vqa("b", colours())]

@@ -18,6 +18,8 @@ from mmjax.types import MMJaxError
         ("Yes.", "yes"),
         ("?!", "?!"),
         ("it's", "its"),
+        ("Cafe\u0301!", "caf\u00e9"),  # one letter, or a letter and its accent
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u093f\u0928\u094d\u0926\u0940"),
     ],
 )
 def test_plain_normalisation(text, expected):
@@ -30,6 +32,7 @@ def test_exact_match_and_its_strict_variant():
     assert scorers.exact_match("3.5", ["35"]) == 0
     assert scorers.exact_match("5", ["-5"]) == 0
     assert scorers.exact_match("", ["red"]) == 0
+    assert scorers.exact_match("\u0915\u093e", ["\u0915\u0940"]) == 0  # they differ by a vowel sign
     assert scorers.exact_match_strict(" red\n", ["red"]) == 1
     assert scorers.exact_match_strict("Red", ["red"]) == 0
 
