@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from convert_weights.progress import gigabytes
 from convert_weights.sources import add_source, open_source
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _table(ckpt: checkpoints.Checkpoint, shapes: Mapping[str, R.Shape], verdict: str) -> Table:
-    table = Table(title=str(ckpt.path), show_header=False, title_justify="left")
+    rows: list[tuple[str, str]] = []
     kinds: collections.Counter = collections.Counter()
     size = 0
     for key in ckpt.reader.keys():  # noqa: SIM118
@@ -54,18 +55,21 @@ def _table(ckpt: checkpoints.Checkpoint, shapes: Mapping[str, R.Shape], verdict:
     parts: collections.Counter = collections.Counter()
     for name, shape in shapes.items():
         parts[name.split(".")[0]] += math.prod(shape)
-    table.add_row("family, layout", f"{ckpt.family.name}, {ckpt.kind}")
-    table.add_row("files", ", ".join(files[:4]) + (f" ... {len(files)}" if len(files) > 4 else ""))
-    table.add_row("numbers", f"{sum(kinds.values()):,} in {gigabytes(size)}")
-    table.add_row("parameters", ", ".join(f"{k} {n:,}" for k, n in parts.items()))
-    table.add_row("dtypes", ", ".join(f"{k} {n:,}" for k, n in kinds.most_common()))
+    rows.append(("family, layout", f"{ckpt.family.name}, {ckpt.kind}"))
+    rows.append(("files", ", ".join(files[:4]) + (f" ... {len(files)}" if len(files) > 4 else "")))
+    rows.append(("numbers", f"{sum(kinds.values()):,} in {gigabytes(size)}"))
+    rows.append(("parameters", ", ".join(f"{k} {n:,}" for k, n in parts.items())))
+    rows.append(("dtypes", ", ".join(f"{k} {n:,}" for k, n in kinds.most_common())))
     if ckpt.lora is not None:
         lora = ckpt.lora
-        table.add_row("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}: {', '.join(lora.targets)}")
+        rows.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}: {', '.join(lora.targets)}"))
     for name, value in ckpt.config.__dict__.items():
-        table.add_row(name, _settings(value) if dataclasses.is_dataclass(value) else str(value))
-    table.add_row("rope_theta", _theta(ckpt, ckpt.config.decoder.rope_theta))
-    table.add_row("keys", verdict)
+        rows.append((name, _settings(value) if dataclasses.is_dataclass(value) else str(value)))
+    rows.append(("rope_theta", _theta(ckpt, ckpt.config.decoder.rope_theta)))
+    rows.append(("keys", verdict))
+    table = Table(title=Text(str(ckpt.path)), show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, Text(value))  # brackets in names are no markup
     return table
 
 

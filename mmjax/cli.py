@@ -35,7 +35,12 @@ def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | Non
 
 
 def run_guarded(call: Callable[[], int | None]) -> int:
-    """Call a function and turn what a user can mend into a message; return the exit code."""
+    """Call a function and turn what a user can mend into a message; return the exit code.
+
+    What stdout's encoding does not have is printed as an escape: it must end no run.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return call() or 0
     except MMJaxError as e:

@@ -152,6 +152,13 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     assert run()[0] == 2
 
 
+def test_half_a_character_can_be_printed():
+    code = "from mmjax import cli; raise SystemExit(cli.run_guarded(lambda: print('a\\ud83d')))"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert (run.returncode, run.stdout) == (0, b"a\\ud83d\n"), run.stderr.decode()
+
+
 def test_keyboard_interrupt_is_exit_code_130(capsys):
     def interrupt():
         raise KeyboardInterrupt

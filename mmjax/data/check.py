@@ -53,7 +53,7 @@ def show(reports: list[SourceReport], settings: Any, console: Console) -> bool:
         if report.repeated:
             shown = ", ".join(map(repr, report.repeated[:3]))
             count = f"{len(report.repeated)}{'' if len(report.repeated) < 100 else ' or more'}"
-            console.print(f"{report.name}: {count} ids are given more than once: {shown}")
+            console.print(Text(f"{report.name}: {count} ids are given more than once: {shown}"))
     data = settings.data
     draws = sum(r.draws for r in reports)
     tokens = sum(r.draws * (1 - r.bad_share) * r.mean_tokens() for r in reports)
@@ -65,11 +65,11 @@ def show(reports: list[SourceReport], settings: Any, console: Console) -> bool:
     failed = [r for r in reports if r.broken_share > data.max_bad_share or not r.good]
     for report in failed:
         share = report.broken_share if report.good else report.bad_share
-        console.print(
+        text = (
             f"{report.name}: {share:.1%} would be dropped, and data.max_bad_share is "
-            f"{data.max_bad_share:.1%}. Mend the data, or change the setting that drops it.",
-            style="red",
+            f"{data.max_bad_share:.1%}. Mend the data, or change the setting that drops it."
         )
+        console.print(Text(text, style="red"))
     return bool(failed)
 
 
@@ -88,7 +88,7 @@ def _sources(reports: list[SourceReport], max_bad_share: float) -> Table:
         dropped = f"{report.bad_share:.1%}"
         if report.broken_share > max_bad_share:
             dropped = f"[red]{dropped}[/red]"
-        table.add_row(report.name, *(f"{n:,}" for n in numbers), *sizes, dropped)
+        table.add_row(Text(report.name), *(f"{n:,}" for n in numbers), *sizes, dropped)
     return table
 
 
@@ -101,7 +101,8 @@ def _reasons(reports: list[SourceReport]) -> Table:
     table.add_column("the first of them", overflow="fold")
     for report in reports:
         for reason, count in report.counts.most_common():
-            table.add_row(report.name, reason, f"{count:,}", Text("\n".join(report.first[reason])))
+            first = Text("\n".join(report.first[reason]))
+            table.add_row(Text(report.name), reason, f"{count:,}", first)
     return table
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmjax.data.resizing import at_resolution
 from mmjax.evals.few_shot import Demonstrations
@@ -92,27 +93,31 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
     """Lay results out for the terminal, the blind baselines beside them."""
     table = Table(box=box.SIMPLE_HEAD, title="Accuracy", title_justify="left", title_style="bold")
     for name in ("task", "at", "accuracy", "95 %", "correct", "question only", "chance"):
-        table.add_column(name, justify="left" if name in ("task", "at") else "right")
+        left = name in ("task", "at")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
     for task, entries in results.items():
         for key, e in entries.items():
             groups = e.get("groups", {})
-            _add_row(table, f"[bold]{task}[/]", key, e, e.get("blind", {}), e.get("chance"))
+            name = Text(task, style="bold")
+            _add_row(table, name, key, e, e.get("blind", {}), e.get("chance"))
             if len(groups) > 1:
                 for group, found in groups.items():
                     blind = {
                         name: b["groups"].get(group, {}) for name, b in e.get("blind", {}).items()
                     }
-                    _add_row(table, f"  [dim]{group}[/]", "", found, blind, None)
+                    _add_row(table, Text(f"  {group}", style="dim"), "", found, blind, None)
     return table
 
 
-def _add_row(table: Table, task: str, key: str, e: dict, blind: dict, chance: float | None) -> None:
+def _add_row(
+    table: Table, name: Text, key: str, e: dict, blind: dict, chance: float | None
+) -> None:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 
     low, high = e["ci95"]
     table.add_row(
-        task,
+        name,
         key,
         f"[bold]{share(e['accuracy'])}[/]",
         f"{low * 100:.1f}-{high * 100:.1f}",

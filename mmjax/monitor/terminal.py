@@ -117,9 +117,10 @@ class LiveLine:
             self._print_last(now)
 
     def print(self, *what: RenderableType) -> None:
-        """Print above the live line (an evaluation's table, a warning)."""
+        """Print above the live line (an evaluation's table, a warning); text as it stands."""
         if self.enabled:
-            self.console.print(*what)
+            shown = [Text(one) if isinstance(one, str) else one for one in what]
+            self.console.print(*shown, soft_wrap=all(isinstance(one, Text) for one in shown))
 
     def warn(self, text: str) -> None:
         """Print a warning above the live line, from any process, on one line for a log file."""

@@ -116,7 +116,7 @@ def full(
         stop=stop,
     )
     if lead and got:
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else 140)  # a log cuts nothing off
         console.print(runner.results_table(got))
         facts: dict[str, Any] = {
             "name": settings.name,
@@ -127,7 +127,7 @@ def full(
             f"Python {sys.version.split()[0]}",
             "device": jax.devices()[0].device_kind,
         }
-        console.print(f"report: {report.report_workdir(workdir, facts)}", soft_wrap=True)
+        print(f"report: {report.report_workdir(workdir, facts)}")
     return runner.as_metrics(got)
 
 

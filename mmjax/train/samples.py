@@ -64,7 +64,7 @@ class Samples:
         """
         likeliest = np.asarray(jax.device_get(self._predict(params, frozen, batch)))
         found = self._first(local, likeliest)
-        found = {"record": "/".join(records[0][0]) if records[0] else "", **found}
+        found = {"record": _name(records[0][0]) if records[0] else "", **found}
         row = {"step": step, **found}
         if jax.process_index() == 0:
             try:
@@ -90,3 +90,8 @@ class Samples:
         size = len(self._processor.tokenizer)  # a table may have more rows than there are tokens
         ids = [int(token) if token < size else 0 for token in tokens]
         return self._processor.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _name(record: tuple[str, str]) -> str:
+    """Write a record as ``source/id``; half a surrogate pair in it becomes its escape."""
+    return "/".join(record).encode("utf-8", "backslashreplace").decode()

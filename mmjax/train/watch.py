@@ -114,7 +114,8 @@ class StepWatch:
         file = self._workdir / f"bad_steps{jax.process_index() or ''}.jsonl"
         row = {"step": expected.step, "loss": repr(loss), "grad_norm": repr(norm)}
         try:
-            with open(file, "a", encoding="utf-8") as out:
+            # Half a surrogate pair in an id becomes its own escape in JSON.
+            with open(file, "a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(json.dumps(row | {"records": records}, ensure_ascii=False) + "\n")
         except OSError as error:  # a full disk must hide no bad step
             self._line.warn(f"{file} could not be written: {error}; all records: {records}")

@@ -53,6 +53,12 @@ def settings(sources, **data):
     return RunSettings(model=MODEL, data=DataSettings(sources=sources, **(shape | data)))
 
 
+def test_names_with_brackets_are_no_markup():
+    report = SourceReport("rows[/].json", 3, 3, [(1, 1, 1)], {}, {}, ["[/INST]", "[a]"])
+    _, text = printed([report], settings({}))
+    assert "rows[/].json" in text and "'[/INST]', '[a]'" in text
+
+
 def printed(reports, settings):
     console = Console(file=io.StringIO(), width=140)
     failed = command.show(reports, settings, console)

@@ -201,7 +201,7 @@ def test_a_bad_picture_in_a_prompt_is_named(exported, make, says):
 
 def edited(exported, tmp_path, edit):
     """A copy of the hub export with edited tensors."""
-    folder = tmp_path / "edited"
+    folder = tmp_path / "edited[/b]"  # brackets in a path are no markup
     shutil.copytree(exported[1], folder)
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
@@ -227,7 +227,8 @@ def test_missing_unexpected_and_misshapen_keys_stand_in_one_error(exported, tmp_
             assert part in str(error.value), str(error.value)
     assert not (tmp_path / "out").exists()
     assert inspect.main([str(folder)]) == 2
-    assert "language_model.extra" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "language_model.extra" in shown and "edited[/b]" in shown.replace("\n", "")
 
 
 def test_a_vocabulary_of_another_model_is_refused(exported, tmp_path):

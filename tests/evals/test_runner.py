@@ -167,13 +167,26 @@ def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
     assert "1/2, 1 unreadable" in console.file.getvalue()
 
 
+def test_names_are_shown_as_they_stand_and_whole():
+    """Brackets would be rich's markup, and a narrow log would cut names off."""
+    names = ["[/]", "a[red]b"]
+    rows = [record(i, "Q?", "red", group=name) for i, name in enumerate(names)]
+    task = "a_task_with_a_name_that_is_long_" * 2 + "[end]"
+    console = Console(file=io.StringIO(), width=160)
+    console.print(runner.results_table(run([vqa(task, rows)])))
+    shown = console.file.getvalue()
+    assert task in shown and all(name in shown for name in names)
+
+
 def test_half_a_surrogate_pair_ends_no_evaluation(tmp_path):
     """JSON may hold one as an escape; no encoding has it."""
     odd = record(0, "Which \ud83d?", "red", group="\ud83d")
     run([vqa("t", [odd], group="group")], tmp_path)
     (row,) = report.read_predictions(results.predictions_path(tmp_path, "t"))
     assert row["question"] == "Which \ud83d?" and row["correct"]
-    assert list(results.read_results(tmp_path / "results.json")["t"]["test"]["groups"]) == ["\ud83d"]
+    assert list(results.read_results(tmp_path / "results.json")["t"]["test"]["groups"]) == [
+        "\ud83d"
+    ]
     assert "Which \\ud83d?" in Path(report.report_workdir(tmp_path)).read_text("utf-8")
 
 

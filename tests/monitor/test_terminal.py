@@ -40,6 +40,12 @@ def test_plain_lines_come_at_intervals_and_the_last_one_always():
     assert steps == ["1/100", "5/100", "7/100"]
 
 
+def test_what_is_printed_stands_as_it_is_on_one_line():
+    out = Console(file=io.StringIO(), width=40)
+    terminal.LiveLine(9, console=out).print("step 3: vqa[/] 91.0% (24: 3.0%), captions[a] 12.0%")
+    assert out.file.getvalue() == "step 3: vqa[/] 91.0% (24: 3.0%), captions[a] 12.0%\n"
+
+
 def test_other_processes_are_silent():
     out = console()
     line = terminal.LiveLine(10, enabled=False, console=out)
