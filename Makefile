@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-heavy test-312 parity parity-flamingo parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
+.PHONY: quickstart test test-heavy test-312 parity parity-flamingo parity-clever parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -91,6 +91,14 @@ $(KEPT): build/flamingo/files/%: build/flamingo/files/%/instruct.npz .venv/insta
 parity-flamingo: .venv/installed-test $(FLAMINGO) $(KEPT)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
 	XLA_FLAGS= FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest -v tests/parity/test_flamingo_matrix.py \
 	  tests/parity/test_flamingo_towers.py tests/parity/test_flamingo_model.py
+
+# instruct_flamingo's own code, of Clever Flamingo, in the same environment.
+parity-clever: .venv/installed-test .venv-flamingo/installed  ## instruct_flamingo: CLEVER=/path/to/checkout
+	@test -d "$(CLEVER)/open_flamingo/instruction_tuning" || \
+	  { echo "set CLEVER to a checkout of github.com/ChenDelong1999/instruct_flamingo at 4dd4d6d"; exit 1; }
+	@mkdir -p build/clever
+	PYTHONPATH=. $(PEER) tests/golden/make_clever_data_golden.py --clever "$(CLEVER)" --out build/clever/clever_data.json
+	XLA_FLAGS= CLEVER_GOLDENS=build/clever $(PY) -m pytest -v tests/parity/test_clever_data.py
 
 parity-bunny: .venv/installed-test  ## what to_hf writes, in Bunny's own code: BUNNY=/path/to/checkout
 	@test -d "$(BUNNY)/bunny/model" || \

@@ -38,7 +38,8 @@ class Turns:
     special segment behind ``prompt``. space: what an answer begins with. end: the token that ends
     it. between: before every turn but the first. images_first: images that open a turn stand
     before ``question``, not behind it. system: the line that a record without a system message
-    gets. ask: False leaves the words of the question out.
+    gets. ask: False leaves the words of the question out. verbatim: white space around marks and
+    answers stays as it is written.
     """
 
     question: str
@@ -50,6 +51,7 @@ class Turns:
     images_first: bool = True
     system: str = ""
     ask: bool = True
+    verbatim: bool = False
 
 
 # Otter writes spaces around question and answer in its first release and in every inference script
@@ -60,11 +62,13 @@ OTTER_TIGHT = Turns("User:", " GPT:", "answer")
 # open_flamingo/eval/eval_model.py and its subclasses; evaluate.py ends each example with a newline.
 CAPTION = Turns("Output:", "", between="\n", ask=False)
 VQA = Turns("Question:", " Short answer:", between="\n")
-# instruct_flamingo's instruction_tuning/instruction_dataset.py. The prompt ends with a space, which
-# a tokenizer would join to the answer's first word: the peer tokenises them apart.
+# instruct_flamingo's instruction_tuning/data.py. The prompt ends with a space, which a tokenizer
+# would join to the answer's first word: the peer tokenises them apart. It so begins each part with
+# LLaMA's <s>, which stands here once; MPT, of which its models are, has none.
 GUANACO_NO_PROMPT = Turns(
-    "### Human: ", "\n### Assistant: ", "cut", end="eos", between="\n", images_first=False
-)
+    "### Human: ", "\n### Assistant: ", "cut", end="eos", between="\n", images_first=False,
+    verbatim=True,
+)  # fmt: skip
 GUANACO = dataclasses.replace(GUANACO_NO_PROMPT, system=GUANACO_SYSTEM)
 
 
@@ -121,8 +125,8 @@ def guanaco_chat(record: Record) -> list[Segment]:
     r"""Lay out a system line, then ``### Human: {q}\n### Assistant: {a}`` <eos>, as instruct does.
 
     Turns are joined by ``\n``; images stand where they are marked inside the question, or begin the
-    first one. A system message of the record takes the place of the line. Answers and their <eos>
-    are targets.
+    first one, and white space is kept as it is written. A system message of the record takes the
+    place of the line. Answers and their <eos> are targets.
     """
     return _chat(record, GUANACO)
 
@@ -210,7 +214,7 @@ def _dialogue(
     record: Record, messages: tuple[Message, ...], words: Turns, supervised: bool
 ) -> list[Segment]:
     """Write messages out in a format; a last user turn ends where its answer begins."""
-    opening, turns = place_images(record, messages)
+    opening, turns = place_images(record, messages, verbatim=words.verbatim)
     segments = [_BOS]
     if words.system and messages[0].role != "system":
         segments.append(Segment("text", f"{words.system}\n"))
@@ -223,7 +227,8 @@ def _dialogue(
             segments += _question([*opening, *parts], words)
             opening, asked = [], True
         else:
-            segments += answer(record, message, supervised, space=words.space, end=words.end)
+            how = dict(space=words.space, end=words.end, strip=not words.verbatim)
+            segments += answer(record, message, supervised, **how)
     return join_text(segments)
 
 

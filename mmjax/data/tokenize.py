@@ -118,6 +118,8 @@ def supervised_tokens(spans: np.ndarray, pieces: Sequence[tuple[str, bool]]) -> 
     wanted = np.concatenate([np.full(len(text), loss, bool) for text, loss in pieces] or [[]])
     missed = np.concatenate([[0], np.cumsum(~wanted.astype(bool))])  # unsupervised before i
     starts, ends = spans[:, 0], spans[:, 1]
-    # A token without characters (a lone prefix mark) counts as the character it stands before.
+    # A token without characters (a lone prefix mark) counts as the character it stands before, at
+    # the end as the one behind which it stands: GPT-NeoX's spans leave white space out.
+    starts = np.minimum(starts, np.where(ends == starts, len(wanted) - 1, starts))
     ends = np.minimum(np.maximum(ends, starts + 1), len(wanted))
     return (missed[ends] == missed[starts]) & (ends > starts)

@@ -70,12 +70,13 @@ def count_marks(record: Record) -> int:
 
 
 def place_images(
-    record: Record, messages: tuple[Message, ...]
+    record: Record, messages: tuple[Message, ...], *, verbatim: bool = False
 ) -> tuple[list[Segment], list[list[Segment]]]:
     """Split every turn at its marks; returns the images that open the prompt, and the turns.
 
     Without any mark all images open the prompt. Line ends that touch a mark go with it: they
-    separate the mark from the text in LLaVA's files and are no part of the question.
+    separate the mark from the text in LLaVA's files and are no part of the question; so does white
+    space alone between two marks. verbatim: all of it is text.
     """
     front = [] if count_marks(record) else [Segment("image", i) for i in range(len(record.images))]
     turns: list[list[Segment]] = []
@@ -88,10 +89,10 @@ def place_images(
                 at_start = not turns and not parts
                 (front if at_start else parts).append(Segment("image", index))
                 index += 1
-                piece = piece.lstrip("\n")
-            if i < len(pieces) - 1:
+                piece = piece if verbatim else piece.lstrip("\n")
+            if i < len(pieces) - 1 and not verbatim:
                 piece = piece.rstrip("\n")
-            if piece.strip() or (piece and len(pieces) == 1):
+            if piece.strip() or (piece and (verbatim or len(pieces) == 1)):
                 parts.append(Segment("text", piece))
         turns.append(parts)
     return front, turns

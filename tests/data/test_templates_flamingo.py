@@ -43,11 +43,11 @@ FORMS = {
         "<image>Question:And this? Short answer:A dog.<|endofchunk|>"
     ),
     "guanaco": (
-        f"<s>{GUANACO_SYSTEM}\n### Human: <image>What?\n### Assistant: ~A cat.</s>"
+        f"<s>{GUANACO_SYSTEM}\n### Human: <image>\nWhat?\n### Assistant: ~ A cat. </s>"
         "\n### Human: <image>And this?\n### Assistant: ~A dog.</s>"
     ),
     "guanaco_no_prompt": (
-        "<s>### Human: <image>What?\n### Assistant: ~A cat.</s>"
+        "<s>### Human: <image>\nWhat?\n### Assistant: ~ A cat. </s>"
         "\n### Human: <image>And this?\n### Assistant: ~A dog.</s>"
     ),
 }
@@ -57,8 +57,11 @@ FORMS = {
 def test_each_format_is_written_as_the_peer_writes_it(name):
     segments = TEMPLATES[f"{name}_chat"](record(*TWO, images=2))
     assert written(segments) == FORMS[name]
-    end, space = ("</s>" if "guanaco" in name else "<|endofchunk|>"), " " * (name == "otter")
-    assert written(segments, loss=True) == f"{space}A cat.{end}{space}A dog.{end}"
+    if "guanaco" in name:  # white space as it is written
+        assert written(segments, loss=True) == " A cat. </s>A dog.</s>"
+    else:
+        space, end = " " * (name == "otter"), "<|endofchunk|>"
+        assert written(segments, loss=True) == f"{space}A cat.{end}{space}A dog.{end}"
     assert [s.value for s in segments if s.kind == "image"] == [0, 1]
 
 
@@ -97,7 +100,9 @@ def test_marks_inside_a_question_stay_there():
 
 def test_a_system_message_is_a_line_and_replaces_guanacos():
     told = record(("s", "Be brief."), *ONE, images=1)
-    assert written(TEMPLATES["guanaco_chat"](told)).startswith("<s>Be brief.\n### Human: <image>W")
+    assert written(TEMPLATES["guanaco_chat"](told)).startswith(
+        "<s>Be brief.\n### Human: <image>\nW"
+    )
     assert written(TEMPLATES["otter_chat"](told)).startswith("<s>Be brief.\n<image>User: What?")
 
 

@@ -99,7 +99,7 @@ def test_guanaco_tokenises_prompts_and_answers_apart_with_one_bos(kind, template
     processor = PROCESSORS[kind]
     system = f"{GUANACO_SYSTEM}\n" if template == "guanaco" else ""
     parts = [
-        (f"{system}### Human: <image>What colour is it?\n### Assistant: ", False),
+        (f"{system}### Human: <image>\nWhat colour is it?\n### Assistant: ", False),
         ("A red circle.", True),
         ("\n### Human: <image>And this?\n### Assistant: ", False),
         ("Blue, naïve 漢.", True),

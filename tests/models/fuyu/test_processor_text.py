@@ -141,6 +141,10 @@ def test_supervised_tokens_need_their_whole_span():
     spans = np.int32([[0, 2], [2, 5], [5, 6], [6, 6], [4, 6]])
     got = supervised_tokens(spans, [("abcd", False), ("efgh", True)])
     assert got.tolist() == [False, False, True, True, True]
+    # White space at the end, of which spans like GPT-NeoX's leave nothing: what it stands behind.
+    pieces = [("abcd", False), ("efg ", True)]
+    assert supervised_tokens(np.int32([[4, 7], [8, 8]]), pieces).all()
+    assert not supervised_tokens(np.int32([[8, 8]]), [*pieces[:1], ("efg ", False)]).any()
     assert supervised_tokens(np.zeros((0, 2), np.int32), []).tolist() == []
 
 
