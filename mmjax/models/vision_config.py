@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmjax.models.undone import tell_undone
 from mmjax.models.vit import ViTConfig
 from mmjax.types import MMJaxError
 
@@ -78,6 +79,7 @@ def read_vision_config(hf: Mapping[str, Any]) -> ViTConfig:
             f"vision_config says model_type {family!r}, no vision tower of mmjax; one of "
             f"{', '.join(FAMILIES)}"
         )
+    tell_undone(hf, f"vision_config of a {family}")
     base = FAMILIES[family]
     sizes = {ours: hf[theirs] for theirs, ours in _KEYS.items() if hf.get(theirs) is not None}
     if "activation" in sizes:

@@ -31,7 +31,8 @@ class LayerConfig:
     norm. residual: ``sequential`` is x + attn(norm(x)), then x + mlp(norm(x)); ``parallel`` is
     x + attn(attn_norm(x)) + mlp(mlp_norm(x)) (GPT-NeoX), and ``shared`` that with one norm for both
     (GPT-J, Phi). residual_scale: multiplies what attention and MLP add to x (MiniCPM).
-    residual_dropout: the share of it that is dropped in training (Phi-2). qkv_bias, out_bias,
+    residual_dropout: the share of it that is dropped in training (Phi-2), of what the MLP adds
+    alone where residual_dropout_on says so (StableLM, Persimmon). qkv_bias, out_bias,
     mlp_bias: of the maps; k_bias: whether that of keys has one too (EVA-02's has none).
     sub_norm: a norm more, before the output map of attention and before the last of the MLP
     (Magneto, Wang et al. 2022). rope_interleaved: rotary positions turn neighbours; see
@@ -55,6 +56,7 @@ class LayerConfig:
     residual_scale: float = 1.0
     # How a model is trained on, not what it computes: two that differ in it can be averaged.
     residual_dropout: float = dataclasses.field(default=0.0, compare=False)
+    residual_dropout_on: Literal["both", "mlp"] = dataclasses.field(default="both", compare=False)
     qkv_bias: bool = True
     k_bias: bool = True
     out_bias: bool = True
@@ -92,6 +94,7 @@ class Layer(nnx.Module):
     ):
         self.residual, self.residual_scale = c.residual, c.residual_scale
         self.dropout, self.prefix = c.residual_dropout, prefix
+        self.attn_dropout = c.residual_dropout if c.residual_dropout_on == "both" else 0.0
         shared = dict(dtypes=dtypes, lora=lora, rngs=rngs, prefix=prefix)
         self.attn_norm = make_norm(c, dtypes=dtypes)
         self.attn = SelfAttention(c, **shared)
@@ -114,18 +117,18 @@ class Layer(nnx.Module):
         if cached is not None:
             out, cached = out
 
-        def branch(out: Array, name: str) -> Array:
-            return drop(out, self.dropout, f"{self.prefix}{name}.out", at=at, length=t)
+        def branch(out: Array, rate: float, name: str) -> Array:
+            return drop(out, rate, f"{self.prefix}{name}.out", at=at, length=t)
 
-        out = branch(out, "attn")
+        out = branch(out, self.attn_dropout, "attn")
         if at is not None:
             x, normed = take_on_length(x, at), take_on_length(normed, at)
         if self.residual == "sequential":
             x = checkpoint_name(self._add(x, out), "attn_sum")
-            out = branch(self.mlp(self.mlp_norm(x)), "mlp")
+            out = branch(self.mlp(self.mlp_norm(x)), self.dropout, "mlp")
         else:
             normed = normed if self.mlp_norm is None else self.mlp_norm(x)
-            out = out + branch(self.mlp(normed), "mlp")
+            out = out + branch(self.mlp(normed), self.dropout, "mlp")
         x = self._add(x, out)
         return x if cached is None else (x, cached)
 

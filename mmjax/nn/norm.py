@@ -47,7 +47,8 @@ class RMSNorm(nnx.Module):
         """Normalise [..., d]; returns the compute dtype."""
         x = x.astype(jnp.float32)
         rstd = lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        scale = self.scale[...]
+        # In float32 before the sum: 1 + scale in bfloat16 would round most of a small scale away.
+        scale = self.scale[...].astype(jnp.float32)
         return (x * rstd * (1.0 + scale if self.plus_one else scale)).astype(self.dtype)
 
 

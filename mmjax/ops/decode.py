@@ -30,7 +30,8 @@ def decode_attention(
     b, n, h = q.shape
     kv, s = k.shape[1:3]
     scale = h**-0.5 if scale is None else scale
-    grouped = (q * scale).reshape(b, kv, n // kv, h)
+    # Scaled in float32: bfloat16 would round the factor itself, for all scores alike.
+    grouped = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(b, kv, n // kv, h)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
     if k_scale is not None:

@@ -32,7 +32,9 @@ def flash_attention(q, k, v, ranges, alibi_slopes, *, causal: bool, scale: float
     b, t, n, h = q.shape
     s, kv = k.shape[1:3]
     # Rows are (sample, kv head) pairs and come first: every block is one batched matmul.
-    qr = (q * scale).reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
+    # Scaled in float32: bfloat16 would round the factor itself, for all scores alike.
+    qr = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    qr = qr.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
     qr = qr.reshape(b * kv, n // kv, t, h)
     kr, vr = (x.transpose(0, 2, 1, 3).reshape(b * kv, s, h) for x in (k, v))
     if ranges is not None:

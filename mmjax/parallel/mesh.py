@@ -26,12 +26,18 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
         raise MMJaxError(
             f"mesh axis {sorted(unknown)[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}"
         )
+    wrong = {axis: size for axis, size in sizes.items() if size < 1 and size != -1}
+    if wrong:
+        axis, size = next(iter(wrong.items()))
+        raise MMJaxError(
+            f"mesh axis {axis} is {size}; give 1 or more devices, or -1 for those that are left"
+        )
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 1 and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     product = math.prod(sizes.values())
-    if len(free) > 1 or product != len(devices) or min(sizes.values()) < 1:
+    if len(free) > 1 or product != len(devices):
         raise MMJaxError(
             f"mesh {dict(sizes)} needs {fixed}{' x n' if free else ''} devices and there are "
             f"{len(devices)}; set config.mesh so that its axes multiply to {len(devices)}, "

@@ -37,7 +37,8 @@ class ModelSettings:
     ``mmjax.ops.attention.IMPLEMENTATIONS``: auto, or one for all calls (``cudnn`` cannot do a
     decoder's in training, ``mosaic`` is for Hopper GPUs and jax 0.11 or newer).
     residual_dropout, embedding_dropout: shares of what attention and MLP add to the stream, and of
-    the embedded stream, that the decoder drops in training; None for what config.json says.
+    the embedded stream, that the decoder drops in training; None for what config.json says. Of
+    StableLM and Fuyu the first is of the MLP alone, as in their own code.
     """
 
     family: str = "fuyu"

@@ -9,11 +9,15 @@ import transformers as T
 from mmjax.models import checkpoints, exports, opening, registry
 from mmjax.models.flamingo.config import FlamingoConfig
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
+from mmjax.models.vision_config import read_vision_config
 from mmjax.types import MMJaxError
 
 BASE = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
 )
+
+
+MPT = dict(model_type="mpt", vocab_size=64, d_model=32, n_heads=4, n_layers=2)
 
 
 def test_the_registry_names_every_architecture():
@@ -48,11 +52,59 @@ def test_stablelm_epoch_says_the_same_in_other_words():
             "rope_type 'linear'",
         ),
         (dict(model_type="gemma", hidden_activation="gelu"), "hidden_activation 'gelu'"),
+        (dict(model_type="stablelm", rotary_scaling_factor=2.0), "rotary_scaling_factor 2.0"),
+        (dict(**MPT, tie_word_embeddings=False), "tie_word_embeddings False"),
+        (dict(**MPT, norm_type="rmsnorm"), "norm_type 'rmsnorm'"),
+        (dict(**MPT, attn_config={"rope": True}), "rope True"),
+        (dict(**MPT, attn_config={"sliding_window_size": 4}), "sliding_window_size 4"),
+        (dict(**MPT, ffn_config={"ffn_type": "mptglu"}), "ffn_type 'mptglu'"),
+        (dict(MPT, model_type="mosaic_gpt"), "alibi False"),
+        (dict(model_type="llama", hidden_size=None), "llama model does not say hidden_size"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(said, names):
     with pytest.raises(MMJaxError, match=names):
-        architecture(said).read({**BASE, **said})
+        architecture(said).decoder(stated({**BASE, **said}))
+
+
+def stated(hf):
+    """A config.json without the keys that stand for None here."""
+    return {key: value for key, value in hf.items() if value is not None}
+
+
+def test_dropout_that_is_not_done_is_said_once(caplog):
+    said = dict(BASE, model_type="llama", attention_dropout=0.125)
+    for _ in range(2):
+        registry.family("language").Config.from_hf(said)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "config.json of a llama model says attention_dropout 0.125: training here drops nothing of "
+        "attention's weights"
+    )
+    caplog.clear()
+    architecture(MPT).decoder({**MPT, "attn_config": {"attn_pdrop": 0.375}})
+    read_vision_config({"attention_dropout": 0.0625})
+    registry.family("fuyu").Config.from_hf({"text_config": {"attention_dropout": 0.0625}})
+    says = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert says == [
+        "config.json of a mpt model says attn_pdrop 0.375",
+        "vision_config of a clip_vision_model says attention_dropout 0.0625",
+        "config.json of a fuyu model says attention_dropout 0.0625",
+    ]
+    caplog.clear()
+    registry.family("language").Config.from_hf(said | dict(attention_dropout=0.0))
+    assert not caplog.records
+
+
+def test_dropout_of_mpt_and_fuyu_comes_back_from_their_files():
+    mpt = dict(**MPT, resid_pdrop=0.25, emb_pdrop=0.5, expansion_ratio=1.5)
+    config = registry.family("language").Config.from_hf(mpt)
+    assert (config.decoder.residual_dropout, config.decoder.embedding_dropout) == (0.25, 0.5)
+    assert {key: config.to_hf()[key] for key in mpt} == mpt
+    fuyu = registry.family("fuyu").Config.from_hf({"hidden_dropout": 0.25})
+    decoder = fuyu.decoder
+    assert (decoder.residual_dropout, decoder.residual_dropout_on) == (0.25, "mlp")
+    assert fuyu.to_hf()["text_config"]["hidden_dropout"] == 0.25
 
 
 def test_a_flamingo_on_a_language_model_that_none_was_built_on_is_refused():

@@ -13,7 +13,7 @@ from mmjax.nn.attention import rope_dims
 from mmjax.nn.embed import Embed
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.mlp import MLP, squared_relu
-from mmjax.nn.norm import LayerNorm
+from mmjax.nn.norm import LayerNorm, RMSNorm
 
 RNG = np.random.default_rng(0)
 
@@ -83,6 +83,14 @@ def linear(lora=None, d_in=(4, 3), d_out=(2, 5)):
         d_in, d_out, axes, name="x", bias=True, dtypes=DTypes(), init_std=0.1, lora=lora,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
+
+
+def test_one_plus_a_scale_is_not_rounded_to_bfloat16():
+    """Gemma's scales are small and published in bfloat16, where 1 + 2**-9 is 1."""
+    norm = RMSNorm(4, eps=0.0, dtypes=DTypes("bfloat16", "float32"), plus_one=True)
+    norm.scale[...] = jnp.asarray([2**-9, -(2**-10), 0.0, 0.5], jnp.bfloat16)
+    got = norm(jnp.asarray([[1.0, -1.0, 1.0, 1.0]], jnp.bfloat16))
+    np.testing.assert_array_equal(got, [[1 + 2**-9, -1 + 2**-10, 1.0, 1.5]])
 
 
 def test_linear_contracts_groups_of_axes():

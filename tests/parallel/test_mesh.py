@@ -41,7 +41,9 @@ def test_axes_are_filled_in_and_one_takes_what_is_left():
         ({"fsdp": 3}, "needs 3 devices and there are 8"),
         ({"fsdp": -1, "tensor": 3}, "needs 3 x n devices and there are 8"),
         ({"fsdp": -1, "data": -1}, "at most one axis -1"),
-        ({"fsdp": 0}, "set config.mesh so that its axes multiply to 8"),
+        ({"fsdp": 0}, "mesh axis fsdp is 0; give 1 or more devices, or -1"),
+        ({"data": 0, "fsdp": -1}, "mesh axis data is 0"),
+        ({"data": -2, "fsdp": -4}, "mesh axis data is -2"),
         ({"model": 8}, "'model' is unknown; the axes are data, fsdp, tensor, context"),
     ],
 )

@@ -17,6 +17,11 @@ PEERS = {  # sizes; what its config.json says of dropout; of residual branches, 
     "Phi": (MLP, dict(resid_pdrop=0.25, embd_pdrop=0.5), (0.25, 0.5)),
     "Phi3": (MLP | dict(pad_token_id=0), dict(resid_pdrop=0.25), (0.25, 0.0)),
     "GPTNeoX": (MLP, dict(hidden_dropout=0.25), (0.25, 0.25)),
+    "StableLm": (
+        MLP | dict(num_key_value_heads=4),
+        dict(hidden_dropout=0.25),
+        (0.25, 0.0),
+    ),  # of the MLP alone
     "OPT": (dict(ffn_dim=64, word_embed_proj_dim=32), dict(dropout=0.25), (0.25, 0.0)),
 }
 
@@ -38,11 +43,12 @@ def test_masks_act_where_the_peer_drops(name, tmp_path, monkeypatch):
 
     ids, key = np.random.default_rng(0).integers(2, 96, (2, 11)), jax.random.key(3)
     ones, masks = jnp.ones((2, 11, 32)), []
+    branches = ("mlp.out",) if name == "StableLm" else ("attn.out", "mlp.out")
     with dropout_key(key):
         masks += [drop(ones, embedding, "embed")] if embedding else []
         for layer in range(2):
             with of_layer(layer):
-                masks += [drop(ones, residual, branch) for branch in ("attn.out", "mlp.out")]
+                masks += [drop(ones, residual, branch) for branch in branches]
     masks = [torch.from_numpy(np.array(mask)) for mask in masks]
 
     def given(x, p=0.5, training=True, inplace=False):

@@ -125,7 +125,7 @@ class BunnyConfig:
         leaves it out (bunny_phi.py).
         """
         name = architecture_of(hf)
-        decoder = ARCHITECTURES[name].read({**hf, "model_type": name})
+        decoder = ARCHITECTURES[name].decoder({**hf, "model_type": name})
         decoder = dataclasses.replace(decoder, head_bias=False)
         if not hf.get("vision_config"):
             raise MMJaxError(

@@ -95,7 +95,7 @@ class FlamingoConfig:
         text = dict(hf.get("text_config") or {})
         text |= {key: hf[key] for key in ("vocab_size",) if key in hf}
         name = architecture_of(text)
-        decoder = ARCHITECTURES[name].read({**text, "model_type": name})
+        decoder = ARCHITECTURES[name].decoder({**text, "model_type": name})
         vision = read_vision_config(hf.get("vision_config") or {})
         own = hf.get("perceiver_config") or {}
         perceiver = PerceiverConfig(

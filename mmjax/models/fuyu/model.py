@@ -12,6 +12,7 @@ from jax import Array
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
 from mmjax.models.language.architecture import rope_kind
+from mmjax.models.undone import tell_undone
 from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.parallel.sharding import constrain
@@ -97,7 +98,10 @@ class FuyuConfig:
             ),
             max_positions=pick("max_position_embeddings", base.max_positions),
             init_std=pick("initializer_range", base.init_std),
+            residual_dropout=float(pick("hidden_dropout", 0.0)),
+            residual_dropout_on="mlp",
         )
+        tell_undone({**hf, **nested, "model_type": "fuyu"})
         plain = ("patch_size", "num_channels", "image_token_id")
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         known = {key: hf[key] for key in plain if hf.get(key) is not None}
@@ -126,7 +130,7 @@ class FuyuConfig:
                 "rope_theta": c.rope_theta,
                 "partial_rotary_factor": c.rope_fraction,
             },
-            "hidden_dropout": 0.0,
+            "hidden_dropout": self.decoder.residual_dropout,
             "attention_dropout": 0.0,
             "tie_word_embeddings": False,
             "bos_token_id": self.bos_token_id,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
+from mmjax.models.undone import tell_undone
 from mmjax.nn import rope
 from mmjax.types import MMJaxError
 from mmjax.weights.rules import Rule
@@ -17,10 +18,10 @@ class Architecture:
     """One architecture, by the ``model_type`` of its config.json.
 
     layers: the path of its list of layers. read, write: from config.json's values to a decoder, and
-    back. rules: the table, under ``decoder`` here. marks: the beginnings of keys by which its
-    tensors are told from others'. ignore: regular expressions of keys without anything to learn.
-    fused: the table of older files in which q, k and v are one map. aliases: further model_types
-    that mean the same.
+    back; others call ``decoder``. rules: the table, under ``decoder`` here. marks: the beginnings of
+    keys by which its tensors are told from others'. ignore: regular expressions of keys without
+    anything to learn. fused: the table of older files in which q, k and v are one map. aliases:
+    further model_types that mean the same.
     """
 
     model_type: str
@@ -33,6 +34,21 @@ class Architecture:
     ignore: tuple[str, ...] = ()
     fused: Sequence[Rule] = ()
     aliases: tuple[str, ...] = ()
+
+    def decoder(self, hf: Mapping[str, Any]) -> DecoderConfig:
+        """Return the decoder of a config.json; what training leaves out of it is said once.
+
+        Raises MMJaxError for what is not supported, and for a size that is not stated.
+        """
+        try:
+            found = self.read(hf)
+        except KeyError as error:
+            raise MMJaxError(
+                f"config.json of a {self.model_type} model does not say {error.args[0]}; give the "
+                "one that was published with the weights, or state it"
+            ) from error
+        tell_undone({"model_type": self.model_type, **hf, **(hf.get("attn_config") or {})})
+        return found
 
 
 def refuse(hf: Mapping[str, Any], **supported: Any) -> None:

@@ -43,7 +43,7 @@ class LanguageConfig:
         found = architecture(hf)
         ids = {key: _one(hf.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         ids["eos_token_id"] = 0 if ids["eos_token_id"] is None else ids["eos_token_id"]
-        return cls(found.read(hf), found.model_type, **ids)
+        return cls(found.decoder(hf), found.model_type, **ids)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json that transformers reads."""

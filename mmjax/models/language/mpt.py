@@ -15,7 +15,10 @@ _BLOCK = "transformer.blocks.{l}."
 
 def _decoder(hf: Mapping[str, Any], *, expansion: float, qk_norm: bool, clip, max_bias):
     """Return the decoder that both kinds of config.json describe with the same words."""
-    refuse(hf, no_bias=True, logit_scale=None, embedding_fraction=(1, 1.0))
+    refuse(
+        hf, no_bias=True, logit_scale=None, embedding_fraction=1.0, tie_word_embeddings=True,
+        norm_type=("layernorm", "low_precision_layernorm"),
+    )  # fmt: skip
     heads, d_model = hf["n_heads"], hf["d_model"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -38,6 +41,9 @@ def _decoder(hf: Mapping[str, Any], *, expansion: float, qk_norm: bool, clip, ma
         max_positions=hf.get("max_seq_len", 2048),
         init_std=hf.get("initializer_range", 0.02),
         tied=True,
+        # As MosaicML's code; transformers' drops by attn_pdrop there, and reads neither of these.
+        residual_dropout=float(hf.get("resid_pdrop") or 0.0),
+        embedding_dropout=float(hf.get("emb_pdrop") or 0.0),
     )
 
 
@@ -51,7 +57,14 @@ def _sizes(c: DecoderConfig) -> dict[str, Any]:
         "no_bias": True,
         "logit_scale": None,
         "tie_word_embeddings": True,
+        "resid_pdrop": c.residual_dropout,
+        "emb_pdrop": c.embedding_dropout,
     }
+
+
+def _ratio(c: DecoderConfig) -> int | float:
+    """Return the MLP's width over the model's, a whole number as published where it is one."""
+    return c.d_mlp / c.d_model if c.d_mlp % c.d_model else c.d_mlp // c.d_model
 
 
 def read_mpt(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -61,7 +74,11 @@ def read_mpt(hf: Mapping[str, Any]) -> DecoderConfig:
     neither: it has no query and key norms, and its steepest slope is always that of 8.
     """
     attn = {**hf, **(hf.get("attn_config") or {})}
-    refuse(attn, alibi=True, attn_type="multihead_attention", prefix_lm=False, softmax_scale=None)
+    refuse(
+        attn, alibi=True, rope=False, attn_type="multihead_attention", prefix_lm=False,
+        softmax_scale=None, sliding_window_size=-1,
+    )  # fmt: skip
+    refuse({**hf, **(hf.get("ffn_config") or {})}, ffn_type="mptmlp")
     return _decoder(
         hf,
         expansion=hf.get("expansion_ratio", 4),
@@ -75,7 +92,7 @@ def write_mpt(c: DecoderConfig) -> dict[str, Any]:
     """Return what MPT's config.json says of a decoder."""
     return {
         **_sizes(c),
-        "expansion_ratio": c.d_mlp // c.d_model,
+        "expansion_ratio": _ratio(c),
         "layer_norm_epsilon": c.norm_eps,
         "norm_type": "low_precision_layernorm",
         "initializer_range": c.init_std,
@@ -90,8 +107,8 @@ def write_mpt(c: DecoderConfig) -> dict[str, Any]:
 
 
 def read_mosaic(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Return the decoder of MosaicGPT's config.json (MPT-1B)."""
-    refuse(hf, alibi=True, softmax_scale=None)
+    """Return the decoder of MosaicGPT's config.json (MPT-1B), which must ask for ALiBi."""
+    refuse({"alibi": False, **hf}, alibi=True, softmax_scale=None)
     return _decoder(
         hf,
         expansion=hf.get("mlp_ratio", 4),
@@ -105,7 +122,7 @@ def write_mosaic(c: DecoderConfig) -> dict[str, Any]:
     """Return what MosaicGPT's config.json says of a decoder."""
     return {
         **_sizes(c),
-        "mlp_ratio": c.d_mlp // c.d_model,
+        "mlp_ratio": _ratio(c),
         "alibi": True,
         "alibi_bias_max": int(c.alibi_max),
         "attn_qk_ln": c.qk_norm == "model",

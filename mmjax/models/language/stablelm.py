@@ -13,12 +13,14 @@ from mmjax.models.language.architecture import Architecture, refuse, rope_of
 
 def read(hf: Mapping[str, Any]) -> DecoderConfig:
     """Return the decoder of a StableLM config.json, also in the words of ``stablelm_epoch``."""
-    refuse(hf, qk_layernorm=False)
+    refuse(hf, qk_layernorm=False, rotary_scaling_factor=1.0)
     return dataclasses.replace(
         llama.read({**hf, "attention_bias": False, "mlp_bias": False}),
         norm="layer",
         norm_eps=hf.get("layer_norm_eps", hf.get("norm_eps", 1e-5)),
         residual="shared" if hf.get("use_parallel_residual", False) else "sequential",
+        residual_dropout=float(hf.get("hidden_dropout") or 0.0),
+        residual_dropout_on="mlp",
         qkv_bias=bool(hf.get("use_qkv_bias", False)),
         **rope_of(hf, 10_000.0, 0.25),
     )
@@ -35,6 +37,7 @@ def write(c: DecoderConfig) -> dict[str, Any]:
         "use_qkv_bias": c.qkv_bias,
         "use_parallel_residual": c.residual == "shared",
         "qk_layernorm": False,
+        "hidden_dropout": c.residual_dropout,
     }
 
 
