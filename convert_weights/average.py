@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
-from convert_weights.sources import add_parts, open_source
+from convert_weights.sources import add_dtype, add_overwrite, add_parts, open_source
 from mmjax.cli import run_guarded
 from mmjax.models import averages, checkpoints, converted
 from mmjax.parallel.mesh import use
@@ -27,10 +27,10 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sources", nargs="+", metavar="SRC:WEIGHT")
-    parser.add_argument("--out", required=True, metavar="DST")
+    parser.add_argument("--out", required=True, metavar="DST", help="the folder to write")
     add_parts(parser)
-    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep")
-    parser.add_argument("--overwrite", action="store_true")
+    add_dtype(parser, "keep", "bfloat16", "float32")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
 
     given = [_split(text) for text in args.sources]

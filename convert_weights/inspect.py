@@ -24,7 +24,11 @@ from mmjax.weights import rules as R
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="convert_weights.inspect", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="convert_weights.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_source(parser)
     args = parser.parse_args(argv)
     ckpt = open_source(args)

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
-from convert_weights.sources import add_source, open_source
+from convert_weights.sources import add_overwrite, add_source, open_source
 from mmjax.cli import run_guarded
 from mmjax.models import checkpoints, converted
 from mmjax.parallel.mesh import use
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source(parser)
-    parser.add_argument("destination")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("destination", help="the folder to write; it appears whole or not at all")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
 
     ckpt = open_source(args)

@@ -43,6 +43,18 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--" + name.replace("_", "-"), metavar=value, help=text)
 
 
+def add_dtype(parser: argparse.ArgumentParser, *choices: str) -> None:
+    """Add --dtype, the first choice being what is done without it."""
+    text = f"of the weights that are written; {choices[0]} (the default): as they are stored in SRC"
+    parser.add_argument("--dtype", choices=choices, default=choices[0], help=text)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add --overwrite."""
+    text = "replace the model folder that is there; it stays until the new one is whole"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+
+
 def open_source(args: argparse.Namespace, source: str | None = None) -> checkpoints.Checkpoint:
     """Open the checkpoint that the options name; source: another than SRC."""
     parts = {name: getattr(args, name) for name in PARTS}

@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
-from convert_weights.sources import add_source, open_source
+from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
 from mmjax.cli import run_guarded
 from mmjax.models import checkpoints, exports
 from mmjax.parallel.mesh import use
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source(parser)
-    parser.add_argument("destination")
+    parser.add_argument("destination", help="the folder to write; it appears whole or not at all")
     parser.add_argument(
         "--layout",
         help="names of the tensors, and for adapters of the modules. Fuyu and language models: hub "
@@ -34,14 +34,12 @@ def main(argv: list[str] | None = None) -> None:
         "modules as they stand in memory). Flamingo: otter (default) or openflamingo. Bunny: bunny "
         "(default) or projector",
     )
-    parser.add_argument(
-        "--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep"
-    )
+    add_dtype(parser, "keep", "bfloat16", "float16", "float32")
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone")
     parser.add_argument(
         "--whole", action="store_true", help="of a layout of trained parts: all the rest as well"
     )
-    parser.add_argument("--overwrite", action="store_true")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
 
     ckpt = open_source(args)

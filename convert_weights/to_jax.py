@@ -14,7 +14,7 @@ import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
-from convert_weights.sources import add_source, open_source
+from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
 from mmjax.cli import run_guarded
 from mmjax.models import checkpoints, converted
 from mmjax.parallel.mesh import use
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source(parser)
-    parser.add_argument("destination")
-    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("destination", help="the folder to write; it appears whole or not at all")
+    add_dtype(parser, "keep", "bfloat16", "float32")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
 
     ckpt = open_source(args)

@@ -248,7 +248,7 @@ def test_ends_of_generation_config_end_an_answer_as_the_peers(tmp_path, bare, id
     ours = model.generate(IDS, [PATCHES], max_new_tokens=6)[0].split()
     assert ours == [str(int(i)) for i in theirs[0, len(IDS) : -1]] == full[: full.index(full[3])]
     (folder / "generation_config.json").write_text("[")
-    with pytest.raises(MMJaxError, match="generation_config.json is no JSON object"):
+    with pytest.raises(MMJaxError, match="generation_config.json: not a JSON object"):
         mmjax.load(folder)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmjax.types import MMJaxError
+from mmjax.models.json_files import read_json
 
 COMPANIONS = (
     "tokenizer.json",
@@ -36,14 +35,10 @@ def stated_ends(folders: Sequence[Path], vocab_size: int) -> tuple[int, ...]:
     """
     for folder in folders:
         for name in ("generation_config.json", "config.json"):
-            if (file := Path(folder) / name).is_file():
-                try:
-                    stated = json.loads(file.read_text()).get("eos_token_id")
-                except (ValueError, AttributeError) as error:
-                    raise MMJaxError(f"{file} is no JSON object: {error}") from error
-                if stated is not None:
-                    ends = stated if isinstance(stated, list) else [stated]
-                    return tuple(i for i in ends if i < vocab_size)
+            stated = (read_json(folder, name) or {}).get("eos_token_id")
+            if stated is not None:
+                ends = stated if isinstance(stated, list) else [stated]
+                return tuple(i for i in ends if i < vocab_size)
     return ()
 
 

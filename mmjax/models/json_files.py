@@ -18,7 +18,7 @@ def read_json(folder: str | os.PathLike, file: str) -> dict[str, Any] | None:
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:  # some editors write a byte order mark
             data = json.load(stream)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MMJaxError(f"{path}: not a JSON object ({error}); download it again") from error

@@ -6,6 +6,7 @@ A reader is anything with ``keys()``, ``shape(key)``, ``dtype(key)`` and ``read(
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -40,6 +41,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+_LFS_POINTER = b"version https://git-lfs"
 # Files that lie beside the weights and hold none.
 _NOT_WEIGHTS = re.compile(
     r"training_args|optimizer|scheduler|rng_state|scaler|\.index\.json$"
@@ -229,13 +231,25 @@ def _complete_shards(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _read_file(file: Path) -> dict[str, TensorInfo]:
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    if file.suffix in _TORCH_SUFFIXES:
-        return read_torch(file)
-    raise MMJaxError(
-        f"{file}: weights are read from .safetensors, .bin, .pt or .pth, not {file.suffix!r}"
-    )
+    """List the tensors of one file; raises MMJaxError for one that cannot be read."""
+    if file.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        raise MMJaxError(
+            f"{file}: weights are read from .safetensors, .bin, .pt or .pth, not {file.suffix!r}"
+        )
+    try:
+        with open(file, "rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise MMJaxError(
+                    f"{file}: a pointer of git-lfs, not the weights it stands for; run "
+                    "git lfs pull in its folder, or download the file"
+                )
+        return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    except OSError as error:
+        where = f", a link to {os.path.realpath(file)}" if file.is_symlink() else ""
+        raise MMJaxError(
+            f"{file}{where} cannot be read ({error.strerror}); mend its path or rights, or "
+            "download it again"
+        ) from error
 
 
 def read_safetensors(file: Path) -> dict[str, TensorInfo]:

@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, for the casts below)
 import numpy as np
@@ -220,7 +221,8 @@ class Tensor:
 def export(rules: Sequence[Rule], source: Reader, dtype=None) -> list[Tensor]:
     """Return their tensors of our parameters, layer by layer, none of them read yet.
 
-    source: our arrays by path. dtype: of the tensors; None keeps each parameter's own.
+    source: our arrays by path. dtype: of the tensors; None keeps each parameter's own. Making one
+    raises MMJaxError where float16 would turn a number into an infinity.
     """
     table = by_ours(rules, source.keys())
     parts: dict[str, list[tuple[str, Rule, int]]] = {}
@@ -232,9 +234,20 @@ def export(rules: Sequence[Rule], source: Reader, dtype=None) -> list[Tensor]:
         path, rule, _ = parts[key][0]
         shape = rule.op.theirs_shape(rule.inner(source.shape(path)))
         kind = np.dtype(dtype or source.dtype(path))
-        make = lambda p=parts[key], s=shape, k=kind: _assemble(p, source, s, k)  # noqa: E731
+        make = partial(_made, key, parts[key], source, shape, kind)
         tensors.append(Tensor(key, shape, kind, make))
     return tensors
+
+
+def _made(key: str, parts: list, source: Reader, theirs: Shape, dtype: np.dtype) -> np.ndarray:
+    """Assemble a tensor; raises MMJaxError for a number that float16 has not."""
+    with np.errstate(over="ignore"):  # it is told below
+        out = _assemble(parts, source, theirs, dtype)
+    if dtype == np.float16 and not np.isfinite(out).all():
+        raise MMJaxError(
+            f"{key}: holds a number beyond 65504, the largest of float16; write bfloat16 or float32"
+        )
+    return out
 
 
 def _assemble(parts: list, source: Reader, theirs: Shape, dtype: np.dtype) -> np.ndarray:

@@ -20,6 +20,8 @@ from mmjax.weights.rules import Tensor
 
 SHARD_BYTES = 5_000_000_000
 MARKER = "INCOMPLETE"
+_FOLDERS = ("params",)  # all that a conversion makes
+_MODEL_FILES = ("config.json", "adapter_config.json", MARKER, *_FOLDERS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -63,7 +65,8 @@ def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterat
     A killed process leaves ``NAME.partial-PID`` with a marker inside, which nothing loads. A
     destination that is a link stays one: what it points to is written.
     Raises MMJaxError when the destination exists, unless ``overwrite``: then the old folder stays
-    until the new one is whole; and when the disk is full or cannot be written.
+    until the new one is whole, and has to be a model's or empty; and when the disk is full or
+    cannot be written.
     """
     destination = Path(destination)
     if destination.exists() and not overwrite:
@@ -73,6 +76,8 @@ def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterat
     target = Path(os.path.realpath(destination))
     if os.path.ismount(target):
         raise MMJaxError(f"{destination}: a mounted disk cannot be replaced; give a folder in it")
+    if target.exists():
+        _refuse_others(destination, target)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -95,6 +100,27 @@ def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterat
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     else:
         os.rename(partial, target)
+
+
+def _refuse_others(destination: Path, target: Path) -> None:
+    """Raise MMJaxError for what was no model: --overwrite would delete all that is in it."""
+    if not target.is_dir():
+        why = "is a file"
+    else:
+        found = list(target.iterdir())
+        why = "holds no model" if found and not any(map(_is_models, found)) else ""
+        if folders := sorted(f.name for f in found if f.is_dir() and f.name not in _FOLDERS):
+            more = ", ..." if len(folders) > 3 else ""
+            why = f"holds folders that are no part of a model ({', '.join(folders[:3])}{more})"
+    if why:
+        raise MMJaxError(
+            f"{destination} {why}, and --overwrite would delete it; give another destination, or "
+            "delete it yourself"
+        )
+
+
+def _is_models(path: Path) -> bool:
+    return path.name in _MODEL_FILES or path.suffix in (".safetensors", ".bin", ".pt", ".pth")
 
 
 def cannot_write(destination: str | Path, error: Exception) -> MMJaxError:

@@ -23,6 +23,25 @@ def as_tensors(arrays):
     return [Tensor(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_not_there_are_named(tmp_path, name):
+    """As in a folder of links into a cache that was emptied, or a clone without git-lfs."""
+    file = tmp_path / name
+    file.symlink_to("/nowhere/blob")
+    with pytest.raises(
+        MMJaxError, match=rf"{name}.* cannot be read \(No such file.*download it ag"
+    ):
+        open_reader(tmp_path)
+    file.unlink()
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    with pytest.raises(MMJaxError, match=rf"{name}: a pointer of git-lfs.*git lfs pull"):
+        open_reader(tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(MMJaxError, match=rf"{name} cannot be read \(Is a directory"):
+        open_reader(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.int8])
 def test_reads_what_the_safetensors_library_writes(tmp_path, dtype):
     arrays = tensors(dtype)

@@ -9,6 +9,7 @@ from mmjax.models import checkpoints, registry
 from mmjax.models.fuyu import weights as fuyu
 from mmjax.models.fuyu.model import FuyuConfig
 from mmjax.models.views import Resized
+from mmjax.types import MMJaxError
 from mmjax.weights import operations as O
 from mmjax.weights import rules as R
 from mmjax.weights.writer import Arrays
@@ -57,6 +58,16 @@ def test_export_is_the_inverse_of_reading():
         index = tuple(slice(0, n) for n in shape)
         got = R.read_piece(rule, there, shape, index, np.float32)
         assert np.array_equal(got, want[rule.ours]), rule.ours
+
+
+def test_a_number_beyond_float16_is_refused():
+    """In bfloat16 it is a number like any other; in float16 it would be an infinity."""
+    arrays = params() | {"table": np.full(OURS["table"], 65_504, np.float32)}
+    tensors = {t.key: t for t in R.export(RULES, Arrays(arrays), "float16")}
+    assert np.all(tensors["table"].make() == 65_504)
+    arrays["table"][3, 1] = -70_000
+    with pytest.raises(MMJaxError, match="table: holds a number beyond 65504.*bfloat16"):
+        tensors["table"].make()
 
 
 @pytest.mark.parametrize("limit", [16, 64, 200, 10**6])

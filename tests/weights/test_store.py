@@ -173,18 +173,46 @@ def test_existing_destination_stays_unless_overwritten(params, tmp_path):
     assert [p.name for p in folder.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize(
+    ("holds", "why"),
+    [
+        (
+            ("config.json", "model.safetensors", "checkpoints/10/a", "hf/config.json"),
+            "checkpoints, hf",
+        ),
+        (("notes.txt", "thesis.tex"), "no model"),
+        ((), "a file"),
+    ],
+)
+def test_overwriting_spares_what_is_no_model_folder(tmp_path, holds, why):
+    """A whole home, or the source itself inside the destination, would go with it."""
+    place = tmp_path / "m"
+    for name in holds:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(name)
+    if not holds:
+        place.touch()
+    with (
+        pytest.raises(MMJaxError, match=f"m .*{why}.*delete it yourself"),
+        atomic_folder(place, overwrite=True),
+    ):
+        pass
+    assert all((place / name).read_text() == name for name in holds)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
 def test_a_destination_that_is_a_link_stays_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk" / "m").mkdir(parents=True)
-    (tmp_path / "disk" / "m" / "old").touch()
+    (tmp_path / "disk" / "m" / "config.json").touch()
     for name, points in (("link", "disk/m"), ("dangling", "disk/n")):
         (tmp_path / name).symlink_to(points)
         with atomic_folder(tmp_path / name, overwrite=True) as partial:
-            (partial / "new").touch()
+            (partial / "new.bin").touch()
         assert (tmp_path / name).is_symlink()
-        assert [p.name for p in (tmp_path / points).iterdir()] == ["new"]
+        assert [p.name for p in (tmp_path / points).iterdir()] == ["new.bin"]
     with atomic_folder("disk/../here") as partial:
-        (partial / "new").touch()
+        (partial / "new.pt").touch()
     monkeypatch.chdir(tmp_path / "here")
     with atomic_folder(".", overwrite=True) as partial:
         (partial / "newer").touch()
@@ -265,6 +293,9 @@ def test_newer_format_is_refused(params, tmp_path):
 
 def test_damaged_config_is_named(params, tmp_path):
     folder = written(params, tmp_path / "m")
+    text = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert opening.open_checkpoint(folder).kind == "mmjax"  # as an editor on Windows saves it
     (folder / "config.json").write_text("{")
     with pytest.raises(MMJaxError, match=r"config\.json: not a JSON object"):
         opening.open_checkpoint(folder)
