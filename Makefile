@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-heavy test-312 parity parity-flamingo parity-clever parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
+.PHONY: quickstart test test-heavy test-312 parity parity-flamingo parity-clever parity-otter parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -99,6 +99,29 @@ parity-clever: .venv/installed-test .venv-flamingo/installed  ## instruct_flamin
 	@mkdir -p build/clever
 	PYTHONPATH=. $(PEER) tests/golden/make_clever_data_golden.py --clever "$(CLEVER)" --out build/clever/clever_data.json
 	XLA_FLAGS= CLEVER_GOLDENS=build/clever $(PY) -m pytest -v tests/parity/test_clever_data.py
+
+# Otter's own code runs in the transformers that it pins: another environment.
+OTTER_PY := .venv-otter/bin/python
+
+.venv-otter/installed: tests/golden/otter_libraries.txt
+	@test -x $(OTTER_PY) || $(PYTHON) -m venv .venv-otter
+	$(OTTER_PY) -m pip install -q torch==2.13.0 2> >(grep -v "is ignored: it is neither" >&2)
+	$(OTTER_PY) -m pip install -q -r $< 2> >(grep -v "is ignored: it is neither" >&2)
+	@touch $@
+
+parity-otter: .venv/installed-test .venv-otter/installed  ## Otter's own code, and what to_hf writes in it: OTTER=/path/to/checkout
+	@test -d "$(OTTER)/src/otter_ai" || \
+	  { echo "set OTTER to a checkout of github.com/Luodian/Otter, branch main"; exit 1; }
+	set -e; export OTTER_GOLDENS=build/otter; for lm in mpt mosaic1b llama; do \
+	  to=build/otter/$$lm; rm -rf $$to; mkdir -p $$to; golden=build/otter/otter_$$lm.npz; \
+	  $(OTTER_PY) -W ignore tests/golden/make_otter_goldens.py --otter $(OTTER) --lm $$lm \
+	    --keep $$to/peer --out $$golden; \
+	  $(PY) -m convert_weights.to_jax $$to/peer $$to/jax; \
+	  $(PY) -m convert_weights.to_hf $$to/jax $$to/export; \
+	  $(OTTER_PY) -W ignore tests/golden/check_otter_export.py --otter $(OTTER) \
+	    --export $$to/export --golden $$golden; \
+	done; XLA_FLAGS= $(PY) -m pytest -v tests/parity/test_otter_model.py \
+	  tests/parity/test_otter_weights.py
 
 parity-bunny: .venv/installed-test  ## what to_hf writes, in Bunny's own code: BUNNY=/path/to/checkout
 	@test -d "$(BUNNY)/bunny/model" || \

@@ -71,7 +71,7 @@ def assemble(
     else:  # as stated, and OpenFlamingo's where nothing is
         every, measured = hf.get("cross_attn_every_n_layers", _FRESH_INTERVAL), {}
     folders = [Path(parts.lm)] if parts.lm is not None else []
-    ids, known = _ids([*(file.parent for file in files), *folders]) if folders else ({}, None)
+    ids, known = _ids([*(file.parent for file in files), *folders])
     rows, resized = _rows(whole, trained, own, hf, ids, known)
     # Rows of new tokens begin as those of tokens that a run adds, not as zeros.
     short = {} if readers else {key: n for key in resized if (n := whole.shape(key)[0]) < rows}
@@ -272,7 +272,7 @@ def _check_ids(hf: Mapping[str, Any], own: Architecture, rows: int, where: str) 
         said = ", ".join(f"{key} {value}" for key, value in ids.items())
         raise MMJaxError(
             f"{where}: {said}, outside its {rows} rows of embeddings; put the tokenizer it was "
-            "trained with into the --lm folder, or state the ids in a config.json beside it"
+            "trained with beside it or into the --lm folder, or state the ids in its config.json"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mmjax.models import vit_tables
 from mmjax.models.flamingo.assemble import GATED, LANGUAGE, TOWERS, assemble
+from mmjax.models.flamingo.otter_config import completed
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.language.weights import IGNORE as LANGUAGE_IGNORE
 from mmjax.models.parts import Partial
@@ -22,7 +23,7 @@ from mmjax.weights.operations import Fused, transpose
 from mmjax.weights.rules import Rule
 from mmjax.weights.tuning import PeerNames, module_of
 
-__all__ = ["assemble"]  # a part of the contract that has a file of its own
+__all__ = ["assemble", "completed"]  # parts of the contract that have files of their own
 
 LAYOUTS = ("otter", "openflamingo")
 ADAPTER_LAYOUT = "otter"

@@ -1,0 +1,91 @@
+"""Otter against its own code: its folder, logits, loss, gradients, frames and greedy answers."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import mmjax
+from mmjax.generate.loop import pad_batch
+from mmjax.models import registry
+from mmjax.nn import paths
+from mmjax.parallel.mesh import use
+from mmjax.train.loss import loss_sum
+from mmjax.weights import rules
+from mmjax.weights.writer import Arrays
+from tests.parity import forward, otter_golden
+
+MODELS = ("mpt", "llama", pytest.param("mosaic1b", marks=pytest.mark.heavy))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """One run of the peer, and its save_pretrained folder loaded by us."""
+    golden = otter_golden.load(request.param)
+    folder = otter_golden.write_folder(golden, tmp_path_factory.mktemp("otter") / golden.name)
+    return golden, mmjax.load(folder)
+
+
+def test_token_ids_come_from_the_tokenizer_in_its_folder(pair):
+    golden, ours = pair
+    ids, config = golden.config["ids"], ours.config
+    assert (config.eoc_token_id, config.media_token_id) == (ids["endofchunk"], ids["image"])
+    assert (config.answer_token_id, config.eos_token_id) == (ids["answer"], ids["eos"])
+    assert config.cross_every == golden.every
+    assert config.perceiver.max_frames == golden.config["config"]["max_num_frames"]
+
+
+def test_logits_equal(pair):
+    golden, ours = pair
+    batch, lengths = pad_batch(otter_golden.examples(golden))
+    logits = forward.logits(ours, batch)
+    for got, n, want in zip(logits, lengths, golden.logits, strict=True):
+        np.testing.assert_allclose(got[:n], want[-n:], atol=1e-4)
+
+
+def test_loss_and_every_trained_gradient_equal(pair):
+    golden, ours = pair
+    batch, lengths = pad_batch(otter_golden.examples(golden))
+    targets = [
+        np.flatnonzero(row[-n:] != -100) for row, n in zip(golden.labels, lengths, strict=True)
+    ]
+    targets = [t[t > 0] for t in targets]  # nothing stands before a first token
+    batch["target_index"] = np.full((2, max(map(len, targets))), -1, np.int32)
+    for row, some in enumerate(targets):
+        batch["target_index"][row, : len(some)] = some
+    graphdef, params = nnx.split(ours.model)
+
+    @jax.jit
+    def loss(params, batch):
+        total, count = loss_sum(nnx.merge(graphdef, params), batch)
+        return total / count
+
+    with use(ours.mesh):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+    assert float(value) == pytest.approx(float(golden.loss), rel=1e-5)
+    flat = {k: np.asarray(v) for k, v in paths.flatten(grads).items()}
+    weights = registry.family("flamingo").weights
+    table = rules.export(weights.rules(ours.config, "otter"), Arrays(flat))
+    errors = golden.gradient_errors({weights.from_hub(t.key, "otter"): t.make() for t in table})
+    # A gate is one number, a sum over all tokens in which much cancels.
+    assert len(errors) == sum("perceiver" in k or "gated" in k for k in golden.weights) + (
+        2 if golden.lm == "llama" else 1  # the embedding, and LLaMA's head
+    )
+    worst = sorted(errors.items(), key=lambda x: -x[1])[:5]
+    assert max(v for k, v in errors.items() if not k.endswith("gate")) < 1e-4, worst
+    assert max(errors.values()) < 1e-3, worst
+
+
+def test_greedy_answers_equal_the_peers_without_its_cache(pair):
+    """With its cache the peer sees no image behind the first new token; only that one is right."""
+    golden, ours = pair
+    prompts, end = otter_golden.examples(golden), golden.config["ids"]["endofchunk"]
+    start = golden.input_ids.shape[1]
+    ends = {end, ours.config.eos_token_id}
+    got = ours.generate_tokens(prompts, max_new_tokens=12)
+    for tokens, want in zip(got, golden.greedy[:, start:], strict=True):
+        stop = next((i for i, token in enumerate(want) if token in ends), len(want))
+        np.testing.assert_array_equal(tokens, want[:stop])
+    assert (golden.greedy_cached[:, start] == golden.greedy[:, start]).all()
+    n = golden.greedy_cached.shape[1]
+    assert (golden.greedy_cached[:, start:] != golden.greedy[:, start:n]).any()

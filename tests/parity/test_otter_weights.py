@@ -1,0 +1,45 @@
+"""Otter's folders beside its own: what save_pretrained writes is read, and written back alike."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from convert_weights import to_hf, to_jax
+from tests.parity import otter_golden
+
+# What the peer's configuration reads of MPT and MosaicGPT, and has no usable default for.
+READ = {
+    "mpt": ("architectures", "model_type", "hidden_size", "d_model", "n_heads", "n_layers",
+            "expansion_ratio", "max_seq_len", "vocab_size", "no_bias", "norm_type", "logit_scale"),
+    "mosaic1b": ("architectures", "model_type", "hidden_size", "d_model", "n_heads", "n_layers",
+                 "mlp_ratio", "max_seq_len", "vocab_size", "no_bias", "alibi", "attn_qk_ln",
+                 "attn_impl", "logit_scale"),
+    "llama": ("architectures", "model_type", "hidden_size", "intermediate_size", "vocab_size",
+              "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "rms_norm_eps",
+              "rope_theta", "hidden_act", "max_position_embeddings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lm", READ)
+def test_a_folder_comes_back_as_the_peer_wrote_it(tmp_path, lm):
+    golden = otter_golden.load(lm)
+    folder = otter_golden.write_folder(golden, tmp_path / "peer")
+    to_jax.main([str(folder), str(tmp_path / "jax")])
+    to_hf.main([str(tmp_path / "jax"), str(tmp_path / "out")])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == golden.weights.keys()
+    for key, value in golden.weights.items():
+        np.testing.assert_array_equal(written[key], value, err_msg=key)
+    theirs = golden.config["config"]
+    ours = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key in ("model_type", "architectures", "cross_attn_every_n_layers", "max_num_frames"):
+        assert ours[key] == theirs[key], key
+    for key in READ[lm]:
+        assert ours["text_config"][key] == theirs["text_config"][key], key
+    if lm == "mpt":
+        said = ours["text_config"]["attn_config"]
+        assert said == {key: theirs["text_config"]["attn_config"][key] for key in said}
+        assert said["attn_impl"] == "torch"
+    assert (tmp_path / "out" / "tokenizer.json").exists()
