@@ -10,7 +10,10 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.extend.core.primitives import remat_p, scan_p
 
 from mmjax.nn import paths
 from mmjax.nn.dropout import dropout_key
@@ -29,38 +32,52 @@ from mmjax.train.settings import ModelSettings, RunSettings
 def activations(
     settings: RunSettings, config, processor, params, frozen, mesh, rows: int
 ) -> dict[str, int]:
-    """Return what is kept for the backward pass, and what one layer and the head need."""
+    """Return the bytes kept for the backward pass, and those that one layer and the head need.
+
+    ``chunked`` tells whether the head runs over several chunks.
+    """
     data = settings.data
     targets = rows * data.max_targets  # of one device's rows, which context shares
     own = targets // mesh.shape["context"]
     chunked = own > settings.loss_chunk
     trace = dict(rows=rows, chunk=max(1, targets // 2) if chunked else targets)
     cut = Cut(settings, params, frozen, mesh, rows)
-    kept = residuals(settings, settings.model, config, processor, **trace)
-    everything = dataclasses.replace(settings.model, remat="off")
-    every = residuals(settings, everything, config, processor, **trace)
+    program = partial(traced, settings, config=config, processor=processor, **trace)
+    kept = residuals(program(settings.model))
+    every = residuals(program(dataclasses.replace(settings.model, remat="off")))
+    again = layers_in_scans(program(dataclasses.replace(settings.model, remat="full"), False))
 
     def in_stack(some: list[jax.ShapeDtypeStruct], size: int) -> int:
         return sum(cut.bytes(r) for r in some if cut.in_stack(r, size))
 
     tensor = mesh.shape["tensor"]
-    logits = min(own, settings.loss_chunk)
+    logits = min(own, settings.loss_chunk) * config.vocab_size // tensor
     return {
         "kept": sum(map(cut.bytes, kept)),
         # What was not kept is there again while its layer is differentiated, and gradients of all.
-        # Where layers stand in groups it is a whole group: more than is there at once.
-        "layer": max((2 * in_stack(every, n) - in_stack(kept, n)) // n for n in cut.stacks),
-        "head": 2 * logits * config.vocab_size * 4 // tensor,
+        # Of layers that a scan takes in groups, one comes behind another.
+        "layer": max(
+            (2 * in_stack(every, n) - in_stack(kept, n)) // (n * again.get(n, 1))
+            for n in cut.stacks
+        ),
+        # Logits and their gradient, in the dtype of the computation: float32 stays inside of
+        # XLA's fusions. Logits of one chunk alone are kept, and counted there.
+        "head": (2 if chunked else 1) * logits * jnp.dtype(settings.model.dtype).itemsize,
+        "chunked": chunked,
     }
 
 
-def residuals(
-    settings: RunSettings, model: ModelSettings, config, processor, rows: int, chunk: int
-) -> list[jax.ShapeDtypeStruct]:
-    """Return the arrays that the backward pass of one device's rows finds saved.
-
-    They are the outputs of the traced forward pass of ``jax.vjp`` that are not its inputs.
-    """
+def traced(
+    settings: RunSettings,
+    model: ModelSettings,
+    backward: bool = True,
+    *,
+    config,
+    processor,
+    rows: int,
+    chunk: int,
+) -> Jaxpr:
+    """Return the program of one device's loss; backward: what ``jax.vjp`` makes of it."""
     with use() as one:
         choose = partial(train_state.chosen_by, settings)
         make, _ = maker(model, settings.lora, config, settings.seed, choose)
@@ -75,10 +92,17 @@ def residuals(
                 with dropout_key(jax.random.key(0)):  # its masks may be kept as well
                     return loss_sum(nnx.merge(graphdef, params, frozen), batch, chunk=chunk)[0]
 
-            return jax.vjp(loss, params)[1]
+            return jax.vjp(loss, params)[1] if backward else loss(params)
 
         with axes_apart():
-            jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
+            return jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
+
+
+def residuals(jaxpr: Jaxpr) -> list[jax.ShapeDtypeStruct]:
+    """Return the arrays that the backward pass of a program of ``jax.vjp`` finds saved.
+
+    They are the outputs of the forward pass that are not its inputs.
+    """
     inputs, found = set(map(id, (*jaxpr.invars, *jaxpr.constvars))), {}
     for eqn in jaxpr.eqns:  # the same memory in another shape, such as layers in groups
         if eqn.primitive.name == "reshape" and id(eqn.invars[0]) in inputs:
@@ -87,6 +111,29 @@ def residuals(
         if hasattr(var, "aval") and not hasattr(var, "val") and id(var) not in inputs:
             found[id(var)] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
     return list(found.values())
+
+
+def layers_in_scans(jaxpr: Jaxpr) -> dict[int, int]:
+    """Return how many layers an iteration of a scan runs, by the scan's length.
+
+    They are told by ``jax.checkpoint``, around each of them where a remat policy is at work.
+    """
+    found: dict[int, int] = {}
+
+    def walk(jaxpr: Jaxpr) -> int:
+        layers = 0
+        for eqn in jaxpr.eqns:
+            inner = sum(map(walk, jaxprs_in_params(eqn.params)))
+            if eqn.primitive is remat_p:
+                inner = 1
+            elif eqn.primitive is scan_p:
+                length = eqn.params["length"]
+                found[length] = max(found.get(length, 1), inner)
+            layers += inner
+        return layers
+
+    walk(jaxpr)
+    return found
 
 
 class Cut:

@@ -35,20 +35,23 @@ from mmjax.train.step import compile_step, make_train_step
 PARTS = {
     "trained": "trained parameters",
     "frozen": "frozen parameters",
-    "gradients": "gradients",
     "optimizer": "optimizer state",
     "batch": "batch",
-    "kept": "activations kept for the backward pass",
-    "layer": "one layer while it is differentiated",
-    "head": "logits of one chunk and their gradient",
-    "multiplied": "the largest kernel multiplied out",
-    "gathered": "weights gathered from other devices",
+    "summed": "gradients of microbatches",
+    "gradients": "gradients",
+    "kept": "activations kept for backward",
+    "layer": "one layer, differentiated",
+    "head": "logits of a chunk",
+    "multiplied": "a kernel multiplied out",
+    "gathered": "gathered from other devices",
 }
+MOMENTS = ("loss", "layers", "update")
+"""When a step may need most: its backward pass at the loss, in the layers, and behind them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each device, by the keys of ``PARTS``.
+    """Bytes on each device, by the keys of ``PARTS`` at each of ``MOMENTS``.
 
     mesh: devices by axis. tokens: of a microbatch on each device. kinds: dtypes of trained and
     frozen parameters and of the optimizer's arrays. parameters: (trained, all). compiled: what the
@@ -59,16 +62,25 @@ class MemoryPlan:
     mesh: dict[str, int]
     tokens: int
     remat: str
-    parts: dict[str, int]
+    parts: dict[str, tuple[int, int, int]]
     kinds: dict[str, str]
     parameters: tuple[int, int]
     compiled: int | None = None
     note: str = ""
 
     @property
+    def sums(self) -> tuple[int, ...]:
+        """What is there at each moment."""
+        return tuple(map(sum, zip(*self.parts.values(), strict=True)))
+
+    @property
     def total(self) -> int:
-        """The compiler's count, or else the sum of the parts."""
-        return sum(self.parts.values()) if self.compiled is None else self.compiled
+        """The compiler's count, or else the most that is there at a moment."""
+        return max(self.sums) if self.compiled is None else self.compiled
+
+    def most(self, part: str) -> int:
+        """Return the most bytes of a part at a moment."""
+        return max(self.parts[part])
 
 
 def make_plan(
@@ -126,19 +138,38 @@ def _compiled(settings: RunSettings, outline: Outline, batch, rows) -> int:
 
 def _parts(
     settings: RunSettings, outline: Outline, config, processor, batch, mesh, rows: int
-) -> dict[str, int]:
-    """Return the bytes of each of ``PARTS``. rows: of a microbatch on each device."""
+) -> dict[str, tuple[int, int, int]]:
+    """Return the bytes of each of ``PARTS`` at each of ``MOMENTS``.
+
+    rows: of a microbatch on each device.
+    """
     params, frozen = outline.state.params, outline.frozen
-    return {
+    found = activations(settings, config, processor, params, frozen, mesh, rows)
+    throughout = {
         "trained": _bytes(params),
         "frozen": _bytes(frozen),
-        # Those of microbatches are summed in float32, beside the newest ones.
-        "gradients": _bytes(params) + (_bytes(params, 4) if settings.accumulate > 1 else 0),
         "optimizer": _bytes(outline.state.opt),
         "batch": _bytes(batch),
-        **activations(settings, config, processor, params, frozen, mesh, rows),
-        "multiplied": _multiplied(settings, frozen),
-        "gathered": _gathered(settings, params, frozen, mesh),
+        # In float32, beside the newest ones.
+        "summed": _bytes(params, 4) if settings.accumulate > 1 else 0,
+    }
+    gradients = _bytes(params)
+    outside = _bytes([v for v in _variables(params) if "layers" not in _axes(v)])
+    layer, largest, derivative = _gathered(settings, params, frozen, mesh)
+    return {part: (size,) * 3 for part, size in throughout.items()} | {
+        # Those of embedding and head: chunks of the head sum theirs up before the layers' turn;
+        # otherwise logits wait, and theirs is made where activations lay. Where fsdp cuts them the
+        # whole one counts as gathered.
+        "gradients": (
+            0 if derivative else outside,
+            gradients - (0 if found["chunked"] else outside),
+            gradients,
+        ),
+        "kept": (found["kept"], found["kept"], 0),
+        "layer": (0, found["layer"], 0),
+        "head": (found["head"], 0, 0),
+        "multiplied": (*_multiplied(settings, frozen), 0),
+        "gathered": (largest + derivative, layer, derivative),
     }
 
 
@@ -178,34 +209,46 @@ def _bytes(tree, itemsize: int | None = None) -> int:
     )
 
 
-def _multiplied(settings: RunSettings, frozen) -> int:
-    """Return the bytes of the largest quantised kernel, a layer's, as its map multiplies by it."""
-    largest, compute = 0, jnp.dtype(settings.model.dtype).itemsize
+def _multiplied(settings: RunSettings, frozen) -> tuple[int, int]:
+    """Return the bytes of the largest quantised kernel, as its map multiplies by it.
+
+    The first is of those outside of the layers, the second of a layer's.
+    """
+    largest, compute = [0, 0], jnp.dtype(settings.model.dtype).itemsize
     for _, variable in nnx.to_flat_state(frozen):
         if "quantized" not in variable.get_metadata():
             continue
-        x, layered = jax.tree.leaves(variable)[0], "layers" in matrices.axes_of(variable)
+        x, layered = jax.tree.leaves(variable)[0], "layers" in _axes(variable)
         count = math.prod(x.sharding.shard_shape(x.shape)) // (x.shape[0] if layered else 1)
-        largest = max(largest, count * frozen_part.pairs(x) * compute)
-    return largest
+        largest[layered] = max(largest[layered], count * frozen_part.pairs(x) * compute)
+    return largest[0], largest[1]
 
 
-def _gathered(settings: RunSettings, params, frozen, mesh) -> int:
-    """Return the bytes of weights that are whole for a moment, where fsdp cuts them.
+def _gathered(settings: RunSettings, params, frozen, mesh) -> tuple[int, int, int]:
+    """Return the bytes of what is whole for a moment, where fsdp cuts it.
 
-    A layer's in the dtype of the computation, and the largest map outside of the layers with the
-    gradient that is summed over the devices.
+    They are the weights of a layer in the dtype of the computation, the largest map outside of the
+    layers, and its gradient, which is summed over the devices.
     """
     fsdp = mesh.shape["fsdp"]
     if fsdp == 1:
-        return 0
-    compute, layer, largest = jnp.dtype(settings.model.dtype).itemsize, 0, 0
-    for tree, more in ((params, 2), (frozen, 1)):
-        for variable in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-            axes, x = matrices.axes_of(variable) or (), jax.tree.leaves(variable)[0]
+        return 0, 0, 0
+    compute, layer, largest = jnp.dtype(settings.model.dtype).itemsize, 0, (0, 0)
+    for tree, trained in ((params, True), (frozen, False)):
+        for variable in _variables(tree):
+            axes, x = _axes(variable), jax.tree.leaves(variable)[0]
             whole = math.prod(x.sharding.shard_shape(x.shape)) * (fsdp if "embed" in axes else 1)
             if "layers" in axes:
                 layer += whole // x.shape[0] * compute * frozen_part.pairs(x)
             else:
-                largest = max(largest, whole * x.dtype.itemsize * more)
-    return layer + largest
+                size = whole * x.dtype.itemsize
+                largest = max(largest, (size, size if trained else 0), key=sum)
+    return layer, *largest
+
+
+def _variables(tree) -> list[nnx.Variable]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    return matrices.axes_of(variable) or ()

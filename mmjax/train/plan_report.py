@@ -8,31 +8,32 @@ from rich.console import Console
 from rich.table import Table
 
 from mmjax.runtime import USABLE
-from mmjax.train.plan import PARTS, MemoryPlan, make_plan
+from mmjax.train.plan import MOMENTS, PARTS, MemoryPlan, make_plan
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
 
 def table(plan: MemoryPlan) -> Table:
-    """Lay a plan out, in GB of 10**9 bytes on each device; a small one in MB."""
-    scale, unit = (1e9, "GB") if sum(plan.parts.values()) >= 1e9 else (1e6, "MB")
+    """Lay a plan out by moment, in GB of 10**9 bytes on each device; a small one in MB."""
+    scale, unit = (1e9, "GB") if max(plan.sums) >= 1e9 else (1e6, "MB")
     shown = Table(box=box.SIMPLE_HEAD)
-    for column, side in ((f"{plan.name}, on each device", "left"), (unit, "right"), ("", "left")):
-        shown.add_column(column, justify=side)
+    shown.add_column(f"{plan.name}, {unit} on each device")
+    for moment in MOMENTS:
+        shown.add_column(moment, justify="right")
+    shown.add_column()
     notes = dict(plan.kinds) | {
-        "kept": f"remat {plan.remat}: {plan.parts['kept'] / plan.tokens / 1e6:.2f} MB a token",
-        "layer": "estimate",
-        "head": "estimate",
-        "multiplied": "estimate",
-        "gathered": "estimate",
+        "kept": f"remat {plan.remat}: {plan.most('kept') / plan.tokens / 1e6:.2f} MB a token",
+        **dict.fromkeys(("layer", "head", "multiplied", "gathered"), "estimate"),
     }
     for part, words in PARTS.items():
-        if plan.parts[part]:
-            shown.add_row(words, f"{plan.parts[part] / scale:.2f}", notes.get(part, ""))
+        if plan.most(part):
+            there = (f"{size / scale:.2f}" if size else "" for size in plan.parts[part])
+            shown.add_row(words, *there, notes.get(part, ""))
     shown.add_section()
-    shown.add_row("sum", f"{sum(plan.parts.values()) / scale:.2f}", "")
+    shown.add_row("sum", *(f"{size / scale:.2f}" for size in plan.sums), "")
     if plan.compiled is not None:
-        shown.add_row("the compiled step, as XLA counts", f"{plan.compiled / scale:.2f}", "")
+        shown.add_section()
+        shown.add_row("the compiled step, as XLA counts", f"{plan.compiled / scale:.2f}")
     return shown
 
 
@@ -53,10 +54,10 @@ def verdict(plan: MemoryPlan, memory: float) -> str:
     if need <= room:
         return f"fits: {need:.1f} GB of {room:.1f} ({USABLE:.0%} of {memory:g} GB)"
     help_ = {
-        "remat": ("model.remat=full", plan.parts["kept"] if plan.remat != "full" else 0),
-        "rows": ("a smaller data.batch_size or data.seq_len", plan.parts["kept"]),
-        "optimizer": ("optim.name=adafactor", plan.parts["optimizer"]),
-        "devices": ("more devices on fsdp", plan.parts["trained"] + plan.parts["optimizer"]),
+        "remat": ("model.remat=full", plan.most("kept") if plan.remat != "full" else 0),
+        "rows": ("a smaller data.batch_size or data.seq_len", plan.most("kept")),
+        "optimizer": ("optim.name=adafactor", plan.most("optimizer")),
+        "devices": ("more devices on fsdp", plan.most("trained") + plan.most("optimizer")),
     }
     best = sorted(help_.values(), key=lambda x: -x[1])[:3]
     ways = ", ".join(words for words, size in best if size > 0.1e9) or "larger devices"
