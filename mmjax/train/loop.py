@@ -57,10 +57,11 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
         if lead:  # what was restored fits: the config on disk is never that of a run that could not
             write_config(design.settings, workdir)
         try:
-            for step in range(training.first, settings.steps):
-                profile.before(step, training.state)
-                if not training.step(step):
-                    break
+            if training.catch_up():
+                for step in range(training.first, settings.steps):
+                    profile.before(step, training.state)
+                    if not training.step(step):
+                        break
         finally:
             training.reports.line.close()  # gives the terminal back, whatever happened
         profile.close(training.state)
@@ -113,8 +114,15 @@ class Training:
         self._validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
         self.metrics: dict[str, float] = {}
         self._measured: dict[str, float] = {}  # at the step that was made last, for its checkpoint
+        self._owed = False  # a signal came where an evaluation was due
         if 0 < self.first < settings.steps:
             self.reports.line.print(f"continuing at step {self.first}")
+
+    def catch_up(self) -> bool:
+        """Evaluate where the run was stopped before it could; False when told to stop again."""
+        if self.checkpoints.notes.get("evaluation_owed"):
+            self._evaluate(self.first)
+        return not self._owed
 
     def step(self, step: int) -> bool:
         """Make one step and do what is due behind it; False when the run was told to stop.
@@ -134,9 +142,12 @@ class Training:
             jax.block_until_ready(self.state)  # or the pause would swallow steps under way
             self._note(self.reports.watch.settle(last=last))  # no bad step is saved
         if stopping:
+            self._owed = evaluating
             return False
         if evaluating:
             self._evaluate(done)
+            if self._owed:
+                return False
         if saving:
             self._save(done)
         self.checkpoints.check()
@@ -196,9 +207,15 @@ class Training:
         self._measured |= metrics
 
     def _evaluate(self, step: int) -> None:
-        """Ask a sample of every task, and compute the validation loss."""
+        """Ask a sample of every task, and compute the validation loss.
+
+        A signal ends it, and what was found until then is dropped: it is owed to the next start.
+        """
         with self.reports.meter.pause():
             got = evaluation.sample(self._model(), self.settings.eval, lambda: bool(self._stop))
+            if self._stop:
+                self._owed = True
+                return
             got |= self._validation(self.state.params, self.frozen)
             self._note(got)
             self.reports.evaluated(step, got)
@@ -206,7 +223,7 @@ class Training:
     def _save(self, step: int) -> None:
         """Start saving a step; the disk works on it while training goes on."""
         with self.reports.meter.pause():
-            notes = {"bad_steps": self.reports.watch.bad}
+            notes = {"bad_steps": self.reports.watch.bad, "evaluation_owed": self._owed}
             self.checkpoints.save(step, self.state, self._batches, self._measured, notes)
 
     def _model(self) -> LoadedModel:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import pytest
@@ -39,6 +41,35 @@ def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path, monkeypatch
     with pytest.raises(MMJaxError, match=r"stands at step 6 and config.steps is 3"):
         loop.run(dataclasses.replace(plain, steps=3), workdir)
     assert json.loads((workdir / "config.json").read_text())["steps"] == 6
+
+
+def test_an_evaluation_that_a_signal_ends_is_made_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
+    file = write_data(tmp_path / "data")
+    task = {"name": "vqa", "source": settings(file).data.sources["train"]}
+    plain = dataclasses.replace(
+        settings(file), steps=3, checkpoint=CheckpointSettings(every=9, export=False),
+        eval=EvalSettings(tasks=(task,), every=2, limit=2, final=False),
+    )  # fmt: skip
+
+    def scores(name):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [(row["step"], row["eval/vqa/loss"]) for row in rows if "eval/vqa/loss" in row]
+
+    loop.run(plain, tmp_path / "undisturbed")
+    sample, signals = loop.evaluation.sample, [signal.SIGTERM, signal.SIGTERM]
+
+    def disturbed(*args):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return sample(*args)
+
+    monkeypatch.setattr(loop.evaluation, "sample", disturbed)
+    for _ in range(2):  # at the step itself, and again while it is made up for
+        loop.run(plain, tmp_path / "run")
+        assert saved_steps(tmp_path / "run") == [2] and scores("run") == []
+    loop.run(plain, tmp_path / "run")
+    assert scores("run") == scores("undisturbed") and len(scores("run")) == 1
 
 
 def test_a_model_that_finds_no_room_is_told_in_one_line(tmp_path, monkeypatch):
