@@ -97,8 +97,12 @@ parity-clever: .venv/installed-test .venv-flamingo/installed  ## instruct_flamin
 	@test -d "$(CLEVER)/open_flamingo/instruction_tuning" || \
 	  { echo "set CLEVER to a checkout of github.com/ChenDelong1999/instruct_flamingo at 4dd4d6d"; exit 1; }
 	@mkdir -p build/clever
-	PYTHONPATH=. $(PEER) tests/golden/make_clever_data_golden.py --clever "$(CLEVER)" --out build/clever/clever_data.json
-	XLA_FLAGS= CLEVER_GOLDENS=build/clever $(PY) -m pytest -v tests/parity/test_clever_data.py
+	PYTHONPATH=. $(PEER) tests/golden/make_clever_data_golden.py --clever "$(CLEVER)" \
+	  --out build/clever/clever_data.json
+	PYTHONPATH=. $(PEER) tests/golden/make_clever_model_golden.py --clever "$(CLEVER)" \
+	  --out build/clever/clever_model.npz --keep build/clever
+	XLA_FLAGS= CLEVER_GOLDENS=build/clever $(PY) -m pytest -v tests/parity/test_clever_data.py \
+	  tests/parity/test_clever_model.py
 
 # Otter's own code runs in the transformers that it pins: another environment.
 OTTER_PY := .venv-otter/bin/python

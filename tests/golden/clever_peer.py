@@ -3,7 +3,8 @@
 CHECKOUT is github.com/ChenDelong1999/instruct_flamingo at 4dd4d6d, as its Clever Flamingo v2 was
 trained; its model is OpenFlamingo's, here open-flamingo 2.0.1 (flamingo_peer.py). The modules run
 as they are. What they import and these goldens never call is an empty stand-in: wandb, webdataset,
-and data_utils, which makes loaders of tar shards.
+and data_utils, which makes loaders of tar shards. PEFT now refuses their task_type, which then
+named nothing either.
 """
 
 import importlib.machinery
@@ -32,7 +33,17 @@ def import_module(checkout, name):
             setattr(open_flamingo, one, getattr(train_utils, one))
         open_flamingo.create_model_and_transforms_v1 = None
         open_flamingo.get_params_count_summary = None
-    return from_file(os.path.join(checkout, FOLDER, f"{name}.py"), f"clever_{name}")
+    module = from_file(os.path.join(checkout, FOLDER, f"{name}.py"), f"clever_{name}")
+    if name == "train_utils":
+        module.LoraConfig = lora_config
+    return module
+
+
+def lora_config(task_type, **settings):
+    """Return PEFT's LoraConfig without a task."""
+    import peft
+
+    return peft.LoraConfig(**settings)
 
 
 def from_file(path, name):
