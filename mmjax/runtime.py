@@ -156,7 +156,7 @@ def _gives_huge_pages() -> bool:
 
 def _count_gpus(have: Mapping[str, str]) -> int:
     """Count the GPUs of this run: of all its processes where there are several, at least two."""
-    processes = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    processes = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(have.get(name, "1") not in ("", "1") for name in processes):
         return 2
     visible = have.get("CUDA_VISIBLE_DEVICES")

@@ -41,7 +41,9 @@ def test_nothing_is_asked_of_a_system_that_has_no_such_pages(monkeypatch):
     assert runtime.environment({"JAX_PLATFORMS": "cpu"}) == {}
 
 
-@pytest.mark.parametrize("several", [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_NTASKS": "16"}])
+@pytest.mark.parametrize(
+    "several", [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_STEP_NUM_TASKS": "16"}]
+)
 def test_several_gpus_get_the_flags_that_are_known_and_not_given(several, monkeypatch):
     given, unknown = "--xla_gpu_enable_latency_hiding_scheduler=false", "pipelined_all_reduce"
     monkeypatch.setattr(

@@ -11,6 +11,7 @@ from mmjax.types import MMJaxError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 POD_INDEX = "JOB_COMPLETION_INDEX"  # set by Kubernetes in the pods of an indexed job
 _PORTS = 2**12  # the last ports are picked from by job number, so that jobs on a host do not meet
+_STEPS_APART = 601  # ports between two steps of a job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,30 +71,50 @@ def _explicit(env: Mapping[str, str]) -> Cluster | None:
 
 
 def _slurm(env: Mapping[str, str]) -> Cluster | None:
-    if "SLURM_JOB_ID" not in env or _number(env, "SLURM_NTASKS", 1) == 1:
+    if "SLURM_JOB_ID" not in env:
         return None
-    wanted = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-    if missing := [name for name in wanted if name not in env]:
-        # A batch script has the job's SLURM_NTASKS, and is itself none of the tasks.
-        raise MMJaxError(
-            f"SLURM_NTASKS is {env['SLURM_NTASKS']} and {', '.join(missing)} not set: this process "
-            "was not started by srun; write `srun python train.py ...`, or unset SLURM_NTASKS to "
-            "run in this process alone"
-        )
-    address = env.get(ADDRESS)
-    if address is None:
-        # node[003-007,009],login1 begins with node003.
-        first = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"])
-        if first is None:
+    # What SLURM_NTASKS counts may be allocated and not started: only srun's step has its own count.
+    if "SLURM_STEP_NUM_TASKS" not in env:
+        if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1:
             raise MMJaxError(
-                f"SLURM_STEP_NODELIST is {env['SLURM_STEP_NODELIST']!r}, which begins with no "
-                f"host's name; set {ADDRESS} to host:port of the first process"
+                f"SLURM_NTASKS is {env['SLURM_NTASKS']} and this process was not started by srun, "
+                "so that the others do not run: write `srun python train.py ...` in the batch "
+                "script, or unset SLURM_NTASKS to run in this process alone"
             )
-        address = f"{first[1]}{first[2] or ''}:{_port(_number(env, 'SLURM_JOB_ID'))}"
-    here = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    devices = _devices(env, _number(env, "SLURM_LOCALID"), int(here[0]) if here else None)
-    index, count = _number(env, "SLURM_PROCID"), _number(env, "SLURM_NTASKS")
-    return _checked(Cluster("SLURM", address, index, count, devices), "SLURM_PROCID")
+        return None  # a shell of salloc
+    count = _number(env, "SLURM_STEP_NUM_TASKS")
+    if count == 1:
+        return None
+    devices = None
+    tasks = re.findall(r"(\d+)(?:\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    visible, on_node = _visible(env), _number(env, "SLURM_GPUS_ON_NODE", 0)
+    if not visible or len(visible) >= on_node:  # or SLURM has shared them itself
+        # All processes must have as many: where nodes differ, as many as on the fullest.
+        here = max(map(int, tasks), default=None)
+        devices = _devices(env, _number(env, "SLURM_LOCALID"), here, len(visible) or on_node)
+    index = _number(env, "SLURM_PROCID")
+    return _checked(Cluster("SLURM", _slurm_address(env), index, count, devices), "SLURM_PROCID")
+
+
+def _slurm_address(env: Mapping[str, str]) -> str:
+    if address := env.get(ADDRESS):
+        return address
+    if env.get("SLURM_DISTRIBUTION") == "arbitrary":
+        raise MMJaxError(
+            "SLURM_DISTRIBUTION is arbitrary: the first task need not be on the first host; set "
+            f"{ADDRESS} to host:port of its host, or leave --distribution=arbitrary away"
+        )
+    # node[003-007,009],login1 begins with node003.
+    nodes = env.get("SLURM_STEP_NODELIST", "")
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    if first is None:
+        raise MMJaxError(
+            f"SLURM_STEP_NODELIST is {nodes!r}, which begins with no host's name; set {ADDRESS} to "
+            "host:port of the first process"
+        )
+    # Steps of a job may run beside each other, and jobs with numbers next to each other.
+    place = _number(env, "SLURM_JOB_ID") + _STEPS_APART * _number(env, "SLURM_STEP_ID", 0)
+    return f"{first[1]}{first[2] or ''}:{_port(place)}"
 
 
 def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
@@ -111,22 +132,29 @@ def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
             f"5 does not); give its host and a free port: mpirun -x {ADDRESS}=host:port ..."
         )
     local = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
-    devices = _devices(env, local, _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 0) or None)
+    seen = len(_visible(env))
+    devices = _devices(env, local, _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 0) or None, seen)
     return _checked(Cluster("Open MPI", address, index, count, devices), "OMPI_COMM_WORLD_RANK")
 
 
-def _devices(env: Mapping[str, str], local: int, here: int | None) -> tuple[int, ...] | None:
-    """Share a host's GPUs between its ``here`` processes, of which this is number ``local``.
+def _devices(
+    env: Mapping[str, str], local: int, here: int | None, seen: int
+) -> tuple[int, ...] | None:
+    """Share the ``seen`` GPUs of a host between its ``here`` processes; this is number ``local``.
 
     A process that is alone on its host, or was given one GPU by its launcher, takes all it sees.
     """
-    if here == 1 or "JAX_LOCAL_DEVICE_IDS" in env:
+    if here == 1 or seen == 1 or "JAX_LOCAL_DEVICE_IDS" in env:
         return None
-    visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    if len(visible) == 1:
+    if env.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return None
-    each = len(visible) // here if here and visible else 1
+    each = max(1, seen // here) if here else 1
     return tuple(range(local * each, (local + 1) * each))
+
+
+def _visible(env: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process is shown by name; none where it is not told."""
+    return [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
 
 def _checked(found: Cluster, name: str) -> Cluster:

@@ -103,6 +103,35 @@ def check_same(facts: Mapping[str, Any]) -> None:
         )
 
 
+def check_shared(folder: Path, name: str) -> None:
+    """Raise MMJaxError, in every process, unless all processes see the same files in a folder.
+
+    name: of the folder, for the message. The first process leaves a mark there for this time; two
+    small collectives.
+    """
+    if jax.process_count() == 1:
+        return
+    lead = jax.process_index() == 0
+    # A name that nobody has asked for before: network file systems remember what was not there.
+    number, name_of = os.urandom(4), "shared-{:08x}.part".format
+    if lead:
+        (folder / name_of(int.from_bytes(number, sys.byteorder))).touch()
+    number = multihost_utils.broadcast_one_to_all(np.frombuffer(number, np.uint32))
+    mark = folder / name_of(int(number[0]))  # known to the others once it is there
+    try:
+        seen = multihost_utils.process_allgather(np.array([mark.exists()]), tiled=False)
+    finally:
+        if lead:
+            mark.unlink(missing_ok=True)
+    if blind := [str(i) for i, sees in enumerate(np.asarray(seen).reshape(-1)) if not sees]:
+        raise MMJaxError(
+            f"{name} {folder} is not the same folder in process{'es' if len(blind) > 1 else ''} "
+            f"{', '.join(blind[:8])}{f' and {len(blind) - 8} more' if len(blind) > 8 else ''} as "
+            "in process 0: checkpoints could not be put together from their parts. Choose a folder "
+            "on a file system that all hosts see"
+        )
+
+
 def compare(told: list[dict[str, str]]) -> list[str]:
     """Describe the facts in which processes differ; told: of every process, in order."""
     found = []

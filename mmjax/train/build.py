@@ -278,6 +278,7 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
     lengths = dict(zip(mixture.names, map(len, mixture.sources), strict=True))
     facts = distributed.facts_of(dataclasses.asdict(settings), lengths)
     distributed.check_same({**facts, "--workdir": str(workdir.absolute())})
+    distributed.check_shared(workdir, "--workdir")
     require_some_good(mixture, load)
     return Streams(
         {i: _stream(i, count, mixture, settings, processor, workdir) for i in mine}, count

@@ -27,7 +27,8 @@ def command(workdir, *more):
         f"steps={STEPS}", f"checkpoint.every={EVERY}", "log.every=1", "log.tensorboard=False",
         "eval.final=False", "data.batch_size=4", "data.streams=2", *SMALL, *more,
     )  # fmt: skip
-    command = [sys.executable, "train.py", "--config=configs/quickstart.py:quick"]
+    config = f"--config={ROOT}/configs/quickstart.py:quick"
+    command = [sys.executable, str(ROOT / "train.py"), config]
     return [*command, f"--workdir={workdir}", *(f"--config.{s}" for s in settings)]
 
 
@@ -36,8 +37,11 @@ def losses(workdir):
     return {step: values["train/loss"] for step, values in logged(workdir)}
 
 
-def start(workdir, processes, *each):
-    """Start a run of one process with two devices, or of two with one; each: own arguments."""
+def start(workdir, processes, *each, cwd=(ROOT, ROOT)):
+    """Start a run of one process with two devices, or of two with one.
+
+    each: own arguments; cwd: the folders they are started in.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -51,7 +55,7 @@ def start(workdir, processes, *each):
             env["JAX_PROCESS_ID"] = str(i)
         started.append(
             subprocess.Popen(
-                command(workdir, *(each[i] if each else ())), cwd=ROOT, env=env, text=True,
+                command(workdir, *(each[i] if each else ())), cwd=cwd[i], env=env, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
         )  # fmt: skip
@@ -136,3 +140,17 @@ def test_processes_that_differ_are_told_apart_before_anything_is_made(tmp_path):
     for text in out:
         assert "config.optim.lr is 0.001 in process 0 and 0.0001 in process 1" in text
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_workdir_that_is_not_shared_is_told_before_the_first_step(tmp_path):
+    # One name for two folders, as a local disk has it on two hosts.
+    own = [tmp_path / "host0", tmp_path / "host1"]
+    for folder in own:
+        folder.mkdir()
+    codes, out = finish(start("/proc/self/cwd/run", 2, cwd=own))
+    assert codes == [2, 2], out
+    for text in out:
+        assert "--workdir /proc/self/cwd/run is not the same folder in process 1 as in" in text
+    left = {p.name for p in (own[0] / "run").iterdir()}
+    assert not left & {"checkpoints", "config.json"} and not any("shared" in x for x in left)
+    assert not (own[1] / "run" / "checkpoints").exists()

@@ -14,11 +14,14 @@ EXPLICIT = {
 SLURM = {
     "SLURM_JOB_ID": "4097",
     "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "2",
     "SLURM_LOCALID": "0",
     "SLURM_STEP_NODELIST": "gpu[007-009,012]",
     "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
 }
+# The third of four tasks on one node.
+SLURM_NODE = SLURM | {"SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "4"}
 MPI = {
     "OMPI_COMM_WORLD_SIZE": "8",
     "OMPI_COMM_WORLD_RANK": "5",
@@ -59,6 +62,43 @@ def without(env, *names, **more):
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "3"},
             Cluster("SLURM", "gpu007:61441", 2, 4),
         ),
+        # srun --gpus-per-task=2: each task sees two of its own, whatever their numbers are.
+        (
+            SLURM_NODE | {"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "8"},
+            Cluster("SLURM", "gpu007:61441", 2, 4),
+        ),
+        (
+            SLURM_NODE | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"},
+            Cluster("SLURM", "gpu007:61441", 2, 4, (2,)),
+        ),
+        # srun --gpu-bind=none names no GPU: all of the node are seen, and shared.
+        (
+            SLURM_NODE | {"SLURM_GPUS_ON_NODE": "8"},
+            Cluster("SLURM", "gpu007:61441", 2, 4, (4, 5)),
+        ),
+        # Two tasks on one node and one on the other: all have as many GPUs as on the fuller node.
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x1),1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+            Cluster("SLURM", "gpu007:61441", 2, 4, (0, 1)),
+        ),
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,2(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+            Cluster("SLURM", "gpu007:61441", 2, 4, (0, 1)),
+        ),
+        # A CPU run has no GPU to share.
+        (
+            SLURM_NODE | {"JAX_PLATFORMS": "cpu"},
+            Cluster("SLURM", "gpu007:61441", 2, 4),
+        ),
+        # A second step of a job has a port of its own beside the first.
+        (
+            SLURM | {"SLURM_STEP_ID": "1"},
+            Cluster("SLURM", "gpu007:62042", 2, 4),
+        ),
+        (
+            SLURM | {"SLURM_DISTRIBUTION": "arbitrary", "JAX_COORDINATOR_ADDRESS": "gpu9:1"},
+            Cluster("SLURM", "gpu9:1", 2, 4),
+        ),
         (MPI, Cluster("Open MPI", "10.96.0.1:62624", 5, 8, (1,))),
         (
             without(MPI, "OMPI_MCA_orte_hnp_uri", JAX_COORDINATOR_ADDRESS="node9:99"),
@@ -68,7 +108,21 @@ def without(env, *names, **more):
         ({}, None),
         ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
         ({"JOB_COMPLETION_INDEX": "7"}, None),  # indexed jobs need not be one run
-        (without(SLURM, "SLURM_STEP_NODELIST", SLURM_NTASKS="1"), None),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        # The shell of salloc: tasks are allocated and none is started.
+        ({"SLURM_JOB_ID": "2", "SLURM_NTASKS": "2", "SLURM_NODELIST": "node[1-2]"}, None),
+        # The same where a cluster runs that shell as a step of one task on the first node.
+        (
+            SLURM
+            | {
+                "SLURM_STEP_ID": "4294967290",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NODELIST": "gpu007",
+                "SLURM_STEP_TASKS_PER_NODE": "1",
+            },
+            None,
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
     ],
 )
@@ -85,7 +139,13 @@ def test_launchers_are_understood(env, expected):
         (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is 4 and there are 4 processes"),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a num"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "node1"}, "'node1'; it must be host:port"),
-        (without(SLURM, "SLURM_STEP_NODELIST"), "not started by srun"),
+        # A batch script has the job's number of tasks and is itself none of them.
+        (
+            {"SLURM_JOB_ID": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            "not started by srun",
+        ),
+        (without(SLURM, "SLURM_STEP_NODELIST"), "SLURM_STEP_NODELIST is ''"),
+        (SLURM | {"SLURM_DISTRIBUTION": "arbitrary"}, "need not be on the first host"),
         (without(MPI, "OMPI_MCA_orte_hnp_uri"), "mpirun -x JAX_COORDINATOR_ADDRESS=host:port"),
     ],
 )
