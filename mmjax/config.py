@@ -129,10 +129,15 @@ def _load_module(file: str) -> types.ModuleType:
     """Import a recipe by its path; raises MMJaxError with the recipes that stand there."""
     if not os.path.isfile(file):
         folder, name = os.path.split(file)
+        name, home = name.partition(":")[0], "configs"
+        if not folder and os.path.isdir(home):
+            there = [os.path.join(home, f) for f in _recipes(home)]
+            hint = nearest(os.path.join(home, name.removesuffix(".py") + ".py"), there)
+            raise MMJaxError(f"no recipe {file}{hint} (there are {', '.join(there)})")
         folder = folder or "."
         if not os.path.isdir(folder):
             raise MMJaxError(f"no recipe {file}: there is no folder {folder} in {os.getcwd()}")
-        there = sorted(f for f in os.listdir(folder) if f.endswith(".py") and f[0] != "_")
+        there = _recipes(folder)
         hint = nearest(name, there) or nearest(name + ".py", there)
         listing = f" (there are {', '.join(there)})" if there else ""
         raise MMJaxError(f"no recipe {file}{hint}{listing}")
@@ -143,6 +148,11 @@ def _load_module(file: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _recipes(folder: str) -> list[str]:
+    """List the files of a folder that may be recipes."""
+    return sorted(f for f in os.listdir(folder) if f.endswith(".py") and f[0] != "_")
 
 
 def _override(config: Any, item: str) -> tuple[str, str]:

@@ -152,6 +152,12 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     assert run()[0] == 2
 
 
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.py:quick", "quikstart:quick"])
+def test_a_recipe_without_its_folder_is_looked_for_in_configs(name):
+    with pytest.raises(MMJaxError, match=r"no recipe .*; did you mean 'configs/quickstart\.py'"):
+        config.resolve_recipe(name)
+
+
 def test_half_a_character_can_be_printed():
     code = "from mmjax import cli; raise SystemExit(cli.run_guarded(lambda: print('a\\ud83d')))"
     env = os.environ | {"PYTHONIOENCODING": "utf-8"}

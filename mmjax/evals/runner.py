@@ -54,7 +54,8 @@ def evaluate(
         None writes nothing (while training, and on every process but the first).
     limit: at most so many questions a task, below the task's own. step: of the checkpoint.
     stop: asked between batches; True ends the evaluation, and the unfinished task is left out.
-    A kill loses the unfinished task alone: files change only when a task is complete.
+    A kill loses the unfinished task alone: files change only when a task is complete. Raises
+    MMJaxError where they cannot be written.
     """
     names = [t.name for t in tasks]
     if len({predictions_path("", name) for name in names}) != len(names):
@@ -70,8 +71,14 @@ def evaluate(
         entries, rows, source = done
         results[task.name] = entries
         if workdir is not None:
-            _keep(task, rows, source, os.fspath(workdir))
-            merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
+            try:
+                _keep(task, rows, source, os.fspath(workdir))
+                merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
+            except OSError as error:
+                raise MMJaxError(
+                    f"the results of {task.name} cannot be written to {workdir}: {error.strerror}; "
+                    "make room there, or give another --workdir, and evaluate again"
+                ) from error
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from mmjax.config import nearest
 from mmjax.data.templates import get_template
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
-from mmjax.evals.tasks import Task, answers_of, make_task, open_source
+from mmjax.evals.few_shot import Demonstrations
+from mmjax.evals.scorers import get_scorer
+from mmjax.evals.tasks import Task, answers_of, ask, make_task, open_source
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
 from mmjax.models.companions import stated_ends
@@ -26,6 +29,7 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train.build import Blueprint, init_state
 from mmjax.train.design import make_design
 from mmjax.train.settings import EvalSettings, RunSettings
+from mmjax.train.workdir import disk_asked
 from mmjax.types import BadSample, MMJaxError
 
 
@@ -42,9 +46,7 @@ def check(settings: RunSettings) -> None:
     """
     tasks, chosen = tasks_of(settings.eval), settings.eval
     if tasks and (chosen.every or chosen.final):
-        get_template(chosen.template)
-        for task in tasks:
-            _check_sources(task)
+        check_tasks(chosen)
     if (best := settings.checkpoint.best) is None:
         return
     known = [name for task in tasks for name in metric_names(task)]
@@ -69,14 +71,24 @@ def metric_names(task: Task) -> list[str]:
     return [name, *(f"{name}_{key}" for key in keys if len(keys) > 1)]
 
 
+def check_tasks(settings: EvalSettings) -> None:
+    """Raise MMJaxError for what asking the tasks would stumble on; loads no model."""
+    get_template(settings.template)
+    for task in tasks_of(settings):
+        _check_sources(task)
+
+
 def _check_sources(task: Task) -> None:
-    """Open what a task reads."""
+    """Open what a task reads, and score no answer to its first question."""
     source = open_source(task.source)
     for name, records in (("source", source), ("demos", task.demos), ("train", task.train)):
         if records is not None and not len(open_source(records)):
             raise MMJaxError(f"task {task.name}: its {name} holds no records")
+    if task.demos is not None:
+        Demonstrations(open_source(task.demos), task.shots or task.text_shots)
     with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
-        answers_of(source[0])
+        first = ask(task, source[0])
+        get_scorer(task.scorer)("", answers_of(first), first.meta.get("choices", ()))
 
 
 def sample(
@@ -127,7 +139,8 @@ def full(
             f"Python {sys.version.split()[0]}",
             "device": jax.devices()[0].device_kind,
         }
-        print(f"report: {report.report_workdir(workdir, facts)}")
+        with disk_asked(workdir / "report.html", "make room there; the results are written"):
+            print(f"report: {report.report_workdir(workdir, facts)}")
     return runner.as_metrics(got)
 
 
@@ -157,10 +170,7 @@ def open_model(
     by ``checkpoint.best``, else the newest.
     """
     path = Path(path)
-    is_step = path.name.isdigit() and path.parent.name == checkpoint.FOLDER
-    if not is_step and not (path / checkpoint.FOLDER).is_dir():
-        if not path.exists():
-            raise MMJaxError(f"--checkpoint {path} does not exist; give a workdir or model folder")
+    if not _is_run(path):
         return load(path, weights=weights), None
     if weights is not None:
         raise MMJaxError(
@@ -184,12 +194,32 @@ def run_eval(
     """Evaluate what ``eval.py`` was asked to; results go to the workdir."""
     if not settings.eval.tasks:
         raise MMJaxError("config.eval.tasks is empty: this recipe names nothing to evaluate")
+    check_tasks(settings.eval)
+    folder = _results_folder(Path(path), workdir)
     runtime.enable_compilation_cache()
     model, step = open_model(path, settings, weights=weights)
-    if workdir is None:
-        if step is None:
-            raise MMJaxError(f"--checkpoint {path} is a model folder; give --workdir for results")
-        workdir = checkpoint.find_step(path)[0]
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
     return full(model, settings, folder, step=step, checkpoint_name=str(path))
+
+
+def _is_run(path: Path) -> bool:
+    """Tell a workdir or one of its checkpoints from a model; raises MMJaxError for neither."""
+    if not path.exists():
+        raise MMJaxError(
+            f"--checkpoint {path} does not exist; give a workdir, one of its checkpoints, or a "
+            "model folder"
+        )
+    is_step = path.name.isdigit() and path.parent.name == checkpoint.FOLDER
+    return is_step or (path / checkpoint.FOLDER).is_dir()
+
+
+def _results_folder(path: Path, workdir: str | None) -> Path:
+    """Return where results go, after trying to write there."""
+    is_run = _is_run(path)
+    if workdir is None and not is_run:
+        raise MMJaxError(f"--checkpoint {path} is a model folder; give --workdir for results")
+    folder = checkpoint.find_step(path)[0] if workdir is None else Path(workdir)
+    with disk_asked(folder, "give another --workdir, or mend its path, rights or disk"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    return folder

@@ -3,13 +3,16 @@
 import dataclasses
 
 import pytest
+from flax import nnx
 
 from mmjax.checkpoint import CheckpointSettings
+from mmjax.loaded import LoadedModel
 from mmjax.train import evaluation
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 GOOD = [Record((Message("user", "what?"), Message("assistant", "red")), (), {})]
+CAPTIONS = [Record((Message("assistant", "red"),), (), {})]
 
 
 class Unreadable(list):
@@ -32,6 +35,9 @@ def settings(best=None, saves=5, task=(), **changes):
         (dict(task={"demos": [], "shots": 1}), "task vqa: its demos holds no records"),
         (dict(task={"source": {"kind": "json", "path": "/no/x.json"}}), "/no/x.json"),
         (dict(task={"source": [Record((Message("user", "what?"),), (), {})]}), "has no answers"),
+        (dict(task={"scorer": "vqa_accuracy"}), "vqa_accuracy needs several human answers"),
+        (dict(task={"demos": GOOD, "shots": 1}), "1 shots need more than the 1 records"),
+        (dict(task={"source": CAPTIONS, "prompt": "{question}!"}), "no question for the prompt"),
         (dict(template="fuyu_promt"), "'fuyu_promt'; did you mean 'fuyu_prompt'"),
         (dict(best="eval/vqa/acuracy"), "'eval/vqa/acuracy'.*mean 'eval/vqa/accuracy'.*there are"),
         (dict(best="eval/vqa/loss"), "no evaluation reports an accuracy of this name"),
@@ -42,6 +48,44 @@ def settings(best=None, saves=5, task=(), **changes):
 def test_mistakes_of_evaluation_are_told_at_the_start(given, says):
     with pytest.raises(MMJaxError, match=says):
         evaluation.check(settings(**given))
+
+
+@pytest.mark.parametrize(
+    "task, workdir, says",
+    [
+        ({"source": {"kind": "json", "path": "/no/x.json"}}, "out", "/no/x.json"),
+        ({}, "file", "file cannot be written: File exists; give another --workdir"),
+        ({}, "file/out", "out cannot be written: Not a directory; give another --workdir"),
+        ({}, "/proc/out", "out cannot be written: No such file.*; give another --workdir"),
+        ({}, None, "model is a model folder; give --workdir for results"),
+    ],
+)
+def test_eval_tells_mistakes_before_it_opens_the_model(task, workdir, says, tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(evaluation, "open_model", opened)
+    (tmp_path / "file").touch()
+    (tmp_path / "model").mkdir()
+    given = workdir and str(tmp_path / workdir)
+    with pytest.raises(MMJaxError, match=says):
+        evaluation.run_eval(settings(task=task), str(tmp_path / "model"), given)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    for path in ("nowhere", "run/checkpoints/7"):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(MMJaxError, match=f"{path} does not exist; give a workdir"):
+            evaluation.run_eval(settings(), str(tmp_path / path), str(tmp_path / "out"))
+
+
+def test_results_that_cannot_be_written_are_told(tmp_path):
+    (tmp_path / "results.json").mkdir()  # as good as a full disk
+    model = LoadedModel("", None, nnx.Dict({}), None, None)
+    with pytest.raises(MMJaxError, match="results of vqa .*: Is a directory; make room"):
+        evaluation.full(model, settings(task={"source": Unreadable([1])}), tmp_path, step=None,
+                        checkpoint_name="x")  # fmt: skip
 
 
 def test_what_can_be_evaluated_is_let_through():
