@@ -79,6 +79,7 @@ def _layer_norm_bwd(eps, residuals, grad):
     d_scale, d_bias = (grad * normed).sum(tokens), grad.sum(tokens)
     grad = grad * scale
     along = (grad * normed).mean(-1, keepdims=True)
+    d_scale, d_bias = (d.astype(scale.dtype) for d in (d_scale, d_bias))  # one dtype, as made
     return rstd * (grad - grad.mean(-1, keepdims=True) - normed * along), d_scale, d_bias
 
 

@@ -58,7 +58,7 @@ def test_stablelm_epoch_says_the_same_in_other_words():
         (dict(**MPT, attn_config={"rope": True}), "rope True"),
         (dict(**MPT, attn_config={"sliding_window_size": 4}), "sliding_window_size 4"),
         (dict(**MPT, ffn_config={"ffn_type": "mptglu"}), "ffn_type 'mptglu'"),
-        (dict(MPT, model_type="mosaic_gpt"), "alibi False"),
+        (dict(MPT, model_type="mosaic_gpt", alibi=False), "alibi False"),
         (dict(model_type="llama", hidden_size=None), "llama model does not say hidden_size"),
     ],
 )

@@ -77,20 +77,27 @@ def test_layer_norm_counts_in_float32_and_answers_in_the_compute_dtype():
     np.testing.assert_allclose(np.float32(out), want, atol=0.02)
 
 
-def linear(lora=None, d_in=(4, 3), d_out=(2, 5)):
-    axes = ("heads", "head_dim", "embed", "norm")[: len(d_in) + len(d_out)]
-    return Linear(
-        d_in, d_out, axes, name="x", bias=True, dtypes=DTypes(), init_std=0.1, lora=lora,
-        rngs=nnx.Rngs(0),
-    )  # fmt: skip
-
-
 def test_one_plus_a_scale_is_not_rounded_to_bfloat16():
     """Gemma's scales are small and published in bfloat16, where 1 + 2**-9 is 1."""
     norm = RMSNorm(4, eps=0.0, dtypes=DTypes("bfloat16", "float32"), plus_one=True)
     norm.scale[...] = jnp.asarray([2**-9, -(2**-10), 0.0, 0.5], jnp.bfloat16)
     got = norm(jnp.asarray([[1.0, -1.0, 1.0, 1.0]], jnp.bfloat16))
     np.testing.assert_array_equal(got, [[1 + 2**-9, -1 + 2**-10, 1.0, 1.5]])
+
+
+def test_the_gradient_of_a_scale_has_its_dtype():
+    graphdef, params = nnx.split(LayerNorm(8, eps=1e-5, dtypes=DTypes("bfloat16", "float32")))
+    x = jnp.asarray(RNG.normal(size=(2, 8)), jnp.float32)
+    grads = jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x))))(params)
+    assert {str(grad.dtype) for grad in paths.flatten(grads).values()} == {"bfloat16"}
+
+
+def linear(lora=None, d_in=(4, 3), d_out=(2, 5)):
+    axes = ("heads", "head_dim", "embed", "norm")[: len(d_in) + len(d_out)]
+    return Linear(
+        d_in, d_out, axes, name="x", bias=True, dtypes=DTypes(), init_std=0.1, lora=lora,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
 
 
 def test_linear_contracts_groups_of_axes():

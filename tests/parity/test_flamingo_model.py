@@ -64,6 +64,24 @@ def test_the_order_of_images_matters(rows):
     assert np.abs(rows[0][-1] - rows[-1][-1]).max() > 1e-2
 
 
+def test_text_alone_is_the_same_whatever_else_is_in_its_batch(pair):
+    """A batch without any image has no rows for one; one with an image has padding in them."""
+    _, ours = pair
+    batch, _ = pad_batch([ours.encode(list(range(3, 12)))])
+    assert "patches" not in batch
+    alone = forward.logits(ours, batch)
+    padded = batch | {"patches": np.zeros((1, 1, ours.config.patch_dim), np.uint8)}
+    np.testing.assert_allclose(forward.logits(ours, padded), alone, atol=1e-5)
+    with use(ours.mesh):
+
+        @nnx.jit(graph=False)
+        def prompt(model, batch):
+            hidden, _ = model.prefill(batch, jnp.array([9]), model.init_cache(1, 64))
+            return model.logits(hidden)
+
+        np.testing.assert_allclose(prompt(ours.model, batch), alone[:, 8], atol=1e-4)
+
+
 def test_loss_and_every_trained_gradient_equal(pair):
     golden, ours = pair
     batch, lengths = pad_batch(flamingo_peer.examples(golden))

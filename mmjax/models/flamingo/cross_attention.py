@@ -6,6 +6,7 @@ import dataclasses
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -67,17 +68,18 @@ class MediaRanges(NamedTuple):
 
 
 def media_ranges(
-    visual_index: Array, m: int, n: int, *, only_immediate: bool = True
+    visual_index: Array, segment_ids: Array, m: int, n: int, *, only_immediate: bool = True
 ) -> MediaRanges:
     """Return which of the m * n media tokens of its row each text token sees.
 
-    visual_index: int32[b, t], the last medium at or before the token, -1 before the first. m: media
-    of a row; n: tokens of a medium.
+    visual_index: int32[b, t], the last medium at or before the token, -1 before the first.
+    segment_ids: int32[b, t], see ``Batch``. m: media of a row; n: tokens of a medium.
 
     OpenFlamingo hides scores with a finite number, so a token that matches no medium weighs all
-    alike. That are those whose medium was not given (visual_index >= m). Those before the first
-    medium it sets to zero afterwards; without ``only_immediate`` it does not, and a token whose
-    medium was not given then sees all media as any other token does.
+    alike. That are those whose medium was not given (visual_index >= m; processors refuse such
+    text). Those before the first medium it sets to zero afterwards; without ``only_immediate`` it
+    does not, and a token whose medium was not given then sees all media as any other token does.
+    All media are then those of the token's own sample, which no other of its row or batch changes.
     """
     i, last = visual_index, m * n
     before, missing = i < 0, i >= m
@@ -85,35 +87,53 @@ def media_ranges(
         start = jnp.where(before | missing, 0, i * n)
         end = jnp.where(before, 0, jnp.where(missing, last, (i + 1) * n))
         return MediaRanges(start, end, missing)
-    end = jnp.where(before | missing, last, (i + 1) * n)
-    return MediaRanges(jnp.zeros_like(end), end, before)
+    first, behind = (jnp.minimum(x, m) * n for x in _media_of_samples(i, segment_ids))
+    end = jnp.where(before | missing, behind, (i + 1) * n)
+    return MediaRanges(jnp.minimum(first, end), end, before)
+
+
+def _media_of_samples(visual_index: Array, segment_ids: Array) -> tuple[Array, Array]:
+    """Return the media [first, behind) of each token's sample, int32[b, t]; [0, 0) for none."""
+
+    def of_row(index: Array, ids: Array) -> tuple[Array, Array]:
+        segments = len(ids) + 1  # ids count from 1, and no sample is without a token
+        most = jax.ops.segment_max(index, ids, segments)
+        least = jax.ops.segment_min(jnp.where(index < 0, most[ids], index), ids, segments)
+        return jnp.maximum(least[ids], 0), most[ids] + 1
+
+    return jax.vmap(of_row)(visual_index, segment_ids)
 
 
 def keys_of_next_token(
-    k: Array, v: Array, visual_index: Array, n: int, *, only_immediate: bool = True
+    k: Array, v: Array, seen: MediaRanges, n: int, *, only_immediate: bool = True
 ) -> tuple[Array, Array, Array]:
     """Return what ``GatedCrossAttention.decode`` reads for the tokens that follow a prompt.
 
-    k, v: [b, m * n, heads, h]. visual_index: int32[b], of a row's last token: generated text makes
-    no media. Returns k and v [b, heads, s, h] and int32[b], how many of the s keys a token sees.
-    With ``only_immediate`` s is n: a prompt of many images costs a step no more than one of one.
+    k, v: [b, m * n, heads, h]. seen: of a row's last token, [b] each: generated text makes no
+    media. Returns k and v [b, heads, s, h] and int32[b], how many of the s keys a token sees. With
+    ``only_immediate`` s is n: a prompt of many images costs a step no more than one of one.
     """
     b, s, heads, h = k.shape
     if s == 0:  # values of zero, whatever their weights
         nothing = jnp.zeros((b, heads, n, h), k.dtype)
         return nothing, nothing, jnp.full((b,), n, jnp.int32)
-    ranges = media_ranges(visual_index[:, None], s // n, n, only_immediate=only_immediate)
-    start, end, uniform = (x[:, 0] for x in ranges)
+    start, end, uniform = seen
     of_row = lambda x: x[:, None, None, None]  # noqa: E731
     # What no weights can change stands for a token that asks nothing: the mean, or zero.
-    mean = v.mean(axis=1, keepdims=True, dtype=jnp.float32).astype(v.dtype)
+    key = jnp.arange(s)
+    inside = (key >= start[:, None]) & (key < end[:, None])
+    total = jnp.sum(
+        jnp.where(inside[..., None, None], v, 0), axis=1, keepdims=True, dtype=jnp.float32
+    )
+    mean = (total / of_row(jnp.maximum(end - start, 1))).astype(v.dtype)
     if only_immediate:
         at = of_row(jnp.where(uniform, 0, start)) + jnp.arange(n)[:, None, None]
         k, v = (jnp.take_along_axis(x, at, axis=1) for x in (k, v))
         v = jnp.where(of_row(end == start), 0, v)
         end = jnp.full_like(end, n)
     v = jnp.where(of_row(uniform), mean, v)
-    return k.swapaxes(1, 2), v.swapaxes(1, 2), end
+    # Of equal values any number is the same, but none at all would be no number.
+    return k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(uniform, k.shape[1], end)
 
 
 class GatedCrossAttention(nnx.Module):

@@ -85,15 +85,16 @@ class Flamingo(nnx.Module):
         self.cross = stack(partial(_make_block, c, dtypes, lora, attention), c.num_cross, rngs)
         self.decoder = Decoder(c.decoder, **shared)
 
-    def media(self, batch: Batch) -> Array | None:
-        """Return the media tokens [b, m * n, d] of a batch, None without any.
+    def media(self, batch: Batch) -> Array:
+        """Return the media tokens [b, m * n, d] of a batch.
 
         patches: [b, m, f * H * W * 3], a row for each medium of f frames: uint8 grey levels, or
-        floats that are already normalised.
+        floats that are already normalised; no such array, where m is 0.
         """
         rows = batch.get("patches")
         if rows is None or rows.shape[1] == 0:
-            return None
+            shape = len(batch["tokens"]), 0, self.config.cross.d_media
+            return jnp.zeros(shape, self.decoder.dtypes.compute)
         c, (b, m, width) = self.config.vision, rows.shape
         frames, rest = divmod(width, self.config.patch_dim)
         if rest or not frames:
@@ -126,7 +127,7 @@ class Flamingo(nnx.Module):
             k_start=k_start,
             k_end=k_end,
             at=at,
-            between=None if media is None else self._between(look),
+            between=self._between(look),
         )[0]
 
     def logits(self, hidden: Array) -> Array:
@@ -141,8 +142,6 @@ class Flamingo(nnx.Module):
         lengths: int32[b]. Returns the last tokens' hidden states [b, d] and the cache.
         """
         media, c = self.media(batch), self.config
-        if media is None:
-            media = jnp.zeros((len(lengths), 0, c.cross.d_media), self.decoder.dtypes.compute)
         decoder_layers, blocks = (None, None) if layers is None else layers
         if blocks is None:
             graphdef, state = nnx.split(self.cross)
@@ -165,7 +164,7 @@ class Flamingo(nnx.Module):
         text = dataclasses.replace(text, length=lengths.astype(jnp.int32))
         keep = partial(
             keys_of_next_token,
-            visual_index=jnp.take_along_axis(batch["visual_index"], at, axis=1)[:, 0],
+            seen=jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=1)[:, 0], seen),
             n=c.cross.num_latents,
             only_immediate=c.cross.only_immediate,
         )
@@ -211,12 +210,11 @@ class Flamingo(nnx.Module):
     def _between(self, look, blocks=None) -> Between:
         return Between(self.cross if blocks is None else blocks, self.config.cross_every, look)
 
-    def _ranges(self, batch: Batch, media: Array | None) -> MediaRanges | None:
+    def _ranges(self, batch: Batch, media: Array) -> MediaRanges:
         """Return which media keys each token sees."""
-        if media is None:
-            return None
         n, only = self.config.cross.num_latents, self.config.cross.only_immediate
-        return media_ranges(batch["visual_index"], media.shape[1] // n, n, only_immediate=only)
+        which = batch["visual_index"], batch["segment_ids"], media.shape[1] // n
+        return media_ranges(*which, n, only_immediate=only)
 
 
 def _make_block(

@@ -18,8 +18,8 @@ class Architecture:
     """One architecture, by the ``model_type`` of its config.json.
 
     layers: the path of its list of layers. read, write: from config.json's values to a decoder, and
-    back; others call ``decoder``. rules: the table, under ``decoder`` here. marks: the beginnings of
-    keys by which its tensors are told from others'. ignore: regular expressions of keys without
+    back; others call ``decoder``. rules: the table, under ``decoder`` here. marks: the beginnings
+    of keys by which its tensors are told from others'. ignore: regular expressions of keys without
     anything to learn. fused: the table of older files in which q, k and v are one map. aliases:
     further model_types that mean the same.
     """

@@ -107,8 +107,8 @@ def write_mpt(c: DecoderConfig) -> dict[str, Any]:
 
 
 def read_mosaic(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Return the decoder of MosaicGPT's config.json (MPT-1B), which must ask for ALiBi."""
-    refuse({"alibi": False, **hf}, alibi=True, softmax_scale=None)
+    """Return the decoder of MosaicGPT's config.json (MPT-1B)."""
+    refuse(hf, alibi=True, softmax_scale=None)
     return _decoder(
         hf,
         expansion=hf.get("mlp_ratio", 4),

@@ -45,7 +45,8 @@ def forward(parts, x, media, ranges):
 
 
 def ranges(only_immediate=True, index=INDEX, m=M):
-    return X.media_ranges(jnp.asarray(index), m, N, only_immediate=only_immediate)
+    ids = np.ones_like(index)
+    return X.media_ranges(jnp.asarray(index), ids, m, N, only_immediate=only_immediate)
 
 
 def layer_norm(x, scale, bias):
@@ -58,6 +59,9 @@ def attention_rows(scores, text_time, media_time, only_immediate):
     compare = np.equal if only_immediate else np.greater_equal
     seen = compare(text_time[:, None, :, None], media_time)
     scores = np.where(seen, scores, -np.finfo(np.float32).max)
+    if not only_immediate:  # media behind a sample's own are padding: the peer has none alone
+        own = np.minimum(text_time.max(axis=1), M)[:, None, None, None]
+        scores = np.where(media_time <= own, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     if only_immediate:
@@ -108,6 +112,16 @@ def test_ranges_of_all_media_before():
     assert not start.any()
     assert end[0].tolist() == [12, 12, 4, 4, 8, 12, 12, 12, 12]
     assert uniform[0].tolist() == [True] * 2 + [False] * 7
+    assert end[1].tolist() == [4] * 9  # its own medium, not the two that others of the batch have
+
+
+def test_all_media_before_are_those_of_the_same_sample():
+    index = jnp.asarray([[-1, 0, 1, -1, 2, -1, -1, -1, -1]])
+    ids = jnp.asarray([[1, 1, 1, 2, 2, 3, 3, 0, 0]])
+    start, end, uniform = X.media_ranges(index, ids, M, N, only_immediate=False)
+    assert start[0].tolist() == [0, 0, 0, 8, 8, 0, 0, 0, 0]
+    assert end[0].tolist() == [8, 4, 8, 12, 12, 0, 0, 0, 0]
+    assert uniform[0].tolist() == [True, False, False, True, False] + [True] * 4
 
 
 def test_text_before_the_first_medium_passes_attention_untouched():
@@ -198,9 +212,9 @@ def test_a_decoded_token_equals_the_last_of_a_row(only_immediate, last):
     @jax.jit
     def one(params, x, media):
         module = nnx.merge(graphdef, params)
-        cached = X.keys_of_next_token(
-            *module.keys_values(media), jnp.asarray(last), N, only_immediate=only_immediate
-        )
+        seen = jax.tree.map(lambda x: x[:, -1], ranges(only_immediate, index))
+        k, v = module.keys_values(media)
+        cached = X.keys_of_next_token(k, v, seen, N, only_immediate=only_immediate)
         return module.decode(x, *cached), cached
 
     got, (k, v, length) = one(params, x[:, -1:], media)
@@ -216,7 +230,8 @@ def test_a_token_decoded_without_media_sees_nothing():
     want = forward((graphdef, params), x, media, ranges(index=none))[:, -1:]
     module = nnx.merge(graphdef, params)
     k, v = module.keys_values(jnp.asarray(media[:, :0]))
-    cached = X.keys_of_next_token(k, v, jnp.asarray([-1, 0]), N)
+    seen = jax.tree.map(lambda x: x[:, -1], ranges(index=none, m=0))
+    cached = X.keys_of_next_token(k, v, seen, N)
     np.testing.assert_allclose(module.decode(jnp.asarray(x[:, -1:]), *cached), want, atol=1e-6)
 
 
