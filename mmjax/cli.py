@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import sys
@@ -17,6 +18,16 @@ from mmjax.types import MMJaxError
 FLAGS = flags.FLAGS
 USER_ERROR = 2
 INTERRUPTED = 130
+READER_GONE = 141  # as a program has that SIGPIPE ends
+_SYSTEM = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
 
 
 def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> None:
@@ -37,14 +48,27 @@ def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | Non
 def run_guarded(call: Callable[[], int | None]) -> int:
     """Call a function and turn what a user can mend into a message; return the exit code.
 
-    What stdout's encoding does not have is printed as an escape: it must end no run.
+    What stdout's encoding does not have is printed as an escape: it must end no run. A full disk or
+    missing rights are told like a user's mistake; where the reader of a pipe has gone, it is quiet.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return call() or 0
+        code = call() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # or Python tries, and complains, at its end again
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return READER_GONE
     except MMJaxError as e:
         print_error(str(e))
+        return USER_ERROR
+    except OSError as e:
+        if e.errno not in _SYSTEM:
+            raise
+        place = f"{e.filename}: " if e.filename else ""
+        print_error(f"{place}{e.strerror}; mend its path, rights or disk")
         return USER_ERROR
     except KeyboardInterrupt:
         print("\nstopped by the keyboard", file=sys.stderr)

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -156,6 +157,32 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
 def test_a_recipe_without_its_folder_is_looked_for_in_configs(name):
     with pytest.raises(MMJaxError, match=r"no recipe .*; did you mean 'configs/quickstart\.py'"):
         config.resolve_recipe(name)
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EROFS", "EACCES", "EIO"])
+def test_trouble_of_the_system_is_told_without_a_traceback(number, capsys):
+    def full():
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)), "/data/x.tar")
+
+    assert cli.run_guarded(full) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: /data/x.tar: {os.strerror(getattr(errno, number))}; mend its path, " \
+        "rights or disk\n"  # fmt: skip
+
+    def ours():
+        raise OSError("a mistake of ours keeps its traceback")
+
+    with pytest.raises(OSError, match="of ours"):
+        cli.run_guarded(ours)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "from mmjax import cli; raise SystemExit(cli.run_guarded(lambda: print('x' * 10**6)))"
+    run = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'],
+        capture_output=True,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (141, b"x", b"")
 
 
 def test_half_a_character_can_be_printed():

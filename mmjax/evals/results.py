@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmjax.evals.scorers import get_scorer
-from mmjax.evals.tasks import Task, answers_of, question_of
+from mmjax.evals.tasks import Task, answers_of, choices_of, question_of
 from mmjax.types import BadSample, MMJaxError, Record
 
 
@@ -66,7 +66,7 @@ def blind_baselines(
     score = get_scorer(task.scorer)
     rows: dict[str, list[dict[str, Any]]] = {"majority": [], "question_only": []}
     for record in records:
-        answers, choices = answers_of(record), record.meta.get("choices", ())
+        answers, choices = answers_of(record), choices_of(record)
         guesses = {"majority": majority, "question_only": best.get(question_of(record), majority)}
         for name, guess in guesses.items():
             try:
@@ -83,7 +83,7 @@ def chance_level(task: Task, records: Iterable[Record]) -> float | None:
     """Return the accuracy of guessing: as the task says, or one over the options' number."""
     if task.chance is not None or not task.is_multiple_choice:
         return task.chance
-    shares = [1 / len(r.meta["choices"]) for r in records if r.meta.get("choices")]
+    shares = [1 / len(choices) for r in records if (choices := choices_of(r))]
     return sum(shares) / len(shares) if shares else None
 
 

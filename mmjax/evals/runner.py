@@ -27,7 +27,7 @@ from mmjax.evals.results import (
     write_atomic,
 )
 from mmjax.evals.scorers import get_scorer
-from mmjax.evals.tasks import Task, answers_of, ask, open_source, question_of, spread
+from mmjax.evals.tasks import Task, answers_of, ask, choices_of, open_source, question_of, spread
 from mmjax.monitor.terminal import track
 from mmjax.types import BadSample, MMJaxError, Record
 
@@ -231,7 +231,7 @@ def _ask_batch(
             rows[index] = row | {"error": str(text)}
             continue
         try:
-            value = score(text, answers_of(record), record.meta.get("choices", ()))
+            value = score(text, answers_of(record), choices_of(record))
         except BadSample as e:
             rows[index] = row | {"prediction": text, "error": str(e)}
             continue
@@ -259,7 +259,8 @@ def _row(task: Task, index: int, record: Record | None, resolution: int | None) 
             "answer": answers[0],
         }
         row |= {"answers": answers} if len(set(answers)) > 1 else {}
-        row |= {"choices": list(record.meta["choices"])} if record.meta.get("choices") else {}
+        choices = choices_of(record)
+        row |= {"choices": choices} if choices else {}
         row |= {"group": record.meta[task.group]} if task.group in record.meta else {}
         if record.images and isinstance(record.images[0], str | os.PathLike):
             row["image"] = os.fspath(record.images[0])

@@ -136,6 +136,20 @@ def question_of(record: Record) -> str:
     return texts[-1].replace("<image>", "").strip() if texts else ""
 
 
+def choices_of(record: Record) -> list[str]:
+    """Return the options of a record, in the order of their letters; none where it has none.
+
+    Raises MMJaxError for what is no list.
+    """
+    choices = record.meta.get("choices") or ()
+    if not isinstance(choices, list | tuple):
+        raise MMJaxError(
+            f"record {record.meta.get('id', '?')} of {record.meta.get('source', '?')}: its choices "
+            f"are {choices!r}; give a list, A first"
+        )
+    return [str(choice) for choice in choices]
+
+
 def answers_of(record: Record) -> list[str]:
     """Return the right answers of a record; raises MMJaxError where it has none."""
     answers = record.meta.get("answers")

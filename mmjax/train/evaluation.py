@@ -20,7 +20,7 @@ from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.few_shot import Demonstrations
 from mmjax.evals.scorers import get_scorer
-from mmjax.evals.tasks import Task, answers_of, ask, make_task, open_source
+from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
 from mmjax.models.companions import stated_ends
@@ -88,7 +88,7 @@ def _check_sources(task: Task) -> None:
         Demonstrations(open_source(task.demos), task.shots or task.text_shots)
     with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
         first = ask(task, source[0])
-        get_scorer(task.scorer)("", answers_of(first), first.meta.get("choices", ()))
+        get_scorer(task.scorer)("", answers_of(first), choices_of(first))
 
 
 def sample(

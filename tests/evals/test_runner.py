@@ -117,6 +117,16 @@ def test_a_right_answer_that_is_no_option_is_counted_and_told(tmp_path):
     assert row["prediction"] == "B" and "['z'] is a letter or a text" in row["error"]
 
 
+def test_options_may_be_numbers():
+    options = [record(i, "How many?", answer, choices=[3, 7]) for i, answer in enumerate("7A")]
+    task = multiple_choice("mc", options, scorer="multiple_choice_text")
+    found = runner.evaluate([task], lambda records, *_: ["7", "B"], progress=False)["mc"]["test"]
+    assert (found["n"], found["correct"]) == (2, 1) and "unreadable" not in found
+    wrong = [record(0, "How many?", "A", choices="AB")]
+    with pytest.raises(MMJaxError, match="record r0 of .* choices are 'AB'; give a list"):
+        run([multiple_choice("mc", wrong)])
+
+
 class Broken(list):
     """A source of numbered records, two of which cannot be read."""
 
