@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 _WIDTH, _HEIGHT = 720, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 16, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 18, 16, 52
 _NAMES = 30  # above a chart that stands alone
 # Series differ by mark as well as by colour.
 _MARKS = ("circle", "square", "diamond", "triangle")
@@ -86,7 +86,7 @@ def legend(series: Sequence[Series]) -> str:
         return ""
     items = "".join(
         f'<li><svg width="18" height="14" aria-hidden="true">'
-        f"{_mark(9, 7, i, '')}</svg>{escape(s.name)}</li>"
+        f"{_mark(9, 7, i)}</svg>{escape(s.name)}</li>"
         for i, s in enumerate(series)
     )
     return f'<ul class="legend">{items}</ul>'
@@ -102,7 +102,7 @@ def standalone(chart: str, series: Sequence[Series], style: str) -> str:
     names, x = [], float(_LEFT)
     for i, one in enumerate(series):
         names += [
-            _mark(x + 5, 14 - _NAMES, i, ""),
+            _mark(x + 5, 14 - _NAMES, i),
             _text(x + 16, 18 - _NAMES, one.name, "", "start"),
         ]
         x += 34 + 7.5 * len(one.name)
@@ -124,7 +124,7 @@ def _draw_series(series: Series, index: int, px, py) -> list[str]:
             )
         tip = escape(p.tip, quote=True)
         if series.marks:
-            inner = _mark(x, y, index, "")
+            inner = _mark(x, y, index)
             if p.label:
                 below = y < _TOP + 20
                 inner += _text(x + 9, y + (18 if below else -9), p.label, "value", "start")
@@ -136,9 +136,10 @@ def _draw_series(series: Series, index: int, px, py) -> list[str]:
     return parts
 
 
-def _mark(x: float, y: float, index: int, extra: str) -> str:
+def _mark(x: float, y: float, index: int) -> str:
     """Draw the mark of a series."""
-    kind, css = _MARKS[index % 4], f'class="mark s{index % 4}" {extra}'
+    # Of each four series another four marks: sixteen differ.
+    kind, css = _MARKS[(index + index // 4) % 4], f'class="mark s{index % 4}"'
     if kind == "circle":
         return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
     if kind == "square":
@@ -159,7 +160,7 @@ def _y_axis(low: float, high: float, py, percent: bool) -> list[str]:
 
 
 def _x_axis(ticks: Sequence[tuple[float, str]], px) -> list[str]:
-    return [_text(px(v), _HEIGHT - _BOTTOM + 18, label, "tick", "middle") for v, label in ticks]
+    return [_text(px(v), _HEIGHT - _BOTTOM + 20, label, "tick", "middle") for v, label in ticks]
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:

@@ -53,7 +53,7 @@ font-weight:600;paint-order:stroke;stroke:var(--card);stroke-width:4px}
 .hit{fill:transparent;stroke:none}.dot{opacity:0;fill:var(--card);stroke-width:2}
 .point:hover .dot{opacity:1}.point:focus{outline:none}
 .point:focus-visible .hit{stroke:var(--accent);stroke-width:2}
-.chart .y{display:inline}@media(max-width:560px){.chart .y{display:none}}
+.charts .chart{max-width:640px}.charts .chart text{font-size:17px}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:6px 0 0;padding:0;
 font-size:.88rem}.legend svg{vertical-align:-2px;margin-right:5px}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--card);padding:5px 10px;
@@ -86,9 +86,10 @@ flex-direction:column;min-width:0}
 .where{float:right;color:var(--soft);font-size:.8rem}
 .note{color:var(--soft);font-size:.88rem;margin:12px 0 0}
 footer{max-width:1120px;margin:0 auto;padding:4px 20px 40px;color:var(--soft);font-size:.85rem}
-@media(max-width:560px){section{padding:16px 14px}.meter{display:none}th,td{padding:6px 8px}
-.chart text{font-size:20px}
-.chart .axis{font-size:17px}.tiles{grid-template-columns:1fr 1fr}
+@media(max-width:560px){section{padding:16px 14px}.meter{display:none}th,td{padding:6px 5px}
+table{font-size:.85rem}.charts section{overflow-x:auto}.charts .chart{min-width:400px}
+.charts .chart text{font-size:18px}
+.tiles{grid-template-columns:1fr 1fr}
 .tile{padding:10px 12px}.tile b{font-size:1.5rem}.card dl{grid-template-columns:1fr}
 .gallery{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
 h1{font-size:1.5rem}header{padding-top:22px}#shown{margin-left:0}}

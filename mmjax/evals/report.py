@@ -17,7 +17,7 @@ from mmjax.evals.pictures import data_uri
 from mmjax.evals.results import (
     predictions_path,
     read_results,
-    unreadable_note,
+    right_of,
     write_atomic,
 )
 from mmjax.monitor.writers import read_metrics
@@ -146,7 +146,7 @@ def _table_row(name: str, at: str, e: Mapping, blind: Mapping, with_blind: bool,
     bar = f'<span class="meter" aria-hidden="true"><i style="width:{e["accuracy"]:.1%}"></i></span>'
     cells = [f'<td class="l">{escape(at)}</td>']
     cells += [f'<td class="main">{share(e["accuracy"])}{bar}</td>', f"<td>{interval}</td>"]
-    cells.append(f"<td>{e['correct']:,g} / {e['n']:,}{unreadable_note(e)}</td>")
+    cells.append(f"<td>{right_of(e)}</td>")
     if with_blind:
         for kind in ("question_only", "majority"):
             cells.append(f"<td>{share(blind.get(kind, {}).get('accuracy'))}</td>")

@@ -29,9 +29,15 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def unreadable_note(entry: Mapping[str, Any]) -> str:
-    """Say how many questions of a result could not be asked and count as wrong; '' for none."""
-    return f", {entry['unreadable']:,} unreadable" if entry.get("unreadable") else ""
+def right_of(entry: Mapping[str, Any]) -> str:
+    """Say how many answers of a result are right: ``12 / 16, 1 unreadable``.
+
+    Unreadable questions could not be asked and count as wrong.
+    """
+    right = entry["correct"]
+    shown = f"{right:,}" if isinstance(right, int) else f"{right:,.1f}"
+    unread = f", {entry['unreadable']:,} unreadable" if entry.get("unreadable") else ""
+    return f"{shown} / {entry['n']:,}{unread}"
 
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:

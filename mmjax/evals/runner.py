@@ -22,8 +22,8 @@ from mmjax.evals.results import (
     chance_level,
     merge_results,
     predictions_path,
+    right_of,
     summarise,
-    unreadable_note,
     write_atomic,
 )
 from mmjax.evals.scorers import get_scorer
@@ -128,7 +128,7 @@ def _add_row(
         key,
         f"[bold]{share(e['accuracy'])}[/]",
         f"{low * 100:.1f}-{high * 100:.1f}",
-        f"{e['correct']:g}/{e['n']}" + unreadable_note(e),
+        right_of(e),
         share(blind.get("question_only", {}).get("accuracy")),
         share(chance),
     )

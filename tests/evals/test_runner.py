@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mmjax.data.images import open_image
-from mmjax.evals import report, results, runner
+from mmjax.evals import charts, report, results, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.tasks import Task, make_task, multiple_choice, question_of, spread, vqa
 from mmjax.types import BadSample, Message, MMJaxError, Record
@@ -174,7 +174,7 @@ def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
     assert "1 / 2, 1 unreadable" in Path(report.report_workdir(tmp_path)).read_text()
     console = Console(file=io.StringIO(), width=160)
     console.print(runner.results_table(got))
-    assert "1/2, 1 unreadable" in console.file.getvalue()
+    assert "1 / 2, 1 unreadable" in console.file.getvalue()
 
 
 def test_names_are_shown_as_they_stand_and_whole():
@@ -230,6 +230,17 @@ def test_wilson_interval_and_spread():
     assert results.wilson(0, 0) == (0.0, 1.0)
     assert results.wilson(10, 10)[1] == pytest.approx(1.0)
     assert spread(10, 4) == [0, 2, 5, 7] and spread(3, None) == [0, 1, 2]
+
+
+def test_large_counts_keep_their_digits():
+    assert results.right_of({"correct": 1_234_567, "n": 2_000_000}) == "1,234,567 / 2,000,000"
+    assert results.right_of({"correct": 130_456.3333, "n": 214_354}) == "130,456.3 / 214,354"
+
+
+def test_more_than_four_tasks_differ_in_a_chart():
+    series = [charts.Series(str(i), [charts.Point(i, 1.0, "")]) for i in range(16)]
+    marks = re.findall(r"<svg[^>]*>(.*?)</svg>", charts.legend(series))
+    assert len(marks) == 16 == len(set(marks))
 
 
 def test_a_report_of_nothing_is_a_page(tmp_path):
