@@ -114,7 +114,7 @@ OTTER_PY := .venv-otter/bin/python
 	@touch $@
 
 parity-otter: .venv/installed-test .venv-otter/installed  ## Otter's own code, and what to_hf writes in it: OTTER=/path/to/checkout
-	@test -d "$(OTTER)/src/otter_ai" || \
+	@test -d "$(OTTER)/src/otter_ai" -a -d "$(OTTER)/pipeline" || \
 	  { echo "set OTTER to a checkout of github.com/Luodian/Otter, branch main"; exit 1; }
 	set -e; export OTTER_GOLDENS=build/otter; for lm in mpt mosaic1b llama; do \
 	  to=build/otter/$$lm; rm -rf $$to; mkdir -p $$to; golden=build/otter/otter_$$lm.npz; \
@@ -124,8 +124,9 @@ parity-otter: .venv/installed-test .venv-otter/installed  ## Otter's own code, a
 	  $(PY) -m convert_weights.to_hf $$to/jax $$to/export; \
 	  $(OTTER_PY) -W ignore tests/golden/check_otter_export.py --otter $(OTTER) \
 	    --export $$to/export --golden $$golden; \
-	done; XLA_FLAGS= $(PY) -m pytest -v tests/parity/test_otter_model.py \
-	  tests/parity/test_otter_weights.py
+	done; $(OTTER_PY) -W ignore tests/golden/make_otter_data_golden.py --otter $(OTTER) \
+	  --out build/otter/otter_data.npz; \
+	XLA_FLAGS= $(PY) -m pytest -v tests/parity/test_otter_*.py
 
 parity-bunny: .venv/installed-test  ## what to_hf writes, in Bunny's own code: BUNNY=/path/to/checkout
 	@test -d "$(BUNNY)/bunny/model" || \

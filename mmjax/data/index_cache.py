@@ -72,6 +72,12 @@ class IdIndex:
         places = np.minimum(np.searchsorted(self.names, ids), len(self.names) - 1)
         return np.where(self.names[places] == ids, self.order[places], -1)
 
+    def in_file(self) -> np.ndarray:
+        """Return the ids in the order of the file."""
+        ids = np.empty_like(self.names)
+        ids[self.order] = self.names
+        return ids
+
     def twice(self) -> list[str]:
         """List the ids that stand more than once."""
         again = np.unique(self.names[1:][self.names[1:] == self.names[:-1]])

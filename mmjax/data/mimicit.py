@@ -27,8 +27,8 @@ class MimicitSource:
     """The instructions of one MIMIC-IT dataset, with their images.
 
     mimicit_path: the instructions. images_path: a parquet file, a folder of them, or JSON; not
-    read for TEXT_ONLY. train_config_path: ``{id: [related ids]}``; without it, populate_rel_ins
-    takes each entry's own ``rel_ins_ids``. The related entries stand before the entry itself: as
+    read for TEXT_ONLY. train_config_path: ``{id: [related ids]}``, whose entries alone are the rows,
+    in its order; without it, populate_rel_ins takes each entry's own ``rel_ins_ids``. The related entries stand before the entry itself: as
     earlier turns about the entry's images, or, in IMAGE_TEXT_IN_CONTEXT, as examples that keep
     their own images. group: see GROUPS; the images of VIDEO_TEXT are its frames, at most
     max_frames of them, evenly spread.
@@ -100,12 +100,13 @@ class MimicitSource:
         if group != "TEXT_ONLY" and missing == "error":
             self._check_images()
         self._entries.arrays.clear()  # needed for the checks alone
-        total = len(self._entries)
+        self._chosen = None if self._related is None else self._trained()
+        total = len(self._entries) if self._chosen is None else len(self._chosen)
         count = total if num_samples in (-1, 0) else num_samples
         self.draws = count
-        self._chosen: np.ndarray | None = None
         if count < total:
-            self._chosen = np.array(random.Random(0).sample(range(total), count), np.int64)
+            some = np.array(random.Random(0).sample(range(total), count), np.int64)
+            self._chosen = some if self._chosen is None else self._chosen[some]
 
     def __len__(self) -> int:
         return len(self._entries) if self._chosen is None else len(self._chosen)
@@ -177,8 +178,11 @@ class MimicitSource:
     def _text(self, entry: Any, field: str, where: str) -> str:
         if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
             raise BadSample("bad_record", f"{where}: field {field!r} is missing or is no text")
+        # As pre_question and pre_answer of Otter's pipeline/mimicit_utils/mimicit_dataset.py.
         text = entry[field]
-        return text if self.keep_symbols else strip_symbols(text)
+        text = text.strip() if field == "answer" else text.strip(" ").strip("\n")
+        text = text if self.keep_symbols else strip_symbols(text)
+        return text.replace("\r\n", "\n") if field == "answer" else text
 
     def _read_images(self, names: list[str], where: str) -> tuple[bytes, ...]:
         if not names:
@@ -215,6 +219,22 @@ class MimicitSource:
                 f"{entry!r}{_hint(near)}; add the images, or set missing='skip' to leave those "
                 f"{len(np.unique(owner[absent]))} entries out"
             )
+
+    def _trained(self) -> np.ndarray:
+        """Return the places of the entries that train_config_path names, in its order."""
+        names = self._related.ids.in_file()
+        places = self._entries.ids.find(names)
+        if not len(names):
+            raise MMJaxError(f"{self._related.path}: names no entry to train on; leave it away")
+        if (places < 0).any():
+            name = names[np.flatnonzero(places < 0)[0]].decode()
+            raise MMJaxError(
+                f"{self._related.path}: {int((places < 0).sum())} of its {len(names)} entries are "
+                f"no entries of {self.path}, first {name!r}"
+                f"{_hint(self._entries.ids.nearest(name))}; the two files do not belong together, "
+                "or entries were removed"
+            )
+        return places
 
     def _check_related(self) -> None:
         """Raise MMJaxError when a related id names no entry."""

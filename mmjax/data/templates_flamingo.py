@@ -39,7 +39,7 @@ class Turns:
     it. between: before every turn but the first. images_first: images that open a turn stand
     before ``question``, not behind it. system: the line that a record without a system message
     gets. ask: False leaves the words of the question out. verbatim: white space around marks and
-    answers stays as it is written.
+    answers stays as it is written. close: <eos> ends the whole conversation, and is a target.
     """
 
     question: str
@@ -52,13 +52,14 @@ class Turns:
     system: str = ""
     ask: bool = True
     verbatim: bool = False
+    close: bool = False
 
 
 # Otter writes spaces around question and answer in its first release and in every inference script
 # (and OTTER-Image-MPT7B's in-context examples); pipeline/mimicit_utils/mimicit_dataset.py of its
-# last version trains without them.
-OTTER = Turns("User: ", " GPT:", "answer", space=" ")
-OTTER_TIGHT = Turns("User:", " GPT:", "answer")
+# last version trains without them. Both put <bos> and <eos> around a row; the <eos> is learnt.
+OTTER = Turns("User: ", " GPT:", "answer", space=" ", close=True)
+OTTER_TIGHT = Turns("User:", " GPT:", "answer", close=True)
 # open_flamingo/eval/eval_model.py and its subclasses; evaluate.py ends each example with a newline.
 CAPTION = Turns("Output:", "", between="\n", ask=False)
 VQA = Turns("Question:", " Short answer:", between="\n")
@@ -75,7 +76,7 @@ GUANACO = dataclasses.replace(GUANACO_NO_PROMPT, system=GUANACO_SYSTEM)
 def otter_chat(record: Record) -> list[Segment]:
     """Lay out ``<image>User: {q} GPT:<answer> {a}<|endofchunk|>``, every answer a target.
 
-    Images stand before the ``User:`` of their turn, so in-context examples are earlier turns with
+    <eos> closes the last turn, a target as well. Images stand before the ``User:`` of their turn, so in-context examples are earlier turns with
     images of their own. A system message is a line before the first turn. Raises BadSample
     ``empty_answer`` and ``image_count``.
     """
@@ -202,7 +203,8 @@ TEMPLATES = (
 def _chat(record: Record, words: Turns) -> list[Segment]:
     """Write a whole conversation out, every answer a target."""
     need_answer(record)
-    return _dialogue(record, record.messages, words, supervised=True)
+    segments = _dialogue(record, record.messages, words, supervised=True)
+    return [*segments, *[Segment("special", "eos", True)] * words.close]
 
 
 def _prompt(record: Record, words: Turns) -> list[Segment]:

@@ -134,8 +134,17 @@ def test_related_entries_are_turns_or_examples(folder):
     assert [k for k in kinds if isinstance(k, int)] == [0, 1, 2]
     train = write(folder / "train.json", {"LA_INS_1": ["LA_INS_2"], "LA_INS_0": []})
     chosen = MimicitSource(*args, train, **context)
-    assert [red(i) for i in chosen[1].images] == [2, 1]
-    assert [len(chosen[i].messages) for i in range(5)] == [2, 4, 2, 2, 2]
+    assert [red(i) for i in chosen[0].images] == [2, 1]
+    assert [chosen[i].meta["id"] for i in range(len(chosen))] == ["LA_INS_1", "LA_INS_0"]
+    assert [len(chosen[i].messages) for i in range(2)] == [4, 2]
+    assert chosen.draws == 2 and MimicitSource(*args, train, num_samples=5).draws == 5
+    random.seed(0)
+    one = random.sample(["LA_INS_1", "LA_INS_0"], 1)
+    assert [MimicitSource(*args, train, num_samples=1)[0].meta["id"]] == one
+    for named, says in (({"LA_INS_8": []}, "1 of its 1 entries .*'LA_INS_8' .*nearest"),
+                        ({}, "names no entry")):  # fmt: skip
+        with pytest.raises(MMJaxError, match=says):
+            MimicitSource(*args, write(folder / "wrong.json", named))
 
 
 def test_frames_are_spread_and_text_has_no_images(folder):
@@ -229,9 +238,10 @@ def test_a_task_description_is_drawn_by_seed_and_entry(folder):
 
 
 def test_symbols_are_kept_unless_asked(folder):
-    text = 'a+b=c; `x` [1] {2} <3> it\'s (5) "q"?!\n'
-    path = instructions(folder / "t.json", {"T": entry(0, [], instruction=text, answer=text)})
-    assert MimicitSource(path)[0].messages[0].text == text
+    text = 'a+b=c; `x` [1] {2} <3> it\'s (5) "q"?!'
+    around = dict(instruction=f" {text}\n", answer=f"\n\t{text} \r\n")
+    path = instructions(folder / "t.json", {"T": entry(0, [], **around)})
+    assert [m.text for m in MimicitSource(path)[0].messages] == [text, text]
     stripped = MimicitSource(path, keep_symbols=False)[0]
     assert {m.text for m in stripped.messages} == {'abc x 1 2 3 it\'s (5) "q"?!'}
 

@@ -29,11 +29,11 @@ TWO = (*ONE, ("u", "<image>And this?"), ("a", "A dog."))
 FORMS = {
     "otter": (
         "<s><image>User: What? GPT:<answer> A cat.<|endofchunk|>"
-        "<image>User: And this? GPT:<answer> A dog.<|endofchunk|>"
+        "<image>User: And this? GPT:<answer> A dog.<|endofchunk|></s>"
     ),
     "otter_tight": (
         "<s><image>User:What? GPT:<answer>A cat.<|endofchunk|>"
-        "<image>User:And this? GPT:<answer>A dog.<|endofchunk|>"
+        "<image>User:And this? GPT:<answer>A dog.<|endofchunk|></s>"
     ),
     "open_flamingo_caption": (
         "<s><image>Output:A cat.<|endofchunk|>\n<image>Output:A dog.<|endofchunk|>"
@@ -61,7 +61,8 @@ def test_each_format_is_written_as_the_peer_writes_it(name):
         assert written(segments, loss=True) == " A cat. </s>A dog.</s>"
     else:
         space, end = " " * (name == "otter"), "<|endofchunk|>"
-        assert written(segments, loss=True) == f"{space}A cat.{end}{space}A dog.{end}"
+        close = "</s>" * name.startswith("otter")
+        assert written(segments, loss=True) == f"{space}A cat.{end}{space}A dog.{end}{close}"
     assert [s.value for s in segments if s.kind == "image"] == [0, 1]
 
 
@@ -71,7 +72,7 @@ def test_a_prompt_is_the_training_stream_up_to_the_last_answer(name):
     full = record(*TWO, images=2)
     segments = prompt(full)
     train = chat(full)
-    assert written(segments) == written(train[:-2])
+    assert written(segments) == written(train[: -3 if name.startswith("otter") else -2])
     assert not any(s.loss for s in segments)
     assert prompt(Record(full.messages[:-1], full.images)) == segments
     with pytest.raises(BadSample, match="no question"):

@@ -24,7 +24,7 @@ FLAMINGO = FlamingoProcessor(
     "processor, template, ends, learnt",
     [
         (FUYU, "fuyu_chat", [EOS], [EOS]),
-        (FLAMINGO, "otter_chat", [EOS, EOC], [EOC]),
+        (FLAMINGO, "otter_chat", [EOS, EOC], [EOC, EOS]),
         (FLAMINGO, "laion_caption", [EOS, EOC], [EOC, EOS]),
         (LANGUAGE, "plain", [EOS], [EOS]),
     ],
