@@ -27,11 +27,11 @@ class MimicitSource:
     """The instructions of one MIMIC-IT dataset, with their images.
 
     mimicit_path: the instructions. images_path: a parquet file, a folder of them, or JSON; not
-    read for TEXT_ONLY. train_config_path: ``{id: [related ids]}``, whose entries alone are the rows,
-    in its order; without it, populate_rel_ins takes each entry's own ``rel_ins_ids``. The related entries stand before the entry itself: as
-    earlier turns about the entry's images, or, in IMAGE_TEXT_IN_CONTEXT, as examples that keep
-    their own images. group: see GROUPS; the images of VIDEO_TEXT are its frames, at most
-    max_frames of them, evenly spread.
+    read for TEXT_ONLY. train_config_path: ``{id: [related ids]}``, whose entries alone are the
+    rows, in its order; without it, populate_rel_ins takes each entry's own ``rel_ins_ids``. The
+    related entries stand before the entry itself: as earlier turns about the entry's images, or, in
+    IMAGE_TEXT_IN_CONTEXT, as examples that keep their own images. group: see GROUPS; the images of
+    VIDEO_TEXT are its frames, at most max_frames of them, evenly spread.
 
     frames_as: ``images`` makes each image of an entry one of the record's; ``medium`` makes them
     the frames of one, a tuple, as Otter does with videos and with the pairs of SD and CGD (a single

@@ -76,9 +76,9 @@ GUANACO = dataclasses.replace(GUANACO_NO_PROMPT, system=GUANACO_SYSTEM)
 def otter_chat(record: Record) -> list[Segment]:
     """Lay out ``<image>User: {q} GPT:<answer> {a}<|endofchunk|>``, every answer a target.
 
-    <eos> closes the last turn, a target as well. Images stand before the ``User:`` of their turn, so in-context examples are earlier turns with
-    images of their own. A system message is a line before the first turn. Raises BadSample
-    ``empty_answer`` and ``image_count``.
+    <eos> closes the last turn, a target too. Images stand before the ``User:`` of their turn, so
+    in-context examples are earlier turns with images of their own. A system message is a line
+    before the first turn. Raises BadSample ``empty_answer`` and ``image_count``.
     """
     return _chat(record, OTTER)
 

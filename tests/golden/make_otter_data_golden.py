@@ -5,7 +5,8 @@
 
 CHECKOUT and environment: as for make_otter_goldens.py. Runs MimicitDataset of
 pipeline/mimicit_utils/mimicit_dataset.py with its `simple` format, a row at a time through its
-collate, and the function `masking` inside train_one_epoch of pipeline/train/instruction_following.py.
+collate, and the function `masking` inside train_one_epoch of
+pipeline/train/instruction_following.py.
 
   rows     json {case: [{id, tokens, labels, shape, colours}]}: of each row in the peer's order;
            shape of its pictures (1, t, f, 3, side, side), colours: the grey level of each of them
