@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     peer = None if args.peer == "none" else args.peer
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    with args.out.open("w") as out:
+    part = args.out.with_name(f"{args.out.name}.part")  # an interrupted run replaces no rows
+    with part.open("w") as out:
         for row in run_cases(
             chosen,
             peer=peer,
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             print(json.dumps(row), file=out, flush=True)
             print("  ".join(report.table([row])[1]), file=sys.stderr, flush=True)
+    part.replace(args.out)
     report.print_table(rows)
     if peer and not args.quick and not args.case and set(args.suites) == set(suites.DEFAULT):
         report.write(rows, _command(rows), str(_short(args.out)), document)

@@ -227,7 +227,13 @@ def _short_of(row: dict[str, Any]) -> list[str]:
 
 
 def _environment(rows: Sequence[dict[str, Any]]) -> str:
-    env = rows[0]["env"]
+    machines: dict[str, list[str]] = {}
+    for r in rows:
+        e = r["env"]
+        machine = f"{e['cpu']}, {e['cores']} cores, {e['memory_gb']} GB, {e['system']}"
+        suites = machines.setdefault(f"{machine}, Python {e['python']}", [])
+        if r["suite"] not in suites:
+            suites.append(r["suite"])
     versions = {
         k: v for r in rows for side in r["env"]["versions"].values() for k, v in side.items()
     }
@@ -244,8 +250,10 @@ def _environment(rows: Sequence[dict[str, Any]]) -> str:
     )
     return (
         "## Where\n\n"
-        f"- {env['cpu']}, {env['cores']} cores, {env['memory_gb']} GB, {env['system']}, "
-        f"Python {env['python']}\n"
+        + "".join(
+            f"- {', '.join(suites) + ': ' if len(machines) > 1 else ''}{machine}\n"
+            for machine, suites in machines.items()
+        )
         + "".join(f"- {name}\n" for name in accelerators)
         + f"- {listing}\n- commit {', '.join(commits)}\n"
         f"- {dates[0]} to {dates[-1]}, load average at the start of a suite "

@@ -29,6 +29,9 @@ def test_quick_rows_of_every_suite_agree_with_the_peer(tmp_path, capsys):
     assert "## Train step" in text and "toy sizes" in text and "GPU" in text
 
 
+SIZE = {"d": 8, "layers": 1, "heads": 1, "mlp": 8, "vocab": 8, "patch": 8}
+
+
 def row(**changes):
     base = dict(
         suite="input", case="a", ours_impl="x", peer_impl="y", target=5.0, ours_ms=1.0, peer_ms=4.0,
@@ -45,6 +48,31 @@ def test_the_document_names_what_misses_its_target_and_what_does_not_count():
     text = report.markdown([row(parity_ok=False, parity_err=3.0)], "c", "r")
     assert "does not count, parity 3.0" in text
     assert "load 1.5" in report.table([row(loaded=True, busy_cores=1.5)])[1]
+
+
+def test_the_document_names_every_machine_and_what_it_measured():
+    here, there = ({**environment.describe({}), "cpu": name} for name in ("EPYC", "Grace"))
+    text = report.markdown([row(env=here), row(suite="train", env=there, size=SIZE)], "c", "r")
+    where = text[text.index("## Where") :]
+    assert "- input: EPYC, " in where and "- train: Grace, " in where
+    where = report.markdown([row(env=here), row(env=here)], "c", "r")
+    assert where.count("\n- EPYC, ") == 1 and "input: EPYC" not in where
+
+
+def test_a_run_that_is_interrupted_leaves_the_rows_of_the_last_one(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    out.write_text("former rows\n")
+
+    def measured(*_, **__):
+        yield row()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_cases", measured)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["--suite", "input", "--out", str(out)])
+    assert out.read_text() == "former rows\n"
+    (kept,) = (tmp_path / "rows.jsonl.part").read_text().splitlines()
+    assert json.loads(kept)["case"] == "a"
 
 
 def test_parity_is_relative_for_losses_and_a_share_for_tokens():
