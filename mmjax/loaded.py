@@ -173,9 +173,13 @@ class LoadedModel:
     def end_tokens(self, stop: int | str | Sequence[int | str] = ()) -> tuple[int, ...]:
         """Return the ids that end an answer: the model's end tokens and those of ``stop``.
 
+        Where neither config.json nor generation_config.json states one, the tokenizer's.
         Raises MMJaxError for an id outside the vocabulary and a text that is no single token.
         """
         ids = [*self.config.end_token_ids, *self.ends]
+        own = getattr(self.processor.tokenizer, "eos_token_id", None)
+        if not ids and own is not None and own < self.config.vocab_size:
+            ids = [own]
         for token in [stop] if isinstance(stop, str | int | np.integer) else stop:
             number = token
             if isinstance(token, str):

@@ -23,9 +23,8 @@ class Config(Protocol):
     """A frozen dataclass with everything that shapes the model."""
 
     decoder: DecoderConfig  # of its language model
-    end_token_ids: tuple[int, ...]  # any of them ends an answer
+    end_token_ids: tuple[int, ...]  # any of them ends an answer; none: the tokenizer's end does
     vocab_size: int
-    decoder: DecoderConfig  # of the language model
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:

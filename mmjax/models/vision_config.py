@@ -11,6 +11,7 @@ from typing import Any
 
 from mmjax.models.undone import tell_undone
 from mmjax.models.vit import ViTConfig
+from mmjax.nn.mlp import check_activation
 from mmjax.types import MMJaxError
 
 CLIP = ViTConfig()  # ViT-L/14
@@ -40,7 +41,7 @@ _KEYS = {
     "pt_hw_seq_len": "rope_grid",
     "feature_layer": "feature_layer",
 }
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ACTIVATIONS = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
 
 # What open_clip calls them: width, layers, width of a head, of the MLP, patch, image, activation.
 # OpenAI trained B and L, with QuickGELU; open_clip's own files of these names leave that unsaid,
@@ -84,6 +85,7 @@ def read_vision_config(hf: Mapping[str, Any]) -> ViTConfig:
     sizes = {ours: hf[theirs] for theirs, ours in _KEYS.items() if hf.get(theirs) is not None}
     if "activation" in sizes:
         sizes["activation"] = _ACTIVATIONS.get(sizes["activation"], sizes["activation"])
+        check_activation(sizes["activation"], "vision_config")
     width, heads = sizes.get("d_model", base.d_model), sizes.get("num_heads", base.num_heads)
     if width % heads:
         raise MMJaxError(

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import LayerNorm, RMSNorm
 from mmjax.parallel.sharding import constrain
+from mmjax.types import MMJaxError
 
 
 def squared_relu(x: Array) -> Array:
@@ -32,6 +33,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "silu": jax.nn.silu,
 }
+
+
+def check_activation(name: str, where: str) -> None:
+    """Raise MMJaxError for an activation that is none of ``ACTIVATIONS``; where: who names it."""
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise MMJaxError(f"{where} says activation {name!r}, which is unknown; one of {known}")
 
 
 class MLP(nnx.Module):
@@ -56,9 +64,7 @@ class MLP(nnx.Module):
         prefix: str = "",
     ):
         shared = dict(bias=bias, dtypes=dtypes, init_std=init_std, lora=lora, rngs=rngs)
-        if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation {activation!r} is unknown; one of {known}")
+        check_activation(activation, f"{prefix}mlp")
         self.activation = activation
         widen = (d,), (f,), ("embed", "mlp")
         self.up = Linear(*widen, name=f"{prefix}mlp.up", **shared)

@@ -1,15 +1,21 @@
 """Which config.json is which language model, and which are refused."""
 
+import dataclasses
 import json
+import types
 
 import pytest
 import torch
 import transformers as T
+from flax import nnx
 
+from mmjax.loaded import LoadedModel
 from mmjax.models import checkpoints, exports, opening, registry
 from mmjax.models.flamingo.config import FlamingoConfig
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
+from mmjax.models.language.processor import LanguageProcessor
 from mmjax.models.vision_config import read_vision_config
+from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 
 BASE = dict(
@@ -105,6 +111,33 @@ def test_dropout_of_mpt_and_fuyu_comes_back_from_their_files():
     decoder = fuyu.decoder
     assert (decoder.residual_dropout, decoder.residual_dropout_on) == (0.25, "mlp")
     assert fuyu.to_hf()["text_config"]["hidden_dropout"] == 0.25
+
+
+def test_activations_of_other_parts_that_are_unknown_are_refused():
+    with pytest.raises(MMJaxError, match="vision_config says activation 'mish'.*one of relu2"):
+        read_vision_config({"hidden_act": "mish"})
+    assert read_vision_config({"hidden_act": "gelu_fast"}).activation == "gelu_tanh"
+    with pytest.raises(MMJaxError, match="config.json of a Fuyu says activation 'mish'"):
+        registry.family("fuyu").Config.from_hf({"hidden_act": "mish"})
+
+
+def test_where_no_end_is_stated_the_tokenizers_ends_an_answer(tmp_path):
+    """Phi-1.5 states null; token 0 is an exclamation mark there, and ends nothing."""
+    config = registry.family("language").Config.from_hf(
+        dict(BASE, model_type="phi", eos_token_id=None)
+    )
+    assert config.end_token_ids == () and config.to_hf()["eos_token_id"] is None
+    tokenizer = types.SimpleNamespace(eos_token_id=7)
+    for own, want in ((tokenizer, (7,)), (None, ())):
+        asked = LoadedModel("language", config, None, LanguageProcessor(own), None)
+        assert asked.end_tokens() == want
+    listed = dataclasses.replace(asked, ends=(5,), processor=LanguageProcessor(tokenizer))
+    assert listed.end_tokens() == (5,)
+    model = registry.family("language").Model
+    with use() as mesh:
+        model = model(config, rngs=nnx.Rngs(0))
+        asked = dataclasses.replace(asked, model=model, mesh=mesh)
+    assert len(asked.generate([3, 4], max_new_tokens=5)[0].split()) == 5
 
 
 def test_a_flamingo_on_a_language_model_that_none_was_built_on_is_refused():

@@ -11,6 +11,7 @@ from mmjax.models.bunny.processor_config import seen_by_tower
 from mmjax.models.bunny.projector import ProjectorConfig
 from mmjax.models.bunny.s2 import check_scales, num_tiles
 from mmjax.models.decoder import DecoderConfig
+from mmjax.models.language.architecture import stated_token
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.views import is_lora
 from mmjax.models.vision_config import read_vision_config, write_vision_config
@@ -142,7 +143,7 @@ class BunnyConfig:
         )
         seen = seen_by_tower(hf)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        tokens = {key: _one(hf.get(key)) for key in ids}
+        tokens = {key: stated_token(hf.get(key)) for key in ids}
         tokens["eos_token_id"] = tokens["eos_token_id"] or 0
         return cls(
             decoder=decoder,
@@ -224,7 +225,3 @@ def s2_scales(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
         return tuple(map(int, stated.split(",") if isinstance(stated, str) else stated))
     except (ValueError, TypeError) as error:
         raise MMJaxError(f"s2_scales is {stated!r}; give sides in pixels: 384,768,1152") from error
-
-
-def _one(token: int | list[int] | None) -> int | None:
-    return token[0] if isinstance(token, list) else token

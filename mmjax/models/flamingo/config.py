@@ -9,6 +9,7 @@ from typing import Any
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.flamingo.cross_attention import CrossAttentionConfig
 from mmjax.models.flamingo.perceiver import PerceiverConfig
+from mmjax.models.language.architecture import stated_token
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
 from mmjax.models.vision_config import read_vision_config, write_vision_config
@@ -115,8 +116,7 @@ class FlamingoConfig:
         first = TOKENIZER_LENGTHS[name]
 
         def token(key: str, default: int | None) -> int | None:
-            found = hf.get(key, text.get(key))
-            found = found[0] if isinstance(found, list) else found
+            found = stated_token(hf.get(key, text.get(key)))
             return default if found is None else found
 
         return cls(

@@ -15,6 +15,7 @@ from mmjax.models.language.architecture import rope_kind
 from mmjax.models.undone import tell_undone
 from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, Linear, LoRA
+from mmjax.nn.mlp import check_activation
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, MMJaxError
 
@@ -79,6 +80,8 @@ class FuyuConfig:
                 f"config.json of a Fuyu says rope_type {kind!r}; supported is 'default'. Give a "
                 "model of the shorter context, if there is one"
             )
+        activation = pick("hidden_act", base.activation)
+        check_activation(activation, "config.json of a Fuyu")
         heads = pick("num_attention_heads", base.num_heads)
         d_model = pick("hidden_size", base.d_model)
         decoder = DecoderConfig(
@@ -89,7 +92,7 @@ class FuyuConfig:
             num_kv_heads=heads,
             head_dim=d_model // heads,
             d_mlp=pick("intermediate_size", base.d_mlp),
-            activation=pick("hidden_act", base.activation),
+            activation=activation,
             norm_eps=pick("layer_norm_eps", base.norm_eps),
             qk_norm="head" if pick("qk_layernorm", True) else "none",
             rope_theta=float(_theta(hf, nested, rope, base.rope_theta)),

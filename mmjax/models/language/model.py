@@ -9,6 +9,7 @@ from flax import nnx
 
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
+from mmjax.models.language.architecture import stated_token
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
 from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, LoRA
@@ -18,13 +19,14 @@ from mmjax.nn.linear import DTypes, LoRA
 class LanguageConfig:
     """A language model; the defaults are LLaMA-7B's tokens.
 
-    architecture: the ``model_type`` of its config.json, a name in ``ARCHITECTURES``.
+    architecture: the ``model_type`` of its config.json, a name in ``ARCHITECTURES``. eos_token_id:
+    None where that states none (Phi-1.5): then the tokenizer's ends an answer.
     """
 
     decoder: DecoderConfig
     architecture: str = "llama"
     bos_token_id: int | None = 1
-    eos_token_id: int = 2
+    eos_token_id: int | None = 2
     pad_token_id: int | None = None
 
     @property
@@ -34,15 +36,15 @@ class LanguageConfig:
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The token that ends an answer."""
-        return (self.eos_token_id,)
+        """The token that ends an answer, none where config.json states none."""
+        return () if self.eos_token_id is None else (self.eos_token_id,)
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> LanguageConfig:
         """Read a config.json of any architecture of ``ARCHITECTURES``."""
         found = architecture(hf)
-        ids = {key: _one(hf.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        ids["eos_token_id"] = 0 if ids["eos_token_id"] is None else ids["eos_token_id"]
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: stated_token(hf.get(name)) for name in names}
         return cls(found.decoder(hf), found.model_type, **ids)
 
     def to_hf(self) -> dict[str, Any]:
@@ -62,11 +64,6 @@ class LanguageConfig:
     ) -> tuple[Work, ...]:
         """Return the work of a row; it has no visual stream."""
         return self.decoder.work(tokens, asked=asked)
-
-
-def _one(token: int | list[int] | None) -> int | None:
-    """Return a token id; some files list several ends, the first of which is the model's own."""
-    return token[0] if isinstance(token, list) else token
 
 
 class Language(CausalModel):
