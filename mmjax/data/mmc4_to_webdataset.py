@@ -4,7 +4,8 @@ python -m mmjax.data.mmc4_to_webdataset OUT docs_shard_{0..99}_v2.jsonl.zip --im
 
 Documents are MMC4's .jsonl.zip, or .jsonl. The pictures of the n-th of them, counted from 0, lie in
 PICTURES/n/ or all in PICTURES, under their ``image_name``. Their files are taken as they are; a
-picture that was not downloaded is left out of its document, and counted.
+picture that was not downloaded is left out of its document, and counted; the exit code is 1 when
+none was found.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import shutil
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from mmjax.cli import run_guarded
+from mmjax.cli import print_error, run_guarded
 from mmjax.data.webdataset import expand_shards
 from mmjax.monitor.terminal import track
 from mmjax.types import MMJaxError
@@ -55,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_shards(found, out, args.shard_samples)
     for what, count in counts.items():
         print(f"{out}: {count:,} {what}")
+    if not counts["pictures"]:
+        print_error(
+            f"{out}: no picture was found; --images is a folder of the pictures, or of a folder "
+            "for each file of documents, named by its place, 0, 1, ..."
+        )
+        return 1
     return 0
 
 
@@ -112,8 +120,11 @@ def _lines(file: Path) -> Iterator[bytes]:
         with open(file, "rb") as opened:
             yield from opened
         return
-    with zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as opened:
-        yield from opened
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(archive.namelist()[0]) as opened:
+            yield from opened
+    except (zipfile.BadZipFile, zlib.error, EOFError, IndexError) as e:
+        raise MMJaxError(f"{file}: a damaged archive ({e}); fetch it again") from e
 
 
 if __name__ == "__main__":

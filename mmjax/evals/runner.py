@@ -99,7 +99,10 @@ def as_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 def results_table(results: dict[str, dict[str, Any]]) -> Table:
     """Lay results out for the terminal, the blind baselines beside them."""
     table = Table(box=box.SIMPLE_HEAD, title="Accuracy", title_justify="left", title_style="bold")
-    for name in ("task", "at", "accuracy", "95 %", "correct", "question only", "chance"):
+    every = [e for entries in results.values() for e in entries.values()]
+    more = (("question only", "blind"), ("chance", "chance"))
+    more = [title for title, key in more if any(key in e for e in every)]
+    for name in ("task", "at", "accuracy", "95 %", "correct", *more):
         left = name in ("task", "at")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for task, entries in results.items():
@@ -123,14 +126,17 @@ def _add_row(
         return "-" if value is None else f"{value:.1%}"
 
     low, high = e["ci95"]
+    more = {
+        "question only": share(blind.get("question_only", {}).get("accuracy")),
+        "chance": share(chance),
+    }
     table.add_row(
         name,
         key,
         f"[bold]{share(e['accuracy'])}[/]",
         f"{low * 100:.1f}-{high * 100:.1f}",
         right_of(e),
-        share(blind.get("question_only", {}).get("accuracy")),
-        share(chance),
+        *(more[column.header] for column in table.columns if column.header in more),
     )
 
 

@@ -238,7 +238,7 @@ def downloaded(tmp_path):
     info = document(["Aa.", "Bb."], [[0.9, 0.1], [0.1, 0.8], [0.2, 0.7]], absent=(0, 1, 2))
     text = "\n".join(json.dumps(info) for _ in range(3)) + "\n\n"
     (tmp_path / "docs_0.jsonl").write_text(text)
-    with zipfile.ZipFile(tmp_path / "docs_1.jsonl.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "docs_1.jsonl.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("docs_1.jsonl", text)
     for folder in (0, 1):
         (tmp_path / f"pictures/{folder}").mkdir(parents=True)
@@ -263,10 +263,22 @@ def test_documents_and_pictures_become_shards(downloaded, capsys):
     secret = document(["Aa."], [[0.9]], absent=(0,))
     secret["image_info"][0]["image_name"] = "../docs_1.jsonl.zip"
     (downloaded / "docs_0.jsonl").write_text(json.dumps(secret))
-    assert convert([f"{out}2", f"{downloaded}/docs_0.jsonl", *arguments[1:]]) == 0
+    assert convert([f"{out}2", f"{downloaded}/docs_0.jsonl", *arguments[1:]]) == 1
     assert "pictures not found" in capsys.readouterr().out
+    assert convert([f"{out}3", f"{downloaded}/docs_1.jsonl.zip", f"--images={out}"]) == 1
+    assert "no picture was found" in capsys.readouterr().err
     with pytest.raises(MMJaxError, match="out: exists already"):
         convert([str(out), *arguments])
+
+
+def test_a_damaged_archive_is_named(downloaded):
+    file = downloaded / "docs_1.jsonl.zip"
+    data = bytearray(file.read_bytes())
+    data[60:80] = bytes(20)  # within the compressed lines
+    file.write_bytes(data)
+    with pytest.raises(MMJaxError, match="docs_1.jsonl.zip: a damaged archive .*fetch it again"):
+        convert([str(downloaded / "out"), str(file), f"--images={downloaded}/pictures"])
+    assert not list(downloaded.glob("out*"))
 
 
 @pytest.mark.parametrize(

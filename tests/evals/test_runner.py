@@ -232,6 +232,16 @@ def test_wilson_interval_and_spread():
     assert spread(10, 4) == [0, 2, 5, 7] and spread(3, None) == [0, 1, 2]
 
 
+def test_the_table_has_no_column_of_nothing():
+    def titles(**options):
+        made = runner.results_table(run([vqa("a", colours(), **options)]))
+        return [column.header for column in made.columns]
+
+    assert titles() == ["task", "at", "accuracy", "95 %", "correct"]
+    assert titles(chance=0.5)[-1] == "chance"
+    assert titles(train=colours())[-1] == "question only"
+
+
 def test_large_counts_keep_their_digits():
     assert results.right_of({"correct": 1_234_567, "n": 2_000_000}) == "1,234,567 / 2,000,000"
     assert results.right_of({"correct": 130_456.3333, "n": 214_354}) == "130,456.3 / 214,354"
