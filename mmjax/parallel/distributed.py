@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import mmjax
+from mmjax.parallel import coordinator
 from mmjax.parallel.cluster import find_cluster
 from mmjax.types import MMJaxError
 
@@ -43,6 +44,10 @@ def joined(env: Mapping[str, str] = os.environ) -> Iterator[None]:
         return
     print(cluster, flush=True)
     try:
+        if cluster.index == 0:
+            coordinator.check_free(cluster.coordinator)
+        else:
+            coordinator.wait_for(cluster.coordinator)
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.count,

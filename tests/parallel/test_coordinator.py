@@ -1,0 +1,34 @@
+"""Where processes are to meet: a port that is taken, a first process that is not there."""
+
+import socket
+
+import pytest
+
+from mmjax.parallel import coordinator
+from mmjax.types import MMJaxError
+
+
+def test_a_port_that_another_run_shares_is_taken():
+    with socket.socket(socket.AF_INET6) as other:
+        # As JAX's coordinator listens: a second one could share the port, and both runs would end.
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("::", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(MMJaxError, match=f"port {port}, .* in use.*JAX_COORDINATOR_ADDRESS"):
+            coordinator.check_free(f"node1:{port}")
+    coordinator.check_free(f"node1:{port}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_first_process_is_reached_or_the_reason_told(host):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{host}:{server.getsockname()[1]}"
+        coordinator.wait_for(address, 30)
+    with pytest.raises(MMJaxError, match=f"not reached at {address} within 0 s: Connection refu"):
+        coordinator.wait_for(address, 0)
+
+
+def test_a_host_without_a_name_is_told():
+    with pytest.raises(MMJaxError, match="not reached at no-such-host.invalid:1 within 0 s: "):
+        coordinator.wait_for("no-such-host.invalid:1", 0)
