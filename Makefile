@@ -126,6 +126,8 @@ parity-otter: .venv/installed-test .venv-otter/installed  ## Otter's own code, a
 	    --export $$to/export --golden $$golden; \
 	done; $(OTTER_PY) -W ignore tests/golden/make_otter_data_golden.py --otter $(OTTER) \
 	  --out build/otter/otter_data.npz; \
+	PYTHONPATH=. $(OTTER_PY) -W ignore tests/golden/make_otter_fuyu_golden.py --otter $(OTTER) \
+	  --out build/otter/otter_fuyu.npz; \
 	XLA_FLAGS= $(PY) -m pytest -v tests/parity/test_otter_*.py
 
 parity-bunny: .venv/installed-test  ## what to_hf writes, in Bunny's own code: BUNNY=/path/to/checkout

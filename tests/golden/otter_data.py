@@ -48,6 +48,14 @@ CASES = {  # name: group, instructions, train_config, take rel_ins_ids, keep sym
     "video": ("VIDEO_TEXT", "V", False, True, True, {}),
     "context": ("IMAGE_TEXT_IN_CONTEXT", "A", True, False, True, {}),
 }
+# OtterHD: the symbols are stripped as its training does, and kept for our own way beside it.
+FUYU_CASES = ("image", "image_stripped", "image_turns", "image_turns_stripped", "text_stripped")
+CASES |= {
+    "image_turns_stripped": ("IMAGE_TEXT", "A", False, True, False, {}),
+    "text_stripped": ("TEXT_ONLY", "T", False, True, False, {}),
+}
+FUYU_PATCH, FUYU_BOX, FUYU_SIDE = 8, (64, 96), 20  # box: height and width; side: what is drawn
+FUYU_WORDS = ("User: Assistant: What is it? A cat. Look, where and And who? Ann. Left 2 + 4", "\n")
 
 
 def colour(number):
