@@ -139,7 +139,11 @@ def _help(argv: list[str]) -> str:
     own = FLAGS.flags_by_module_dict().get(argv[0], [])
     lines = [f"  --{f.name}: {f.help} (default: {f.value})" for f in own if f.name != "config"]
     parts.append("\n".join(["Flags:", "  --config: the recipe, configs/<name>.py[:arg]", *lines]))
-    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    recipe = None
+    for place, item in enumerate(argv):
+        name, mark, value = item.partition("=")
+        if name in ("--config", "-config"):
+            recipe = value if mark else next(iter(argv[place + 1 : place + 2]), None)
     if recipe:
         keys = _flatten(resolve_recipe(recipe).to_dict())
         listing = "\n".join(f"  --config.{k}={v!r}" for k, v in keys.items())

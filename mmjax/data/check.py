@@ -32,6 +32,8 @@ def check(settings: Any, limit: int | None = None, threads: int = 1) -> list[Sou
 
     if limit is not None and limit < 1:
         raise MMJaxError(f"--limit={limit}: look at 1 record of each source at least")
+    if threads < 1:
+        raise MMJaxError(f"--threads={threads}: records are read by 1 at least")
     processor = blueprint(settings.model, LoRASettings(), settings.seed).processor
     load = train_loader(settings, processor)
     mixture = load.mixture

@@ -113,6 +113,8 @@ def test_a_limit_is_spread_and_ids_given_twice_are_named(tmp_path):
     assert not failed and "a: 1 ids are given more than once: 'same'" in text
     with pytest.raises(MMJaxError, match="--limit=0"):
         command.check(run, limit=0)
+    with pytest.raises(MMJaxError, match="--threads=0: records are read by 1"):
+        command.check(run, threads=0)
 
 
 def test_what_would_stop_training_is_in_the_table_too(tmp_path, monkeypatch):
