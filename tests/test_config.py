@@ -153,7 +153,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     assert run()[0] == 2
     for given in ([f"--config={recipe}"], ["--config", recipe]):
         code, out, _ = run(*given, "--help")
-        assert code == 0 and "  --config.optim.lr=0.001" in out and "--workdir: where" in out
+        assert code == 0 and "  --config.optim.lr=0.1" in out and "--workdir: where" in out
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.py:quick", "quikstart:quick"])
