@@ -106,7 +106,7 @@ def _slurm_address(env: Mapping[str, str]) -> str:
         )
     # node[003-007,009],login1 begins with node003.
     nodes = env.get("SLURM_STEP_NODELIST", "")
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    first = re.match(r"(?:[^,\[]|\[\d[^\]]*\])+", nodes)
     if first is None:
         raise MMJaxError(
             f"SLURM_STEP_NODELIST is {nodes!r}, which begins with no host's name; set {ADDRESS} to "
@@ -114,7 +114,8 @@ def _slurm_address(env: Mapping[str, str]) -> str:
         )
     # Steps of a job may run beside each other, and jobs with numbers next to each other.
     place = _number(env, "SLURM_JOB_ID") + _STEPS_APART * _number(env, "SLURM_STEP_ID", 0)
-    return f"{first[1]}{first[2] or ''}:{_port(place)}"
+    host = re.sub(r"\[(\d+)[^]]*]", r"\1", first[0])
+    return f"{host}:{_port(place)}"
 
 
 def _open_mpi(env: Mapping[str, str]) -> Cluster | None:

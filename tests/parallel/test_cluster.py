@@ -57,6 +57,10 @@ def without(env, *names, **more):
             },
             Cluster("SLURM", "gpu007:61441", 2, 4, (4, 5, 6, 7)),
         ),
+        (  # brackets may stand anywhere, and several times
+            SLURM | {"SLURM_STEP_NODELIST": "r[02-04]n[1,3]-ib,login"},
+            Cluster("SLURM", "r02n1-ib:61441", 2, 4),
+        ),
         # srun --gpus-per-task=1 shows each task the one GPU that it has.
         (
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "3"},
