@@ -120,7 +120,9 @@ def _model(
     tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
     kinds = {str(t.dtype) for t in tensors}
     hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}
-    if form is None and hasattr(weights, "completed"):
+    if form is not None:
+        hf |= form.says(ckpt.config)
+    elif hasattr(weights, "completed"):
         more, says = weights.completed(ckpt.config, hf["dtype"])
         tensors, hf = [*tensors, *more], {**hf, **says}
     return tensors, {"config.json": hf}

@@ -69,11 +69,12 @@ class Partial:
     """A layout whose files hold a part of the model.
 
     file: the file of torch.save it is written as. keeps: tells whether it holds a tensor, by key,
-    of a model of this config.
+    of a model of this config. says: what config.json says otherwise than that of the whole model.
     """
 
     file: str
     keeps: Callable[[str, Any], bool]
+    says: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
 _ALIKE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")

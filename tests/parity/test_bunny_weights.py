@@ -371,9 +371,14 @@ def test_transformers_loads_the_language_model_and_the_tower_of_an_export(
         np.testing.assert_allclose(features, case.features, atol=1e-5)
 
 
-def test_stage_1_is_written_as_the_peer_saves_it(phi, tmp_path):
+def test_stage_1_is_written_as_the_peer_saves_it(phi, tmp_path, caplog):
+    """Its loader takes a projector only where config.json says that the tower was not trained."""
+    assert phi.golden.config["unfreeze_vision_tower"]
     to_hf.main([str(phi.merged), str(tmp_path / "1"), "--layout", "projector",
                 "--vision-config", str(phi.sizes)])  # fmt: skip
+    assert "a projector alone leaves out the vision tower, which was trained" in caplog.text
+    config = json.loads((tmp_path / "1" / "config.json").read_text())
+    assert config["unfreeze_vision_tower"] is False
     state = torch.load(tmp_path / "1" / "mm_projector.bin", weights_only=True)
     assert_same({k: v.numpy() for k, v in state.items()}, bunny_files.part(phi.golden, PROJECTOR))
     phi.same(tmp_path / "1", **phi.parts)

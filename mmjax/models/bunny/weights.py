@@ -6,6 +6,7 @@ The table speaks the names of a full model: the language model's own, ``model.mm
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +25,8 @@ from mmjax.models.bunny.unused import completed
 from mmjax.models.language import weights as language
 from mmjax.models.parts import Partial
 from mmjax.weights.rules import Rule
+
+log = logging.getLogger(__name__)
 
 __all__ = ["assemble", "completed"]  # parts of the contract that have files of their own
 
@@ -96,5 +99,15 @@ def _beside_adapter(key: str, config: Any) -> bool:
     return key.startswith((PROJECTOR, TOWER) if config.unfreeze_vision_tower else PROJECTOR)
 
 
-PARTIAL = {"projector": Partial("mm_projector.bin", _of_projector)}
+def _tower_left_out(config: Any) -> dict[str, Any]:
+    """Say that the tower is the published one, which Bunny's loader wants of a projector alone."""
+    if config.unfreeze_vision_tower:
+        log.warning(
+            "a projector alone leaves out the vision tower, which was trained: Bunny's loader takes "
+            "the one that config.json names; write the whole model (no --layout) to keep it"
+        )
+    return {"unfreeze_vision_tower": False}
+
+
+PARTIAL = {"projector": Partial("mm_projector.bin", _of_projector, _tower_left_out)}
 ADAPTER_BESIDE = Partial("non_lora_trainables.bin", _beside_adapter)
