@@ -47,6 +47,7 @@ def evaluate(
     progress: bool = True,
     console: Console | None = None,
     stop: Callable[[], bool] = lambda: False,
+    need_some: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Ask every question of every task; return task -> split or resolution -> accuracy, n, ...
 
@@ -54,6 +55,8 @@ def evaluate(
         None writes nothing (while training, and on every process but the first).
     limit: at most so many questions a task, below the task's own. step: of the checkpoint.
     stop: asked between batches; True ends the evaluation, and the unfinished task is left out.
+    need_some: raise MMJaxError where none of a task's questions could be asked or scored: 0 % would
+        look like a result. While training such an evaluation must end nothing.
     A kill loses the unfinished task alone: files change only when a task is complete. Raises
     MMJaxError where they cannot be written.
     """
@@ -69,6 +72,11 @@ def evaluate(
         if done is None:
             break
         entries, rows, source = done
+        if need_some and all("error" in row for row in rows):
+            count, first = len(rows) // len(entries), rows[0]["error"]
+            raise MMJaxError(
+                f"task {task.name}: none of its {count:,} questions could be asked: {first}"
+            )
         results[task.name] = entries
         if workdir is not None:
             try:
@@ -220,8 +228,10 @@ def _ask_batch(
     records: dict[int, Record] = {}
     for index in batch:
         try:
-            records[index] = source[index]
-        except BadSample as e:
+            record = source[index]
+            rows[index] = _row(task, index, record, resolution)
+            records[index] = record
+        except MMJaxError as e:  # unreadable, or without an answer to score with
             rows[index] = _row(task, index, None, resolution) | {"error": str(e)}
     asked = [ask(task, r) for r in records.values()]
     if demos is not None:
@@ -232,16 +242,16 @@ def _ask_batch(
     if len(texts) != len(asked):
         raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")
     for (index, record), text in zip(records.items(), texts, strict=True):
-        row = _row(task, index, record, resolution)
         if isinstance(text, BadSample):
-            rows[index] = row | {"error": str(text)}
+            rows[index]["error"] = str(text)
             continue
+        rows[index]["prediction"] = text
         try:
             value = score(text, answers_of(record), choices_of(record))
-        except BadSample as e:
-            rows[index] = row | {"prediction": text, "error": str(e)}
+        except MMJaxError as e:
+            rows[index]["error"] = str(e)
             continue
-        rows[index] = row | {"prediction": text, "score": value, "correct": value >= 0.5}
+        rows[index] |= {"score": value, "correct": value >= 0.5}
     return [rows[i] for i in batch]
 
 

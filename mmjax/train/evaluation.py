@@ -126,6 +126,7 @@ def full(
         step=step,
         progress=lead,
         stop=stop,
+        need_some=True,
     )
     if lead and got:
         console = Console(width=None if sys.stdout.isatty() else 140)  # a log cuts nothing off

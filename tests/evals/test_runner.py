@@ -144,6 +144,29 @@ def test_an_unreadable_record_counts_as_wrong():
     assert found["blind"]["majority"]["correct"] == 48
 
 
+def test_a_record_without_answers_ends_no_evaluation():
+    """Met after hours it would take all answers before it along."""
+    rows = [record(i, "Q?", "red") for i in range(3)]
+    rows[2] = dataclasses.replace(rows[2], messages=rows[2].messages[:1], meta={"id": "r2"})
+    found = run([vqa("t", rows)])["t"]["test"]
+    assert (found["n"], found["correct"], found["unreadable"]) == (3, 2, 1)
+    few = [record(i, "Q?", "red") for i in range(3)]
+    few[0].meta["answers"] = ["red"] * 10
+    found = run([vqa("t", few, scorer="vqa_accuracy")])["t"]["test"]
+    assert found["unreadable"] == 2 and found["correct"] == 0  # "RED", and all humans agree
+
+
+def test_where_nothing_can_be_asked_there_is_no_result(tmp_path):
+    """As with a wrong folder of pictures: 0 % would look like one."""
+    say = lambda records, *_: [BadSample("missing_image", "/no/a.png: no such")] * len(records)  # noqa: E731
+    tasks, options = [vqa("t", colours())], dict(progress=False)
+    said = "task t: none of its 6 questions could be asked: /no/a.png: no such"
+    with pytest.raises(MMJaxError, match=said):
+        runner.evaluate(tasks, say, workdir=tmp_path, need_some=True, **options)
+    assert not list(tmp_path.iterdir())
+    assert runner.evaluate(tasks, say, **options)["t"]["test"]["unreadable"] == 6  # while training
+
+
 def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
     class Model:
         class processor:

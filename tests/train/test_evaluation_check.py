@@ -80,11 +80,12 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
             evaluation.run_eval(settings(), str(tmp_path / path), str(tmp_path / "out"))
 
 
-def test_results_that_cannot_be_written_are_told(tmp_path):
+def test_results_that_cannot_be_written_are_told(tmp_path, monkeypatch):
     (tmp_path / "results.json").mkdir()  # as good as a full disk
+    monkeypatch.setattr(evaluation, "_answerer", lambda *_: lambda records, *_: ["red"])
     model = LoadedModel("", None, nnx.Dict({}), None, None)
     with pytest.raises(MMJaxError, match="results of vqa .*: Is a directory; make room"):
-        evaluation.full(model, settings(task={"source": Unreadable([1])}), tmp_path, step=None,
+        evaluation.full(model, settings(), tmp_path, step=None,
                         checkpoint_name="x")  # fmt: skip
 
 
