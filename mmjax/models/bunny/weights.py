@@ -103,8 +103,8 @@ def _tower_left_out(config: Any) -> dict[str, Any]:
     """Say that the tower is the published one, which Bunny's loader wants of a projector alone."""
     if config.unfreeze_vision_tower:
         log.warning(
-            "a projector alone leaves out the vision tower, which was trained: Bunny's loader takes "
-            "the one that config.json names; write the whole model (no --layout) to keep it"
+            "a projector alone leaves out the vision tower, which was trained: Bunny's loader takes"
+            " the one that config.json names; write the whole model (no --layout) to keep it"
         )
     return {"unfreeze_vision_tower": False}
 
