@@ -84,9 +84,10 @@ def multiple_choice(
     """Return 1 if the option chosen by ``parse_choice`` is the right one.
 
     answers: the letter, or the text of the option (``choices`` must then be given). Raises
-    BadSample where no answer is an option: nothing could be right.
+    BadSample where no answer is an option: nothing could be right; and where an answer is the
+    letter of one and the text of another.
     """
-    right = {_answer_letter(answer, choices) for answer in answers} - {None}
+    right = {letter for answer in answers for letter in _answer_letters(answer, choices)}
     if not right:
         raise BadSample(
             "no_option",
@@ -160,10 +161,16 @@ def _parse_otter(text: str, choices: Sequence[str]) -> str | None:
     return next((letter for letter in "ABCD" if letter in upper), None)
 
 
-def _answer_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """Return the letter of a right answer given as a letter or as an option's text."""
+def _answer_letters(answer: str, choices: Sequence[str]) -> set[str]:
+    """Return the letters of the options that a right answer names, by letter or by their text."""
     text = answer.strip()
-    if text in choices:
-        return LETTERS[list(choices).index(text)]
+    quoted = {letter for letter, one in zip(LETTERS, choices, strict=False) if one == text}
     bare = text.strip("().").upper()
-    return bare if len(bare) == 1 and bare in LETTERS[: len(choices) or 26] else None
+    named = {bare} if len(bare) == 1 and bare in LETTERS[: len(choices) or 26] else set()
+    if quoted and named and quoted != named:
+        raise BadSample(
+            "ambiguous_option",
+            f"the right answer {text!r} is the letter of one option and the text of another in "
+            f"{list(choices)}; word the options otherwise, such as 'the letter A'",
+        )
+    return quoted or named

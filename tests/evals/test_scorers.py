@@ -1,7 +1,7 @@
 import pytest
 
 from mmjax.evals import normalise, scorers
-from mmjax.types import MMJaxError
+from mmjax.types import BadSample, MMJaxError
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,19 @@ def test_multiple_choice_takes_letters_and_texts_as_answers():
     assert scorers.multiple_choice("A man", ["A"], OPTIONS) == 0
     assert scorers.multiple_choice_otter("A man", ["A"], OPTIONS) == 1
     assert scorers.multiple_choice_text("a man.", ["A"], OPTIONS) == 1
+
+
+def test_an_answer_that_is_a_letter_and_the_text_of_another_option_is_refused():
+    """Options may be letters themselves; whether ``A`` names or quotes one nobody can tell."""
+    with pytest.raises(BadSample, match="'A' is the letter of one option and the text of another"):
+        scorers.multiple_choice("A", ["A"], ["B", "A", "C"])
+    assert scorers.multiple_choice("A", ["A"], ["A", "B", "C"]) == 1
+
+
+def test_options_of_the_same_text_are_all_right():
+    options = ["cat", "dog", "cat"]
+    assert [scorers.multiple_choice(x, ["cat"], options) for x in "ABC"] == [1, 0, 1]
+    assert [scorers.multiple_choice(x, ["A"], options) for x in "ABC"] == [1, 0, 0]
 
 
 def test_unknown_scorer_names_the_nearest():
