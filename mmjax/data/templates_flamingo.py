@@ -40,6 +40,7 @@ class Turns:
     before ``question``, not behind it. system: the line that a record without a system message
     gets. ask: False leaves the words of the question out. verbatim: white space around marks and
     answers stays as it is written. close: <eos> ends the whole conversation, and is a target.
+    image_end: <|endofchunk|> stands behind every image of a question.
     """
 
     question: str
@@ -53,6 +54,7 @@ class Turns:
     ask: bool = True
     verbatim: bool = False
     close: bool = False
+    image_end: bool = False
 
 
 # Otter writes spaces around question and answer in its first release and in every inference script
@@ -71,6 +73,8 @@ GUANACO_NO_PROMPT = Turns(
     verbatim=True,
 )  # fmt: skip
 GUANACO = dataclasses.replace(GUANACO_NO_PROMPT, system=GUANACO_SYSTEM)
+# Its data.py before Clever Flamingo v2, and the demo of version 1.
+GUANACO_EOC = dataclasses.replace(GUANACO, image_end=True)
 
 
 def otter_chat(record: Record) -> list[Segment]:
@@ -147,6 +151,19 @@ def guanaco_no_prompt_prompt(record: Record) -> list[Segment]:
     return _prompt(record, GUANACO_NO_PROMPT)
 
 
+def guanaco_eoc_chat(record: Record) -> list[Segment]:
+    """Lay out ``guanaco_chat`` with <|endofchunk|> behind every image: Clever Flamingo's version 1.
+
+    Text looks at the image that follows it there: ``processor.attend_mode`` is ``next``.
+    """
+    return _chat(record, GUANACO_EOC)
+
+
+def guanaco_eoc_prompt(record: Record) -> list[Segment]:
+    """Lay out what stands before the last answer of ``guanaco_eoc_chat``, no targets."""
+    return _prompt(record, GUANACO_EOC)
+
+
 def laion_caption(record: Record) -> list[Segment]:
     """Lay out an image and its caption for pretraining: ``<image>{caption}<|endofchunk|>`` <eos>.
 
@@ -196,6 +213,7 @@ TEMPLATES = (
     *(open_flamingo_caption_chat, open_flamingo_caption_prompt),
     *(open_flamingo_vqa_chat, open_flamingo_vqa_prompt),
     *(guanaco_chat, guanaco_prompt, guanaco_no_prompt_chat, guanaco_no_prompt_prompt),
+    *(guanaco_eoc_chat, guanaco_eoc_prompt),
     *(laion_caption, interleaved),
 )
 
@@ -246,5 +264,8 @@ def _question(parts: list[Segment], words: Turns) -> list[Segment]:
         turn = [*images, Segment("text", words.question), *said]
     else:
         turn = [Segment("text", words.question), *images, *said]
+    if words.image_end:
+        end = Segment("special", "eoc")
+        turn = [s for part in turn for s in ((part, end) if part.kind == "image" else (part,))]
     turn += [Segment("text", words.prompt)] * bool(words.prompt)
     return turn + [Segment("special", words.before_answer)] * bool(words.before_answer)

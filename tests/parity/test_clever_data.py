@@ -61,6 +61,21 @@ def test_tokens_and_targets_of_one_sample(source, processors, kind, template):
         assert ours["loss_mask"].astype(int).tolist() == targets, what
 
 
+def test_version_1_closes_every_image(source, processors):
+    """The peer then wrote <|endofchunk|> behind each <image>, and the rest alike."""
+    processor = processors["neox"]
+    image, close = processor.config.media_token_id, processor.config.eoc_token_id
+    for _, _, index, tokens, _ in (
+        row for row in GOLDEN["alone"] if row[:2] == ["neox", "guanaco"]
+    ):
+        want = [i for token in tokens for i in ([token, close] if token == image else [token])]
+        ours = encode(processor, "guanaco_eoc_chat", source[index])
+        assert ours["tokens"].tolist() == want
+        assert not ours["loss_mask"][ours["tokens"] == close].any()
+        prompt = encode(processor, "guanaco_eoc_prompt", source[index])["tokens"]
+        assert want[: len(prompt)] == prompt.tolist()
+
+
 @pytest.mark.parametrize("case", GOLDEN["joined"], ids=lambda c: f"{c['max_img']}-{c['first']}")
 def test_turns_behind_a_sample(source, processors, case):
     """Which of the drawn samples follow, their tokens, and the labels of the train step."""
