@@ -1,11 +1,15 @@
 #!/bin/bash
-# Two hosts of eight GPUs, one process a host: docs/launch/open_mpi.sh host1 host2
+# Two hosts of eight GPUs, one process a host: docs/launch/open_mpi.sh host1,host2 [--config.key=value]
 # Open MPI 5 does not tell its processes where the first one is, so the address is given.
 set -euo pipefail
-first=$1
-hosts=$(IFS=,; echo "$*")
-mpirun --host "$hosts" --map-by ppr:1:node -np $# \
-  -x JAX_COORDINATOR_ADDRESS="$first:12345" \
+hosts=${1:?give the names of the hosts: host1,host2}
+shift
+IFS=, read -ra names <<< "$hosts"
+# To end a run, send SIGTERM to mpirun: it tells all processes, and gives them so many seconds to save.
+mpirun --host "$hosts" --map-by ppr:1:node -np "${#names[@]}" \
+  --mca odls_base_sigkill_timeout 120 \
+  -x JAX_COORDINATOR_ADDRESS="${names[0]}:12345" \
   .venv/bin/python train.py \
   --config="${CONFIG:-configs/fuyu_8b.py}" \
-  --workdir="${WORKDIR:?set WORKDIR to a folder that all hosts see}"
+  --workdir="${WORKDIR:?set WORKDIR to a folder that all hosts see}" \
+  "$@"

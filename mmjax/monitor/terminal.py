@@ -81,7 +81,8 @@ def startup_table(
 class LiveLine:
     """Show the state of a training run: one live line on a terminal, plain lines elsewhere.
 
-    enabled: False on every process but the first.
+    enabled: False on every process but the first. alone: False where other processes may print to
+    the same terminal; a line that is drawn anew would mix with theirs.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class LiveLine:
         total_steps: int,
         *,
         enabled: bool = True,
+        alone: bool = True,
         console: Console | None = None,
         plain_every: float = _PLAIN_EVERY,
         clock: Callable[[], float] = time.monotonic,
@@ -99,7 +101,7 @@ class LiveLine:
         self._printed_at: float | None = None
         self._last: tuple[int, str] | None = None
         self._live: Live | None = None
-        if enabled and self.console.is_terminal:
+        if enabled and alone and self.console.is_terminal:
             self._live = Live(console=self.console, refresh_per_second=8, transient=False)
             self._live.start()
 

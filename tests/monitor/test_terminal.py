@@ -65,6 +65,15 @@ def test_live_line_on_a_terminal():
     assert "step 4/10" in out.file.getvalue() and "eta 5s" in out.file.getvalue()
 
 
+def test_a_terminal_that_processes_share_gets_plain_lines():
+    out = console(force_terminal=True)  # as Open MPI gives one, also where a file is behind it
+    line = terminal.LiveLine(10, alone=False, console=out)
+    line.update(4, VALUES)
+    line.close()
+    (text,) = out.file.getvalue().splitlines()
+    assert text.startswith("step 4/10") and "\x1b" not in text
+
+
 def test_startup_table_sums_the_parts():
     out = console()
     rows = [("patch_embed", 2_000, 2_000, 8_000.0), ("decoder", 0, 5_000_000, 2.0 * 2**20)]
