@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-heavy test-312 parity parity-flamingo parity-clever parity-otter parity-bunny parity-smollm2 compile-h200 faults bench lint format clean
+.PHONY: quickstart test test-heavy test-312 parity parity-flamingo parity-clever parity-otter parity-bunny parity-smollm2 compile-h200 faults slurm open-mpi kubernetes bench lint format clean
 
 # pip, not another installer: it finds the CPU build of torch that a machine may offer.
 .venv/installed: pyproject.toml
@@ -158,6 +158,23 @@ compile-h200: .venv-h200/installed  ## compile for an H200 without one; nothing 
 faults: .venv/installed-test  ## 50 random kills of a training run, also during saves: nothing may be lost
 	$(PY) -m tests.e2e.faults --kills=50
 
+# Launchers run for real, on two hosts made of namespaces of this machine: only root can make those.
+# What else is missing they say: apt-get install slurm-wlm munge openmpi-bin openssh-server iproute2
+slurm: .venv/installed  ## docs/launch/slurm.sbatch by a SLURM of two nodes (root)
+	$(PY) -m tests.real.slurm
+
+open-mpi: .venv/installed  ## docs/launch/open_mpi.sh by mpirun and ssh between two hosts (root)
+	$(PY) -m tests.real.open_mpi
+
+.venv-kubernetes/installed:
+	@test -x .venv-kubernetes/bin/python || $(PYTHON) -m venv .venv-kubernetes
+	.venv-kubernetes/bin/python -m pip install -q kubernetes-validate==1.37.0 \
+	  2> >(grep -v "is ignored: it is neither" >&2)
+	@touch $@
+
+kubernetes: .venv/installed .venv-kubernetes/installed  ## docs/launch/kubernetes.yaml without a cluster (root)
+	$(PY) -m tests.real.kubernetes --validate=.venv-kubernetes/bin/kubernetes-validate
+
 bench: .venv/installed-test  ## benchmarks beside the PyTorch peers; writes docs/benchmarks.md
 	$(PY) -m bench
 
@@ -169,4 +186,4 @@ format: .venv/installed-test
 	$(PY) -m ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-h200 .cache build *.egg-info
+	rm -rf .venv .venv-h200 .venv-kubernetes .cache build *.egg-info

@@ -5,9 +5,9 @@ set -euo pipefail
 hosts=${1:?give the names of the hosts: host1,host2}
 shift
 IFS=, read -ra names <<< "$hosts"
-# To end a run, send SIGTERM to mpirun: it tells all processes, and gives them so many seconds to save.
+# To end a run early, send SIGTERM to a process of train.py: all save, and mpirun ends with 0. mpirun
+# itself would give them a second between SIGTERM and SIGKILL.
 mpirun --host "$hosts" --map-by ppr:1:node -np "${#names[@]}" \
-  --mca odls_base_sigkill_timeout 120 \
   -x JAX_COORDINATOR_ADDRESS="${names[0]}:12345" \
   .venv/bin/python train.py \
   --config="${CONFIG:-configs/fuyu_8b.py}" \
