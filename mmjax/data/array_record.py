@@ -8,13 +8,14 @@ for other readers and writers.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def write_array_records(
     """Write what ``pack_record`` made into a folder, in files of ``shard_records``.
 
     Returns how many. The folder appears under its name only when it is whole, and must not exist.
+    Raises MMJaxError where it cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
@@ -142,28 +144,41 @@ def write_array_records(
         raise MMJaxError(f"shard_records {shard_records}: a file holds at least one record")
     _, writer_of = _array_record()
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     written = 0
     writer: Any = None
     try:
+        with _told(folder):
+            temporary.mkdir(parents=True)
         for raw in packed:
-            if written % shard_records == 0:
-                if writer is not None:
-                    writer.close()
-                name = f"records-{written // shard_records:05}{SUFFIX}"
-                # Images are compressed already; groups of one record are read one by one.
-                writer = writer_of(os.fspath(temporary / name), "group_size:1,uncompressed")
-            writer.write(raw)
+            with _told(folder):
+                if written % shard_records == 0:
+                    if writer is not None:
+                        writer.close()
+                    name = f"records-{written // shard_records:05}{SUFFIX}"
+                    # Images are compressed already; groups of one record are read one by one.
+                    writer = writer_of(os.fspath(temporary / name), "group_size:1,uncompressed")
+                writer.write(raw)
             written += 1
-        if writer is not None:
-            writer.close()
         if not written:
             raise MMJaxError(f"{folder}: there is no record to write")
-        os.replace(temporary, folder)
+        with _told(folder):
+            writer.close()
+            os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return written
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn what keeps records from being written into an MMJaxError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the writer's own are the second
+        raise MMJaxError(
+            f"{folder} cannot be written: {error}; make room there, or give another folder"
+        ) from error
 
 
 def _frames(image: Any) -> list | tuple:

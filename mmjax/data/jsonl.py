@@ -135,8 +135,8 @@ def index_array(path: Path) -> np.ndarray:
     if text[position : position + 1] != "[":
         seen = text[position : position + 20]
         raise MMJaxError(
-            f"{path}:1: expected a JSON array of records, found {seen!r}; for one object a line, "
-            "name the file .jsonl"
+            f"{path}:1: expected a JSON array of records in UTF-8, found {seen!r}; for one object "
+            "a line, name the file .jsonl"
         )
     decoder = json.JSONDecoder()
     rows: list[tuple[int, int, int]] = []

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import resource
 import struct
 import sys
 import tarfile
@@ -128,6 +129,20 @@ def test_nothing_is_left_behind_by_a_write_that_fails(tmp_path):
     with pytest.raises(MMJaxError, match="no record to write"):
         write_array_records([], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_cannot_hold_the_records_is_told(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as good as a full disk
+    try:
+        with pytest.raises(MMJaxError, match="x cannot be written: .*File too large.*make room"):
+            write_array_records([bytes(100_000)], tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (tmp_path / "file").touch()
+    with pytest.raises(MMJaxError, match="x cannot be written: .*Not a directory.*make room"):
+        write_array_records([b""], tmp_path / "file" / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_files_that_are_not_ours(tmp_path):

@@ -177,7 +177,7 @@ def test_a_malformed_line_is_one_bad_sample(tmp_path, line, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"a": 1}', "a.json:1: expected a JSON array of records, found '{"),
+        ('{"a": 1}', "a.json:1: expected a JSON array of records in UTF-8, found '{"),
         ('[{"a": 1},\n {"a": }]', "a.json:2: not JSON at column 8"),
         ('[{"a": 1}\n {"a": 2}]', "a.json:2: expected ',' or ']' after record 1"),
         ('[{"a": 1},\n{"a": 2}', "a.json:2: expected ',' or ']' after record 2"),
