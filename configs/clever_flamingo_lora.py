@@ -9,7 +9,9 @@ COMMAND
 As published (Chen et al. 2023, instruct_flamingo's tuning_config/lora+perceiver): rank 64, alpha 64
 on the four maps of each MPT block, 1e-4 constant after 1,000 steps, a batch of 64, prompts without
 a system line, up to 32 more turns drawn into a sample. Weight decay of 0.1 is for the gated blocks
-alone, which are frozen here. Not measured: the authors have not run this on GPUs.
+alone, which are frozen here. The peer takes the mean loss of each card's microbatch and clips their
+growing sum after every one of the four; here a step has one mean over its targets, clipped once.
+Not measured: the authors have not run this on GPUs.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Turns of other records behind those of a record, so that one sample is a longer conversation.
 
-instruct_flamingo's ``multiturn_augmentation`` (instruction_tuning/instruction_dataset.py).
+instruct_flamingo's ``multiturn_augmentation`` (instruction_tuning/data.py).
 """
 
 from __future__ import annotations
