@@ -26,7 +26,8 @@ class Task:
         a resolution above their size is their size.
     limit: questions, spread evenly over the source; None for all.
     shots: solved examples before each question, drawn from ``demos``, a source or its description;
-        text_shots: so many without their pictures. See ``evals.few_shot``.
+        text_shots: so many without their pictures. They are asked by the same ``prompt``. See
+        ``evals.few_shot``.
     train: training records (or their description), from which blind baselines are made: the most
         frequent answer, and the most frequent answer to the same question.
     chance: accuracy of guessing; None works it out for multiple choice. group: the key of

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,18 @@ def test_the_table_has_no_column_of_nothing():
     assert titles() == ["task", "at", "accuracy", "95 %", "correct"]
     assert titles(chance=0.5)[-1] == "chance"
     assert titles(train=colours())[-1] == "question only"
+
+
+def test_a_file_that_finds_no_room_leaves_the_old_one_alone(tmp_path):
+    results.write_atomic(tmp_path / "a.json", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # as good as a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            results.write_atomic(tmp_path / "a.json", "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "old")]
 
 
 def test_large_counts_keep_their_digits():
