@@ -6,8 +6,8 @@ COMMAND
         --config.model.init=/data/otter_video --config.data.sources.train.path=/data/mimicit.yaml
 
 The checkpoint has frame embeddings (max_num_frames 128); 32 frames are taken from a video at even
-distances. Training is that of configs/otter_9b.py. Not measured: the authors have not run this on
-GPUs.
+distances. Training is that of configs/otter_9b.py, and of the head. Not measured: the authors have
+not run this on GPUs.
 """
 
 from ml_collections import ConfigDict
@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     recipe = settings("otter_video", max_patches=2, batch_size=8)
     if quick:
         return fill(RunSettings, toy_flamingo(recipe))
+    recipe["train"] += ("decoder.head.*",)  # LLaMA's is not its embedding, and Otter trains both
     recipe["model"]["processor"] |= dict(frames=FRAMES)
     recipe["model"]["plan_config"] = dict(text_config=LLAMA_7B, max_num_frames=128)
     return fill(RunSettings, recipe)

@@ -1,20 +1,26 @@
 """Otter against its own code: its folder, logits, loss, gradients, frames and greedy answers."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import mmjax
+from mmjax.config import resolve_recipe, to_dataclass
 from mmjax.generate.loop import pad_batch
 from mmjax.models import registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
 from mmjax.train.loss import loss_sum
+from mmjax.train.settings import RunSettings
+from mmjax.train.state import chosen_by
 from mmjax.weights import rules
 from mmjax.weights.writer import Arrays
 from tests.parity import forward, otter_golden
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ("mpt", "llama", pytest.param("mosaic1b", marks=pytest.mark.heavy))
 
 
@@ -74,6 +80,18 @@ def test_loss_and_every_trained_gradient_equal(pair):
     worst = sorted(errors.items(), key=lambda x: -x[1])[:5]
     assert max(v for k, v in errors.items() if not k.endswith("gate")) < 1e-4, worst
     assert max(errors.values()) < 1e-3, worst
+
+
+def test_the_recipe_trains_what_the_peer_trains(pair):
+    golden, ours = pair
+    recipe = "otter_video" if golden.lm == "llama" else "otter_9b"
+    settings = to_dataclass(RunSettings, resolve_recipe(f"{CONFIGS}/{recipe}.py"))
+    params = paths.flatten(nnx.state(ours.model, nnx.Param))
+    chosen = chosen_by(settings, list(params))
+    weights = registry.family("flamingo").weights
+    named = rules.by_ours(weights.rules(ours.config, "otter"), chosen)
+    keys = {key for name, rule in named.items() for key in rule.keys(params[name].shape)}
+    assert sorted(weights.from_hub(key, "otter") for key in keys) == golden.trained
 
 
 def test_greedy_answers_equal_the_peers_without_its_cache(pair):
