@@ -11,6 +11,7 @@ gone when it ends. On CPUs; SLURM gives out GPUs that do not exist, to see whose
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -67,11 +68,16 @@ class Job:
         assert facts["JobState"] == state, f"{facts}\n{self.log()}"
         return facts["ExitCode"]
 
-    def goes_on_at(self, step: int) -> None:
-        """Wait until it says that it goes on at a step, and has saved another."""
-        says = f"continuing at step {step}"
-        wait_until(lambda: says in self.log(), f"{self.workdir}: no '{says}' in {self._log}")
+    def goes_on(self, starts: int = 1) -> int:
+        """Wait until it has gone on so many times and saved again; returns where it last began."""
+
+        def begun() -> list[str]:
+            return re.findall(r"continuing at step (\d+)", self.log())
+
+        wait_until(lambda: len(begun()) >= starts, f"{self._log}: it does not go on")
+        step = int(begun()[-1])
         wait_for_save(self.workdir, step + EVERY)
+        return step
 
 
 def show_training(slurm: Cluster, folder: Path, alone, shown: Shown) -> None:
@@ -88,27 +94,29 @@ def show_training(slurm: Cluster, folder: Path, alone, shown: Shown) -> None:
     shown("one node, two tasks", difference(one.workdir, alone))
 
 
-def show_stops(slurm: Cluster, folder: Path, alone, shown: Shown) -> None:
-    """The time's end, a signal, a requeue, a lost node and a killed task, one after the other."""
-    workdir = folder / "stopped"
-    job = Job(slurm, workdir, ENDLESS, "--time=4")
+def show_time(slurm: Cluster, folder: Path, shown: Shown) -> None:
+    """The script's signal comes before its time is up."""
+    job = Job(slurm, folder / "timed", ENDLESS, "--time=4")
     code = job.end()
-    stood = stopped_at(workdir, job.log())
+    stood = stopped_at(job.workdir, job.log())
     shown("the time is nearly up", f"saved step {stood}, job COMPLETED, exit code {code}")
+
+
+def show_stops(slurm: Cluster, folder: Path, alone, shown: Shown) -> None:
+    """A signal, a requeue, a lost node and a killed task, one after the other."""
+    workdir = folder / "stopped"
     job = Job(slurm, workdir, ENDLESS)
-    job.goes_on_at(stood)
+    wait_for_save(workdir, EVERY)
     slurm.run("scancel", "--signal=TERM", job.number)
     code = job.end()
     stood = stopped_at(workdir, job.log())
     shown("scancel --signal=TERM", f"saved step {stood}, job COMPLETED, exit code {code}")
     job = Job(slurm, workdir, ENDLESS)
-    job.goes_on_at(stood)
+    assert job.goes_on() == stood, job.log()
     slurm.run("scontrol", "requeue", job.number)
-    wait_until(lambda: slurm.facts(job.number)["Restarts"] == "1", "the job is not requeued")
-    slurm.wait_for_state(job.number, "PENDING", "COMPLETING")
-    stood = saved_steps(workdir)[-1]
-    job.goes_on_at(stood)
-    shown("scontrol requeue", f"the same job went on at step {stood}")
+    step = job.goes_on(2)
+    assert step >= stood + EVERY and slurm.facts(job.number)["Restarts"] == "1", job.log()
+    shown("scontrol requeue", f"the same job went on at step {step}")
     show_lost_node(slurm, job, shown)
     kill_task(slurm, 1)
     code = job.end("FAILED")
@@ -123,10 +131,10 @@ def show_lost_node(slurm: Cluster, job: Job, shown: Shown) -> None:
     slurm.lose(slurm.hosts[1])
     wait_until(lambda: slurm.facts(job.number)["Restarts"] == "2", "the job is not requeued")
     slurm.wait_for_state(job.number, "PENDING")
-    stood = saved_steps(job.workdir)[-1]
     slurm.start_daemon(slurm.hosts[1])
-    job.goes_on_at(stood)
-    shown("a node lost and back", f"SLURM started it again, it went on at step {stood}")
+    step = job.goes_on(3)
+    assert step in saved_steps(job.workdir), job.log()
+    shown("a node lost and back", f"SLURM started it again, it went on at step {step}")
 
 
 def show_shells(slurm: Cluster, folder: Path, shown: Shown) -> None:
@@ -191,6 +199,7 @@ def main() -> None:
         show_training(slurm, folder, alone, shown)
         show_shells(slurm, folder, shown)
         show_stops(slurm, folder, alone, shown)
+        show_time(slurm, folder, shown)
         shown.end()
 
 
