@@ -87,6 +87,11 @@ def read_vision_config(hf: Mapping[str, Any]) -> ViTConfig:
         sizes["activation"] = _ACTIVATIONS.get(sizes["activation"], sizes["activation"])
         check_activation(sizes["activation"], "vision_config")
     width, heads = sizes.get("d_model", base.d_model), sizes.get("num_heads", base.num_heads)
+    if width != base.d_model and "num_heads" not in sizes:
+        raise MMJaxError(
+            f"vision_config says hidden_size {width} and no num_attention_heads, which no tensor "
+            "tells; state it in config.json, or give --vision-config"
+        )
     if width % heads:
         raise MMJaxError(
             f"vision_config says hidden_size {width} and num_attention_heads {heads}, which does "

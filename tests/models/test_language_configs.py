@@ -117,6 +117,8 @@ def test_activations_of_other_parts_that_are_unknown_are_refused():
     with pytest.raises(MMJaxError, match="vision_config says activation 'mish'.*one of relu2"):
         read_vision_config({"hidden_act": "mish"})
     assert read_vision_config({"hidden_act": "gelu_fast"}).activation == "gelu_tanh"
+    with pytest.raises(MMJaxError, match="hidden_size 768 and no num_attention_heads"):
+        read_vision_config({"hidden_size": 768})  # of CLIP-B 12, not the 16 of CLIP-L
     with pytest.raises(MMJaxError, match="config.json of a Fuyu says activation 'mish'"):
         registry.family("fuyu").Config.from_hf({"hidden_act": "mish"})
 
