@@ -44,6 +44,7 @@ PARTS = {
     "head": "logits of a chunk",
     "multiplied": "a kernel multiplied out",
     "gathered": "gathered from other devices",
+    "turned": "kernels turned to be gathered",
 }
 MOMENTS = ("loss", "layers", "update")
 """When a step may need most: its backward pass at the loss, in the layers, and behind them."""
@@ -156,6 +157,7 @@ def _parts(
     gradients = _bytes(params)
     outside = _bytes([v for v in _variables(params) if "layers" not in _axes(v)])
     layer, largest, derivative = _gathered(settings, params, frozen, mesh)
+    turned = _turned(params, frozen, mesh)
     return {part: (size,) * 3 for part, size in throughout.items()} | {
         # Those of embedding and head: chunks of the head sum theirs up before the layers' turn;
         # otherwise logits wait, and theirs is made where activations lay. Where fsdp cuts them the
@@ -170,6 +172,7 @@ def _parts(
         "head": (found["head"], 0, 0),
         "multiplied": (*_multiplied(settings, frozen), 0),
         "gathered": (largest + derivative, layer, derivative),
+        "turned": (turned, turned, 0),
     }
 
 
@@ -244,6 +247,18 @@ def _gathered(settings: RunSettings, params, frozen, mesh) -> tuple[int, int, in
                 size = whole * x.dtype.itemsize
                 largest = max(largest, (size, size if trained else 0), key=sum)
     return layer, *largest
+
+
+def _turned(params, frozen, mesh) -> int:
+    """Return the bytes of the layers' kernels that fsdp cuts along another than their first axis.
+
+    A collective gathers along the axis that lies outermost in memory, so XLA copies the kernels of
+    all layers into that order before the first.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return 0
+    found = [v for v in _variables((params, frozen)) if "embed" in _axes(v)[2:]]
+    return _bytes([v for v in found if "layers" in _axes(v)])
 
 
 def _variables(tree) -> list[nnx.Variable]:

@@ -23,7 +23,7 @@ def table(plan: MemoryPlan) -> Table:
     shown.add_column()
     notes = dict(plan.kinds) | {
         "kept": f"remat {plan.remat}: {plan.most('kept') / plan.tokens / 1e6:.2f} MB a token",
-        **dict.fromkeys(("layer", "head", "multiplied", "gathered"), "estimate"),
+        **dict.fromkeys(("layer", "head", "multiplied", "gathered", "turned"), "estimate"),
     }
     for part, words in PARTS.items():
         if plan.most(part):

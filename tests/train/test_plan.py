@@ -97,6 +97,7 @@ def test_parameters_gradients_and_moments_are_those_of_the_run():
 def test_each_moment_has_what_is_there_then():
     """Activations are gone at the update, and gradients of layers not there at the loss."""
     made = plan.make_plan(small(mesh={"fsdp": 2}), jax.devices()[:2])
+    one = plan.make_plan(small(), jax.devices()[:1])
     embedding = 4 * SIZES["vocab_size"] * SIZES["hidden_size"]
     outside = 2 * embedding // 2  # embedding and head, cut in two; the rest is not cut, and small
     loss, layers, update = made.parts["gradients"]
@@ -104,9 +105,11 @@ def test_each_moment_has_what_is_there_then():
     assert update - layers == pytest.approx(outside, rel=0.3)
     # The head whole with its gradient, then one layer's weights, then the embedding's gradient.
     assert made.parts["gathered"][0] == 2 * embedding == 2 * made.parts["gathered"][2]
+    # down and attention's o are cut along their last axis, and turned to be gathered.
+    turned = 4 * 6 * (512 + 128) * 128 // 2
+    assert made.parts["turned"] == (turned, turned, 0) and one.most("turned") == 0
     assert made.parts["kept"][2] == made.parts["layer"][0] == made.parts["head"][1] == 0
     assert made.sums[0] == sum(sizes[0] for sizes in made.parts.values())
-    one = plan.make_plan(small(), jax.devices()[:1])
     assert one.parts["gradients"][0] == pytest.approx(2 * embedding, rel=0.3)
 
 
