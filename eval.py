@@ -11,7 +11,7 @@ flags.DEFINE_string("workdir", None, "where results go; default: the workdir of 
 
 
 def main(config) -> None:
-    from mmjax.config import to_dataclass
+    from mmjax.schema import to_dataclass
     from mmjax.train.evaluation import run_eval
     from mmjax.train.settings import RunSettings
 

@@ -16,8 +16,8 @@ flags.DEFINE_float("plan_memory", 0, "GB of each device; 0 for what the devices 
 
 
 def main(config) -> None:
-    from mmjax.config import to_dataclass
     from mmjax.parallel.distributed import joined
+    from mmjax.schema import to_dataclass
     from mmjax.train.loop import run
     from mmjax.train.settings import RunSettings
 

@@ -8,7 +8,8 @@ Axis letters, everywhere the same: ``b`` batch, ``t`` query length, ``s`` key le
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -93,3 +94,9 @@ class BadSample(MMJaxError):
 
     def __reduce__(self):  # two arguments, so that it survives the way back from a data worker
         return (type(self), (self.reason, str(self)))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the known name nearest to this one, or nothing."""
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from ml_collections import ConfigDict
 
-from mmjax import cli, config
+from mmjax import cli, config, schema
 from mmjax.types import MMJaxError
 
 
@@ -54,7 +54,7 @@ def test_to_dataclass_follows_nested_types():
     )
     raw.names = ConfigDict(dict(a=1))
     raw.parts = [dict(lr=0.5)]
-    made = config.to_dataclass(Run, raw)
+    made = schema.to_dataclass(Run, raw)
     assert made == Run(
         steps=3,
         optim=Optim(1.0, "linear"),
@@ -69,7 +69,7 @@ def test_to_dataclass_follows_nested_types():
 def test_to_dataclass_names_every_problem_at_once():
     raw = ConfigDict(dict(optim=dict(lrr=1e-3, schedule="cosin"), mesh=(1, 2), stop="x"))
     with pytest.raises(MMJaxError) as error:
-        config.to_dataclass(Run, raw)
+        schema.to_dataclass(Run, raw)
     lines = str(error.value).split("\n")
     assert len(lines) == 5
     assert any("config.optim.lrr; did you mean 'lr'?" in line for line in lines)
@@ -82,7 +82,7 @@ def test_to_dataclass_names_every_problem_at_once():
 @pytest.mark.parametrize("steps", [True, 3.0, "3", None])
 def test_int_is_strict(steps):
     with pytest.raises(MMJaxError, match=r"config\.steps: expected int, got"):
-        config.to_dataclass(Run, {"steps": steps})
+        schema.to_dataclass(Run, {"steps": steps})
 
 
 def test_recipe_with_argument_and_overrides(recipe):

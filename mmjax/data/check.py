@@ -109,7 +109,7 @@ def _reasons(reports: list[SourceReport]) -> Table:
 
 
 def main(config: Any) -> int:
-    from mmjax.config import to_dataclass
+    from mmjax.schema import to_dataclass
     from mmjax.train.settings import RunSettings
 
     settings = to_dataclass(RunSettings, config)

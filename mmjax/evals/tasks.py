@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmjax.config import to_dataclass
 from mmjax.evals.scorers import get_scorer
+from mmjax.schema import to_dataclass
 from mmjax.types import MMJaxError, Record
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from mmjax import checkpoint
-from mmjax.config import to_dataclass
 from mmjax.models import checkpoints, opening, registry
 from mmjax.nn.linear import LoRA
+from mmjax.schema import to_dataclass
 from mmjax.train.settings import LoRASettings
 from mmjax.types import MMJaxError
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.config import nearest
 from mmjax.data.catalog import make_sources
 from mmjax.data.examples import LoadExample, RecordOptions, make_loader
 from mmjax.data.mixture import Mixture
@@ -38,7 +37,7 @@ from mmjax.train import frozen as frozen_part
 from mmjax.train import state as train_state
 from mmjax.train.dropout import with_dropout
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 
 @dataclasses.dataclass(frozen=True)

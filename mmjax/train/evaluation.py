@@ -14,7 +14,6 @@ from flax import nnx
 from rich.console import Console
 
 from mmjax import __version__, checkpoint, runtime
-from mmjax.config import nearest
 from mmjax.data.templates import get_template
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
@@ -30,7 +29,7 @@ from mmjax.train.build import Blueprint, init_state
 from mmjax.train.design import make_design
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.train.workdir import disk_asked
-from mmjax.types import BadSample, MMJaxError
+from mmjax.types import BadSample, MMJaxError, nearest
 
 
 def tasks_of(settings: EvalSettings) -> list[Task]:

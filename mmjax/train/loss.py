@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mmjax.config import nearest
 from mmjax.ops import xent
 from mmjax.parallel.context import take_on_length
 from mmjax.parallel.sharding import constrain
-from mmjax.types import Batch, MMJaxError
+from mmjax.types import Batch, MMJaxError, nearest
 
 
 def loss_sum(model: nnx.Module, batch: Batch, *, chunk: int = xent.CHUNK) -> tuple[Array, Array]:

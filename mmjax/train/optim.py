@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmjax.config import nearest
 from mmjax.nn.paths import map_named
 from mmjax.train import matrices
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 DECAYED = ("*kernel", "*lora_a", "*lora_b")
 """The parameters that weight decay acts on unless a run says otherwise."""

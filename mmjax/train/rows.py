@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mmjax.config import nearest
 from mmjax.data.tokenize import token_id
 from mmjax.models.api import Processor
 from mmjax.nn import paths
 from mmjax.train import matrices
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 
 @dataclasses.dataclass(frozen=True)

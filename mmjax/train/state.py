@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mmjax.config import nearest
 from mmjax.nn import paths
 from mmjax.train import matrices
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 if TYPE_CHECKING:
     from mmjax.train.settings import RunSettings

@@ -14,12 +14,12 @@ from typing import Any
 
 from flax import nnx
 
-from mmjax.config import nearest, to_dataclass
 from mmjax.models import opening, registry
 from mmjax.nn import paths
+from mmjax.schema import to_dataclass
 from mmjax.train.build import absent_files, maker, open_init
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 from mmjax.weights.tuning import PeerNames
 
 

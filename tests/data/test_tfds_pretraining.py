@@ -17,12 +17,13 @@ from test_pipeline import assert_equal
 from test_sources import write_tfds
 from test_webdataset import pairs, picture, write_tar
 
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
 from mmjax.data import check as command
 from mmjax.data.catalog import make_source, make_sources
 from mmjax.data.mmc4 import Mmc4Source
 from mmjax.data.tfds_pretraining import TfdsInterleaved, TfdsPairs
 from mmjax.data.webdataset import LaionSource
+from mmjax.schema import to_dataclass
 from mmjax.train.build import blueprint, train_iterator
 from mmjax.train.settings import LoRASettings, RunSettings
 from mmjax.types import BadSample, MMJaxError

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
 from mmjax.data.templates_bunny import ENDS
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.parallel.mesh import make_mesh
 from mmjax.recipes import BUNNY_TOY, BUNNY_WORDS
+from mmjax.schema import to_dataclass
 from mmjax.train import loop
 from mmjax.train.settings import RunSettings
 from tests.e2e import faults

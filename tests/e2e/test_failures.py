@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from test_bad_input import settings, write_data
 
-from mmjax.config import to_dataclass
 from mmjax.monitor.terminal import LiveLine
 from mmjax.parallel.mesh import make_mesh
+from mmjax.schema import to_dataclass
 from mmjax.train import loop
 from mmjax.train.settings import CheckpointSettings
 from mmjax.train.watch import BadStepSettings

@@ -10,9 +10,9 @@ from PIL import Image
 
 import mmjax
 from mmjax.checkpoint import CheckpointSettings
-from mmjax.config import to_dataclass
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
+from mmjax.schema import to_dataclass
 from mmjax.train import build, loop, optim, state
 from mmjax.train.settings import RunSettings
 from mmjax.weights.store import StoreReader

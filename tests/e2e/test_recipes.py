@@ -12,11 +12,12 @@ from transformers import FuyuForCausalLM
 
 import mmjax
 from convert_weights import to_hf
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
 from mmjax.data.catalog import make_source, make_sources
 from mmjax.data.resizing import list_resolutions
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
+from mmjax.schema import to_dataclass
 from mmjax.train import evaluation, loop
 from mmjax.train.optim import decays
 from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings, check_numbers

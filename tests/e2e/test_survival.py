@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
+from mmjax.schema import to_dataclass
 from mmjax.train.loop import run
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError

@@ -5,7 +5,8 @@
 CHECKOUT: as for make_bunny_goldens.py, in the same environment. Each committed model goes into a
 folder of mmjax and out again, merged and as projector, a LoRA adapter of PEFT too; each is loaded
 by bunny/model/builder.py, and answers the golden's first batch. Fails above 1e-5 of the largest
-logit, for another machine's matmuls round otherwise; the adapter's is compared with that of the adapter as PEFT saved it.
+logit, for another machine's matmuls round otherwise; the adapter's is compared with that of the
+adapter as PEFT saved it.
 """
 
 import argparse

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 
 import mmjax
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
 from mmjax.generate.loop import pad_batch
 from mmjax.models import registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
+from mmjax.schema import to_dataclass
 from mmjax.train.loss import loss_sum
 from mmjax.train.settings import RunSettings
 from mmjax.train.state import chosen_by

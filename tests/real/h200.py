@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
 from mmjax.generate import loop
 from mmjax.models import registry
 from mmjax.nn.linear import DTypes
 from mmjax.ops import flash_mosaic, flash_triton
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.runtime import USABLE
+from mmjax.schema import to_dataclass
 from mmjax.train import plan
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError

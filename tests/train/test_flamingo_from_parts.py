@@ -12,10 +12,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mmjax
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
 from mmjax.models import checkpoints, opening, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
+from mmjax.schema import to_dataclass
 from mmjax.train import build, optim, state
 from mmjax.train import rows as trained_rows
 from mmjax.train.rows import Rows

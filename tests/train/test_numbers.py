@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmjax.config import to_dataclass
+from mmjax.schema import to_dataclass
 from mmjax.train.settings import RunSettings, check_numbers
 from mmjax.types import MMJaxError
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from mmjax.config import resolve_recipe, to_dataclass
+from mmjax.config import resolve_recipe
 from mmjax.models import registry
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import use
+from mmjax.schema import to_dataclass
 from mmjax.train import plan, plan_report, state
 from mmjax.train.activations import layers_in_scans, traced
 from mmjax.train.loss import loss_sum

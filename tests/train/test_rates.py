@@ -11,8 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmjax.config import fill, to_dataclass
+from mmjax.config import fill
 from mmjax.monitor.terminal import startup_table
+from mmjax.schema import to_dataclass
 from mmjax.train import startup
 from mmjax.train.optim import (
     OptimSettings,

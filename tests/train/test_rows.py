@@ -9,9 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from mmjax.config import to_dataclass
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
+from mmjax.schema import to_dataclass
 from mmjax.train import build, optim, state, step
 from mmjax.train import rows as trained_rows
 from mmjax.train.rows import Rows, RowSettings
