@@ -19,6 +19,7 @@ from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.few_shot import Demonstrations
 from mmjax.evals.scorers import get_scorer
+from mmjax.evals.table import results_table
 from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
@@ -129,7 +130,7 @@ def full(
     )
     if lead and got:
         console = Console(width=None if sys.stdout.isatty() else 140)  # a log cuts nothing off
-        console.print(runner.results_table(got))
+        console.print(results_table(got))
         facts: dict[str, Any] = {
             "name": settings.name,
             "checkpoint": checkpoint_name,

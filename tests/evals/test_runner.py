@@ -12,6 +12,7 @@ from rich.console import Console
 from mmjax.data.images import open_image
 from mmjax.evals import charts, report, results, runner
 from mmjax.evals.answer import answerer
+from mmjax.evals.table import results_table
 from mmjax.evals.tasks import Task, make_task, multiple_choice, question_of, spread, vqa
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
@@ -69,7 +70,7 @@ def test_a_sweep_is_scored_kept_and_reported(tmp_path):
     assert metrics["eval/colours/accuracy"] == 1.0
     assert metrics["eval/colours/accuracy_5"] == pytest.approx(1 / 3, abs=1e-5)
     console = Console(file=io.StringIO(), width=160)
-    console.print(runner.results_table(found))
+    console.print(results_table(found))
     assert "33.3%" in console.file.getvalue() and "25.0%" in console.file.getvalue()
 
     (tmp_path / "metrics.jsonl").write_text('{"step":1,"train/loss":2}\n{"step":2,"train/loss":1}')
@@ -197,7 +198,7 @@ def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
         assert "error" not in rows[1] and rows[1]["prediction"] == "red"
     assert "1 / 2, 1 unreadable" in Path(report.report_workdir(tmp_path)).read_text()
     console = Console(file=io.StringIO(), width=160)
-    console.print(runner.results_table(got))
+    console.print(results_table(got))
     assert "1 / 2, 1 unreadable" in console.file.getvalue()
 
 
@@ -207,7 +208,7 @@ def test_names_are_shown_as_they_stand_and_whole():
     rows = [record(i, "Q?", "red", group=name) for i, name in enumerate(names)]
     task = "a_task_with_a_name_that_is_long_" * 2 + "[end]"
     console = Console(file=io.StringIO(), width=160)
-    console.print(runner.results_table(run([vqa(task, rows)])))
+    console.print(results_table(run([vqa(task, rows)])))
     shown = console.file.getvalue()
     assert task in shown and all(name in shown for name in names)
 
@@ -258,7 +259,7 @@ def test_wilson_interval_and_spread():
 
 def test_the_table_has_no_column_of_nothing():
     def titles(**options):
-        made = runner.results_table(run([vqa("a", colours(), **options)]))
+        made = results_table(run([vqa("a", colours(), **options)]))
         return [column.header for column in made.columns]
 
     assert titles() == ["task", "at", "accuracy", "95 %", "correct"]
