@@ -186,4 +186,4 @@ format: .venv/installed-test
 	$(PY) -m ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-h200 .venv-kubernetes .cache build *.egg-info
+	rm -rf .venv .venv-* .cache build *.egg-info
