@@ -32,7 +32,8 @@ def test_features_equal(pair):
     images = case.pixel_values.transpose(0, 2, 3, 1)
     with use(ours.mesh):
         features = nnx.jit(lambda m, x: m.features(x), graph=False)(ours.model, images)
-    np.testing.assert_allclose(features, case.features, atol=1e-5)
+    largest = np.abs(case.features).max()  # 13 or so: other CPUs round otherwise
+    np.testing.assert_allclose(features, case.features, atol=1e-5 * largest)
 
 
 def test_logits_equal_in_every_case(pair):

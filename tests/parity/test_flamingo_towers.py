@@ -114,7 +114,8 @@ def test_clip_tokens_before_the_last_norm_equal_the_peer(golden):
     pixels = golden.vision_x.reshape(-1, *golden.vision_x.shape[3:])
     got = forward(tower(golden), pixels.transpose(0, 2, 3, 1))
     assert np.abs(golden.clip_tokens).max() > 1
-    np.testing.assert_allclose(got, golden.clip_tokens, atol=1e-5)
+    largest = np.abs(golden.clip_tokens).max()  # 8 or so: other CPUs round otherwise
+    np.testing.assert_allclose(got, golden.clip_tokens, atol=1e-5 * largest)
 
 
 def test_latents_equal_the_peer(golden):
