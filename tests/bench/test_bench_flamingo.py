@@ -85,6 +85,7 @@ def test_prompts_have_two_or_three_images_and_end_in_a_question():
             assert example["visual_index"][-1] == marks.sum() - 1
 
 
+@pytest.mark.heavy
 def test_a_step_trains_what_openflamingo_trains(tmp_path):
     folder = tmp_path / "model"
     flamingo_ours.write_model(TRAIN.size, folder)

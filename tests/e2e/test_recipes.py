@@ -43,6 +43,8 @@ SAME_TOY = {
 }
 # One of each family, and one of its adapters, is continued, exported, and answers from there.
 EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
+# Those whose way another goes too: easy-VQA and the magnifier as quickstart, adapters as OtterHD's.
+SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b_lora"}
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
 BUNNIES = {
     "bunny_phi1_5_siglip": (5e-4, 2048, 24, 729),
@@ -192,7 +194,12 @@ def test_a_toy_is_the_one_that_goes_all_the_way(name):
 
 
 @pytest.mark.parametrize(
-    "file", [r for r in RECIPES if r.stem not in SAME_TOY], ids=lambda p: p.stem
+    "file",
+    [
+        pytest.param(r, id=r.stem, marks=[pytest.mark.heavy] if r.stem in SIBLINGS else [])
+        for r in RECIPES
+        if r.stem not in SAME_TOY
+    ],
 )
 def test_a_recipe_goes_all_the_way(file, tmp_path):
     settings, workdir = small(file), tmp_path / "run"
