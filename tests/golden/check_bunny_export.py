@@ -4,7 +4,7 @@
 
 CHECKOUT: as for make_bunny_goldens.py, in the same environment. Each committed model goes into a
 folder of mmjax and out again, merged and as projector, a LoRA adapter of PEFT too; each is loaded
-by bunny/model/builder.py, and answers the golden's first batch. Fails above 1e-5 of the largest
+by bunny/model/builder.py, and answers the golden's first batch. Fails above 3e-6 of the largest
 logit, for another machine's matmuls round otherwise; the adapter's is compared with that of the
 adapter as PEFT saved it.
 """
@@ -24,7 +24,7 @@ import transformers
 from convert_weights import to_hf, to_jax
 from tests.parity import bunny_examples, bunny_files, bunny_golden
 
-LIMIT, EVA_OUT = 1e-5, peer.EVA_OUT
+LIMIT, EVA_OUT = 3e-6, peer.EVA_OUT
 
 
 def main():

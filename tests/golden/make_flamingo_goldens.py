@@ -37,10 +37,10 @@ import tempfile
 import flamingo_peer as peer
 import numpy as np
 import torch
+from whole_forwards import NEW_TOKENS, argmax
 
 PROMPTS = ("pre<image>a cat<|endofchunk|><image>two dogs<|endofchunk|><image>an", "<image>Output:")
 MISSING = "no<image>one<image>two<image>three"
-NEW_TOKENS = 12
 SEEDS = dict(mpt=0, mosaic1b=7, neox=2, llama=1, opt=3)  # the first to try
 TEXTS = ("greedy", "greedy_nocache", "beam3")
 MARGIN = 1e-3  # of the best token over the second, far above float32's noise
@@ -196,18 +196,6 @@ def generated(model, vision, ids, mask):
     beam = model.generate(vision, ids, num_beams=3, length_penalty=0.0, **new)
     texts, margin = argmax(model, vision, ids, mask)
     return dict(greedy=greedy, beam3=beam, greedy_nocache=texts, greedy_margin=margin)
-
-
-def argmax(model, vision, ids, mask):
-    """Return ids with the best new tokens of whole forwards, and how far above the second."""
-    margin = np.inf
-    for _ in range(NEW_TOKENS):
-        logits = model(vision_x=vision, lang_x=ids, attention_mask=mask).logits[:, -1]
-        best, second = logits.topk(2).values.unbind(-1)
-        margin = min(margin, float((best - second).min()))
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return ids, torch.tensor(margin)
 
 
 def one_more(model, vision, ids, mask):

@@ -32,6 +32,7 @@ import tempfile
 import numpy as np
 import otter_peer as peer
 import torch
+from whole_forwards import NEW_TOKENS, argmax
 
 PROMPTS = (
     "<image>User:a? GPT:<answer>cat<|endofchunk|><image>User:b? GPT:<answer>dog<|endofchunk|>"
@@ -39,7 +40,6 @@ PROMPTS = (
     "<image>User:who is it? GPT:<answer>",
 )
 MEDIA = dict(mpt=(3, 1), mosaic1b=(3, 1), llama=(3, 3))  # media, frames
-NEW_TOKENS = 12
 MARGIN = 1e-3  # of the best token over the second, far above float32's noise
 FULL_GRADIENT, SAMPLES = 512, 256
 
@@ -149,18 +149,6 @@ def run(model, media, frames):
         texts, margin = argmax(model, vision, ids, mask)
     arrays |= dict(greedy_nocache=texts, greedy_margin=margin)
     return {k: v.detach().numpy() for k, v in arrays.items()}
-
-
-def argmax(model, vision, ids, mask):
-    """Return ids with the best new tokens of whole forwards, and how far above the second."""
-    margin = np.inf
-    for _ in range(NEW_TOKENS):
-        logits = model(vision_x=vision, lang_x=ids, attention_mask=mask).logits[:, -1]
-        best, second = logits.topk(2).values.unbind(-1)
-        margin = min(margin, float((best - second).min()))
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return ids, torch.tensor(margin)
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ def test_transformers_loads_the_language_model_and_the_tower_of_an_export(
             features = connector(seen.hidden_states[-2][:, -4:]).numpy()  # without a class token
         np.testing.assert_allclose(logits, case.logits[row, :n], atol=1e-5)
         largest = np.abs(case.features).max()
-        np.testing.assert_allclose(features, case.features, atol=1e-5 * largest)
+        np.testing.assert_allclose(features, case.features, atol=3e-6 * largest)
 
 
 def test_stage_1_is_written_as_the_peer_saves_it(phi, tmp_path, caplog):

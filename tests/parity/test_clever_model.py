@@ -6,7 +6,6 @@ import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -16,15 +15,13 @@ import mmjax
 from mmjax.generate.loop import pad_batch
 from mmjax.models import registry
 from mmjax.nn import paths
-from mmjax.parallel.mesh import use
 from mmjax.train import build, state, tuning
-from mmjax.train.loss import loss_sum
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
 from mmjax.weights import rules
 from mmjax.weights.tuning import module_of
 from mmjax.weights.writer import Arrays
 from tests import small_flamingo
-from tests.parity import flamingo_golden, flamingo_parts, flamingo_peer, forward
+from tests.parity import backward, flamingo_golden, flamingo_parts, flamingo_peer, forward
 
 FOLDER = Path(os.environ.get("CLEVER_GOLDENS", flamingo_golden.COMMITTED))
 MODULE = "module.lang_encoder.base_model.model."  # before a name of the language model
@@ -135,9 +132,7 @@ def batch_of(peer, image):
     batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
     batch["segment_ids"] = peer["attention_mask"].astype(np.int32)
     targets = [np.flatnonzero(row != -100) for row in peer["labels"]]
-    batch["target_index"] = np.full((2, max(map(len, targets))), -1, np.int32)
-    for row, some in enumerate(targets):
-        batch["target_index"][row, : len(some)] = some
+    backward.place_targets(batch, targets)
     return batch
 
 
@@ -149,17 +144,8 @@ def test_logits_of_the_checkpoint_it_saved(mpt, peer, ours):
 
 def test_loss_and_gradients_of_its_step(mpt, peer, ours):
     batch = batch_of(peer, mpt.config["ids"]["image"])
-    graphdef, params = nnx.split(ours.model)
-
-    @jax.jit
-    def loss(params, batch):
-        total, count = loss_sum(nnx.merge(graphdef, params), batch)
-        return total / count
-
-    with use(ours.mesh):
-        value, grads = jax.value_and_grad(loss)(params, batch)
-    assert float(value) == pytest.approx(float(peer["loss"]), rel=1e-5)
-    flat = {k: np.asarray(v) for k, v in paths.flatten(grads).items()}
+    value, flat = backward.loss_and_gradients(ours, batch)
+    assert value == pytest.approx(float(peer["loss"]), rel=1e-5)
     named = in_their_names(ours.config, flat)
     assert set(named) >= set(peer.gradients.trained) and len(peer.gradients.trained) == 121
     errors = peer.gradients.gradient_errors(named)

@@ -1,6 +1,5 @@
 """Flamingo against OpenFlamingo's own code: every stage, loss, gradients, and generated tokens."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,12 +9,10 @@ import mmjax
 from mmjax.generate.beam import Beams
 from mmjax.generate.loop import pad_batch
 from mmjax.models import registry
-from mmjax.nn import paths
 from mmjax.parallel.mesh import use
-from mmjax.train.loss import loss_sum
 from mmjax.weights import rules
 from mmjax.weights.writer import Arrays
-from tests.parity import flamingo_golden, flamingo_peer, forward
+from tests.parity import backward, flamingo_golden, flamingo_peer, forward
 
 IN_SHORT = ("flamingo_mpt", "flamingo_llama")
 """With ALiBi and grouped layers, and with rotary positions; the others have neither more."""
@@ -85,22 +82,9 @@ def test_text_alone_is_the_same_whatever_else_is_in_its_batch(pair):
 def test_loss_and_every_trained_gradient_equal(pair):
     golden, ours = pair
     batch, lengths = pad_batch(flamingo_peer.examples(golden))
-    targets = [np.flatnonzero(row[-n:] != -100) for row, n in zip(golden.labels, lengths)]  # noqa: B905
-    targets = [t[t > 0] for t in targets]  # nothing stands before a first token
-    batch["target_index"] = np.full((2, max(map(len, targets))), -1, np.int32)
-    for row, some in enumerate(targets):
-        batch["target_index"][row, : len(some)] = some
-    graphdef, params = nnx.split(ours.model)
-
-    @jax.jit
-    def loss(params, batch):
-        total, count = loss_sum(nnx.merge(graphdef, params), batch)
-        return total / count
-
-    with use(ours.mesh):
-        value, grads = jax.value_and_grad(loss)(params, batch)
-    assert float(value) == pytest.approx(float(golden.loss), rel=1e-5)
-    flat = {k: np.asarray(v) for k, v in paths.flatten(grads).items()}
+    backward.place_targets(batch, backward.labelled(golden.labels, lengths))
+    value, flat = backward.loss_and_gradients(ours, batch)
+    assert value == pytest.approx(float(golden.loss), rel=1e-5)
     table = registry.family("flamingo").weights.rules(ours.config, "openflamingo")
     named = {t.key: t.make() for t in rules.export(table, Arrays(flat))}
     errors = golden.gradient_errors(named)

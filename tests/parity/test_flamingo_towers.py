@@ -115,7 +115,7 @@ def test_clip_tokens_before_the_last_norm_equal_the_peer(golden):
     got = forward(tower(golden), pixels.transpose(0, 2, 3, 1))
     assert np.abs(golden.clip_tokens).max() > 1
     largest = np.abs(golden.clip_tokens).max()  # 8 or so: other CPUs round otherwise
-    np.testing.assert_allclose(got, golden.clip_tokens, atol=1e-5 * largest)
+    np.testing.assert_allclose(got, golden.clip_tokens, atol=3e-6 * largest)
 
 
 def test_latents_equal_the_peer(golden):

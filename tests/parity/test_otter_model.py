@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,14 +11,12 @@ from mmjax.config import resolve_recipe
 from mmjax.generate.loop import pad_batch
 from mmjax.models import registry
 from mmjax.nn import paths
-from mmjax.parallel.mesh import use
 from mmjax.schema import to_dataclass
-from mmjax.train.loss import loss_sum
 from mmjax.train.settings import RunSettings
 from mmjax.train.state import chosen_by
 from mmjax.weights import rules
 from mmjax.weights.writer import Arrays
-from tests.parity import forward, otter_golden
+from tests.parity import backward, forward, otter_golden
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ("mpt", "llama", pytest.param("mosaic1b", marks=pytest.mark.heavy))
@@ -53,24 +50,9 @@ def test_logits_equal(pair):
 def test_loss_and_every_trained_gradient_equal(pair):
     golden, ours = pair
     batch, lengths = pad_batch(otter_golden.examples(golden))
-    targets = [
-        np.flatnonzero(row[-n:] != -100) for row, n in zip(golden.labels, lengths, strict=True)
-    ]
-    targets = [t[t > 0] for t in targets]  # nothing stands before a first token
-    batch["target_index"] = np.full((2, max(map(len, targets))), -1, np.int32)
-    for row, some in enumerate(targets):
-        batch["target_index"][row, : len(some)] = some
-    graphdef, params = nnx.split(ours.model)
-
-    @jax.jit
-    def loss(params, batch):
-        total, count = loss_sum(nnx.merge(graphdef, params), batch)
-        return total / count
-
-    with use(ours.mesh):
-        value, grads = jax.value_and_grad(loss)(params, batch)
-    assert float(value) == pytest.approx(float(golden.loss), rel=1e-5)
-    flat = {k: np.asarray(v) for k, v in paths.flatten(grads).items()}
+    backward.place_targets(batch, backward.labelled(golden.labels, lengths))
+    value, flat = backward.loss_and_gradients(ours, batch)
+    assert value == pytest.approx(float(golden.loss), rel=1e-5)
     weights = registry.family("flamingo").weights
     table = rules.export(weights.rules(ours.config, "otter"), Arrays(flat))
     errors = golden.gradient_errors({weights.from_hub(t.key, "otter"): t.make() for t in table})
