@@ -33,6 +33,12 @@ _ROLES = {
     "messages": {"system": "system", "user": "user", "assistant": "assistant"},
 }
 _FIELDS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+_NEXT = {
+    None: ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user",),
+}
 _IMAGE_PATH = "<img_path>"
 _KEPT = ("answers", "choices", "answer", "group", "split")  # fields a task may score with
 
@@ -157,7 +163,11 @@ class TfdsSource:
 
 
 def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:
-    """Read a list of turns: a system message at most first, then user and assistant in turn."""
+    """Read a list of turns: a system message at most first, then user and assistant in turn.
+
+    An answer before the first question is left out, as LLaVA's loaders do: pieces of long
+    conversations begin with one.
+    """
     if not isinstance(turns, list) or not turns:
         raise _bad(where, f"{form!r} is {_show(turns)}; expected a list of at least one turn")
     who, what = _FIELDS[form]
@@ -178,15 +188,19 @@ def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:
                 where, f"field '{field}.{who}' is {turn[who]!r}; expected one of {list(roles)}"
             )
         messages.append(Message(roles[turn[who]], turn[what]))
-        last = messages[-2].role if i else None
-        wanted = ("assistant",) if last == "user" else ("user",) if last else ("system", "user")
+        wanted = _NEXT[messages[-2].role if i else None]
         if messages[-1].role not in wanted:
             names = [k for k, v in roles.items() if v in wanted]
             raise _bad(
                 where,
                 f"field '{field}.{who}' is {turn[who]!r} where {' or '.join(map(repr, names))} "
-                "must stand: turns alternate and the user begins",
+                "must stand: turns alternate",
             )
+    at = int(messages[0].role == "system")
+    if len(messages) > at and messages[at].role == "assistant":
+        del messages[at]
+        if len(messages) == at:
+            raise _bad(where, f"{form!r} holds an answer and no question")
     return tuple(messages)
 
 

@@ -126,6 +126,25 @@ def turns(*pairs):
     return {"conversations": [{"from": who, "value": what} for who, what in pairs]}
 
 
+def test_an_answer_that_nothing_asked_for_is_left_out(tmp_path):
+    """As LLaVA's loaders do: pieces of long conversations begin so."""
+    led = turns(("gpt", "Hello."), ("human", "what?"), ("gpt", "this"))
+    told = turns(("system", "Be brief."), ("gpt", "Hello."), ("human", "what?"), ("gpt", "this"))
+    roles = {"human": "user", "gpt": "assistant"}
+    chat = [{"role": roles[x["from"]], "content": x["value"]} for x in led["conversations"]]
+    lines = [json.dumps(x) for x in (led, told, {"messages": chat})]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    first, second, third = JsonSource(path)
+    question = (Message("user", "what?"), Message("assistant", "this"))
+    assert first.messages == third.messages == question
+    assert second.messages == (Message("system", "Be brief."), *question)
+    # A picture that it marks is nobody's: the record is bad rather than its pictures moved.
+    marked = turns(("gpt", "<image>"), ("human", "<image> what?"), ("gpt", "this"))
+    path = write(tmp_path / "b.jsonl", json.dumps(marked | {"image": ["a.png", "b.png"]}))
+    with pytest.raises(BadSample, match=r"1 <image> mark\(s\) .* for 2 image"):
+        JsonSource(path)[0]
+
+
 @pytest.mark.parametrize(
     "value, reason, message",
     [
@@ -137,7 +156,8 @@ def turns(*pairs):
         ({"conversations": [{"from": "human"}]}, "bad_record", r"conversations\[0\].value' is mis"),
         (turns(("human", 3)), "bad_record", r"conversations\[0\].value' is 3, not a string"),
         (turns(("bot", "x")), "bad_record", r"conversations\[0\].from' is 'bot'; expected one of"),
-        (turns(("gpt", "x")), "bad_record", r"conversations\[0\].from' is 'gpt' where 'system' or"),
+        (turns(("gpt", "x")), "bad_record", "'conversations' holds an answer and no question"),
+        (turns(("gpt", "x"), ("gpt", "y")), "bad_record", r"\[1\].from' is 'gpt' where 'human'"),
         (
             turns(("human", "x"), ("human", "y")),
             "bad_record",
