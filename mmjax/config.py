@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import os
@@ -16,21 +17,42 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from mmjax.schema import is_mapping, to_dataclass
 from mmjax.types import MMJaxError, nearest
 
 
-def fill(cls: type, values: Mapping[str, Any]) -> Any:
+class OpenDict(ConfigDict):
+    """A group whose names are the user's, such as ``mesh``: an override may bring new ones."""
+
+
+def fill(cls: type, values: Mapping[str, Any]) -> ConfigDict:
     """Return a ConfigDict with every setting of a dataclass, ``values`` laid over the defaults.
 
     A recipe names what it chooses; filled, any other setting can be overridden on the command line
-    too. Raises MMJaxError as ``to_dataclass`` does.
+    too, and settings that are mappings can be added to. Raises MMJaxError as ``to_dataclass`` does.
     """
-    from ml_collections import ConfigDict
-
     made = to_dataclass(cls, values)
-    # convert_dict=False would keep free-form dicts plain, but then nothing in them could be set.
-    return ConfigDict(dataclasses.asdict(made))
+    return _group(made, dataclasses.asdict(made))
+
+
+def _group(made: Any, plain: Mapping[str, Any]) -> ConfigDict:
+    """Turn ``plain``, a dataclass as dicts, into groups: fixed ones where it is a dataclass."""
+    return ConfigDict(
+        {
+            name: _group(getattr(made, name), value)
+            if dataclasses.is_dataclass(getattr(made, name))
+            else _opened(value)
+            for name, value in plain.items()
+        }
+    )
+
+
+def _opened(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return OpenDict({name: _opened(inner) for name, inner in value.items()})
 
 
 def resolve_recipe(recipe: str | os.PathLike, overrides: Iterable[str] = ()) -> Any:
@@ -87,9 +109,8 @@ def recipe_options(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
 
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
     """Return the ConfigDict with ``a.b=value`` overrides applied, parsed by each field's type."""
-    arguments = [_override(config, item) for item in overrides]
-    for name, text in arguments:
-        _set(config, name, text)
+    for item in overrides:
+        _set(config, *_override(config, item))
     return config
 
 
@@ -136,18 +157,21 @@ def _override(config: Any, item: str) -> tuple[str, str]:
     if not mark:
         text = "True"
     at, done = config, "config"
-    for part in name.split("."):
+    parts = name.split(".")
+    for i, part in enumerate(parts):
         indexed = isinstance(at, list | tuple) and part.isdigit() and int(part) < len(at)
         if indexed:
             at = at[int(part)]
         elif is_mapping(at) and part in at:
             at = at[part]
+        elif _grows(at) and i == len(parts) - 1 and not _slip(part, at):
+            return name, text
         else:
             known = list(at.keys()) if is_mapping(at) else []
             what = f"{done} has: {', '.join(map(str, known))}" if known else f"{done} has no fields"
             raise MMJaxError(f"unknown config key {name!r}{nearest(part, known)} ({what})")
         done += f".{part}"
-    if is_mapping(at) and not text.strip().startswith("{"):
+    if is_mapping(at) and not _grows(at) and not text.strip().startswith("{"):
         raise MMJaxError(
             f"{done} is a group of settings ({', '.join(map(str, at.keys()))}); "
             f"set one of them: --{done}.{next(iter(at.keys()), 'key')}=..."
@@ -155,12 +179,47 @@ def _override(config: Any, item: str) -> tuple[str, str]:
     return name, text
 
 
+def _parent(config: Any, name: str) -> tuple[Any, str]:
+    """Return the group that a path leads into, and its last name."""
+    *path, last = name.split(".")
+    for part in path:
+        config = config[int(part)] if isinstance(config, list | tuple) else config[part]
+    return config, last
+
+
+def _grows(group: Any) -> bool:
+    """Tell whether names may be added to a group; groups in a list are plain dicts."""
+    return isinstance(group, OpenDict) or type(group) is dict
+
+
+def _slip(name: str, known: Iterable[str]) -> bool:
+    """Tell a slip of the pen from a new name: ``hidden_sise`` beside ``hidden_size``."""
+
+    def bare(x: str) -> str:  # more of a kind are often numbered: train, train2
+        return re.sub(r"\d", "", x)
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+    return bool(near) and bare(near[0]) != bare(name)
+
+
 def _set(config: Any, name: str, text: str) -> None:
-    """Set one checked path from text, as ml_collections' config flags parse it."""
+    """Set one checked path from text, as ml_collections' config flags parse it.
+
+    What they have no word for is taken as a literal, for ``to_dataclass`` to check: a new name, and
+    a mapping where another kind of value stands, or the other way round.
+    """
     from absl import flags
     from ml_collections import config_flags
     from ml_collections.config_flags import config_path
 
+    group, last = _parent(config, name)
+    value = _literal(text)
+    if not isinstance(group, list | tuple):
+        old = group[last] if last in group else OpenDict()
+        if _grows(old) or (isinstance(value, dict) and not is_mapping(old)):
+            with config.unlocked(), config.ignore_type():
+                group[last] = _opened(value)
+            return
     name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name)  # ml_collections writes an index in brackets
     old = config_path.get_value(name, config)
     if old is None or text.lower() == "none":

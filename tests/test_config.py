@@ -1,14 +1,17 @@
 import dataclasses
 import errno
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from ml_collections import ConfigDict
 
 from mmjax import cli, config, schema
+from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
 
@@ -209,3 +212,60 @@ def test_a_value_inside_a_list_of_groups_can_be_overridden():
     assert (made.eval.tasks[1]["limit"], made.eval.tasks[0]["name"]) == (7, "x")
     with pytest.raises(MMJaxError, match=r"give the whole of it, --config\.data\.resolutions="):
         config.resolve_recipe(recipe, ["data.resolutions.0=48"])
+
+
+def settings(recipe, *overrides):
+    return schema.to_dataclass(RunSettings, config.resolve_recipe(f"configs/{recipe}", overrides))
+
+
+def test_a_group_of_names_of_the_users_own_can_be_added_to():
+    made = settings(
+        "fuyu_8b.py", "mesh.fsdp=8", "mesh.context=4", "model.processor.max_height=1440",
+        "model.processor.max_width=None", "data.sources.train.image_root=/pictures",
+        "data.sources.more={'kind': 'json', 'path': '/b.json'}", "data.sources.more.draws=7",
+    )  # fmt: skip
+    assert made.mesh == {"fsdp": 8, "context": 4}
+    assert made.model.processor == {"max_height": 1440, "max_width": None}
+    assert made.data.sources["train"]["image_root"] == "/pictures"
+    assert made.data.sources["more"] == {"kind": "json", "path": "/b.json", "draws": 7}
+    (task, _) = settings("quickstart.py", "eval.tasks.0.prompt={question}!").eval.tasks
+    assert task["prompt"] == "{question}!"
+    for wrong in ("optim.lrr=1", "model.procesor.max_height=1", "data.sources.trian.path=x"):
+        with pytest.raises(MMJaxError, match="unknown config key"):
+            settings("fuyu_8b.py", wrong)
+    with pytest.raises(MMJaxError, match="did you mean 'hidden_size'"):
+        settings("quickstart.py", "model.config.hidden_sise=64")
+    assert settings("fuyu_8b.py", "data.sources.train2={}").data.sources["train2"] == {}
+
+
+def test_a_setting_of_several_kinds_can_change_its_kind():
+    sides = {"min": 224, "max": 1024, "multiple": 32}
+    made = settings("otterhd_8b.py", f"data.resolutions={sides}", "data.template={'a': 'plain'}")
+    assert (made.data.resolutions, made.data.template) == (sides, {"a": "plain"})
+    made = settings("otterhd_8b.py", "data.augment={'a': ('flip',)}")
+    assert made.data.augment == {"a": ("flip",)}
+    magnifier = settings("magnifier_resolution.py", "data.resolutions=(48, None)")
+    assert magnifier.data.resolutions == (48, None)
+    assert settings("openflamingo_3b.py", "data.weights=sqrt").data.weights == "sqrt"
+    with pytest.raises(MMJaxError, match=r"config\.data\.seq_len: expected int, got OpenDict"):
+        settings("fuyu_8b.py", "data.seq_len={'a': 1}")
+    with pytest.raises(MMJaxError, match=r"config\.mesh: expected dict\[str, int\], got int 8"):
+        settings("fuyu_8b.py", "mesh=8")
+
+
+def written_commands():
+    """Every command with a recipe and overrides that a page or a recipe's docstring tells."""
+    for file in (Path("README.md"), *Path("docs").glob("*.md"), *Path("configs").glob("[!_]*.py")):
+        text = re.sub(r"\\+\n", " ", file.read_text())
+        for line in re.findall(r"--config=configs/.*", text):
+            words = re.findall(r"--config(?:\.[\w.]+)?=(?:'[^']*'|[^\s`]+)", line)
+            recipe, *overrides = [word.replace("'", "") for word in words]
+            if overrides and not re.search(r"[<$]", recipe):
+                yield pytest.param(
+                    recipe.removeprefix("--config=configs/"), overrides, id=f"{file.name} {recipe}"
+                )
+
+
+@pytest.mark.parametrize("recipe, overrides", list(written_commands()))
+def test_commands_of_the_pages_name_settings_that_are_there(recipe, overrides):
+    settings(recipe, *overrides)
