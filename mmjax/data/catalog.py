@@ -26,6 +26,13 @@ KINDS = {
     "emoji": "mmjax.data.emoji:EmojiSource",
     "magnifier": "mmjax.data.magnifier:MagnifierSource",
     "sums": "mmjax.data.sums:SumsSource",
+    "gqa": "mmjax.data.benchmarks.gqa:GqaSource",
+    "magnifierbench": "mmjax.data.benchmarks.magnifierbench:MagnifierBenchSource",
+    "mmbench": "mmjax.data.benchmarks.mmbench:MmbenchSource",
+    "mme": "mmjax.data.benchmarks.mme:MmeSource",
+    "pope": "mmjax.data.benchmarks.pope:PopeSource",
+    "scienceqa": "mmjax.data.benchmarks.scienceqa:ScienceQaSource",
+    "vqa": "mmjax.data.benchmarks.vqa:VqaSource",
 }
 LISTS = {
     "mimicit_yaml": "mmjax.data.mimicit_yaml:expand_yaml",

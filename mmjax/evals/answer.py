@@ -6,19 +6,25 @@ from collections.abc import Callable, Sequence
 
 from mmjax.data.resizing import at_resolution
 from mmjax.data.templates import get_template
+from mmjax.generate.beam import Beams
 from mmjax.loaded import LoadedModel
 from mmjax.types import BadSample, MMJaxError, Record
 
 
 def answerer(
-    model: LoadedModel, *, template: str, batch_size: int, cache_dtype: str | None = None
+    model: LoadedModel,
+    *,
+    template: str,
+    batch_size: int,
+    cache_dtype: str | None = None,
+    beams: Beams = Beams(),  # noqa: B008
 ) -> Callable[[Sequence[Record], int | None, int], list[str | BadSample]]:
     """Return answer(records, resolution, max_new_tokens) -> texts, in the records' order.
 
     resolution: longest side in pixels that images are reduced to, or None. In the place of a record
     that cannot be read, or whose prompt leaves no positions for an answer, stands its BadSample: it
     counts as wrong, it is not left out.
-    cache_dtype: see ``LoadedModel.generate``.
+    cache_dtype, beams: see ``LoadedModel.generate_tokens``.
     """
     lay_out = get_template(template)
 
@@ -46,6 +52,7 @@ def answerer(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             cache_dtype=cache_dtype,
+            beams=beams,
         )
         for place, row in zip(kept, tokens, strict=True):
             answers[place] = model.processor.decode(row).strip()

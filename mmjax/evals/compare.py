@@ -21,6 +21,7 @@ from mmjax.cli import run_guarded
 from mmjax.evals.charts import Point, Series, line_chart, standalone
 from mmjax.evals.page import STYLE
 from mmjax.evals.results import read_results, write_atomic
+from mmjax.evals.summaries import metric_rows, show_metric
 from mmjax.types import MMJaxError
 
 BEGIN = "<!-- written by mmjax.evals.compare: begin -->"
@@ -85,9 +86,13 @@ def read_runs(names: Sequence[str], task: str | None = None) -> dict[str, Entrie
 # What has to be alike before two accuracies are. Longest sides are those of the pictures.
 _ASKED = ("split", "scorer", "n", "shots", "text_shots", "longest_side")
 
+# The same, in results that say it: those of older versions do not.
+_TOLD = ("prompt", "cut", "summary", "max_new_tokens", "num_beams", "length_penalty")
+
 
 def _check_alike(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:
-    for what in _ASKED:
+    told = [what for what in _TOLD if what in ours and what in theirs]
+    for what in (*_ASKED, *told):
         if ours.get(what) != theirs.get(what):
             raise MMJaxError(
                 f"{what} is {ours.get(what)} in {first!r} and {theirs.get(what)} in {name!r}; "
@@ -102,7 +107,8 @@ def write(out: str | os.PathLike, runs: Mapping[str, Entries], command: str) -> 
     """
     out = Path(out)
     picture = out.with_suffix(".svg")
-    between = f"{table(runs)}\n\n![{_title(runs)}]({picture.name})\n\n```\n{command}\n```"
+    tables = "\n\n".join(filter(None, (table(runs), metric_table(runs))))
+    between = f"{tables}\n\n![{_title(runs)}]({picture.name})\n\n```\n{command}\n```"
     block = f"{BEGIN}\n{between}\n{END}"
     old = out.read_text("utf-8") if out.exists() else ""
     found = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", old, re.DOTALL)
@@ -135,7 +141,29 @@ def table(runs: Mapping[str, Entries]) -> str:
         if all("step" in e for e in entries.values())
     )
     note = f"{', '.join(f'{n:,}' for n in sorted(counts))} questions a cell, 95 % intervals."
-    return "\n".join([*lines, "", note + (f" Steps trained: {steps}." if steps else "")])
+    note += f" Steps trained: {steps}." if steps else ""
+    # Each family has its own; the same model asked in another is not the same.
+    templates = {name: next(iter(e.values())).get("template") for name, e in runs.items()}
+    if len(set(templates.values())) > 1:
+        note += f" Templates: {', '.join(f'{n} {t}' for n, t in templates.items())}."
+    return "\n".join([*lines, "", note])
+
+
+def metric_table(runs: Mapping[str, Entries]) -> str:
+    """Lay out what summaries found, a row a metric of the whole or of a group; "" without any."""
+    first, cells = next(iter(runs.values())), {}
+    for name, entries in runs.items():
+        for at, group, metrics in metric_rows(entries)[1]:
+            where = [_size(at, first[at])] if len(first) > 1 else []
+            for metric, found in metrics.items():
+                what = ", ".join([*where, *filter(None, (group,)), metric])
+                cells.setdefault(what, {})[name] = show_metric(found)
+    if not cells:
+        return ""
+    lines = [f"| metric | {' | '.join(runs)} |", f"|---|{'---:|' * len(runs)}"]
+    for what, by_run in cells.items():
+        lines.append(f"| {what} | {' | '.join(by_run.get(name, '') for name in runs)} |")
+    return "\n".join(lines)
 
 
 def plot(runs: Mapping[str, Entries]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from mmjax.evals.charts import Point, Series, legend, line_chart
 from mmjax.evals.page import filters, page
 from mmjax.evals.pictures import data_uri
+from mmjax.evals.report_tables import asked_section, metrics_section, place
 from mmjax.evals.results import (
     predictions_path,
     read_results,
@@ -60,6 +61,8 @@ def write_report(
     body = [
         _tiles(results),
         f"<section><h2>Accuracy</h2>{_table(results)}</section>",
+        *(metrics_section(task, entries) for task, entries in results.items()),
+        asked_section(results),
         f'<div class="charts">{"".join(charts)}</div>' if charts else "",
         _gallery(predictions, os.path.dirname(os.path.abspath(path))),
     ]
@@ -93,20 +96,12 @@ def _tiles(results: Mapping[str, Mapping[str, Any]]) -> str:
         ordered = sorted(entries.items(), key=lambda kv: kv[1].get("longest_side") or 0)
         shown = [ordered[-1], ordered[0]] if len(ordered) > 1 else ordered
         for key, e in shown:
-            where = f"{_place(key, e)}, {e['n']:,} questions"
+            where = f"{place(key, e)}, {e['n']:,} questions"
             tiles.append(
                 f'<div class="tile"><b>{e["accuracy"]:.1%}</b>'
                 f"<span><strong>{escape(task)}</strong><br>{escape(where)}</span></div>"
             )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
-
-
-def _place(key: str, entry: Mapping[str, Any]) -> str:
-    """Say where a result was measured: its split, or its resolution."""
-    side = entry.get("longest_side")
-    if key == "full":
-        return f"full ({side} px)" if side else "full"
-    return f"{key} px" if entry.get("resolution") is not None else str(key)
 
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -123,7 +118,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for task, entries in results.items():
         for key, e in entries.items():
-            rows.append(_table_row(task, _place(key, e), e, e.get("blind", {}), blind, ""))
+            rows.append(_table_row(task, place(key, e), e, e.get("blind", {}), blind, ""))
             if len(e.get("groups", {})) > 1:
                 for group, found in e["groups"].items():
                     part = {k: b["groups"].get(group, {}) for k, b in e.get("blind", {}).items()}
@@ -166,7 +161,7 @@ def _resolution_charts(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for key, e in sorted(swept, key=lambda kv: kv[1]["longest_side"]):
             side, share = e["longest_side"], e["accuracy"]
             low, high = e.get("ci95", (share, share))
-            tip = f"{task}, {_place(key, e)}\n{share:.1%} of {e['n']:,} ({low:.1%} to {high:.1%})"
+            tip = f"{task}, {place(key, e)}\n{share:.1%} of {e['n']:,} ({low:.1%} to {high:.1%})"
             points.append(Point(side, share, tip, f"{share:.0%}", low, high))
             ticks[side] = f"{side}"
             if e.get("chance") is not None:

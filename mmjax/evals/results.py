@@ -11,15 +11,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmjax.evals.scorers import get_scorer
+from mmjax.evals.scorers import READERS, get_scorer
+from mmjax.evals.summaries import Summary
 from mmjax.evals.tasks import Task, answers_of, choices_of, question_of
 from mmjax.types import BadSample, MMJaxError, Record
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(rows: Sequence[Mapping[str, Any]], summary: Summary | None = None) -> dict[str, Any]:
     """Reduce prediction rows (``score``, ``group``) to accuracy, n, correct, ci95 and groups.
 
-    correct: the sum of scores, fractional where the scorer is. ci95: Wilson's interval.
+    correct: the sum of scores, fractional where the scorer is. ci95: Wilson's interval. With a
+    summary the whole and each group have its ``metrics`` too.
     """
     out = _accuracy([r["score"] for r in rows])
     groups: dict[str, list[float]] = {}
@@ -27,7 +29,41 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if row.get("group") is not None:
             groups.setdefault(str(row["group"]), []).append(row["score"])
     out["groups"] = {name: _accuracy(scores) for name, scores in sorted(groups.items())}
+    if summary is not None:
+        out["metrics"], each = summary.of(rows)
+        for name, metrics in each.items():
+            out["groups"][name]["metrics"] = metrics
     return out
+
+
+def facts_of(task: Task, record: Record) -> dict[str, Any]:
+    """Return what a row says of its question before anything is answered.
+
+    One of a test split, whose answers nobody has, is ``unscored``.
+    """
+    row: dict[str, Any] = {"question": question_of(record)}
+    if record.meta.get("unscored"):
+        row["unscored"] = True
+    else:
+        answers = answers_of(record)
+        row |= {"answer": answers[0]} | ({"answers": answers} if len(set(answers)) > 1 else {})
+    choices = choices_of(record)
+    row |= {"choices": choices} if choices else {}
+    row |= {"group": record.meta[task.group]} if task.group in record.meta else {}
+    return row | ({"unit": record.meta["unit"]} if "unit" in record.meta else {})
+
+
+def judge(task: Task, prediction: str, record: Record) -> dict[str, Any]:
+    """Return what a prediction is worth: ``score``, ``correct``, and ``read`` where it is read.
+
+    Raises MMJaxError where nothing could be right.
+    """
+    choices = choices_of(record)
+    out = {"read": READERS[task.scorer](prediction, choices)} if task.scorer in READERS else {}
+    if record.meta.get("unscored"):
+        return out
+    value = get_scorer(task.scorer)(prediction, answers_of(record), choices)
+    return out | {"score": value, "correct": value >= 0.5}
 
 
 def right_of(entry: Mapping[str, Any]) -> str:
@@ -70,18 +106,17 @@ def blind_baselines(
         return {}
     majority = overall.most_common(1)[0][0]
     best = {q: c.most_common(1)[0][0] for q, c in by_question.items()}
-    score = get_scorer(task.scorer)
     rows: dict[str, list[dict[str, Any]]] = {"majority": [], "question_only": []}
     for record in records:
-        answers, choices = answers_of(record), choices_of(record)
         guesses = {"majority": majority, "question_only": best.get(question_of(record), majority)}
         for name, guess in guesses.items():
-            try:
-                value = score(guess, answers, choices)
-            except BadSample:  # nothing would be right, as for the model's own answer
-                value = 0.0
-            rows[name].append({"score": value, "group": record.meta.get(task.group)})
-    out: dict[str, Any] = {name: summarise(scored) for name, scored in rows.items()}
+            row = facts_of(task, record) | {"prediction": guess, "score": 0.0}
+            with contextlib.suppress(BadSample):  # nothing would be right, nor of the model's own
+                row |= judge(task, guess, record)
+            rows[name].append(row)
+    out: dict[str, Any] = {
+        name: summarise(scored, task.summariser) for name, scored in rows.items()
+    }
     out["majority"]["answer"] = majority
     return out
 
@@ -125,14 +160,15 @@ def merge_results(
     return merged
 
 
-def write_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write a text file so that a reader, or a kill, never sees half of it."""
+def write_atomic(path: str | os.PathLike, text: str | bytes) -> None:
+    """Write a file so that a reader, or a kill, never sees half of it."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     partial = f"{os.fspath(path)}.partial"
     # Half a surrogate pair, which a dataset's JSON may hold, becomes its own escape in JSON.
+    data = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     try:
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as f:
-            f.write(text)
+        with open(partial, "wb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)

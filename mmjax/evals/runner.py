@@ -6,24 +6,27 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from mmjax.data.resizing import at_resolution
+from mmjax.evals.cuts import get_cut
 from mmjax.evals.few_shot import Demonstrations
 from mmjax.evals.pictures import picture_size, save_picture
 from mmjax.evals.results import (
     blind_baselines,
     chance_level,
+    facts_of,
+    judge,
     merge_results,
     predictions_path,
     summarise,
     write_atomic,
 )
-from mmjax.evals.scorers import get_scorer
-from mmjax.evals.tasks import Task, answers_of, ask, choices_of, open_source, question_of, spread
+from mmjax.evals.submissions import get_submission
+from mmjax.evals.tasks import Task, ask, chosen, open_source, spread
 from mmjax.monitor.terminal import track
 from mmjax.types import BadSample, MMJaxError, Record
 
@@ -44,6 +47,7 @@ def evaluate(
     console: Console | None = None,
     stop: Callable[[], bool] = lambda: False,
     need_some: bool = False,
+    asked: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Ask every question of every task; return task -> split or resolution -> accuracy, n, ...
 
@@ -53,6 +57,7 @@ def evaluate(
     stop: asked between batches; True ends the evaluation, and the unfinished task is left out.
     need_some: raise MMJaxError where none of a task's questions could be asked or scored: 0 % would
         look like a result. While training such an evaluation must end nothing.
+    asked: how generate_fn asks (the template, beams), kept with each result.
     A kill loses the unfinished task alone: files change only when a task is complete. Raises
     MMJaxError where they cannot be written.
     """
@@ -64,7 +69,7 @@ def evaluate(
     console = console or Console()
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        done = _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop)
+        done = _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop, asked)
         if done is None:
             break
         entries, rows, source = done
@@ -73,11 +78,18 @@ def evaluate(
             raise MMJaxError(
                 f"task {task.name}: none of its {count:,} questions could be asked: {first}"
             )
-        results[task.name] = entries
+        scored = not all(row.get("unscored") for row in rows)
+        if scored:
+            results[task.name] = entries
+        elif progress and workdir is None:
+            console.print(f"{task.name}: a test split has nothing to score; give a workdir")
         if workdir is not None:
             try:
-                _keep(task, rows, source, os.fspath(workdir))
-                merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
+                written = _keep(task, rows, source, os.fspath(workdir))
+                if scored:
+                    merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
+                for path in written:
+                    console.print(f"{task.name}: for the benchmark's server: {path}")
             except OSError as error:
                 raise MMJaxError(
                     f"the results of {task.name} cannot be written to {workdir}: {error.strerror}; "
@@ -89,29 +101,34 @@ def evaluate(
 def as_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Flatten results for a writer: ``eval/<task>/accuracy``, in a sweep ``accuracy_<key>`` too.
 
-    The plain accuracy is that of the highest resolution.
+    The plain accuracy is that of the highest resolution; so are a summary's metrics.
     """
     out: dict[str, float] = {}
     for task, entries in results.items():
         best = max(entries.values(), key=lambda e: e.get("longest_side") or 0)
         out[f"eval/{task}/accuracy"] = best["accuracy"]
+        for name, metric in best.get("metrics", {}).items():
+            out[f"eval/{task}/{name.replace(' ', '_')}"] = metric["value"]
         if len(entries) > 1:
             out |= {f"eval/{task}/accuracy_{k}": e["accuracy"] for k, e in entries.items()}
     return out
 
 
-def _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop):
+def _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop, asked):
     """Ask one task at all its resolutions; returns (results, rows, source), None when stopped."""
     source = open_source(task.source)
     limits = [n for n in (limit, task.limit) if n is not None]
-    indices = spread(len(source), min(limits, default=None))
+    most = min(limits, default=None)
+    indices = chosen(source, most)
     if not indices:
         raise MMJaxError(f"task {task.name}: its source holds no records")
     # Enough to know sizes; a source may be large.
     native = picture_size(_readable(source, indices[:32]))
     entries: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    shared: dict[str, Any] = {"split": task.split, "scorer": task.scorer}
+    shared: dict[str, Any] = {"split": task.split, "scorer": task.scorer, "summary": task.summary}
+    shared |= {"prompt": task.prompt, "cut": task.cut, "max_new_tokens": task.max_new_tokens}
+    shared |= {"limit": most, **(asked or {})}
     if step is not None:
         shared["step"] = step
     if task.train is not None and limit is None:
@@ -148,7 +165,7 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
             side = min(resolution, native)
         unreadable = sum("error" in r for r in mine)
         entries[key] = {
-            **summarise(mine),
+            **summarise(mine, task.summariser),
             **shared,
             "resolution": resolution,
             "longest_side": side,
@@ -175,7 +192,6 @@ def _ask_batch(
     demos: Demonstrations | None,
 ) -> list[dict[str, Any]]:
     """Ask some questions and score the answers; a record that cannot be used counts as wrong."""
-    score = get_scorer(task.scorer)
     rows: dict[int, dict[str, Any]] = {}
     records: dict[int, Record] = {}
     for index in batch:
@@ -197,13 +213,13 @@ def _ask_batch(
         if isinstance(text, BadSample):
             rows[index]["error"] = str(text)
             continue
-        rows[index]["prediction"] = text
+        rows[index]["prediction"] = kept = text if task.cut is None else get_cut(task.cut)(text)
+        if kept != text:
+            rows[index]["generated"] = text
         try:
-            value = score(text, answers_of(record), choices_of(record))
+            rows[index] |= judge(task, kept, record)
         except MMJaxError as e:
             rows[index]["error"] = str(e)
-            continue
-        rows[index] |= {"score": value, "correct": value >= 0.5}
     return [rows[i] for i in batch]
 
 
@@ -220,23 +236,19 @@ def _row(task: Task, index: int, record: Record | None, resolution: int | None) 
     row: dict[str, Any] = {"id": str(index), "index": index, "task": task.name}
     row |= {"resolution": resolution, "key": task.result_key(resolution)}
     if record is not None:
-        answers = answers_of(record)
-        row |= {
-            "id": str(record.meta.get("id", index)),
-            "question": question_of(record),
-            "answer": answers[0],
-        }
-        row |= {"answers": answers} if len(set(answers)) > 1 else {}
-        choices = choices_of(record)
-        row |= {"choices": choices} if choices else {}
-        row |= {"group": record.meta[task.group]} if task.group in record.meta else {}
+        row |= {"id": str(record.meta.get("id", index))} | facts_of(task, record)
         if record.images and isinstance(record.images[0], str | os.PathLike):
             row["image"] = os.fspath(record.images[0])
     return row | {"prediction": "", "score": 0.0, "correct": False}
 
 
-def _keep(task: Task, rows: list[dict[str, Any]], source: Sequence[Record], workdir: str) -> None:
-    """Write the predictions of a task and the pictures that the report will show."""
+def _keep(
+    task: Task, rows: list[dict[str, Any]], source: Sequence[Record], workdir: str
+) -> list[str]:
+    """Write the predictions of a task, the pictures that the report will show, and submissions.
+
+    Returns the paths of the submissions, one a resolution.
+    """
     path = predictions_path(workdir, task.name)
     shown = {}
     for index in choose_pictures(rows, task.pictures):
@@ -249,6 +261,14 @@ def _keep(task: Task, rows: list[dict[str, Any]], source: Sequence[Record], work
         picture = {"picture": shown[row["index"]]} if row["index"] in shown else {}
         lines.append(json.dumps(row | picture, ensure_ascii=False, default=str))
     write_atomic(path, "\n".join(lines) + "\n")
+    if task.submission is None:
+        return []
+    ending, make = get_submission(task.submission)
+    written = []
+    for key in dict.fromkeys(row["key"] for row in rows):
+        written.append(path.removesuffix(".jsonl") + f".{key}{ending}")
+        write_atomic(written[-1], make([row for row in rows if row["key"] == key]))
+    return written
 
 
 def choose_pictures(rows: Sequence[dict[str, Any]], count: int) -> list[int]:

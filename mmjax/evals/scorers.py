@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mmjax.evals import normalise
+from mmjax.evals import yes_no as polar
+from mmjax.evals.anls import anls
 from mmjax.types import BadSample, MMJaxError
 
 Scorer = Callable[[str, Sequence[str], Sequence[str]], float]
@@ -27,6 +29,15 @@ def exact_match_strict(
 ) -> float:
     """Return 1 if the prediction equals any answer to the letter, white space at the ends aside."""
     return float(prediction.strip() in [a.strip() for a in answers])
+
+
+def gqa(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Return 1 if the prediction, in small letters and without points at its end, is the answer.
+
+    GQA's eval.py compares texts as they stand; LLaVA and Bunny bring predictions into this form
+    before they give them to it. Nothing else is forgiven: ``a dog`` is not ``dog``.
+    """
+    return float(prediction.strip().rstrip(".").lower() in answers)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -115,10 +126,25 @@ SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
     "exact_match_strict": exact_match_strict,
     "vqa_accuracy": vqa_accuracy,
+    "gqa": gqa,
+    "anls": anls,
     "multiple_choice": multiple_choice,
     "multiple_choice_text": multiple_choice_text,
     "multiple_choice_otter": multiple_choice_otter,
+    "yes_no": polar.yes_no,
+    "yes_no_pope": polar.yes_no_pope,
+    "yes_no_mme": polar.yes_no_mme,
 }
+
+READERS: dict[str, Callable[[str, Sequence[str]], str | None]] = {
+    "multiple_choice": parse_choice,
+    "multiple_choice_text": lambda text, choices: parse_choice(text, choices, "option_text"),
+    "multiple_choice_otter": lambda text, choices: parse_choice(text, choices, "otter"),
+    "yes_no": lambda text, choices: polar.read_yes_no(text),
+    "yes_no_pope": lambda text, choices: polar.read_yes_no_pope(text),
+    "yes_no_mme": lambda text, choices: polar.read_yes_no_mme(text),
+}
+"""What a scorer makes of an answer before it judges it, where that is one of a few words."""
 
 
 def get_scorer(name: str | Scorer) -> Scorer:

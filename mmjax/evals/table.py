@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmjax.evals.results import right_of
+from mmjax.evals.summaries import metric_rows, show_metric
 
 
 def results_table(results: dict[str, dict[str, Any]]) -> Table:
@@ -30,6 +31,24 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
                     }
                     _add_row(table, Text(f"  {group}", style="dim"), "", found, blind, None)
     return table
+
+
+def metric_tables(results: dict[str, dict[str, Any]]) -> list[Table]:
+    """Lay out what summaries found, a table a task, its groups below the whole."""
+    tables = []
+    for task, entries in results.items():
+        names, lines = metric_rows(entries)
+        if not lines:
+            continue
+        table = Table(box=box.SIMPLE_HEAD, title=Text(task, style="bold"), title_justify="left")
+        for name in ("at", "of", *names):
+            left = name in ("at", "of")
+            table.add_column(Text(name), justify="left" if left else "right", overflow="fold")
+        for at, group, metrics in lines:
+            cells = [show_metric(metrics[name]) if name in metrics else "" for name in names]
+            table.add_row("" if group else at, Text(group or "all"), *cells)
+        tables.append(table)
+    return tables
 
 
 def _add_row(

@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmjax.evals.benchmarks import expand
+from mmjax.evals.cuts import get_cut
 from mmjax.evals.scorers import get_scorer
+from mmjax.evals.submissions import get_submission
+from mmjax.evals.summaries import Summary, get_summary
 from mmjax.schema import to_dataclass
 from mmjax.types import MMJaxError, Record
 
@@ -18,13 +22,20 @@ class Task:
     name: under which results are kept; one name a task. source: a sequence of records, or the
         description of one for ``data.catalog.make_source``; ``meta["answers"]`` holds the right
         answers, or else the last assistant turn is the answer.
-    scorer: a name in ``scorers.SCORERS``. prompt: how the question is asked, such as
-        ``"{question} Answer with one word."``; None asks it as it is.
+    scorer: a name in ``scorers.SCORERS``, of what judges one answer. summary: a name in
+        ``summaries.SUMMARIES``, of what is worked out from all of them, or None.
+    submission: a name in ``submissions.SUBMISSIONS``, of the file for a benchmark's server that is
+        written beside the predictions, or None.
+    prompt: how the question is asked, such as ``"{question} Answer with one word."``; None asks it
+        as it is.
+    cut: a name in ``cuts.CUTS``, of what is cut away from an answer before it is scored; None
+        scores it as it is.
     resolutions: longest sides in pixels at which the same questions are asked, None for the
         pictures as they are. They need not be among those of training, and may be larger.
         enlarge: scale smaller pictures up to the resolution; without it they stay as they are, and
         a resolution above their size is their size.
-    limit: questions, spread evenly over the source; None for all.
+    limit: questions, spread evenly over the source; None for all. Questions that are judged
+        together stay together.
     shots: solved examples before each question, drawn from ``demos``, a source or its description;
         text_shots: so many without their pictures. They are asked by the same ``prompt``. See
         ``evals.few_shot``.
@@ -38,7 +49,10 @@ class Task:
     source: Any
     split: str = "test"
     scorer: str = "exact_match"
+    summary: str | None = None
+    submission: str | None = None
     prompt: str | None = None
+    cut: str | None = None
     resolutions: tuple[int | None, ...] = (None,)
     enlarge: bool = False
     max_new_tokens: int = 16
@@ -54,6 +68,12 @@ class Task:
 
     def __post_init__(self):
         get_scorer(self.scorer)
+        if self.summary is not None:
+            get_summary(self.summary)
+        if self.submission is not None:
+            get_submission(self.submission)
+        if self.cut is not None:
+            get_cut(self.cut)
         if not self.resolutions or len(set(self.resolutions)) != len(self.resolutions):
             raise MMJaxError(
                 f"task {self.name}: resolutions {self.resolutions} must be one or more different "
@@ -77,6 +97,11 @@ class Task:
     def is_multiple_choice(self) -> bool:
         return self.scorer.startswith("multiple_choice")
 
+    @property
+    def summariser(self) -> Summary | None:
+        """Return what ``summary`` names."""
+        return None if self.summary is None else get_summary(self.summary)
+
     def result_key(self, resolution: int | None) -> str:
         """Name one result: the split, or in a sweep the resolution (``48``, ``full``)."""
         if self.resolutions == (None,):
@@ -95,7 +120,12 @@ def multiple_choice(name: str, source: Any, **options: Any) -> Task:
 
 
 def make_task(config: Mapping[str, Any] | Task, path: str = "config.eval.tasks") -> Task:
-    """Make a task from its settings; raises MMJaxError for unknown keys and wrong types."""
+    """Make a task from its settings, or those of a benchmark (``evals.benchmarks``).
+
+    Raises MMJaxError for unknown keys and wrong types.
+    """
+    if not isinstance(config, Task) and "benchmark" in config:
+        config = expand(config, path)
     return to_dataclass(Task, config, path)
 
 
@@ -113,6 +143,19 @@ def spread(size: int, limit: int | None) -> list[int]:
     if limit is None or limit >= size:
         return list(range(size))
     return [i * size // limit for i in range(limit)]
+
+
+def chosen(source: Sequence[Record], limit: int | None) -> list[int]:
+    """Return the indices of the questions to ask: at most ``limit``, evenly spread.
+
+    Where a source says which questions are judged together (``units``, tuples of indices), whole
+    units are taken: as many as the limit holds, and one at the least.
+    """
+    units = getattr(source, "units", None)
+    if units is None or limit is None:
+        return spread(len(source), limit)
+    size = max(len(unit) for unit in units)
+    return [i for place in spread(len(units), max(1, limit // size)) for i in units[place]]
 
 
 def ask(task: Task, record: Record) -> Record:

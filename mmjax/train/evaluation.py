@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,13 +15,15 @@ from flax import nnx
 from rich.console import Console
 
 from mmjax import __version__, checkpoint, runtime
+from mmjax.data.benchmarks.files import read_json
 from mmjax.data.templates import get_template
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.few_shot import Demonstrations
 from mmjax.evals.scorers import get_scorer
-from mmjax.evals.table import results_table
+from mmjax.evals.table import metric_tables, results_table
 from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
+from mmjax.generate.beam import Beams
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
 from mmjax.models.companions import stated_ends
@@ -36,6 +39,19 @@ from mmjax.types import BadSample, MMJaxError, nearest
 def tasks_of(settings: EvalSettings) -> list[Task]:
     """Make the tasks of a config; raises MMJaxError for what they cannot be."""
     return [make_task(t, f"config.eval.tasks[{i}]") for i, t in enumerate(settings.tasks)]
+
+
+def with_tasks(settings: RunSettings, path: str | Path) -> RunSettings:
+    """Return the settings with the tasks of a JSON file: a list of them, or one."""
+    found = read_json(path, 'a JSON file of tasks, such as [{"benchmark": "pope", ...}]')
+    tasks = found if isinstance(found, list) else [found]
+    if not tasks or not all(isinstance(task, dict) for task in tasks):
+        raise MMJaxError(f"{path}: expected a list of tasks, each an object of settings")
+    for task in tasks:  # JSON has lists alone
+        if isinstance(task.get("resolutions"), list):
+            task["resolutions"] = tuple(task["resolutions"])
+    eval_settings = dataclasses.replace(settings.eval, tasks=tuple(tasks))
+    return dataclasses.replace(settings, eval=eval_settings)
 
 
 def check(settings: RunSettings) -> None:
@@ -65,21 +81,26 @@ def check(settings: RunSettings) -> None:
 
 
 def metric_names(task: Task) -> list[str]:
-    """Return the names of a task's accuracies; the plain one is that of the largest pictures."""
+    """Return the names of a task's accuracies and metrics, the plain ones of the largest size."""
     name = f"eval/{task.name}/accuracy"
     keys = [task.result_key(resolution) for resolution in task.resolutions]
-    return [name, *(f"{name}_{key}" for key in keys if len(keys) > 1)]
+    names = [name, *(f"{name}_{key}" for key in keys if len(keys) > 1)]
+    summed = task.summariser.names if task.summariser else ()
+    return [*names, *(f"eval/{task.name}/{one.replace(' ', '_')}" for one in summed)]
 
 
 def check_tasks(settings: EvalSettings) -> None:
     """Raise MMJaxError for what asking the tasks would stumble on; loads no model."""
     get_template(settings.template)
+    _beams(settings)
     for task in tasks_of(settings):
         _check_sources(task)
 
 
 def _check_sources(task: Task) -> None:
     """Open what a task reads, and score no answer to its first question."""
+    if task.summariser:
+        task.summariser.check()
     source = open_source(task.source)
     for name, records in (("source", source), ("demos", task.demos), ("train", task.train)):
         if records is not None and not len(open_source(records)):
@@ -88,7 +109,8 @@ def _check_sources(task: Task) -> None:
         Demonstrations(open_source(task.demos), task.shots or task.text_shots)
     with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
         first = ask(task, source[0])
-        get_scorer(task.scorer)("", answers_of(first), choices_of(first))
+        if not first.meta.get("unscored"):
+            get_scorer(task.scorer)("", answers_of(first), choices_of(first))
 
 
 def sample(
@@ -127,10 +149,15 @@ def full(
         progress=lead,
         stop=stop,
         need_some=True,
+        asked={
+            "template": settings.eval.template,
+            "num_beams": settings.eval.num_beams,
+            "length_penalty": settings.eval.length_penalty,
+        },
     )
     if lead and got:
         console = Console(width=None if sys.stdout.isatty() else 140)  # a log cuts nothing off
-        console.print(results_table(got))
+        console.print(results_table(got), *metric_tables(got))
         facts: dict[str, Any] = {
             "name": settings.name,
             "checkpoint": checkpoint_name,
@@ -146,7 +173,17 @@ def full(
 
 
 def _answerer(model: LoadedModel, s: EvalSettings) -> runner.Generate:
-    return answerer(model, template=s.template, batch_size=s.batch_size, cache_dtype=s.cache_dtype)
+    return answerer(
+        model,
+        template=s.template,
+        batch_size=s.batch_size,
+        cache_dtype=s.cache_dtype,
+        beams=_beams(s),
+    )
+
+
+def _beams(s: EvalSettings) -> Beams:
+    return Beams(s.num_beams, s.length_penalty)
 
 
 def count_parameters(model: LoadedModel) -> int:

@@ -138,9 +138,10 @@ class DataSettings:
 class EvalSettings:
     """What is evaluated, every so many steps on a sample and at the end on everything.
 
-    tasks: see ``mmjax.evals.tasks.Task``. every: steps between evaluations, 0 for none while
-    training. limit: records of a task while training. batch_size: prompts at a time. cache_dtype:
-    of keys and values while answering, None for that of the computation.
+    tasks: see ``mmjax.evals.tasks.Task``; benchmarks go by their names, see docs/evaluation.md.
+    every: steps between evaluations, 0 for none while training. limit: records of a task while
+    training. batch_size: prompts at a time. num_beams, length_penalty: of a beam search; 1 beam is
+    none. cache_dtype: of keys and values while answering, None for that of the computation.
     """
 
     tasks: tuple[dict[str, Any], ...] = ()
@@ -148,6 +149,8 @@ class EvalSettings:
     limit: int = 256
     template: str = "fuyu_prompt"
     batch_size: int = 64
+    num_beams: int = 1
+    length_penalty: float = 1.0
     cache_dtype: Literal[DTYPES] | None = None
     final: bool = True
 

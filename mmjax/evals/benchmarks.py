@@ -1,0 +1,95 @@
+"""Published benchmarks by name: a few settings become a whole task.
+
+``{"benchmark": "pope", "path": ..., "images": ...}`` in ``eval.tasks``; any setting of ``Task``
+beside them replaces the preset's. docs/evaluation.md says what each needs on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.data.catalog import KINDS
+from mmjax.types import MMJaxError, nearest
+
+SHORT = "{question}\nAnswer the question using a single word or phrase."
+"""How LLaVA and Bunny ask for short answers."""
+
+LETTER = "{question}\nAnswer with the option's letter from the given choices directly."
+"""How they ask for one of several options."""
+
+OTTER_LETTER = "Answer with the option letter from the given choices directly."
+"""How Otter asks MagnifierBench, before the question."""
+UNANSWERABLE = (
+    "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+    "Answer the question using a single word or phrase."
+)
+"""How LLaVA asks VizWiz, where many questions have no answer."""
+_LETTER = dict(prompt=LETTER, scorer="multiple_choice", max_new_tokens=16)
+_VQA = dict(prompt=SHORT, scorer="vqa_accuracy", submission="vqa", max_new_tokens=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """kind: of the source, in ``data.catalog``. settings: of the task."""
+
+    kind: str
+    settings: Mapping[str, Any]
+
+
+BENCHMARKS: dict[str, Preset] = {
+    "magnifierbench": Preset(
+        "magnifierbench", _LETTER | dict(prompt=f"{OTTER_LETTER} {{question}}", chance=0.25)
+    ),
+    "scienceqa": Preset("scienceqa", _LETTER),
+    "mmbench": Preset("mmbench", _LETTER | dict(summary="circular", submission="mmbench")),
+    "mme": Preset("mme", dict(scorer="yes_no", summary="mme", max_new_tokens=16)),
+    "gqa": Preset("gqa", dict(prompt=SHORT, scorer="gqa", summary="gqa", submission="gqa")),
+    "vqav2": Preset("vqa", _VQA),
+    "okvqa": Preset("vqa", _VQA),
+    "textvqa": Preset("vqa", _VQA),
+    "vizwiz": Preset("vqa", _VQA | dict(prompt=UNANSWERABLE, submission="vizwiz")),
+    "docvqa": Preset("vqa", _VQA | dict(scorer="anls", submission="docvqa", max_new_tokens=32)),
+    "pope": Preset(
+        "pope", dict(prompt=SHORT, scorer="yes_no", summary="yes_no", max_new_tokens=16)
+    ),
+}
+
+
+def expand(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the settings of the task that a benchmark's name and files stand for.
+
+    What the source takes (``path``, ``images``, ...) goes there, the rest to the task. Raises
+    MMJaxError for an unknown benchmark, a missing file setting, and a ``source`` beside it.
+    """
+    given = dict(config)
+    name = given.pop("benchmark")
+    if name not in BENCHMARKS:
+        raise MMJaxError(
+            f"{path}.benchmark is {name!r}{nearest(str(name), BENCHMARKS)} "
+            f"(there are {', '.join(BENCHMARKS)})"
+        )
+    if "source" in given:
+        raise MMJaxError(
+            f"{path}: benchmark {name!r} makes its source itself; leave 'source' out, or leave "
+            "'benchmark' out and write the whole task"
+        )
+    preset = BENCHMARKS[name]
+    takes = _parameters(preset.kind)
+    source = {"kind": preset.kind} | {k: given.pop(k) for k in list(given) if k in takes}
+    missing = [k for k, p in takes.items() if p.default is p.empty and k not in source]
+    if missing:
+        raise MMJaxError(
+            f"{path}: benchmark {name!r} needs {' and '.join(missing)}; see docs/evaluation.md"
+        )
+    # A split that the source takes names the result, too.
+    named = {"split": source["split"]} if "split" in source else {}
+    return {"name": name, "source": source} | named | dict(preset.settings) | given
+
+
+def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:
+    module, name = KINDS[kind].split(":")
+    return inspect.signature(getattr(importlib.import_module(module), name)).parameters

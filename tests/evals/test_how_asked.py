@@ -1,0 +1,103 @@
+"""What results.json keeps of how a task was asked, cuts by name, and tasks from a file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmjax.evals import compare, cuts, report, runner
+from mmjax.evals.benchmarks import BENCHMARKS
+from mmjax.evals.scorers import READERS
+from mmjax.evals.tasks import Task
+from mmjax.train.evaluation import check_tasks, with_tasks
+from mmjax.train.settings import EvalSettings, RunSettings
+from mmjax.types import Message, MMJaxError, Record
+
+
+def records(count=4):
+    return [
+        Record((Message("user", f"What {i}?"),), (), {"id": f"r{i}", "answers": ["cat"]})
+        for i in range(count)
+    ]
+
+
+def say(records, *_):
+    return ["cat Question:And"] * len(records)
+
+
+def test_results_say_how_a_task_was_asked(tmp_path):
+    task = Task("t", records(), prompt="{question} <b>", cut="open_flamingo_vqa", limit=3)
+    asked = {"template": "bunny_prompt", "num_beams": 3, "length_penalty": 0.0}
+    found = runner.evaluate([task], say, workdir=tmp_path, progress=False, limit=2, asked=asked)
+    entry = json.loads((tmp_path / "results.json").read_text())["t"]["test"]
+    assert entry == found["t"]["test"]
+    told = {"prompt": "{question} <b>", "cut": "open_flamingo_vqa", "max_new_tokens": 16}
+    told |= {"limit": 2, "scorer": "exact_match", "summary": None} | asked
+    assert {key: entry[key] for key in told} == told
+    rows = report.read_predictions(tmp_path / "predictions/t.jsonl")
+    assert [(r["prediction"], r["generated"], r["score"]) for r in rows] == 2 * [
+        ("cat", "cat Question:And", 1.0)
+    ]
+    html = Path(report.report_workdir(tmp_path)).read_text()
+    assert "How it was asked" in html and "<dt>beams</dt><dd>3</dd>" in html
+    assert "{question} &lt;b&gt;" in html
+
+
+def test_nothing_is_cut_unless_it_is_asked_for():
+    found = runner.evaluate([Task("t", records())], say, progress=False)["t"]["test"]
+    assert found["correct"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kept"),
+    [
+        ("open_flamingo_vqa", "two Question:How", "two"),
+        ("open_flamingo_vqa", "red, white Short answer:no", "red"),
+        ("open_flamingo_vqa", "1,000", "1,000"),
+        ("open_flamingo_vqa", "an Answering machine", "an"),
+        ("open_flamingo_caption", 'a "big" cat Output:a dog', "a big cat"),
+        ("first_line", "\nyes\nno", "yes"),
+    ],
+)
+def test_cuts_by_hand(name, text, kept):
+    """After postprocess_vqa_generation and postprocess_captioning_generation of OpenFlamingo."""
+    assert cuts.get_cut(name)(text) == kept
+
+
+def test_runs_that_were_asked_otherwise_are_not_compared(tmp_path):
+    for name, changes in (("a", {}), ("b", {"prompt": "{question}!"}), ("c", {})):
+        task = Task("t", records(), **changes)
+        asked = {"template": f"{name}_prompt"}
+        runner.evaluate([task], say, workdir=tmp_path / name, progress=False, asked=asked)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    with pytest.raises(MMJaxError, match="prompt is None in 'a' and {question}! in 'b'"):
+        compare.read_runs([a, b])
+    assert "Templates: a a_prompt, c c_prompt." in compare.table(compare.read_runs([a, c]))
+
+
+def test_tasks_from_a_file(tmp_path):
+    path = tmp_path / "tasks.json"
+    path.write_text('[{"name": "t", "source": {"kind": "sums"}, "resolutions": [null, 24]}]')
+    chosen = with_tasks(RunSettings(), path).eval
+    assert chosen.tasks[0]["resolutions"] == (None, 24)
+    path.write_text('{"benchmark": "pope"}')
+    with pytest.raises(MMJaxError, match="benchmark 'pope' needs path and images"):
+        check_tasks(with_tasks(RunSettings(), path).eval)
+    path.write_text('["pope"]')
+    with pytest.raises(MMJaxError, match="expected a list of tasks"):
+        with_tasks(RunSettings(), path)
+
+
+def test_mistakes_are_named_before_a_model_is_loaded():
+    with pytest.raises(MMJaxError, match="unknown cut 'openflamingo_vqa'; did you mean 'open_fl"):
+        Task("t", records(), cut="openflamingo_vqa")
+    with pytest.raises(MMJaxError, match="unknown submission 'vqa2'; did you mean 'vqa'"):
+        Task("t", records(), submission="vqa2")
+    with pytest.raises(MMJaxError, match="num_beams is 0; give at least 1"):
+        check_tasks(EvalSettings(num_beams=0))
+
+
+def test_the_page_has_every_name():
+    page = Path(__file__).parents[2].joinpath("docs/evaluation.md").read_text()
+    for known in (BENCHMARKS, cuts.CUTS, READERS):
+        assert [name for name in known if f"`{name}`" not in page] == []
