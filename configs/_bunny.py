@@ -129,9 +129,9 @@ def instruct(
         model["processor"]["end_token"], model["config"]["eos_token_id"] = end_token
     recipe["data"] |= dict(
         template=template,
-        lengths=(512, 1024, 1536),
+        lengths=tuple(n for n in (512, 1024, 1536, 2048, 3072) if n < max_length),
         seq_len=max_length,
-        max_targets=1536,
+        max_targets=max_length,  # an answer may fill a sample that is cut
         batch_size=128,
     )
     trained = ("projector.*", *(["vision.*"] if train_tower else []))

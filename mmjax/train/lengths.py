@@ -10,7 +10,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mmjax.parallel.mesh import check_batch
-from mmjax.parallel.sharding import ON_LENGTH
 from mmjax.train.settings import DataSettings
 from mmjax.types import Batch, MMJaxError
 
@@ -29,7 +28,8 @@ def check_lengths(data: DataSettings, mesh: Mesh) -> None:
 def fitted(batch: Batch, lengths: Sequence[int]) -> Batch:
     """Return a batch with its rows cut to the shortest of some lengths that holds their samples.
 
-    batch: the rows of this process; all processes cut theirs alike. Of patches, a batch without
+    batch: the rows of this process; all processes cut theirs alike. So many tokens have no more
+    targets, which stand in front: the head then runs on no more, too. Of patches, a batch without
     images keeps one row. Without lengths the batch comes back as it is.
     """
     if not lengths:
@@ -39,7 +39,7 @@ def fitted(batch: Batch, lengths: Sequence[int]) -> Batch:
         needed = multihost_utils.process_allgather(needed).max(0)
     whole = batch["tokens"].shape[1]
     length = next((n for n in sorted(lengths) if n >= needed[0]), whole)
-    cut = {name: x[:, :length] if name in ON_LENGTH else x for name, x in batch.items()}
+    cut = {name: x if name == "patches" else x[:, :length] for name, x in batch.items()}
     return cut if needed[1] else {**cut, "patches": cut["patches"][:, :1]}
 
 

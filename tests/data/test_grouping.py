@@ -192,11 +192,13 @@ def test_rows_are_cut_to_the_shortest_length_that_holds_them():
     used[0, :3] = used[1, :5] = 1
     batch = dict(
         tokens=tokens, segment_ids=used, positions=tokens, visual_index=np.full((2, 10), -1),
-        patches=np.zeros((2, 4, 3)), target_index=np.zeros((2, 7)), target_source=np.zeros((2, 7)),
+        patches=np.zeros((2, 4, 3)), target_index=tokens[:, :7], target_source=tokens[:, :7],
     )  # fmt: skip
-    shapes = {name: value.shape for name, value in fitted(batch, (8, 5)).items()}
-    want = dict.fromkeys(batch, (2, 5)) | dict.fromkeys(("target_index", "target_source"), (2, 7))
-    assert shapes == want | {"patches": (2, 1, 3)}
+    cut = fitted(batch, (8, 5))  # five tokens have no more than five targets, which stand in front
+    assert {x.shape for name, x in cut.items() if name != "patches"} == {(2, 5)}
+    assert cut["patches"].shape == (2, 1, 3)
+    np.testing.assert_array_equal(cut["target_index"], tokens[:, :5])
+    assert fitted(batch, (8,))["target_index"].shape == (2, 7)
     np.testing.assert_array_equal(fitted(batch, (4, 8))["tokens"], tokens[:, :8])
     assert fitted(batch, (4,))["tokens"].shape == (2, 10) and fitted(batch, ()) is batch
     batch["visual_index"][1, 2] = 0

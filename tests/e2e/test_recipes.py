@@ -152,6 +152,8 @@ def test_every_stage_of_a_bunny_is_as_published(name):
     )
     for one in (full, lora, tower):
         assert one.data.batch_size == 128
+        # The peer cuts at so many tokens, however many of them are answers, and drops nothing.
+        assert one.data.too_long == "truncate" and one.data.max_targets == one.data.seq_len
         assert one.model.config["image_aspect_ratio"] == "pad"
         assert one.model.config["tokenizer_model_max_length"] == one.data.seq_len
     with pytest.raises(MMJaxError, match=f"{name} takes one of pretrain, finetune, lora"):
