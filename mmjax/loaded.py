@@ -115,7 +115,7 @@ class LoadedModel:
         def text(row: np.ndarray, images: Images) -> str:
             if self.processor.tokenizer is None:
                 return " ".join(map(str, row.tolist()))
-            return self.processor.decode(row, self._scale(images))
+            return self.processor.decode(row, self.coordinate_scale(image_list(images)))
 
         if num_return_sequences > 1:
             return [[text(x, i) for x in row] for row, i in zip(tokens, images, strict=True)]
@@ -223,11 +223,13 @@ class LoadedModel:
                 "prompt, or lower max_new_tokens"
             )
 
-    def _scale(self, images: Images) -> float:
-        """The factor from coordinates in the picture to those the model speaks in."""
+    def coordinate_scale(self, images: Sequence[ImageSource]) -> float:
+        """Return the factor from pixels of a picture to the coordinates the model speaks in.
+
+        images: of one prompt. Of several the last one counts, as in a text that stands behind them.
+        """
         with contextlib.suppress(AttributeError, MMJaxError):
-            first = image_list(images)
-            return self.processor.image_scale(first[0]) if first else 1.0
+            return self.processor.image_scale(images[-1]) if images else 1.0
         return 1.0
 
 

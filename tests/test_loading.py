@@ -15,6 +15,7 @@ from transformers import FuyuForCausalLM
 
 import mmjax
 from convert_weights import to_jax
+from mmjax.loaded import LoadedModel, image_list
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.models.fuyu.processor_config import ProcessorConfig
 from mmjax.parallel.mesh import make_mesh
@@ -123,6 +124,24 @@ def test_images_stand_where_their_marks_stand(loaded, whole):
     assert np.flatnonzero(tokens == image).size == 2 + 8 == len(patches)
     want = torch_logits(whole[1], tokens.tolist(), loaded.processor.config.normalise(patches))
     np.testing.assert_allclose(logits, want, atol=1e-4)
+
+
+def test_coordinates_of_an_answer_are_pixels_of_the_last_image(loaded):
+    """As in the prompt that it follows, where a text means the image before it."""
+
+    class Repeating(LoadedModel):
+        def generate_tokens(self, examples, **options):
+            return [example["tokens"][-5:-1] for example in examples]  # before <answer>
+
+    small = loaded.processor.with_options(max_height=4, max_width=8)
+    model = Repeating("fuyu", loaded.config, loaded.model, small, loaded.mesh)
+    wide, tiny = np.zeros((8, 16, 3), np.uint8), PIXELS[:4, :8]
+    tag = "<point>8, 4</point>"
+    for images in ([wide, tiny], [tiny, wide], [wide], wide, [tiny], None):
+        marks = "<image>" * len(image_list(images))
+        assert model.generate(marks + tag, images) == [tag]
+    assert model.coordinate_scale([tiny, wide]) == 0.5
+    assert model.coordinate_scale([wide, tiny]) == model.coordinate_scale([]) == 1.0
 
 
 def test_token_ids_are_used_as_they_are(ids_only, bare):

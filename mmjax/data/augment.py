@@ -53,7 +53,7 @@ def augments_of(wanted: Augments, names: Sequence[str]) -> tuple[tuple[Augment, 
 def _mirrored(source: ImageSource) -> ImageSource:
     image = im.open_image(source)
     pixels = np.asarray(im.to_rgb(image, im.source_name(source)))
-    return im.keep_orientation(np.ascontiguousarray(pixels[:, ::-1]), image, mirrored=True)
+    return im.with_origin(np.ascontiguousarray(pixels[:, ::-1]), image, mirrored=True)
 
 
 def _unknown(what: str, name: str, known) -> None:

@@ -29,6 +29,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 _STRIPE_PIXELS = 500_000  # below, starting a thread costs more than it saves
 _LONG_NAME = 300  # of a path; longer ones are pictures in base64, or the like
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
+_SCALE = ("mmjax", "scale")  # in ``info`` of an image; no file has such a key
 
 
 def source_name(source: ImageSource) -> str:
@@ -87,26 +88,44 @@ def load_rgb(source: ImageSource, **options: Any) -> np.ndarray:
     return np.asarray(to_rgb(open_image(source, **options), source_name(source)))
 
 
-def keep_orientation(
-    pixels: np.ndarray, image: Image.Image, *, mirrored: bool = False
-) -> np.ndarray | Image.Image:
-    """Return uint8[h,w,3] made of an image with its EXIF orientation, for ``open_image`` to apply.
+def scale_of(image: Image.Image) -> float:
+    """Return the height of an opened image over that of the picture it was resized from.
 
-    The pixels as they are where it has none. mirrored: they were mirrored left to right, and come
-    out so when the orientation is applied, too.
+    1.0 where ``with_origin`` noted none. Coordinates in a text mean the picture as it was.
     """
+    return image.info.get(_SCALE, 1.0)
+
+
+def with_origin(
+    pixels: np.ndarray, image: Image.Image, *, mirrored: bool = False, scale: float = 1.0
+) -> np.ndarray | Image.Image:
+    """Return uint8[h,w,3] made of an image with what must not be lost of that one.
+
+    That is its EXIF orientation, for ``open_image`` to apply, and its ``scale_of`` times ``scale``,
+    by which this step resized it. The pixels as they are where there is neither. mirrored: they
+    were mirrored left to right, and come out so when the orientation is applied, too.
+    """
+    orientation, scale = _orientation(image), scale * scale_of(image)
+    if orientation is None and scale == 1.0:
+        return pixels
+    kept = Image.fromarray(pixels)
+    kept.info[_SCALE] = scale
+    if orientation is not None:
+        # Quarter turns and the two diagonals change places in a mirror.
+        turned = {5: 7, 6: 8, 7: 5, 8: 6} if mirrored else {}
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = turned.get(orientation, orientation)
+        kept.info["exif"] = exif.tobytes()
+    return kept
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation, 2 to 8; None for an image that stands upright."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # broken EXIF, of which Pillow raises nearly anything, says nothing
-        return pixels
-    if orientation not in range(2, 9):
-        return pixels
-    kept, exif = Image.fromarray(pixels), Image.Exif()
-    # Quarter turns and the two diagonals change places in a mirror.
-    turned = {5: 7, 6: 8, 7: 5, 8: 6} if mirrored else {}
-    exif[ExifTags.Base.Orientation] = turned.get(orientation, orientation)
-    kept.info["exif"] = exif.tobytes()
-    return kept
+        return None
+    return orientation if orientation in range(2, 9) else None
 
 
 def fit_size(

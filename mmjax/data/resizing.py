@@ -58,7 +58,7 @@ def squash_first(record: Record, side: int) -> Record:
         image = im.open_image(record.images[0])
         whole = im.to_rgb(image, im.source_name(record.images[0]))
         pixels = np.asarray(whole.resize((side, side), im.Image.Resampling.BICUBIC))
-        pixels = im.keep_orientation(pixels, image)
+        pixels = im.with_origin(pixels, image)
     else:
         pixels = np.zeros((side, side, 3), np.uint8)
     messages = record.messages
@@ -143,7 +143,7 @@ def each_picture(source: ImageSource, change: Callable[[ImageSource], ImageSourc
 def _padded(source: ImageSource, colour: tuple[int, int, int]) -> ImageSource:
     image = im.open_image(source)
     square = im.pad_to_square(im.to_rgb(image, im.source_name(source)), colour)
-    return im.keep_orientation(np.asarray(square), image)
+    return im.with_origin(np.asarray(square), image)
 
 
 def _resized(source: ImageSource, longest: int, enlarge: bool) -> ImageSource:
@@ -161,7 +161,7 @@ def _resized(source: ImageSource, longest: int, enlarge: bool) -> ImageSource:
             f"limit of {im.MAX_PIXELS} pixels; lower the resolution",
         )
     pixels = np.asarray(im.resize(im.to_rgb(image, im.source_name(source)), *size))
-    return im.keep_orientation(pixels, image)
+    return im.with_origin(pixels, image, scale=size[1] / image.height)
 
 
 def _without_marks(text: str) -> str:

@@ -32,7 +32,7 @@ def answerer(
         records: Sequence[Record], resolution: int | None, max_new_tokens: int
     ) -> list[str | BadSample]:
         answers: list[str | BadSample] = [""] * len(records)
-        examples, kept = [], []
+        examples, kept, scales = [], [], []
         room = model.longest_prompt(max_new_tokens)
         if room is not None and room < 1:
             raise MMJaxError(
@@ -45,6 +45,7 @@ def answerer(
                 segments = lay_out(record)
                 examples.append(model.processor.encode(segments, record.images, max_tokens=room))
                 kept.append(place)
+                scales.append(model.coordinate_scale(record.images))
             except BadSample as error:
                 answers[place] = error
         tokens = model.generate_tokens(
@@ -54,8 +55,8 @@ def answerer(
             cache_dtype=cache_dtype,
             beams=beams,
         )
-        for place, row in zip(kept, tokens, strict=True):
-            answers[place] = model.processor.decode(row).strip()
+        for place, scale, row in zip(kept, scales, tokens, strict=True):
+            answers[place] = model.processor.decode(row, scale).strip()
         return answers
 
     return answer

@@ -176,8 +176,12 @@ def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
                 assert max_tokens == 65  # 16 are left for an answer
                 return {"picture": open_image(images[0])}
 
-            def decode(tokens):
+            def decode(tokens, scale):
+                assert scale == 0.5
                 return tokens
+
+        def coordinate_scale(images):
+            return 0.5
 
         def longest_prompt(new):
             return 81 - new

@@ -15,6 +15,7 @@ from mmjax.data.images import (
     pad_to_multiple,
     patchify,
     resize,
+    scale_of,
     source_name,
     to_rgb,
 )
@@ -28,6 +29,7 @@ class ImagePlan:
 
     size: (width, height) of the source; fitted: after shrinking; rows, cols: the patch grid, cols 0
     for patches that came without a grid. pixels: the opened image, or float [h,w,3] or [p,pixels].
+    reduced: by what the source was resized already, as ``scale_of`` tells.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ImagePlan:
     rows: int
     cols: int
     pixels: Any
+    reduced: float = 1.0
 
     @property
     def num_patches(self) -> int:
@@ -49,8 +52,8 @@ class ImagePlan:
 
     @property
     def scale(self) -> float:
-        """Resized over original height, the one factor the peers use for both axes."""
-        return self.fitted[1] / self.size[1] if self.size[1] else 1.0
+        """Height in the stream over the picture's own, the peers' one factor for both axes."""
+        return self.reduced * self.fitted[1] / self.size[1] if self.size[1] else 1.0
 
 
 def plan_image(source: ImageSource, config: ProcessorConfig) -> ImagePlan:
@@ -64,7 +67,8 @@ def plan_image(source: ImageSource, config: ProcessorConfig) -> ImagePlan:
     image = open_image(source, max_pixels=config.max_pixels, transpose=config.transpose)
     fitted = fitted_size(*image.size, config)
     rows, cols = grid(*fitted, config.patch_size)
-    return ImagePlan(source_name(source), image.size, fitted, rows, cols, image)
+    name, reduced = source_name(source), scale_of(image)
+    return ImagePlan(name, image.size, fitted, rows, cols, image, reduced)
 
 
 def cut_patches(plan: ImagePlan, config: ProcessorConfig) -> np.ndarray:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny_tokenizer import build_tiny_tokenizer
 
+from mmjax.data.resizing import at_resolution
 from mmjax.data.tokenize import load_tokenizer, supervised_tokens, token_id
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.coordinates import split_coordinates, to_pixels, to_steps
 from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
-from mmjax.types import BadSample, MMJaxError, Segment
+from mmjax.types import BadSample, MMJaxError, Record, Segment
 
 TOKENIZER = build_tiny_tokenizer(max_number=64)
 SMALL = FuyuProcessor(ProcessorConfig(patch_size=8, max_height=64, max_width=96), TOKENIZER)
@@ -69,6 +70,26 @@ def test_coordinates_mean_the_image_before_them():
     text = "<point>8, 8</point>"
     got = pieces(SMALL.encode_prompt(f"<image>{text}<image>{text}", [large, small]))
     assert [p for p in got if p in {"2", "4"}] == ["2", "2", "4", "4"]
+
+
+def test_coordinates_mean_the_picture_before_it_was_reduced():
+    """In training and in evaluation a size is drawn or asked for before the processor looks."""
+    text = "<box>20, 40, 60, 128</box> <point>8, 100</point>"
+    picture = np.zeros((128, 192, 3), np.uint8)
+    segments = [Segment("image", 0), Segment("text", text, True)]
+    want = ["<0x00>", "5", "10", "15", "32", "<0x01>"]
+
+    def encoded(side, processor):
+        (image,) = at_resolution(Record((), (picture,)), side).images
+        got = pieces(processor.encode(segments, [image]))
+        return got[got.index("<0x00>") :], processor.image_scale(image)
+
+    free = SMALL.with_options(max_height=None, max_width=None)
+    by_processor, scale = encoded(None, SMALL)
+    assert (by_processor[:6], scale) == (want, 0.5)
+    assert encoded(96, free) == (by_processor, 0.5)
+    assert encoded(144, SMALL) == (by_processor, 0.5)  # by both, one after the other
+    assert encoded(48, free)[0][:6] == ["<0x00>", "2", "5", "8", "16", "<0x01>"]
 
 
 @pytest.mark.parametrize(
