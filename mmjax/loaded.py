@@ -173,10 +173,16 @@ class LoadedModel:
     def end_tokens(self, stop: int | str | Sequence[int | str] = ()) -> tuple[int, ...]:
         """Return the ids that end an answer: the model's end tokens and those of ``stop``.
 
+        Also the one that the family's training ends an answer with, where its processor tells it:
+        the first config.json of Fuyu-8B states another.
+
         Where neither config.json nor generation_config.json states one, the tokenizer's.
         Raises MMJaxError for an id outside the vocabulary and a text that is no single token.
         """
         ids = [*self.config.end_token_ids, *self.ends]
+        taught = getattr(self.processor, "eos_token_id", None)
+        if taught is not None and taught < self.config.vocab_size:
+            ids.append(taught)
         own = getattr(self.processor.tokenizer, "eos_token_id", None)
         if not ids and own is not None and own < self.config.vocab_size:
             ids = [own]
@@ -262,6 +268,8 @@ def pair(prompts: Any, images: Any) -> tuple[list[Prompt], list[Any]]:
 
     One prompt is a string or a sequence of ints; several prompts are a sequence of those.
     """
+    if hasattr(prompts, "__array__"):  # of numpy, jax or torch, whose numbers are arrays themselves
+        prompts = np.asarray(prompts)
     single = isinstance(prompts, str) or (
         len(prompts) > 0 and all(isinstance(x, int | np.integer) for x in prompts)
     )

@@ -1,5 +1,6 @@
 """``mmjax.load``: prompts and images in every form, one answer; and what it says when it cannot."""
 
+import dataclasses
 import io
 import json
 import re
@@ -186,6 +187,9 @@ def test_token_id_prompts_one_or_many_are_told_apart(ids_only):
     two = ids_only.generate([IDS, short], [[PATCHES], None], max_new_tokens=6)
     assert (len(one), len(two)) == (1, 2)
     assert two == one + ids_only.generate(np.asarray(short), max_new_tokens=6)
+    for kind in (torch.tensor, jax.numpy.asarray):  # elements of these are no integers of Python
+        assert ids_only.generate(kind(short), max_new_tokens=6) == two[1:]
+        assert ids_only.generate(kind([short, short]), max_new_tokens=6) == two[1:] * 2
 
 
 def test_generated_text_is_the_peers_greedy_text(loaded, whole):
@@ -250,6 +254,16 @@ def test_stop_takes_ids_and_tokens(loaded, ids_only):
     for model, stop in ((loaded, "<|nowhere|>"), (ids_only, "a"), (ids_only, 96), (ids_only, -1)):
         with pytest.raises(MMJaxError, match=f"stop holds {re.escape(repr(stop))}.*vocabulary"):
             model.generate([1, 2], stop=[stop])
+
+
+def test_the_token_that_training_ends_an_answer_with_always_ends_one(loaded, ids_only):
+    """The first revision of Fuyu-8B's config.json states 2, which no Fuyu ever says."""
+    ends = loaded.processor.eos_token_id
+    stated = dict(config=dataclasses.replace(loaded.config, eos_token_id=2), ends=(2,))
+    first = dataclasses.replace(loaded, **stated)
+    assert first.end_tokens() == (2, ends) and loaded.end_tokens() == (ends,)
+    other = dataclasses.replace(ids_only, processor=FuyuProcessor())
+    assert other.end_tokens() == (peer.EOS,)  # 71013 is no token of its vocabulary
 
 
 def test_ends_of_generation_config_end_an_answer_as_the_peers(tmp_path, bare, ids_only):

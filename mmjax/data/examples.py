@@ -80,7 +80,8 @@ def make_loader(
 ) -> LoadExample:
     """Make what turns a draw into an example; arguments as in ``make_train_iterator``.
 
-    Raises MMJaxError for a template that is not one for the processor's tokenizer, a seed below 0.
+    Raises MMJaxError for a template that is not one for the processor's tokenizer, a resolution
+    that it never shows, a seed below 0.
     """
     if seed < 0:
         raise MMJaxError(f"seed is {seed}; give a whole number from 0 up")
@@ -93,6 +94,9 @@ def make_loader(
     if (check := getattr(processor, "check_template", None)) is not None:
         for one in dict.fromkeys(templates):
             check(one)
+    if (check := getattr(processor, "check_resolution", None)) is not None:
+        for side in filter(None, sides or ()):
+            check(side)
     return LoadExample(mixture, templates, processor, shape, seed, options, sides, resize, augments)
 
 

@@ -85,11 +85,12 @@ class Model(Protocol):
 class Processor(Protocol):
     """Text and images to Examples and back; numpy only, so that data workers can use it.
 
-    Three methods are optional. ``picture(row) -> uint8[h, w, 3]`` draws a row of ``patches``, where
+    Four methods are optional. ``picture(row) -> uint8[h, w, 3]`` draws a row of ``patches``, where
     each is a whole image and ``visual_index`` says which one a token looks at. ``truncate(example,
     max_tokens)`` cuts an example where ``mmjax.data.limits.truncate`` does not know enough.
     ``check_template(template)`` raises MMJaxError for a template of other tokens, before any record
-    is read.
+    is read. ``check_resolution(longest)`` raises it for a longest side of pictures that is never
+    shown.
     """
 
     tokenizer: Any

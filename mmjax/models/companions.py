@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmjax.models.json_files import read_json
 
+_GENERATION = "generation_config.json"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -19,7 +21,7 @@ COMPANIONS = (
     "merges.txt",
     "preprocessor_config.json",
     "processor_config.json",
-    "generation_config.json",
+    _GENERATION,
     "chat_template.json",
     "chat_template.jinja",
 )
@@ -34,12 +36,18 @@ def stated_ends(folders: Sequence[Path], vocab_size: int) -> tuple[int, ...]:
     Raises MMJaxError for a file that is damaged.
     """
     for folder in folders:
-        for name in ("generation_config.json", "config.json"):
+        for name in (_GENERATION, "config.json"):
             stated = (read_json(folder, name) or {}).get("eos_token_id")
             if stated is not None:
                 ends = stated if isinstance(stated, list) else [stated]
                 return tuple(i for i in ends if i < vocab_size)
     return ()
+
+
+def write_ends(ends: Sequence[int], folder: Path) -> None:
+    """Write a generation_config.json that states the tokens that end an answer."""
+    text = json.dumps({"eos_token_id": list(ends)}, indent=2)
+    (folder / _GENERATION).write_text(text + "\n")
 
 
 def copy_companions(folders: Sequence[Path], destination: Path) -> list[str]:

@@ -7,6 +7,7 @@ import os
 from typing import Any, ClassVar, Self
 
 from mmjax.data.tokenize import load_tokenizer
+from mmjax.types import MMJaxError, nearest
 
 
 class FolderProcessor:
@@ -31,7 +32,17 @@ class FolderProcessor:
         return processor
 
     def with_options(self, **changes: Any) -> Self:
-        """Return a processor with other settings: fields of its ProcessorConfig by name."""
+        """Return a processor with other settings: fields of its ProcessorConfig by name.
+
+        Raises MMJaxError for one that there is not, with the nearest name.
+        """
+        known = [field.name for field in dataclasses.fields(self.config)]
+        for name in changes:
+            if name not in known:
+                raise MMJaxError(
+                    f"the processor has no setting {name!r}{nearest(name, known)}; it has "
+                    f"{', '.join(known)}"
+                )
         other = type(self)(dataclasses.replace(self.config, **changes), self.tokenizer)
         other.folder = self.folder
         return other

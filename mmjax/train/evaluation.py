@@ -26,6 +26,7 @@ from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open
 from mmjax.generate.beam import Beams
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
+from mmjax.models.api import Processor
 from mmjax.models.companions import stated_ends
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
@@ -54,7 +55,7 @@ def with_tasks(settings: RunSettings, path: str | Path) -> RunSettings:
     return dataclasses.replace(settings, eval=eval_settings)
 
 
-def check(settings: RunSettings) -> None:
+def check(settings: RunSettings, processor: Processor | None = None) -> None:
     """Raise MMJaxError for what the first evaluation, or ``checkpoint.best``, would stumble on.
 
     Sources of tasks are opened and their first record is looked at: a run must not end after days
@@ -63,6 +64,7 @@ def check(settings: RunSettings) -> None:
     tasks, chosen = tasks_of(settings.eval), settings.eval
     if tasks and (chosen.every or chosen.final):
         check_tasks(chosen)
+        check_resolutions(chosen, processor)
     if (best := settings.checkpoint.best) is None:
         return
     known = [name for task in tasks for name in metric_names(task)]
@@ -95,6 +97,14 @@ def check_tasks(settings: EvalSettings) -> None:
     _beams(settings)
     for task in tasks_of(settings):
         _check_sources(task)
+
+
+def check_resolutions(settings: EvalSettings, processor: Processor | None) -> None:
+    """Raise MMJaxError for a task's resolution that the processor never shows."""
+    if (check := getattr(processor, "check_resolution", None)) is not None:
+        for task in tasks_of(settings):
+            for side in filter(None, task.resolutions):
+                check(side)
 
 
 def _check_sources(task: Task) -> None:
@@ -236,6 +246,7 @@ def run_eval(
     folder = _results_folder(Path(path), workdir)
     runtime.enable_compilation_cache()
     model, step = open_model(path, settings, weights=weights)
+    check_resolutions(settings.eval, model.processor)
     return full(model, settings, folder, step=step, checkpoint_name=str(path))
 
 

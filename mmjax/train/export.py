@@ -9,6 +9,7 @@ from flax import nnx
 
 from mmjax.loaded import LoadedModel
 from mmjax.models import converted, registry
+from mmjax.models.companions import write_ends
 from mmjax.nn import quantized
 from mmjax.nn.linear import LoRA
 from mmjax.train import frozen as frozen_part
@@ -19,6 +20,8 @@ def export_model(model: LoadedModel, workdir: Path, lora: LoRA | None, trained: 
     after = getattr(model.config, "after_training", None)
     with tempfile.TemporaryDirectory() as folder:
         model.processor.save_pretrained(folder)
+        if set(ends := model.end_tokens()) - set(model.config.end_token_ids):
+            write_ends(ends, Path(folder))
         converted.save_model(
             workdir / "model",
             quantized.multiplied_out(nnx.state(model.model), frozen_part.REST),

@@ -50,7 +50,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             require_wandb(settings.log.wandb)
         design = make_design(settings, mesh)
         check_attention(settings.model, ranges=True)
-        evaluation.check(settings)
+        evaluation.check(settings, design.plan.processor)
         if lead:
             startup.print_startup(mesh, design, workdir)
         training = Training(design, workdir, mesh, stop)

@@ -239,3 +239,22 @@ def test_the_frames_of_a_video_change_together():
     frames = pad_at_random(video, np.random.default_rng(0), share=1).images[0]
     assert [frame.shape for frame in frames] == [(40, 40, 3)] * 2
     assert (frames[0][0, 0] == frames[1][0, 0]).all()
+
+
+def test_a_picture_knows_by_what_it_was_resized():
+    half = at_resolution(record(picture(40, 20), png(30, 60)), 30)
+    assert [images.scale_of(images.open_image(one)) for one in half.images] == [15 / 20, 30 / 60]
+    again = flip_at_random(at_resolution(half, 10), np.random.default_rng(0), share=1)
+    again = [images.open_image(again.images[0], transpose=turn) for turn in (False, True)]
+    assert list(map(images.scale_of, again)) == pytest.approx([5 / 20] * 2)
+    larger = at_resolution(record(picture(40, 20)), 80, enlarge=True)
+    assert images.scale_of(images.open_image(larger.images[0])) == 2.0
+    assert images.scale_of(images.open_image(picture(40, 20))) == 1.0
+
+
+def test_sizes_that_the_processor_would_undo_are_refused_before_a_record_is_read():
+    boxed = FuyuProcessor(ProcessorConfig(patch_size=8, max_height=32, max_width=48))
+    shape = dict(seq_len=60, max_patches=45, max_targets=8, batch_size=1)
+    for sides in ((16, 64, None), {"min": 40, "max": 56, "multiple": 8}):
+        with pytest.raises(MMJaxError, match=r"resolution (64|56): .* box of 32 x 48 pixels"):
+            make_train_iterator(Wide(), "fuyu_chat", boxed, resolutions=sides, **shape)

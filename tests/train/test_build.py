@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.loading import load
 from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
 from mmjax.train import build, design, evaluation, optim, state
 from mmjax.train.dropout import dropout_line, with_dropout
+from mmjax.train.export import export_model
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
@@ -189,6 +191,18 @@ def test_a_run_asks_its_model_as_its_export_is_asked(folder, tmp_path):
     assert asked.end_tokens() == (plan.config.eos_token_id, 5, 7)
     random = evaluation.answering(build.blueprint(MODEL, NO_LORA, 0), None, None)
     assert random.ends == ()
+
+
+def test_an_export_ends_its_answers_as_the_run_did(folder, tmp_path):
+    """The end of a turn, which config.json cannot state beside the end of a text."""
+    path = shutil.copytree(folder[0], tmp_path / "model")
+    (path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    loaded = load(path)
+    export_model(loaded, tmp_path / "run", None, set())
+    assert load(tmp_path / "run/model").end_tokens() == loaded.end_tokens()
+    assert {5, 7} < set(loaded.end_tokens())
+    export_model(load(folder[0]), tmp_path / "plain", None, set())
+    assert not (tmp_path / "plain/model/generation_config.json").exists()
 
 
 def test_batches_come_in_the_shape_the_settings_say(tmp_path):

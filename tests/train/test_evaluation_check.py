@@ -7,6 +7,7 @@ from flax import nnx
 
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.loaded import LoadedModel
+from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.train import evaluation
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.types import BadSample, Message, MMJaxError, Record
@@ -87,6 +88,19 @@ def test_results_that_cannot_be_written_are_told(tmp_path, monkeypatch):
     with pytest.raises(MMJaxError, match="results of vqa .*: Is a directory; make room"):
         evaluation.full(model, settings(), tmp_path, step=None,
                         checkpoint_name="x")  # fmt: skip
+
+
+def test_a_resolution_that_the_processor_never_shows_is_told_at_the_start(tmp_path, monkeypatch):
+    """Fuyu-8B's box would shrink the pictures again, and the report would name the larger size."""
+    model = LoadedModel("", None, nnx.Dict({}), FuyuProcessor(), None)
+    monkeypatch.setattr(evaluation, "open_model", lambda *_, **__: (model, None))
+    (tmp_path / "model").mkdir()
+    given = settings(task={"resolutions": (None, 1440, 4000)})
+    with pytest.raises(MMJaxError, match="resolution 4000: .* 1080 x 1920 pixels"):
+        evaluation.check(given, model.processor)
+    with pytest.raises(MMJaxError, match="resolution 4000: .* 1080 x 1920 pixels"):
+        evaluation.run_eval(given, str(tmp_path / "model"), str(tmp_path))
+    evaluation.check(given, model.processor.with_options(max_width=None))
 
 
 def test_what_can_be_evaluated_is_let_through():

@@ -11,7 +11,7 @@ from jax import Array
 
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
-from mmjax.models.language.architecture import rope_kind
+from mmjax.models.language.architecture import rope_kind, stated_token
 from mmjax.models.undone import tell_undone
 from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, Linear, LoRA
@@ -108,7 +108,8 @@ class FuyuConfig:
         plain = ("patch_size", "num_channels", "image_token_id")
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         known = {key: hf[key] for key in plain if hf.get(key) is not None}
-        own = {key: hf.get(key) if hf.get(key) is not None else nested.get(key) for key in ids}
+        first = {key: nested.get(key) if hf.get(key) is None else hf[key] for key in ids}
+        own = {key: stated_token(value) for key, value in first.items()}
         known |= {key: value for key, value in own.items() if value is not None}
         return cls(decoder=decoder, **known)
 

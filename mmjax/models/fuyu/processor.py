@@ -111,6 +111,27 @@ class FuyuProcessor(FolderProcessor):
                 f"the processor cuts patches of {self.config.patch_size} pixels and the model "
                 f"takes {config.patch_size}; they are of different checkpoints"
             )
+        for name in ("image_mean", "image_std"):
+            mine, models = getattr(self.config, name), getattr(config, name)
+            if not np.allclose(mine, models, rtol=0, atol=1e-6):
+                raise MMJaxError(
+                    f"the processor has {name} {mine}, and the model normalises with {models} on "
+                    "the device, as every published Fuyu; correct preprocessor_config.json"
+                )
+
+    def check_resolution(self, longest: int) -> None:
+        """Raise MMJaxError where every picture of this longest side would be shrunk again.
+
+        Fuyu-8B's box of 1080 x 1920 pixels would do so to 2048 without a word.
+        """
+        height, width = self.config.max_height, self.config.max_width
+        if longest > max(height or longest, width or longest):
+            raise MMJaxError(
+                f"resolution {longest}: the processor would shrink pictures again, into its box of "
+                f"{height} x {width} pixels (height x width); lower the resolution, or raise "
+                "max_height and max_width, None for no limit: those of model.processor in a run, "
+                "size in preprocessor_config.json of a model folder"
+            )
 
     def image_tokens(self, width: int, height: int) -> int:
         """Count the stream tokens of an image: its patches and one newline for each row."""
@@ -160,8 +181,10 @@ class FuyuProcessor(FolderProcessor):
         marks they stand in front. Token ids are used as they are: the patches fill the occurrences
         of ``image_token_id`` in order; without images those ids are plain tokens.
 
-        One difference from transformers 5.23: an empty string gives <s> <0x04> as 4.35 did, without
-        the stray underscore token that 5.23 puts between.
+        Two differences from transformers 5.23. A string without images begins with <s> and ends
+        with <0x04> too, as in training here; the peer leaves it to the tokenizer alone.
+        An empty string gives <s> <0x04> as 4.35 did, without the stray underscore token that 5.23
+        puts between.
         """
         if not isinstance(prompt, str):
             return self._encode_ids(prompt, images)

@@ -144,7 +144,8 @@ class ProcessorConfig:
             changes["num_channels"] = model["num_channels"]
         text = model.get("text_config") or {}
         for key in ("image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
-            value = model.get(key, text.get(key))
+            value = text.get(key) if model.get(key) is None else model[key]
+            value = value[0] if isinstance(value, list) and value else value
             if isinstance(value, int):
                 changes[key] = value
         return dataclasses.replace(config, **changes)

@@ -1,6 +1,7 @@
 """Fuyu: its size, its FLOPs, where patches go, and a loss that never sees padding."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from mmjax.generate.loop import pad_batch
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.fuyu.model import Fuyu, FuyuConfig
+from mmjax.models.fuyu.processor_config import ProcessorConfig
 from mmjax.models.work import forward_flops
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
@@ -225,3 +227,12 @@ def test_a_config_of_nothing_is_fuyu_8b_and_another_model_is_refused():
         ):
             with pytest.raises(MMJaxError, match="rope_type '(linear|dynamic)'; supported is"):
                 FuyuConfig.from_hf(config)
+
+
+def test_of_several_end_tokens_the_first_is_the_models_own(tmp_path):
+    """As newer files list them; the others end an answer too, see ``models.companions``."""
+    for config in ({"eos_token_id": [13, 2]}, {"text_config": {"eos_token_id": [13, 2]}}):
+        assert FuyuConfig.from_hf(config).end_token_ids == (13,)
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+        processor = ProcessorConfig.from_folder(tmp_path)
+        assert (processor.eos_token_id, processor.pad_token_id) == (13, 0)

@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 from tiny_tokenizer import build_tiny_tokenizer
 
+from mmjax.data.templates import fuyu_prompt, fuyu_spaced_prompt
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.image_plan import fitted_size, largest_within
+from mmjax.models.fuyu.model import FuyuConfig
 from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
 from mmjax.models.fuyu.special_tokens import check_vocabulary
-from mmjax.types import BadSample, MMJaxError, Segment
+from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
 
 TOKENIZER = build_tiny_tokenizer()
 SMALL = FuyuProcessor(ProcessorConfig(patch_size=8, max_height=64, max_width=96), TOKENIZER)
@@ -173,6 +175,21 @@ def test_prompt_layouts():
             encode(prompt, [first, second])
 
 
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_string_in_the_words_of_its_template_is_the_prompt_of_training(images):
+    """As README says how a model that train.py made is asked."""
+    pictures = (picture(16, 8), picture(8, 16))[:images]
+    record = Record((Message("user", "what shape?"), Message("assistant", "a circle")), pictures)
+    for template, text in (
+        (fuyu_prompt, "User:what shape? Assistant:"),
+        (fuyu_spaced_prompt, "User: what shape? Assistant:"),
+    ):
+        want = SMALL.encode(template(record), pictures)
+        got = SMALL.encode_prompt(text, pictures)
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name])
+
+
 def test_images_out_of_order_keep_their_own_patches():
     black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
     example = SMALL.encode([Segment("image", 1), Segment("image", 0)], [black, white])
@@ -268,6 +285,31 @@ def test_vocabulary_must_match_the_model():
         check_vocabulary(SMALL, len(TOKENIZER) - 1, IMAGE)
     with pytest.raises(MMJaxError, match="71011"):
         check_vocabulary(SMALL, 262144, 71011)
+
+
+@pytest.mark.parametrize("change", [{"image_mean": (0.48, 0.46, 0.41)}, {"image_std": 0.27}])
+def test_pixels_are_normalised_as_the_model_does(change):
+    config = FuyuConfig(patch_size=8, image_token_id=IMAGE)
+    SMALL.check(config)
+    SMALL.with_options(image_mean=(0.5, 0.5, 0.5)).check(config)
+    with pytest.raises(MMJaxError, match=f"{next(iter(change))} .* on the device"):
+        SMALL.with_options(**change).check(config)
+
+
+def test_a_resolution_that_the_box_would_undo_is_refused():
+    processor = FuyuProcessor()
+    for side in (96, 1080, 1920):
+        processor.check_resolution(side)
+    said = r"resolution 1921: .* 1080 x 1920 pixels \(height x width\).* None for no limit"
+    with pytest.raises(MMJaxError, match=said):
+        processor.check_resolution(1921)
+    processor.with_options(max_width=None).check_resolution(1921)
+    processor.with_options(max_height=None, max_width=None).check_resolution(9999)
+
+
+def test_settings_of_a_processor_are_named():
+    with pytest.raises(MMJaxError, match="no setting 'max_hight'; did you mean 'max_height'"):
+        SMALL.with_options(max_hight=64)
 
 
 def test_worker_imports_neither_jax_nor_torch():
