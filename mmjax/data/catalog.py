@@ -27,6 +27,7 @@ KINDS = {
     "magnifier": "mmjax.data.magnifier:MagnifierSource",
     "sums": "mmjax.data.sums:SumsSource",
     "gqa": "mmjax.data.benchmarks.gqa:GqaSource",
+    "karpathy": "mmjax.data.benchmarks.captions:KarpathySource",
     "magnifierbench": "mmjax.data.benchmarks.magnifierbench:MagnifierBenchSource",
     "mmbench": "mmjax.data.benchmarks.mmbench:MmbenchSource",
     "mme": "mmjax.data.benchmarks.mme:MmeSource",

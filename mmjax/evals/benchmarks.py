@@ -40,7 +40,10 @@ class Preset:
     settings: Mapping[str, Any]
 
 
+_CAPTION = dict(scorer="word_f1", summary="cider", max_new_tokens=20)
 BENCHMARKS: dict[str, Preset] = {
+    "coco_captions": Preset("karpathy", _CAPTION),
+    "flickr30k_captions": Preset("karpathy", _CAPTION),
     "magnifierbench": Preset(
         "magnifierbench", _LETTER | dict(prompt=f"{OTTER_LETTER} {{question}}", chance=0.25)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import re
 from collections.abc import Callable, Sequence
@@ -38,6 +39,21 @@ def gqa(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) ->
     before they give them to it. Nothing else is forgiven: ``a dog`` is not ``dog``.
     """
     return float(prediction.strip().rstrip(".").lower() in answers)
+
+
+def word_f1(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Return the F1 of the words shared with the nearest answer, in ``normalise.plain`` form.
+
+    Precision is the share of the prediction's words that the answer has, recall the other way
+    round; a word counts as often as both have it. For captions, of which CIDEr judges all at once.
+    """
+    found = collections.Counter(normalise.plain(prediction).split())
+    best = 0.0
+    for answer in answers:
+        wanted = collections.Counter(normalise.plain(answer).split())
+        total = found.total() + wanted.total()
+        best = max(best, 2 * (found & wanted).total() / total if total else 0.0)
+    return best
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -128,6 +144,7 @@ SCORERS: dict[str, Scorer] = {
     "vqa_accuracy": vqa_accuracy,
     "gqa": gqa,
     "anls": anls,
+    "word_f1": word_f1,
     "multiple_choice": multiple_choice,
     "multiple_choice_text": multiple_choice_text,
     "multiple_choice_otter": multiple_choice_otter,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmjax.data.benchmarks.mme import COGNITION, PERCEPTION
+from mmjax.evals import cider
 from mmjax.types import MMJaxError, nearest
 
 Row = Mapping[str, Any]
@@ -155,6 +156,7 @@ def gqa(rows: Sequence[Row]) -> Metrics:
 
 
 SUMMARIES: dict[str, Summary] = {
+    "cider": Summary(("CIDEr",), cider.cider, check=cider.check),
     "circular": Summary(("circular", "plain"), circular),
     "gqa": Summary(("open", "binary"), gqa),
     "mme": Summary(

@@ -29,7 +29,7 @@ class MmbenchSource:
         ``l2-category`` where there are any.
     circular: ask each question in every rotation of its options, to be judged together: those of
         the file, which have the question's index and a multiple of a million, or, where it has
-        none, rotations made here. False asks each question once.
+        none and is no test split, rotations made here. False asks each question once.
     layout: ``llava`` puts the hint on a line before the question, ``otter`` before it on the same
         line and "There are several options:" behind it.
     meta: ``answers``, ``choices``, ``group`` (l2-category, or else category), ``category``,
@@ -72,7 +72,10 @@ class MmbenchSource:
                     "rotation(s); circular evaluation needs as many rotations as options: give the "
                     "whole file, or circular=False to ask each question once"
                 )
-            turns = [(row, 0) for row in circle] if rotated else [(first, r) for r in range(count)]
+            if rotated or first["answer"] is None:  # a server knows the file's indices alone
+                turns = [(row, 0) for row in circle]
+            else:
+                turns = [(first, r) for r in range(count)]
             self.units.append(tuple(range(len(self._rows), len(self._rows) + len(turns))))
             self._rows += turns
 

@@ -1,0 +1,42 @@
+"""CIDEr of captions, by the package that published numbers come from."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmjax.types import MMJaxError
+
+
+def check() -> None:
+    """Raise MMJaxError where pycocoevalcap, or the Java that its tokenizer runs in, is missing."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise MMJaxError("CIDEr needs pycocoevalcap: pip install 'mmjax[captions]'")
+    if shutil.which("java") is None:
+        raise MMJaxError(
+            "CIDEr needs Java: pycocoevalcap's tokenizer is a Java program; install one, such as "
+            "apt-get install default-jre-headless, so that 'java' is on the PATH"
+        )
+
+
+def cider(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return 100 times CIDEr-D of the predictions against all captions of each picture.
+
+    How rare a word is is counted over these very captions, so that a part of a split has other
+    numbers than the whole (Vedantam et al. 2015, arXiv 1411.5726; COCO's PTB tokenizer).
+    """
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    known = [row for row in rows if "answer" in row]
+    right = {
+        i: [{"caption": text} for text in row.get("answers", [row["answer"]])]
+        for i, row in enumerate(known)
+    }
+    said = {i: [{"caption": row["prediction"]}] for i, row in enumerate(known)}
+    tokenizer = PTBTokenizer()
+    score, _ = Cider().compute_score(tokenizer.tokenize(right), tokenizer.tokenize(said))
+    # One whose record could not be read scores nothing.
+    return {"CIDEr": {"value": round(100 * float(score) * len(known) / len(rows), 4)}}
