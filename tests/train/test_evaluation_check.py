@@ -95,12 +95,12 @@ def test_a_resolution_that_the_processor_never_shows_is_told_at_the_start(tmp_pa
     model = LoadedModel("", None, nnx.Dict({}), FuyuProcessor(), None)
     monkeypatch.setattr(evaluation, "open_model", lambda *_, **__: (model, None))
     (tmp_path / "model").mkdir()
-    given = settings(task={"resolutions": (None, 1440, 4000)})
-    with pytest.raises(MMJaxError, match="resolution 4000: .* 1080 x 1920 pixels"):
+    given = settings(task={"resolutions": (None, 1080, 1440)})
+    with pytest.raises(MMJaxError, match="resolution 1440: .* 1080 x 1920 pixels"):
         evaluation.check(given, model.processor)
-    with pytest.raises(MMJaxError, match="resolution 4000: .* 1080 x 1920 pixels"):
+    with pytest.raises(MMJaxError, match="resolution 1440: .* 1080 x 1920 pixels"):
         evaluation.run_eval(given, str(tmp_path / "model"), str(tmp_path))
-    evaluation.check(given, model.processor.with_options(max_width=None))
+    evaluation.check(given, model.processor.with_options(max_height=None))
 
 
 def test_what_can_be_evaluated_is_let_through():

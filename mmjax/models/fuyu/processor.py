@@ -120,17 +120,18 @@ class FuyuProcessor(FolderProcessor):
                 )
 
     def check_resolution(self, longest: int) -> None:
-        """Raise MMJaxError where every picture of this longest side would be shrunk again.
+        """Raise MMJaxError where pictures of this longest side may be shrunk again.
 
-        Fuyu-8B's box of 1080 x 1920 pixels would do so to 2048 without a word.
+        Fuyu-8B's box of 1080 x 1920 pixels would do so to a square of 1440 without a word, as it
+        does in OtterHD's benchmarks, and leave wide pictures of that side as they are.
         """
         height, width = self.config.max_height, self.config.max_width
-        if longest > max(height or longest, width or longest):
+        if longest > min(height or longest, width or longest):
             raise MMJaxError(
-                f"resolution {longest}: the processor would shrink pictures again, into its box of "
-                f"{height} x {width} pixels (height x width); lower the resolution, or raise "
-                "max_height and max_width, None for no limit: those of model.processor in a run, "
-                "size in preprocessor_config.json of a model folder"
+                f"resolution {longest}: the processor would shrink pictures again that are higher "
+                f"or wider than its box of {height} x {width} pixels (height x width); lower the "
+                "resolution, or raise max_height and max_width to it, None for no limit: those of "
+                "model.processor in a run, size in preprocessor_config.json of a model folder"
             )
 
     def image_tokens(self, width: int, height: int) -> int:
