@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +18,8 @@ import numpy as np
 from mmjax.data.mixture import Mixture
 from mmjax.data.packing import example_sizes
 from mmjax.data.skips import BY_CHOICE, Skip
-from mmjax.types import Example, MMJaxError
+from mmjax.data.sources import Source
+from mmjax.types import BadSample, Example, ImageSource, MMJaxError
 
 Loader = Callable[[tuple[int, int, int]], Example | Skip]
 
@@ -101,6 +104,34 @@ def spread(length: int, limit: int | None) -> list[int]:
     if limit is None or limit >= length:
         return list(range(length))
     return [i * length // limit for i in range(limit)]
+
+
+def fingerprint(source: Source, records: int = 8) -> str:
+    """Hash some records of a source, spread evenly: two that differ there hold other data.
+
+    Of images that are files it is the names and sizes.
+    """
+    digest = hashlib.sha256()
+    for index in spread(len(source), records):
+        try:
+            record = source[index]
+        except BadSample as error:
+            digest.update(error.reason.encode() + b"\0")
+            continue
+        said = [(m.role, m.text) for m in record.messages]
+        digest.update(repr((str(record.meta.get("id")), said)).encode("utf-8", "backslashreplace"))
+        for image in record.images:
+            for one in image if isinstance(image, list | tuple) else (image,):
+                digest.update(_content(one) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _content(image: ImageSource) -> bytes:
+    """Return what an image is told by: its bytes, or the name and size of its file."""
+    if isinstance(image, str | os.PathLike):
+        size = os.path.getsize(image) if os.path.isfile(image) else -1
+        return f"{os.fspath(image)} {size}".encode("utf-8", "surrogateescape")
+    return image if isinstance(image, bytes) else np.asarray(image).tobytes()
 
 
 def require_some_good(mixture: Mixture, load: Loader, tries: int = 64) -> None:

@@ -154,14 +154,17 @@ def compare(told: list[dict[str, str]]) -> list[str]:
     return found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} more"]
 
 
-def facts_of(config: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
+def facts_of(
+    config: Mapping[str, Any], lengths: Mapping[str, int], contents: Mapping[str, str]
+) -> dict[str, Any]:
     """Return what the processes of a run must agree on: config, code, versions, data.
 
-    config: nested; lengths: records of each source.
+    config: nested; lengths: records of each source; contents: a hash of some of them.
     """
     return {
         **_flatten(config, "config"),
         **{f"records of data.sources.{name}": n for name, n in lengths.items()},
+        **{f"the hash of some records of {name}": x for name, x in contents.items()},
         "the code of mmjax": code_hash(),
         "versions": f"mmjax {mmjax.__version__}, jax {jax.__version__}",
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",

@@ -19,7 +19,7 @@ from mmjax.data.mixture import Mixture
 from mmjax.data.packing import BatchShape
 from mmjax.data.pipeline import TrainIterator, make_train_iterator
 from mmjax.data.streams import Streams, share_streams
-from mmjax.data.survey import require_some_good
+from mmjax.data.survey import fingerprint, require_some_good
 from mmjax.loading import first_processor
 from mmjax.models import checkpoints, opening, registry
 from mmjax.models.api import Config, Processor
@@ -275,7 +275,10 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
     rows = process_rows(jax.sharding.get_mesh(), data.batch_size)
     mine, count = share_streams(rows, data.batch_size, data.streams)
     lengths = dict(zip(mixture.names, map(len, mixture.sources), strict=True))
-    facts = distributed.facts_of(dataclasses.asdict(settings), lengths)
+    contents = {}
+    if jax.process_count() > 1:  # files of one length may still be of two versions
+        contents = dict(zip(mixture.names, map(fingerprint, mixture.sources), strict=True))
+    facts = distributed.facts_of(dataclasses.asdict(settings), lengths, contents)
     distributed.check_same({**facts, "--workdir": str(workdir.absolute())})
     distributed.check_shared(workdir, "--workdir")
     require_some_good(mixture, load)

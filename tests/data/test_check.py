@@ -7,17 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from mmjax.data import check as command
+from mmjax.data.catalog import make_source
 from mmjax.data.packing import BatchShape
-from mmjax.data.survey import SourceReport, require_some_good, spread
+from mmjax.data.survey import SourceReport, fingerprint, require_some_good, spread
+from mmjax.parallel import distributed
 from mmjax.train.build import blueprint, train_iterator, train_loader
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
-from mmjax.types import MMJaxError
+from mmjax.types import Message, MMJaxError, Record
 
 ROOT = Path(__file__).parents[2]
 SIZES = dict(
@@ -186,3 +189,46 @@ def test_the_command_prints_tables_and_its_exit_code(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     for part in ("Sources", "train", "16.7%", "What training would drop", "missing_image"):
         assert part in done.stdout
+
+
+def test_files_of_one_length_and_two_versions_are_told_apart(tmp_path):
+    spec = write_rows(tmp_path / "a", bad=True)
+    path = tmp_path / "a/rows.json"
+    text = path.read_text()
+
+    def hashed(change):
+        path.write_text(change(text))
+        return fingerprint(make_source(spec), 24)
+
+    first = hashed(lambda x: x)
+    assert hashed(lambda x: x) == first  # and a record that cannot be read is none the less there
+    assert hashed(lambda x: x.replace('"red"', '"wed"', 1)) != first
+    assert hashed(lambda x: x.replace('"r3"', '"r9"')) != first
+    assert hashed(lambda x: x.replace('"question": "what', '"questoin": "what', 1)) != first
+    picture = tmp_path / "a/small.png"
+    picture.write_bytes(picture.read_bytes() + b"more")
+    assert hashed(lambda x: x) != first
+    arrays, bytes_ = (
+        [Record((Message("user", "q"),), (image,))]
+        for image in (np.zeros((2, 2, 3), np.uint8), b"x")
+    )
+    frames = [Record((Message("user", "q"),), ((b"x", b"y"),))]
+    assert len({fingerprint(arrays), fingerprint(bytes_), fingerprint(frames)}) == 3
+
+
+def test_several_processes_compare_records_before_anything_is_made(tmp_path, monkeypatch):
+    told = []
+
+    def stop(facts):
+        told.append(facts)
+        raise MMJaxError("they differ")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "check_same", stop)
+    run = settings({"mixed": write_rows(tmp_path)})
+    processor = blueprint(MODEL, LoRASettings(), 0).processor
+    with pytest.raises(MMJaxError, match="they differ"):
+        train_iterator(run, processor, tmp_path / "run")
+    assert told[0]["records of data.sources.mixed"] == 24
+    want = fingerprint(make_source(run.data.sources["mixed"]))
+    assert told[0]["the hash of some records of mixed"] == want

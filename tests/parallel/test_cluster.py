@@ -175,7 +175,8 @@ def test_differences_name_processes_keys_and_values():
 
 
 def test_facts_are_config_code_versions_and_data():
-    facts = facts_of({"optim": {"lr": 1e-3}, "lora": {}}, {"vqa": 12})
+    facts = facts_of({"optim": {"lr": 1e-3}, "lora": {}}, {"vqa": 12}, {"vqa": "3f"})
     assert facts["config.optim.lr"] == 1e-3 and facts["config.lora"] == {}
     assert facts["records of data.sources.vqa"] == 12
+    assert facts["the hash of some records of vqa"] == "3f"
     assert {"the code of mmjax", "versions", "devices"} <= set(facts)
