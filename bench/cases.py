@@ -106,7 +106,8 @@ class Case:
     variants of our own; the first is what mmjax does by default. bound: of the parity error.
     target: of the ratio, or None. rate_target: of our own work per second, or None. device: what
     both sides run on, one of
-    ``bench.sides.DEVICES``.
+    ``bench.sides.DEVICES``. seconds: the most that a side may take over one request, such as to
+    build the case or to measure a turn, or None; what hangs then costs its own row alone.
     """
 
     suite: str
@@ -122,6 +123,7 @@ class Case:
     rate_target: float | None = None
     threads: int = 0  # 0: all cores
     device: str = "cpu"
+    seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

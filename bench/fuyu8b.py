@@ -29,6 +29,8 @@ SDPA, EAGER = "sdpa", "eager attention, checkpointing"
 DYNAMIC, STATIC = "dynamic cache", "static cache, compiled"
 
 LONG, DOCUMENT, DOCUMENTS = 8192, 2340, 3  # both sides at once fit into the memory of an H200
+SECONDS = 300
+"""The most that a side may take over one request."""
 
 
 def train_cases(quick: bool, device: str) -> list[Case]:
@@ -71,6 +73,7 @@ def _train(name: str, options: dict[str, Any], quick: bool, device: str, **about
         bound=1e-4,
         size=TINY if quick else FUYU_8B,
         device=device,
+        seconds=None if quick else SECONDS,
         **about,
     )
 
@@ -101,6 +104,7 @@ def decode_cases(quick: bool, device: str) -> list[Case]:
                 target=None if quick or count == 1 else 2.0,
                 rate_target=None if quick else rate,
                 device=device,
+                seconds=None if quick else SECONDS,
             )
         )
     return found[1:2] if quick else found

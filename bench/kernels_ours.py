@@ -65,7 +65,7 @@ class Attention(_Compiled):
     def outputs(self) -> dict[str, np.ndarray]:
         """Return samples of the output and of the gradients of q, k and v."""
         return {
-            name: kernels.attention_sample(np.asarray(x.astype("float32")))
+            name: np.asarray(kernels.attention_sample(x).astype("float32"))
             for name, x in zip(("out", "dq", "dk", "dv"), self.step(), strict=False)
         }
 
@@ -99,5 +99,5 @@ class Loss(_Compiled):
         return {
             "loss": np.asarray(loss),
             "hidden": np.asarray(hidden.astype("float32")),
-            "head": kernels.loss_sample(np.asarray(head.astype("float32"))),
+            "head": np.asarray(kernels.loss_sample(head).astype("float32")),
         }

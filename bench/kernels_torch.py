@@ -82,7 +82,7 @@ class Attention:
     def outputs(self) -> dict[str, np.ndarray]:
         """Return samples of the output and of the gradients of q, k and v."""
         return {
-            name: kernels.attention_sample(x.transpose(1, 2).float().cpu().numpy())
+            name: kernels.attention_sample(x.transpose(1, 2)).float().cpu().numpy()
             for name, x in zip(("out", "dq", "dk", "dv"), self.step(), strict=False)
         }
 
@@ -124,5 +124,5 @@ class Loss:
         return {
             "loss": loss.float().cpu().numpy(),
             "hidden": hidden.float().cpu().numpy(),
-            "head": kernels.loss_sample(weight.T.float().cpu().numpy()),
+            "head": kernels.loss_sample(weight.T).float().cpu().numpy(),
         }

@@ -36,8 +36,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         ", ".join(wanted) or "-",
         f"{row['noise']:.0%}",
         _parity(row),
-        f"load {row['busy_cores']:g}" if row["loaded"] else "",
+        "; ".join(_remarks(row)),
     )
+
+
+def _remarks(row: dict[str, Any]) -> list[str]:
+    found = [f"load {row['busy_cores']:g}"] if row["loaded"] else []
+    return [*found, *(["the peer failed"] if "peer_error" in row else [])]
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -202,7 +207,9 @@ def _missed(rows: Sequence[dict[str, Any]], pipelines: Sequence[dict[str, Any]])
         name = f"{row['suite']}: {_name(row)}"
         if "error" in row:
             found.append(f"- {name}: not measured, {row['error']}")
-        elif not row["parity_ok"] and not _alone(row):
+        elif "peer_error" in row:
+            found.append(f"- {name}: does not count, {row['peer_error']}")
+        elif row["parity_ok"] is False or (row["parity_ok"] is None and not _alone(row)):
             found.append(f"- {name}: does not count, parity {row['parity_err']}")
         else:
             found += [f"- {name}: {missed}" for missed in _short_of(row)]

@@ -11,10 +11,7 @@ def note(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"error: {row['error']}"
     if row["suite"] == "probe":
-        return (
-            f"{row['devices']} x {row['device_kind']}; {_attentions(row)}; matmul "
-            f"{row['matmul_gflop_s']:,g} GFLOP/s; copy {row['copy_gb_s']:g} GB/s"
-        )
+        return "; ".join(_probed(row))
     if row["suite"] == "shard":
         counts = ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items() if n)
         return f"{counts}; {_mb(row['argument_size_in_bytes'])} + {_mb(row['temp_size_in_bytes'])}"
@@ -33,14 +30,29 @@ def probe_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         if "error" in r:
             lines.append(f"- {r['case']}: {r['error']}")
             continue
-        versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
-        lines += [
-            f"- {r['case']}: {r['devices']} x {r['device_kind']}; {versions}",
-            f"- attention: {_attentions(r)}",
-            f"- matmul, {r['matmul_dtype']}: {r['matmul_gflop_s']:,g} GFLOP/s; copy: "
-            f"{r['copy_gb_s']:g} GB/s",
-        ]
+        if "versions" in r:
+            versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+            lines.append(f"- {r['case']}: {r['devices']} x {r['device_kind']}; {versions}")
+        if "attention" in r:
+            lines.append(f"- attention: {_attentions(r)}")
+        if "matmul_gflop_s" in r:
+            lines.append(
+                f"- matmul, {r['matmul_dtype']}: {r['matmul_gflop_s']:,g} GFLOP/s; copy: "
+                f"{r['copy_gb_s']:g} GB/s"
+            )
     return lines
+
+
+def _probed(row: dict[str, Any]) -> list[str]:
+    """Return what a probe found, part by part."""
+    parts = []
+    if "devices" in row:
+        parts.append(f"{row['devices']} x {row['device_kind']}")
+    if "attention" in row:
+        parts.append(_attentions(row))
+    if "matmul_gflop_s" in row:
+        parts.append(f"matmul {row['matmul_gflop_s']:,g} GFLOP/s; copy {row['copy_gb_s']:g} GB/s")
+    return parts
 
 
 def _attentions(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ ours, peer, ours); times are medians over all turns after warm-up, compilation i
 `ratio` is the peer's time over ours: above 1 mmjax is faster. `noise` is the spread of one side's
 medians from turn to turn: a ratio closer to 1 than that says nothing. `parity` is the difference of
 the results on the same weights and inputs, and a row whose parity is missing or above its bound
-does not count.
+does not count. Where a peer fails, ours is measured alone, and does not count either.
 `load n` marks rows during which other programs kept n cores busy: those say little, torch's threads
 above all wait for each other; run them again on a quiet machine.
 """
@@ -20,9 +20,10 @@ SUITES = {
         "Probe",
         "What the machine and the installed versions can do, measured by mmjax alone in a process "
         "of its own. *Attention* runs a causal case of 128 tokens through each implementation, "
-        "forward and backward: the largest difference from float64 over the largest value, or "
-        "what kept it from running; off a GPU `triton` runs interpreted. *Matmul* and *copy* are "
-        "the fastest of five turns; a copy counts what it reads and what it writes.",
+        "forward and backward, on a GPU also packed rows with padding, grouped heads and ALiBi: "
+        "the largest difference from float64 over the largest value, or what kept it from running; "
+        "off a GPU `triton` runs interpreted. *Matmul* and *copy* are the fastest of five turns; a "
+        "copy counts what it reads and what it writes.",
     ),
     "attention": (
         "Attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -83,7 +84,8 @@ def _run_case(case: Case, sides: Sides, folder: Path, quick: bool, until: float)
             if case.peers:
                 row |= _measured(case, impl, peer_impl, sides, peer, folder, quick, until)
             else:
-                found = sides.get("ours", until).call("survey", case=case.to_json())
+                ours = sides.get("ours", until, case.seconds)
+                found = ours.call("survey", case=case.to_json())
                 row |= _verdict(case, found.pop("errors", None)) | found
         except BenchError as error:
             row["error"] = str(error)
@@ -91,52 +93,85 @@ def _run_case(case: Case, sides: Sides, folder: Path, quick: bool, until: float)
 
 
 def _pairs(case: Case, sides: Sides) -> Iterator[tuple[str, str | None, str | None]]:
-    """Yield (our variant, peer's variant, key of the peer's side); None where there is no peer."""
-    for i, impl in enumerate(case.impls):
-        for j, peer_impl in enumerate(case.peers or ("",)):
-            if i and j:
-                continue  # our other variants are compared with the peer's first one alone
-            if peer_impl is None:  # measured alone
-                yield impl, None, None
-                continue
-            key = "torchvision" if peer_impl == "torchvision" else "peer"
-            key = "flamingo" if case.suite == "flamingo" else key
-            if key in sides and case.peers:
-                yield impl, peer_impl, key
-            elif not j:
-                yield impl, None, None
+    """Yield (our variant, peer's variant, key of the peer's side); None where there is no peer.
+
+    All of ours beside the peer's first variant, then ours by default beside its others: each side
+    then builds little anew, and where time runs out the first rows say most.
+    """
+    first, *others = case.peers or ("",)
+    pairs = [(impl, first, True) for impl in case.impls]
+    for impl, peer_impl, needed in pairs + [(case.impls[0], other, False) for other in others]:
+        if peer_impl is None:  # measured alone
+            yield impl, None, None
+            continue
+        key = "torchvision" if peer_impl == "torchvision" else "peer"
+        key = "flamingo" if case.suite == "flamingo" else key
+        if key in sides and case.peers:
+            yield impl, peer_impl, key
+        elif needed:
+            yield impl, None, None
 
 
 def _measured(
     case: Case, impl: str, peer_impl: str | None, sides: Sides, peer_key: str | None,
     folder: Path, quick: bool, until: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Prepare both sides, compare what they return, then measure them in turns."""
-    ours = sides.get("ours", until)
-    peer = sides.get(peer_key, until) if peer_key else None
-    model = folder / f"{type(case.size).__name__}-{case.size.d}-{case.size.layers}"
-    if case.suite in suites.WITH_MODEL and not model.exists():
-        (peer or ours).call("write_model", case=case.to_json(), folder=str(model))
-    outputs = {}
-    prepared = {}
-    for side, variant in ((ours, impl), (peer, peer_impl)):
-        if side is None:
-            continue
-        file = folder / f"{'ours' if side is ours else 'peer'}.npz"
-        prepared[side] = side.call(
-            "prepare", case=case.to_json(), folder=str(model), impl=variant, outputs=str(file),
+    """Prepare both sides, compare what they return, then measure them in turns.
+
+    What fails on the peer's side becomes ``peer_error``, and ours is measured alone.
+    """
+    name = f"{type(case.size).__name__}-{case.size.d}-{case.size.layers}"
+    shared, own = folder / name, folder / f"{name}-own"
+    needs_model = case.suite in suites.WITH_MODEL
+
+    def prepared(key: str, variant: str | None, model: Path) -> tuple[Side, dict, dict]:
+        side, file = sides.get(key, until, case.seconds), folder / f"{key}.npz"
+        if needs_model and not model.exists():
+            _write_model(side, case, model)
+        answer = side.prepare(
+            case=case.to_json(), folder=str(model), impl=variant, outputs=str(file),
             warmup=1 if quick else 3, tune=not quick,
         )  # fmt: skip
         with np.load(file) as arrays:
-            outputs[side] = dict(arrays)
-    errors = parity(case.suite, outputs[ours], outputs[peer]) if peer else None
+            return side, answer, dict(arrays)
+
+    failed, peer, errors = {}, None, None
+    if peer_key and needs_model and not shared.exists():
+        try:
+            _write_model(sides.get(peer_key, until, case.seconds), case, shared)
+        except BenchError as error:
+            peer_key, failed = None, {"peer_error": str(error)}
+    ours, mine, outputs = prepared("ours", impl, shared if shared.exists() else own)
+    if peer_key:
+        try:
+            peer, theirs, their_outputs = prepared(peer_key, peer_impl, shared)
+            errors = parity(case.suite, outputs, their_outputs)
+        except BenchError as error:
+            failed = {"peer_error": str(error)}
+    try:
+        times = _timings(case, ours, peer, quick)
+    except BenchError as error:
+        if peer is None or ours.ended:
+            raise
+        peer, errors, failed = None, None, {"peer_error": str(error)}
+        times = _timings(case, ours, None, quick)
     return {
         **_verdict(case, errors),
-        "compile_s": round(prepared[ours]["compile_s"], 2),
-        "peer_note": prepared[peer]["note"] if peer else "",
-        **prepared[ours]["details"],
-        **_timings(case, ours, peer, quick),
+        **failed,
+        "compile_s": round(mine["compile_s"], 2),
+        "peer_note": theirs["note"] if peer else "",
+        **mine["details"],
+        **times,
     }
+
+
+def _write_model(side: Side, case: Case, folder: Path) -> None:
+    """Let a side write the random model of a case; half of one is taken away again."""
+    try:
+        side.call("write_model", case=case.to_json(), folder=str(folder))
+    except BenchError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _verdict(case: Case, errors: Mapping[str, float] | None) -> dict[str, Any]:
@@ -182,9 +217,9 @@ def _timings(case: Case, ours: Side, peer: Side | None, quick: bool) -> dict[str
     The noise floor is the spread of one side's own medians from turn to turn, the larger of both
     sides: (largest - smallest) / median. A ratio that close to 1 says nothing.
     """
-    # A GPU has one user at a time, and is lent for minutes.
-    seconds = 4 if case.device == "cpu" else 1
-    plan = {"seconds": seconds, "least": 3, "most": 60}
+    # A GPU has one user at a time, is lent for minutes and gives steady times.
+    on_cpu = case.device == "cpu"
+    plan = {"seconds": 4 if on_cpu else 0.5, "least": 3 if on_cpu else 4, "most": 60}
     if quick:
         plan = {"seconds": 0, "least": 1, "most": 2}
     busy = 0.0 if quick else environment.busy_cores()
@@ -197,7 +232,7 @@ def _timings(case: Case, ours: Side, peer: Side | None, quick: bool) -> dict[str
         answer = side.call("measure", **plan)
         turns.setdefault(side, []).append(answer["seconds"])
         cpu.setdefault(side, []).append(answer["cpu"])
-        if not quick:
+        if on_cpu and not quick:
             busy = max(busy, environment.busy_cores(0.3))
     found = {}
     medians = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -30,6 +31,8 @@ DEVICES = {
     "gpu alone": {"JAX_PLATFORMS": "cuda"},  # without a peer; mmjax.runtime gives its share
 }
 """Environment variables that put a side on a device."""
+PATIENCE = 20
+"""Seconds that a process has to end once it is told to."""
 
 
 class BenchError(MMJaxError):
@@ -37,10 +40,10 @@ class BenchError(MMJaxError):
 
 
 class DeadlineError(BenchError):
-    """A side did not answer in the time its suite had left."""
+    """A side did not answer in the time that a request, or its suite, had left."""
 
-    def __init__(self):
-        super().__init__("deadline")
+    def __init__(self, what: str = "deadline"):
+        super().__init__(what)
 
 
 class Side:
@@ -49,7 +52,8 @@ class Side:
     def __init__(
         self, name: str, *, python: str = sys.executable, cores: int = 0, device: str = "cpu"
     ):
-        self.name, self.until = name, math.inf
+        self.name, self.until, self.seconds, self.ended = name, math.inf, math.inf, False
+        self._held: tuple[str, dict[str, Any]] | None = None
         variables = dict(os.environ) | DEVICES[device]
         if "XLA_FLAGS" in DEVICES[device]:
             variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {variables['XLA_FLAGS']}"
@@ -73,43 +77,63 @@ class Side:
         self._answers.put("")
 
     def call(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Return the answer to a request; past the deadline the process is ended."""
+        """Return the answer to a request; past ``until`` or ``seconds`` the process is ended."""
+        self._held = None if do == "survey" else self._held
         left = self.until - time.monotonic()
         if left <= 0:
-            self._end()
+            self._end("deadline")
+        most = min(left, self.seconds)
         try:
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
-            line = self._answers.get(timeout=None if math.isinf(left) else left)
+            line = self._answers.get(timeout=None if math.isinf(most) else most)
         except BrokenPipeError:
             line = ""
         except queue.Empty:
-            self._end()
+            late = f"{self.name} side, {do}: not done within {self.seconds:g} s"
+            self._end(late if self.seconds < left else "deadline")
         if not line:
-            code = self.process.wait(timeout=60)  # negative: the signal that ended it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=PATIENCE)
+            code = self.process.poll()  # negative: the signal that ended it
+            self._kill()
             raise BenchError(
                 f"the {self.name} side ended with code {code} before it answered {do!r}; its own "
                 "message stands above"
             )
         answer = json.loads(line)
         if "error" in answer:
+            if answer.get("broken"):  # a fault of a GPU's program fails all that follow it there
+                self._kill()
             raise BenchError(f"{self.name} side, {do}: {answer['error']}")
         return answer
 
-    def _end(self) -> NoReturn:
+    def prepare(self, **arguments: Any) -> dict[str, Any]:
+        """Return the answer to ``prepare``; what the side holds already is not built again."""
+        asked = json.dumps(arguments, sort_keys=True)
+        if self._held is None or self._held[0] != asked:
+            self._held = None
+            self._held = asked, self.call("prepare", **arguments)
+        return self._held[1]
+
+    def _end(self, what: str) -> NoReturn:
+        self._kill()
+        raise DeadlineError(what) from None
+
+    def _kill(self) -> None:
+        self.ended = True
         self.process.kill()
-        self.process.wait(timeout=60)
-        raise DeadlineError() from None
+        # A program that never ends may hold it within the driver; the run goes on without it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=PATIENCE)
 
     def close(self) -> None:
         """End the process; one that does not end by itself is killed."""
         try:
             self.process.stdin.close()
-            self.process.wait(timeout=60)
-        except BrokenPipeError:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.process.wait(timeout=PATIENCE)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._kill()
 
 
 class Sides:
@@ -125,12 +149,17 @@ class Sides:
     def __contains__(self, key: str) -> bool:
         return key in self.makers
 
-    def get(self, key: str, until: float) -> Side:
-        """Return a running side that has until ``until`` (of time.monotonic) to answer."""
+    def get(self, key: str, until: float, seconds: float | None = None) -> Side:
+        """Return a running side that has until ``until`` (of time.monotonic) to answer.
+
+        seconds: the most that it may take over one request; None for no such limit.
+        """
         side = self._running.get(key)
-        if side is None or side.process.poll() is not None:
+        if side is None or side.ended or side.process.poll() is not None:
+            if time.monotonic() >= until:  # nothing is started for an answer that nobody waits for
+                raise DeadlineError()
             side = self._running[key] = Side(**self.makers[key])
-        side.until = until
+        side.until, side.seconds = until, math.inf if seconds is None else seconds
         if key not in self._versions:
             self._versions[key] = side.call("versions")
             self._where = {}

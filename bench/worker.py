@@ -7,6 +7,7 @@ stderr.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -34,9 +35,18 @@ def main() -> int:
             answer = getattr(worker, request.pop("do"))(**request)
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = failure(error, worker.on_gpu)
         print(json.dumps(answer), file=answers, flush=True)
     return 0
+
+
+def failure(error: Exception, on_gpu: bool) -> dict:
+    """Return the answer to a request that failed. broken: the process may be of no more use."""
+    # What fails on a device is a RuntimeError to JAX and to torch; all that follows may fail too.
+    return {
+        "error": f"{type(error).__name__}: {error}",
+        "broken": on_gpu and isinstance(error, RuntimeError),
+    }
 
 
 class Worker:
@@ -51,6 +61,7 @@ class Worker:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
             module.set_threads(cores or os.cpu_count() or 1)
         self.side, self.module, self.subject = side, module, None
+        self.on_gpu = False
 
     def versions(self) -> dict:
         """Return library versions."""
@@ -87,9 +98,11 @@ class Worker:
         return self.subject.survey()
 
     def _build(self, case: dict, folder: str, impl: str) -> Case:
-        self.subject = None  # frees the previous one first
+        self.subject = None
+        gc.collect()  # frees the previous one first, cycles and all
         found = Case.from_json(case)
-        if found.device.startswith("gpu"):
+        self.on_gpu = found.device.startswith("gpu")
+        if self.on_gpu:
             self.module.check_gpu()
         self.subject = suites.side_of(found.suite, self.side)(found, folder, impl)
         return found

@@ -15,7 +15,7 @@ def rows():
     """A probe without time, an implementation that does not exist, and what comes after them."""
     packed, loss = kernels.attention_cases(True, "cpu")[2], kernels.loss_cases(True, "cpu")[0]
     packed = dataclasses.replace(packed, impls=("xla", "nonsense"))
-    cases = [*probe.probe_cases(True, "cpu"), packed, loss]
+    cases = [probe.probe_cases(True, "cpu")[0], packed, loss]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "DEADLINE", 0)
         return list(runner.run_cases(cases, peer=None, quick=True))
@@ -65,7 +65,7 @@ def test_an_error_or_a_deadline_fails_the_command(tmp_path):
 
 
 def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu():
-    (row,) = runner.run_cases(probe.probe_cases(True, "gpu"), peer=None, quick=True)
+    (row,) = runner.run_cases(probe.probe_cases(True, "gpu")[:1], peer=None, quick=True)
     assert ("error" in row) == (not environment.gpu())
     assert "finds no CUDA GPU" in row.get("error", "finds no CUDA GPU")
     assert row.get("device_kind") != "cpu"

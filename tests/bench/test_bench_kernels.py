@@ -95,18 +95,15 @@ def test_parity_is_over_the_largest_value_and_a_nan_fails():
     assert np.isnan(verdict["parity_err"]) and verdict["parity_ok"] is False
 
 
-def test_the_probe_measures_each_attention_or_says_why_not(monkeypatch):
-    import mmjax.ops.attention
-
-    monkeypatch.setattr(mmjax.ops.attention, "IMPLEMENTATIONS", ("xla",))
-    found = probe.attentions(("float32",))
-    assert 0 < found["xla"]["float32"] < 2e-6
-    monkeypatch.setattr(
-        mmjax.ops.attention, "attention", lambda *a, implementation: 1 / 0 * len(implementation)
-    )
-    assert probe.attentions(("float32",)) == {
-        "xla": {"float32": "ZeroDivisionError: division by zero"}
-    }
+def test_the_probe_measures_an_attention_or_says_why_not():
+    found = probe.attention_errors("xla", ("float32",), (24,))
+    plain, packed = found["attention"]["xla"].items()
+    assert plain[0] == "float32" and packed[0] == "float32, packed, head dim 24"
+    assert 0 < plain[1] < 2e-6 and 0 < packed[1] < 2e-6
+    assert found["errors"] == found["attention"]["xla"]
+    found = probe.attention_errors("cudnn", ("float32",), ())
+    assert found.keys() == {"attention"}  # nothing to compare
+    assert "cannot run: it needs a CUDA GPU" in found["attention"]["cudnn"]["float32"]
 
 
 @pytest.mark.heavy
