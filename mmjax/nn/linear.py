@@ -137,19 +137,23 @@ class Linear(nnx.Module):
         if self.kind == "nf4":
             kernel = nf4.dequantize(codes, scale, self.d_in, 0, self.dtype)
             return _contract(x, kernel, self.n_in)
-        y = _contract(x, codes.astype(self.dtype), self.n_in)
+        # Sums of steps are hundreds of times what they stand for: float16 ends at 65,504.
+        wide = jnp.float32 if jnp.dtype(self.dtype) == jnp.float16 else None
+        y = _contract(x, codes.astype(self.dtype), self.n_in, wide)
         return (y * scale).astype(self.dtype)
 
 
-def _contract(x: Array, kernel: Array, n: int) -> Array:
+def _contract(x: Array, kernel: Array, n: int, dtype=None) -> Array:
+    """Contract the last n axes of x and the first n of a kernel; dtype: the result's or None."""
     mesh = jax.sharding.get_abstract_mesh()
     one = mesh.empty or mesh.size == 1
     if not (one and jax.default_backend() == "cpu" and _AS_MATRICES.get()):
         axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+        return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=dtype)
     # As matrices: of several axes, XLA's CPU backend transposes x for the gradient of the kernel,
     # and the kernel for that of x, before it multiplies.
     rows, d_out = x.shape[: x.ndim - n], kernel.shape[n:]
     size = math.prod(x.shape[x.ndim - n :])
-    y = x.reshape(math.prod(rows), size) @ kernel.reshape(size, math.prod(d_out))
+    matrices = x.reshape(math.prod(rows), size), kernel.reshape(size, math.prod(d_out))
+    y = jnp.matmul(*matrices, preferred_element_type=dtype)
     return y.reshape(*rows, *d_out)

@@ -45,7 +45,11 @@ def decode_attention(
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     if v_scale is not None:
-        weights *= v_scale[:, :, None]
+        # As shares of the largest: a weight times a scale may be below what float16 has.
+        largest = v_scale.max(-1, keepdims=True)
+        weights *= (v_scale / largest)[:, :, None]
     weights = weights.astype(v.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
+    if v_scale is not None:
+        out *= largest[..., None]
     return out.reshape(b, n, h).astype(q.dtype)

@@ -7,6 +7,7 @@ from flax import nnx
 
 import mmjax
 from mmjax.nn import int8, paths, quantized
+from mmjax.nn.linear import DTypes, Linear
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
 from tests.parity import peer
@@ -77,3 +78,19 @@ def test_a_model_of_nf4_kernels_is_the_one_their_numbers_stand_for(folder):
 def test_other_weights_are_refused(folder):
     with pytest.raises(MMJaxError, match='weights is \'int4\'; give "int8" or "nf4", or None'):
         mmjax.load(folder, weights="int4")
+
+
+def test_sums_of_steps_fit_where_the_compute_dtype_is_float16():
+    """They are hundreds of times what they stand for, and float16 ends at 65,504."""
+    rng = np.random.default_rng(0)
+    dtypes = DTypes("float32", "float16", kernel="int8")
+    about = dict(name="a", bias=False, dtypes=dtypes, init_std=0.02)
+    with use():
+        linear = Linear((256,), (8,), ("embed", "mlp"), rngs=nnx.Rngs(0), **about)
+    x = rng.normal(size=(4, 256)).astype(np.float16) + np.float16(30)
+    kernel = 0.02 + 0.01 * rng.random((256, 8)).astype(np.float32)
+    steps, scale = int8.quantize(kernel, (0,))
+    linear.kernel[...], linear.kernel_scale[...] = steps, scale
+    want = np.float64(x) @ (np.float64(steps) * np.float64(scale))
+    assert want.min() > 150 and want.max() < 250
+    np.testing.assert_allclose(linear(x), want, rtol=2e-3)

@@ -112,6 +112,17 @@ def test_decoding_from_codes_and_scales_equals_the_keys_they_stand_for():
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+def test_scales_of_values_lose_nothing_in_float16():
+    """A weight of 1 / 2,048 times a scale of 1 / 10,000 is below float16's smallest number."""
+    s, rng = 2048, np.random.default_rng(0)
+    q = jnp.zeros((1, 1, 8), jnp.float16)  # all keys weigh alike
+    k, v = (jnp.asarray(rng.integers(60, 128, (1, 1, s, 8)), jnp.int8) for _ in "kv")
+    scale = jnp.full((1, 1, s), 1e-4)
+    got = decode_attention(q, k, v, jnp.array([s]), k_scale=scale, v_scale=scale)
+    want = np.float64(v).mean(2) * 1e-4
+    np.testing.assert_allclose(got, want, rtol=2e-3)
+
+
 def test_misfitting_shapes_and_unknown_names_are_named():
     x = jnp.zeros((1, 4, 3, 8))
     with pytest.raises(ValueError, match="multiple of k"):
