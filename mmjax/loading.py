@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ def load(
     *,
     base: str | os.PathLike | None = None,
     weights: str | None = None,
+    processor: Mapping[str, Any] | None = None,
     **parts: str | os.PathLike | None,
 ) -> LoadedModel:
     """Load a converted folder or a PyTorch checkpoint, ready to answer.
@@ -41,6 +42,8 @@ def load(
     weights: "int8" keeps the kernels of linear maps as int8 with a scale per output channel: half
         of bfloat16's memory, and what decoding reads, for a small loss of precision. "nf4": in 4.5
         bits a weight, see ``mmjax.nn.nf4``; the loss is larger, and decoding no faster.
+    processor: settings that replace those of the folder, as ``model.processor`` of a run does, such
+        as ``{"frames": 16}`` for a video model.
     parts: ``lm=``, ``vision=`` and so on, where a checkpoint of the trained parts leaves out the
         others; see ``mmjax.models.parts.Parts``.
     Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family.
@@ -53,10 +56,8 @@ def load(
     opened = opening.open_checkpoint(path, base=base, **parts)
     checkpoints.require_trained(opened)
     family, config = opened.family, opened.config
-    processor = first_processor(family, opened.folders)
-    if opened.options:
-        processor = processor.with_options(**opened.options)
-    processor.check(config)
+    own = first_processor(family, opened).with_options(**(processor or {}))
+    own.check(config)
     mesh = mesh or make_mesh({}, jax.local_devices()[:1])
     with use(mesh):
         dtypes = DTypes(dtype, dtype, kernel=weights)
@@ -76,7 +77,7 @@ def load(
         values = checkpoints.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
     ends = stated_ends(opened.folders, config.vocab_size)
-    return LoadedModel(family.name, config, model, processor, mesh, ends)
+    return LoadedModel(family.name, config, model, own, mesh, ends)
 
 
 def _check_dtype(dtype: str) -> None:
@@ -88,11 +89,14 @@ def _check_dtype(dtype: str) -> None:
         raise MMJaxError(f'dtype is {dtype!r}; give "float32", "bfloat16" or "float16"')
 
 
-def first_processor(family: registry.Family, folders: Sequence[Path]) -> Processor:
-    """Read the processor from the nearest folder that has tokenizer files.
+def first_processor(family: registry.Family, opened: checkpoints.Checkpoint) -> Processor:
+    """Read a checkpoint's processor from the nearest of its folders that has tokenizer files.
 
     An adapter's folder may hold none: then the base model's serve. Without any, the base's
     config.json still tells the patch size and the ids.
     """
-    found = [family.Processor.from_pretrained(folder) for folder in folders]
-    return next((p for p in found if p.tokenizer is not None), found[-1])
+    for folder in opened.folders:
+        processor = family.Processor.from_pretrained(folder, **opened.options)
+        if processor.tokenizer is not None:
+            break
+    return processor

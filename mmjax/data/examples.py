@@ -28,7 +28,7 @@ from mmjax.data.skips import Skip
 from mmjax.data.templates import Template, fuyu_chat, fuyu_legacy_otter, get_template
 from mmjax.types import BadSample, Example, MMJaxError, Record
 
-_MULTITURN, _AUGMENT = 1, 2  # kinds of draws
+_MULTITURN, _AUGMENT, _PROCESSOR = 1, 2, 3  # kinds of draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,10 @@ class LoadExample:
             for change in self.augments[draw[0]]:
                 record = change(record, rng)
         segments = self.templates[draw[0]](record)
-        return record, self.processor.encode(segments, record.images, max_tokens=max_tokens)
+        processor = self.processor
+        if (drawn := getattr(processor, "drawn", None)) is not None:
+            processor = drawn(self._rng(draw, _PROCESSOR))
+        return record, processor.encode(segments, record.images, max_tokens=max_tokens)
 
     def _fitted(self, record: Record, example: Example) -> tuple[Example, int]:
         """Return an example that fits into a row and its number of images; raises BadSample."""

@@ -85,20 +85,24 @@ class Model(Protocol):
 class Processor(Protocol):
     """Text and images to Examples and back; numpy only, so that data workers can use it.
 
-    Four methods are optional. ``picture(row) -> uint8[h, w, 3]`` draws a row of ``patches``, where
+    Five methods are optional. ``picture(row) -> uint8[h, w, 3]`` draws a row of ``patches``, where
     each is a whole image and ``visual_index`` says which one a token looks at. ``truncate(example,
     max_tokens)`` cuts an example where ``mmjax.data.limits.truncate`` does not know enough.
     ``check_template(template)`` raises MMJaxError for a template of other tokens, before any record
     is read. ``check_resolution(longest)`` raises it for a longest side of pictures that is never
-    shown.
+    shown. ``drawn(rng)`` returns the processor of one training sample, where a setting is drawn
+    for each.
     """
 
     tokenizer: Any
     patch_dim: int  # numbers in one row of the visual stream
 
     @classmethod
-    def from_pretrained(cls, folder: Any) -> Processor:
-        """Read a model folder; tokenizer files are optional until a string must be encoded."""
+    def from_pretrained(cls, folder: Any, **options: Any) -> Processor:
+        """Read a model folder; tokenizer files are optional until a string must be encoded.
+
+        options: settings that count before those of the folder.
+        """
 
     @classmethod
     def for_words(cls, words: Sequence[str], config: Config) -> Processor:

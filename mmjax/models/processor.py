@@ -25,9 +25,13 @@ class FolderProcessor:
         self.folder: str | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded."""
-        processor = cls(cls.CONFIG.from_folder(folder), load_tokenizer(folder))
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> Self:
+        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded.
+
+        options: settings that count before those of the folder.
+        """
+        config = dataclasses.replace(cls.CONFIG.from_folder(folder), **options)
+        processor = cls(config, load_tokenizer(folder))
         processor.folder = os.fspath(folder)
         return processor
 

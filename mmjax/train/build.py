@@ -80,9 +80,7 @@ def blueprint(
     source = open_init(settings)
     if source is not None:
         hf = {**source.hf_config, **settings.config}
-        processor = first_processor(family, source.folders)
-        if source.options:
-            processor = processor.with_options(**source.options)
+        processor = first_processor(family, source)
     else:
         if not settings.words:
             raise MMJaxError(

@@ -44,6 +44,17 @@ def loader(sources, template="simple_chat", seq_len=60, seed=0, processor=None, 
     return make_loader(mixture, template, processor or StubProcessor(), shape, seed, options)
 
 
+def test_what_a_processor_draws_is_drawn_anew_in_every_epoch():
+    words = build_word_tokenizer(("User: GPT: q a",))
+    options = ProcessorConfig(image_size=4, answer_token=True, attend_mode="random")
+    given = dict(template="otter_chat", processor=FlamingoProcessor(options, words))
+    load = loader(One(talk(SQUARE)), **given)
+    ahead = [[load((0, i, e))["visual_index"][-1] < 0 for i in range(40)] for e in range(2)]
+    assert all(10 < sum(of_epoch) < 30 for of_epoch in ahead) and ahead[0] != ahead[1]
+    again = loader(One(talk(SQUARE)), **given, augment=("flip",))  # moves with nothing else
+    assert [again((0, i, 1))["visual_index"][-1] < 0 for i in range(40)] == ahead[1]
+
+
 def test_square_padding_and_mirroring_come_by_chance_and_by_epoch():
     load = loader(One(talk(WIDE)), augment=("square_pad",))
     shapes = [len(load((0, i, e))["patches"]) for i in range(32) for e in range(2)]

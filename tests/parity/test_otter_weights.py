@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import mmjax
 from convert_weights import to_hf, to_jax
+from mmjax.types import MMJaxError
 from tests.parity import otter_golden
 
 # What the peer's configuration reads of MPT and MosaicGPT, and has no usable default for.
@@ -43,3 +45,30 @@ def test_a_folder_comes_back_as_the_peer_wrote_it(tmp_path, lm):
         assert said == {key: theirs["text_config"]["attn_config"][key] for key in said}
         assert said["attn_impl"] == "torch"
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_the_language_models_own_tokenizer_gets_the_peers_tokens(tmp_path):
+    """Otter's class adds them as it loads: <answer> is the third, and <PAD> comes behind it."""
+    golden = otter_golden.load("mpt")
+    ids, folder = golden.config["ids"], otter_golden.write_folder(golden, tmp_path / "peer")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    otter_golden.byte_tokenizer(with_pad=False).save_pretrained(folder)
+    to_jax.main([str(folder), str(tmp_path / "jax")])
+    for one in map(mmjax.load, (folder, tmp_path / "jax")):
+        assert one.config.answer_token_id == one.processor.config.answer_token_id == ids["answer"]
+        assert one.config.media_token_id == ids["image"]
+        assert one.encode("GPT:<answer>")["tokens"][-1] == ids["answer"]
+
+
+def test_a_video_model_takes_as_many_frames_as_it_is_told(tmp_path):
+    golden = otter_golden.load("llama")
+    folder = otter_golden.write_folder(golden, tmp_path / "peer")
+    most, frame = golden.config["config"]["max_num_frames"], np.zeros((9, 9, 3), np.uint8)
+    one, two = mmjax.load(folder), mmjax.load(folder, processor={"frames": 2})
+    with pytest.raises(MMJaxError, match="holds 2 frames and the model takes 1"):
+        one.encode("<image>what?", [[frame, frame]])
+    encoded = two.encode("<image>what?", [[frame, frame]])
+    assert encoded["patches"].shape == (1, 2 * two.config.patch_dim)
+    with pytest.raises(MMJaxError, match=f"{most + 1} frames and .* embeddings of {most}"):
+        mmjax.load(folder, processor={"frames": most + 1})

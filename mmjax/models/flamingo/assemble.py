@@ -16,7 +16,7 @@ from typing import Any
 from mmjax.data.tokenize import load_tokenizer
 from mmjax.models import towers
 from mmjax.models.flamingo.config import TOKENIZER_LENGTHS, architecture_of
-from mmjax.models.flamingo.processor_config import ProcessorConfig
+from mmjax.models.flamingo.processor_config import ProcessorConfig, is_otter
 from mmjax.models.flamingo.sizes import GATED, LANGUAGE, interval, sizes
 from mmjax.models.flamingo.special_tokens import complete_tokenizer
 from mmjax.models.json_files import read_json
@@ -71,7 +71,8 @@ def assemble(
     else:  # as stated, and OpenFlamingo's where nothing is
         every, measured = hf.get("cross_attn_every_n_layers", _FRESH_INTERVAL), {}
     folders = [Path(parts.lm)] if parts.lm is not None else []
-    ids, known = _ids([*(file.parent for file in files), *folders])
+    otter = is_otter(hf)
+    ids, known = _ids([*(file.parent for file in files), *folders], answer_token=otter)
     rows, resized = _rows(whole, trained, own, hf, ids, known)
     # Rows of new tokens begin as those of tokens that a run adds, not as zeros.
     short = {} if readers else {key: n for key in resized if (n := whole.shape(key)[0]) < rows}
@@ -82,8 +83,14 @@ def assemble(
     out |= {"text_config": {**text, "vocab_size": rows}, "vision_config": tower.config, **measured}
     out = {**{k: v for k, v in ids.items() if v is not None}, **out}
     _check_ids(out, own, rows, where)
+    if otter and out.get("answer_token_id") is None:  # behind <image>, in the peer's order
+        behind = out.get("media_token_id", TOKENIZER_LENGTHS[own.model_type] + 1) + 1
+        out["answer_token_id"] = behind if behind < rows else None
     adapter = _adapter(whole, hf, parts.tuning_config, where)
-    options = {"image_size": tower.config["image_size"]} if parts.given() else {}
+    options: dict[str, Any] = {}
+    if parts.given():  # the processor's folder may be that of a part
+        options = {"image_size": tower.config["image_size"]}
+        options |= {"answer_token": True} if otter else {}
     return Assembled(
         out,
         Resized(whole, resized) if resized else whole,
@@ -217,13 +224,19 @@ def _check_there(
         )
 
 
-def _ids(folders: Sequence[Path]) -> tuple[dict[str, int | None], int | None]:
-    """Return the ids of the special tokens and the size of the vocabulary, from a tokenizer."""
+def _ids(
+    folders: Sequence[Path], *, answer_token: bool
+) -> tuple[dict[str, int | None], int | None]:
+    """Return the ids of the special tokens and the size of the vocabulary, from a tokenizer.
+
+    answer_token: whether the model has <answer>.
+    """
     found = (load_tokenizer(folder) for folder in dict.fromkeys(folders))
     tokenizer = next((one for one in found if one is not None), None)
     if tokenizer is None:
         return {}, None
-    return complete_tokenizer(tokenizer, ProcessorConfig()), len(tokenizer)
+    added = ProcessorConfig(answer_token=answer_token)
+    return complete_tokenizer(tokenizer, added), len(tokenizer)
 
 
 def _rows(

@@ -8,8 +8,8 @@ transformers' CLIP transform makes of a picture. numpy and Pillow only: data wor
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,6 +106,12 @@ class FlamingoProcessor(FolderProcessor):
                 "use the tokenizer the model was trained with, or correct it in config.json"
             )
         own.check_model(config.vision.image_size, config)
+        most = config.perceiver.max_frames
+        if most is not None and own.frames > most:
+            raise MMJaxError(
+                f"the processor takes media of {own.frames} frames and the model has embeddings of "
+                f"{most}; set the processor's frames to {most} or fewer"
+            )
 
     def encode(
         self,
@@ -135,11 +141,21 @@ class FlamingoProcessor(FolderProcessor):
         check_targets(segments, loss)
         ends = {"eoc": self.config.eoc_token_id, "eos": self.config.eos_token_id}
         check_ends(segments, tokens, loss, ends)
-        mode = self.config.attend_mode
-        if mode == "random":  # a coin of the sample's own, the same whenever it is met
-            mode = ("previous", "next")[zlib.crc32(tokens.tobytes()) & 1]
         rows = media_rows([images[i] for i in order], self.config)
-        return make_example(tokens, loss, look_at(media, mode), rows)
+        return make_example(tokens, loss, self._look(media), rows)
+
+    def drawn(self, rng: np.random.Generator) -> FlamingoProcessor:
+        """Return the processor of one training sample: a random ``attend_mode`` is drawn."""
+        if self.config.attend_mode != "random":
+            return self
+        mode = ("previous", "next")[int(rng.integers(2))]
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, attend_mode=mode)
+        return other
+
+    def _look(self, media: np.ndarray) -> np.ndarray:
+        """Return what each token looks at; media: bool[t]. Only training looks ahead at random."""
+        return look_at(media, "next" if self.config.attend_mode == "next" else "previous")
 
     def truncate(self, example: Example, max_tokens: int) -> Example:
         """Cut an example on the right, with the media whose ``<image>`` is behind the cut.
@@ -168,8 +184,7 @@ class FlamingoProcessor(FolderProcessor):
 
         A string is tokenised as the peer would, with its ``<image>`` marks where the images stand;
         without marks they stand in front. Token ids are used as they are: each ``media_token_id``
-        is an image, in order. With ``attend_mode`` "random" text looks at the previous image.
-        Raises MMJaxError when there is not one mark for each image.
+        is an image, in order. Raises MMJaxError when there is not one mark for each image.
         """
         config = self.config
         if isinstance(prompt, str):
@@ -183,9 +198,8 @@ class FlamingoProcessor(FolderProcessor):
         media = tokens == config.media_token_id
         if media.sum() != len(images):
             raise mismatch("prompt", int(media.sum()), len(images))
-        mode = "next" if config.attend_mode == "next" else "previous"
         rows = media_rows(list(images), config)
-        return make_example(tokens, np.zeros(len(tokens), bool), look_at(media, mode), rows)
+        return make_example(tokens, np.zeros(len(tokens), bool), self._look(media), rows)
 
     def decode(self, tokens: Sequence[int] | np.ndarray, scale: float = 1.0) -> str:
         """Turn generated ids into the answer's text; special tokens are dropped.

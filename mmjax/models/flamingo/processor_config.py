@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from mmjax.models.json_files import read_json
@@ -21,8 +22,8 @@ class ProcessorConfig(SquareImages):
 
     Fields of ``SquareImages`` and: frames: pictures in one medium, 1 but for video models.
     attend_mode: which medium text looks at: the ``previous`` one, the ``next`` (version 1 with
-    attend_previous=False), or one of the two for each sample at ``random`` (version 1 with
-    use_media_placement_augmentation).
+    attend_previous=False), or in training one of the two for each sample at ``random``, drawn anew
+    in every epoch (version 1 with use_media_placement_augmentation); it answers as ``previous``.
     bos: begin with <bos>; None does as the tokenizer does (LLaMA's yes, GPT-NeoX's no), True as
     Otter's training does with any. answer_token: add Otter's ``<answer>`` to a tokenizer that lacks
     it. image_mark: the token that stands for a medium, and its mark in a string prompt.
@@ -60,8 +61,9 @@ class ProcessorConfig(SquareImages):
     def from_folder(cls, folder: str | os.PathLike) -> ProcessorConfig:
         """Read a checkpoint folder: the processor's file and, for ids and size, ``config.json``.
 
-        Without a processor's file it is open_clip's transform at the tower's size. Raises
-        MMJaxError naming a file that is not JSON.
+        Without a processor's file it is open_clip's transform at the tower's size. A model that has
+        ``<answer>`` asks for it, whether the tokenizer beside it has it or not. Raises MMJaxError
+        naming a file that is not JSON.
         """
         telling = read_image_file(folder)
         model = read_json(folder, "config.json") or {}
@@ -75,4 +77,15 @@ class ProcessorConfig(SquareImages):
             value = model.get(key, text.get(key))
             if isinstance(value, int):
                 changes[key] = value
+        if "answer_token_id" in changes or is_otter(model):
+            changes["answer_token"] = True
         return dataclasses.replace(config, **changes)
+
+
+def is_otter(hf: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is of Otter's classes, which know ``<answer>``.
+
+    They add it to the language model's own tokenizer, which may be all that lies in the folder.
+    """
+    named = hf.get("architectures") or [""]
+    return hf.get("model_type") == "otter" or str(named[0]).startswith("Otter")

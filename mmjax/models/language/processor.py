@@ -29,9 +29,9 @@ class LanguageProcessor:
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> LanguageProcessor:
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> LanguageProcessor:
         """Read a model folder; tokenizer files are optional until a string must be encoded."""
-        return cls(load_tokenizer(folder))
+        return cls(load_tokenizer(folder)).with_options(**options)
 
     @classmethod
     def for_words(cls, words: Sequence[str], config: Any) -> LanguageProcessor:

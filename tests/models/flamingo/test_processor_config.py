@@ -1,5 +1,7 @@
 """Settings of Flamingo's processor that cannot be followed are refused, by name."""
 
+import json
+
 import pytest
 
 from mmjax.models.flamingo.processor import ProcessorConfig
@@ -45,3 +47,18 @@ def test_what_a_files_format_has_no_word_for_is_kept():
     assert ProcessorConfig.from_hf(config.to_hf()) == config
     squashed = ProcessorConfig(image_size=8, fit="squash", answer_token=True)
     assert ProcessorConfig.from_hf(squashed.to_hf()) == squashed
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        (dict(model_type="otter"), True),
+        (dict(model_type="flamingo", architectures=["OtterModel"]), True),
+        (dict(model_type="flamingo", answer_token_id=7), True),
+        (dict(model_type="flamingo", architectures=["FlamingoForConditionalGeneration"]), False),
+        (dict(model_type="flamingo", answer_token_id=None), False),
+    ],
+)
+def test_a_model_with_the_answers_token_asks_for_it(tmp_path, says, answer):
+    (tmp_path / "config.json").write_text(json.dumps(says))
+    assert ProcessorConfig.from_folder(tmp_path).answer_token is answer

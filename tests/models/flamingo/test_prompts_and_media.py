@@ -199,18 +199,19 @@ def test_text_looks_at_the_image_before_or_behind_it(mode, tokens):
     assert example["visual_index"].dtype == np.int32
 
 
-def test_at_random_half_of_the_samples_look_ahead_and_always_the_same():
+def test_at_random_half_of_the_training_samples_look_ahead_and_no_question():
     processor = NEOX.with_options(attend_mode="random")
-    ahead = []
-    for number in range(60):
-        one = record(("u", f"<image>{number}?"), ("a", "A dog."), images=1)
-        first = encode(processor, "otter_chat", one)
-        again = encode(processor, "otter_chat", one)
-        np.testing.assert_array_equal(first["visual_index"], again["visual_index"])
-        ahead.append(first["visual_index"][-1] == -1)
+    one, ahead = record(("u", "<image>hm?"), ("a", "A dog."), images=1), []
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        example = encode(processor.drawn(rng), "otter_chat", one)
+        ahead.append(example["visual_index"].tolist() == [0] + [-1] * (len(example["tokens"]) - 1))
+        assert ahead[-1] or (example["visual_index"] == 0).all()
     assert 15 < sum(ahead) < 45
-    prompt = processor.encode_prompt("<image>User: hm?", [picture()])
-    assert (prompt["visual_index"] == 0).all()
+    for asked in (processor.encode_prompt("<image>User: hm?", [picture()]),
+                  encode(processor, "otter_prompt", one)):  # fmt: skip
+        assert (asked["visual_index"] == 0).all()
+    assert NEOX.drawn(rng) is NEOX
 
 
 def test_an_image_is_one_row_of_grey_levels():
@@ -324,6 +325,7 @@ def model_config(processor, **changes):
         vocab_size=512,
         media_token_id=processor.config.media_token_id,
         vision=SimpleNamespace(image_size=8),
+        perceiver=SimpleNamespace(max_frames=None),
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
     )
@@ -343,6 +345,13 @@ def test_a_model_of_other_files_is_refused(changes, says):
     NEOX.check(model_config(NEOX))
     with pytest.raises(MMJaxError, match=says):
         NEOX.check(model_config(NEOX, **changes))
+
+
+def test_media_of_more_frames_than_have_embeddings_are_refused():
+    model = model_config(NEOX, perceiver=SimpleNamespace(max_frames=3))
+    NEOX.with_options(frames=3).check(model)
+    with pytest.raises(MMJaxError, match="media of 4 frames and the model has embeddings of 3"):
+        NEOX.with_options(frames=4).check(model)
 
 
 def test_a_model_from_nothing_gets_a_tokenizer_of_its_words():
