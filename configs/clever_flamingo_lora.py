@@ -6,6 +6,13 @@ COMMAND
     python train.py --config=configs/clever_flamingo_lora.py --workdir=runs/clever_lora \\
         --config.model.init=/data/of9b --config.data.sources.train.path=/data/instructions.json
 
+With a tuning config of instruct_flamingo's own, which then says what is adapted and trained:
+    python train.py --config=configs/clever_flamingo_lora.py:tuning=perceiver.json ...
+
+The data are a list of samples, or a dataset config that shares out data.sources.train.num_samples
+draws of an epoch (-1: every record once) by ratio or data.sources.train.sampling=sqrt; see
+docs/data_formats.md.
+
 As published (Chen et al. 2023, instruct_flamingo's tuning_config/lora+perceiver): rank 64, alpha 64
 on the four maps of each MPT block, 1e-4 constant after 1,000 steps, a batch of 64, prompts without
 a system line, up to 32 more turns drawn into a sample. Weight decay of 0.1 is for the gated blocks
@@ -27,10 +34,20 @@ LANGUAGE = ("attn.*", "mlp.*")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; ``:quick`` trains a toy of random weights on generated data."""
-    quick = recipe_options(arg, quick=False).quick
-    recipe = settings("clever_flamingo_lora", dict(rank=64, alpha=64.0, targets=LANGUAGE))
-    return fill(RunSettings, toy_flamingo(recipe) if quick else recipe)
+    """Return the recipe; ``:quick`` trains a toy of random weights on generated data.
+
+    ``:tuning=FILE`` takes adapters and what is trained from a tuning config.
+    """
+    return get_recipe(arg, "clever_flamingo_lora", dict(rank=64, alpha=64.0, targets=LANGUAGE))
+
+
+def get_recipe(arg: str | None, name: str, lora: dict[str, Any]) -> ConfigDict:
+    """Return a Clever Flamingo recipe by its argument; lora: its adapters if that names none."""
+    given = recipe_options(arg, quick=False, tuning="")
+    recipe = settings(name, lora)
+    if given.tuning:
+        recipe |= dict(train=(), lora=dict(tuning_config=given.tuning))
+    return fill(RunSettings, toy_flamingo(recipe) if given.quick else recipe)
 
 
 def settings(name: str, lora: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +65,15 @@ def settings(name: str, lora: dict[str, Any]) -> dict[str, Any]:
         train=("perceiver.*",),
         lora=lora,
         data=dict(
-            sources=dict(train=dict(kind="json", path="set data.sources.train.path")),
+            sources=dict(
+                train=dict(
+                    kind="instruct_flamingo",
+                    path="set data.sources.train.path",
+                    num_samples=-1,
+                    sampling="ratio",
+                    img_dir=None,
+                )
+            ),
             template="guanaco_no_prompt_chat",
             multiturn=dict(turns=32, max_images=16, max_tokens=2048),
             augment=("square_pad",),

@@ -124,6 +124,7 @@ def settings(
             weight_decay=0.1,
             decay=("cross.*",),
         ),
+        eval=dict(template="open_flamingo_caption_prompt"),
         mesh=dict(fsdp=-1),
         checkpoint=dict(every=1000, keep=2),
     )

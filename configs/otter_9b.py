@@ -8,8 +8,15 @@ COMMAND
 The YAML is Otter's training YAML (docs/data_formats.md). As in its README for MPT: AdamW at 2e-5,
 cosine, 1 % of warm-up, three epochs at a batch of 64; trained are the resampler, the gated blocks
 and the embeddings, as its model freezes all else. Weight decay of 0.1 acts, as in its code, on the
-kernels of the gated blocks alone. steps = epochs * records / batch: set them for your data. Not
-measured: the authors have not run this on GPUs.
+kernels of the gated blocks alone. steps = epochs * records / batch: set them for your data.
+
+The images of an entry are the frames of one medium, as Otter has them; in-context examples have a
+medium each. Pairs (SD, CGD) are media of two frames, and a model takes one number of frames: set
+model.processor.frames and data.sources.train.frames to 2 for them. Rows begin as the tokenizer
+begins them, with the spaces of Otter's inference, and pictures are cropped as there; its last
+release trains with data.template=otter_tight_chat and
+model.processor="{'answer_token': True, 'frames': 1, 'bos': True, 'fit': 'squash'}". Not measured:
+the authors have not run this on GPUs.
 """
 
 from typing import Any
@@ -38,12 +45,19 @@ def settings(name: str, *, max_patches: int = 24, batch_size: int = 16) -> dict[
             family="flamingo",
             init="set model.init to a folder of convert_weights.to_jax",
             plan_config=dict(text_config=MPT_7B),
-            processor=dict(answer_token=True),
+            processor=dict(answer_token=True, frames=1),
             remat="names",
         ),
         train=("perceiver.*", "cross.*", "decoder.embed.*"),
         data=dict(
-            sources=dict(train=dict(kind="mimicit_yaml", path="set data.sources.train.path")),
+            sources=dict(
+                train=dict(
+                    kind="mimicit_yaml",
+                    path="set data.sources.train.path",
+                    frames_as="medium",
+                    frames=None,
+                )
+            ),
             template="otter_chat",
             seq_len=1024,
             max_patches=max_patches,

@@ -6,8 +6,10 @@ COMMAND
         --config.model.init=/data/otter_video --config.data.sources.train.path=/data/mimicit.yaml
 
 The checkpoint has frame embeddings (max_num_frames 128); 32 frames are taken from a video at even
-distances. Training is that of configs/otter_9b.py, and of the head. Not measured: the authors have
-not run this on GPUs.
+distances, and what has fewer repeats some: every entry then makes media of as many frames as the
+model takes. For another number set model.processor.frames and data.sources.train.frames alike.
+Training is that of configs/otter_9b.py, and of the head. Not measured: the authors have not run
+this on GPUs.
 """
 
 from ml_collections import ConfigDict
@@ -32,5 +34,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         return fill(RunSettings, toy_flamingo(recipe))
     recipe["train"] += ("decoder.head.*",)  # LLaMA's is not its embedding, and Otter trains both
     recipe["model"]["processor"] |= dict(frames=FRAMES)
+    recipe["data"]["sources"]["train"] |= dict(frames=FRAMES)
     recipe["model"]["plan_config"] = dict(text_config=LLAMA_7B, max_num_frames=128)
     return fill(RunSettings, recipe)

@@ -32,7 +32,8 @@ def expand_config(
     they are shared out by each dataset's ``ratio``, or by the ``sqrt`` of its size. Paths are
     relative to the config's folder, or else to the working directory; images to ``img_dir``, that
     of the dataset before the one given here, or else to the folder of its file. A list of samples
-    instead of a config is one dataset. Raises one MMJaxError with everything that is wrong.
+    instead of a config, in any form that ``JsonSource`` reads, is one dataset. Raises one
+    MMJaxError with everything that is wrong.
     """
     path = Path(path)
     if sampling not in SAMPLING or (num_samples < 1 and num_samples != -1):
@@ -43,7 +44,7 @@ def expand_config(
     rows = IndexedJson(path, index_dir)
     try:
         first = rows[0][1] if len(rows) else {}
-        if "input" in first and "json_path" not in first:
+        if first and not {"dataset_name", "json_path"} & first.keys():
             whole = {"dataset_name": path.stem, "json_path": path.name, "ratio": 1.0}
             datasets = [(1, whole)]
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterable
 
 from mmjax.data import templates_bunny as bunny
 from mmjax.data import templates_flamingo as flamingo
@@ -200,6 +201,23 @@ def get_template(name: str | Template) -> Template:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise MMJaxError(f"unknown template {name!r}{hint} (there are {', '.join(TEMPLATES)})")
     return TEMPLATES[name]
+
+
+def asking(trained: Iterable[str]) -> str:
+    """Return the name of the template that asks as these train: ``x_prompt`` for ``x_chat``.
+
+    Raises MMJaxError where there is none, where they ask differently, and for an unknown one.
+    """
+    names = list(dict.fromkeys(trained))
+    for name in names:
+        get_template(name)
+    asked = {f"{name.removesuffix('_chat')}_prompt" for name in names}
+    if len(asked) == 1 and asked <= TEMPLATES.keys():
+        return asked.pop()
+    raise MMJaxError(
+        f"data.template is {' and '.join(names)}, which does not tell how tasks are asked; set "
+        f"eval.template to one of {', '.join(t for t in TEMPLATES if t.endswith('_prompt'))}"
+    )
 
 
 def _chat(record: Record, words: Dialogue) -> list[Segment]:

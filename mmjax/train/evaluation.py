@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mmjax import __version__, checkpoint, runtime
 from mmjax.data.benchmarks.files import read_json
-from mmjax.data.templates import get_template
+from mmjax.data.templates import asking, get_template
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.few_shot import Demonstrations
@@ -63,7 +63,7 @@ def check(settings: RunSettings, processor: Processor | None = None) -> None:
     """
     tasks, chosen = tasks_of(settings.eval), settings.eval
     if tasks and (chosen.every or chosen.final):
-        check_tasks(chosen)
+        check_tasks(settings)
         check_resolutions(chosen, processor)
     if (best := settings.checkpoint.best) is None:
         return
@@ -91,11 +91,11 @@ def metric_names(task: Task) -> list[str]:
     return [*names, *(f"eval/{task.name}/{one.replace(' ', '_')}" for one in summed)]
 
 
-def check_tasks(settings: EvalSettings) -> None:
+def check_tasks(settings: RunSettings) -> None:
     """Raise MMJaxError for what asking the tasks would stumble on; loads no model."""
-    get_template(settings.template)
-    _beams(settings)
-    for task in tasks_of(settings):
+    get_template(template_of(settings))
+    _beams(settings.eval)
+    for task in tasks_of(settings.eval):
         _check_sources(task)
 
 
@@ -105,6 +105,17 @@ def check_resolutions(settings: EvalSettings, processor: Processor | None) -> No
         for task in tasks_of(settings):
             for side in filter(None, task.resolutions):
                 check(side)
+
+
+def template_of(settings: RunSettings) -> str:
+    """Return the name of the template that tasks are asked by.
+
+    Raises MMJaxError where neither ``eval.template`` nor ``data.template`` tells it.
+    """
+    if settings.eval.template is not None:
+        return settings.eval.template
+    trained = settings.data.template
+    return asking([trained] if isinstance(trained, str) else trained.values())
 
 
 def _check_sources(task: Task) -> None:
@@ -124,14 +135,14 @@ def _check_sources(task: Task) -> None:
 
 
 def sample(
-    model: LoadedModel, settings: EvalSettings, stop: Callable[[], bool] = lambda: False
+    model: LoadedModel, settings: RunSettings, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
     """Ask a sample of every task while training; returns ``eval/<task>/accuracy``."""
     got = runner.evaluate(
-        tasks_of(settings),
+        tasks_of(settings.eval),
         _answerer(model, settings),
-        batch_size=settings.batch_size,
-        limit=settings.limit,
+        batch_size=settings.eval.batch_size,
+        limit=settings.eval.limit,
         progress=False,
         stop=stop,
     )
@@ -152,7 +163,7 @@ def full(
     lead = jax.process_index() == 0
     got = runner.evaluate(
         tasks_of(settings.eval),
-        _answerer(model, settings.eval),
+        _answerer(model, settings),
         workdir=workdir if lead else None,
         batch_size=4 * batch,  # enough to sort by length, so that little is padding
         step=step,
@@ -160,7 +171,7 @@ def full(
         stop=stop,
         need_some=True,
         asked={
-            "template": settings.eval.template,
+            "template": template_of(settings),
             "num_beams": settings.eval.num_beams,
             "length_penalty": settings.eval.length_penalty,
         },
@@ -182,10 +193,11 @@ def full(
     return runner.as_metrics(got)
 
 
-def _answerer(model: LoadedModel, s: EvalSettings) -> runner.Generate:
+def _answerer(model: LoadedModel, settings: RunSettings) -> runner.Generate:
+    s = settings.eval
     return answerer(
         model,
-        template=s.template,
+        template=template_of(settings),
         batch_size=s.batch_size,
         cache_dtype=s.cache_dtype,
         beams=_beams(s),
@@ -212,14 +224,15 @@ def open_model(
 ) -> tuple[LoadedModel, int | None]:
     """Open what ``--checkpoint`` names: a workdir, one of its checkpoints, or a model folder.
 
-    weights: as for ``mmjax.load``, of a model folder alone.
+    weights: as for ``mmjax.load``, of a model folder alone, which is asked with the settings of
+    ``model.processor`` as a run's is.
 
     Returns the model and, of a checkpoint, its step. A workdir gives the checkpoint that was best
     by ``checkpoint.best``, else the newest.
     """
     path = Path(path)
     if not _is_run(path):
-        return load(path, weights=weights), None
+        return load(path, weights=weights, processor=settings.model.processor), None
     if weights is not None:
         raise MMJaxError(
             f"--weights={weights} is for model folders and {path} is a run's; give the folder that "
@@ -242,7 +255,7 @@ def run_eval(
     """Evaluate what ``eval.py`` was asked to; results go to the workdir."""
     if not settings.eval.tasks:
         raise MMJaxError("config.eval.tasks is empty: this recipe names nothing to evaluate")
-    check_tasks(settings.eval)
+    check_tasks(settings)
     folder = _results_folder(Path(path), workdir)
     runtime.enable_compilation_cache()
     model, step = open_model(path, settings, weights=weights)

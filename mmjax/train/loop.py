@@ -212,7 +212,7 @@ class Training:
         A signal ends it, and what was found until then is dropped: it is owed to the next start.
         """
         with self.reports.meter.pause():
-            got = evaluation.sample(self._model(), self.settings.eval, lambda: bool(self._stop))
+            got = evaluation.sample(self._model(), self.settings, lambda: bool(self._stop))
             if self._stop:
                 self._owed = True
                 return

@@ -140,14 +140,16 @@ class EvalSettings:
 
     tasks: see ``mmjax.evals.tasks.Task``; benchmarks go by their names, see docs/evaluation.md.
     every: steps between evaluations, 0 for none while training. limit: records of a task while
-    training. batch_size: prompts at a time. num_beams, length_penalty: of a beam search; 1 beam is
-    none. cache_dtype: of keys and values while answering, None for that of the computation.
+    training. template: how tasks are asked, a name in ``mmjax.data.templates.TEMPLATES``; None asks
+    as ``data.template`` trains, ``otter_prompt`` for ``otter_chat``. batch_size: prompts at a time.
+    num_beams, length_penalty: of a beam search; 1 beam is none. cache_dtype: of keys and values
+    while answering, None for that of the computation.
     """
 
     tasks: tuple[dict[str, Any], ...] = ()
     every: int = 0
     limit: int = 256
-    template: str = "fuyu_prompt"
+    template: str | None = None
     batch_size: int = 64
     num_beams: int = 1
     length_penalty: float = 1.0

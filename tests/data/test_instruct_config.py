@@ -81,6 +81,9 @@ def test_a_list_of_samples_is_one_dataset(config):
     path = config.parent / "sets/large.json"
     found = mixture(path, num_samples=5)
     assert found.names == ("large",) and found.counts == (5,) and len(found.sources[0]) == 16
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+    other = mixture(write(config.parent / "chat.json", [{"conversations": turns}] * 2))
+    assert other.names == ("chat",) and other.sources[0][1].messages[1].text == "A dog."
 
 
 def test_an_instruction_stands_before_the_input_and_an_empty_output_is_bad(tmp_path):

@@ -55,6 +55,13 @@ BUNNIES = {
     "bunny_stablelm2_eva": (1e-3, 2048, 24, 576),
     "bunny_llama3_8b_s2": (1e-3, 4096, 32, 729),
 }
+# How tasks are asked, unless the user says otherwise; each as its recipe trains.
+ASKED = {
+    "otter": "otter_prompt",
+    "clever": "guanaco_no_prompt_prompt",
+    "openflamingo": "open_flamingo_caption_prompt",
+    "otterhd": "fuyu_prompt",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +113,8 @@ def emoji(monkeypatch, tmp_path):
 def test_a_recipe_resolves_at_its_full_size(file):
     settings = to_dataclass(RunSettings, resolve_recipe(file))
     check_numbers(settings)
+    asked = evaluation.template_of(settings)
+    assert asked == ASKED.get(file.stem.split("_")[0], asked)
     assert settings.name == file.stem
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]  # its command
     for name, spec in settings.data.sources.items():

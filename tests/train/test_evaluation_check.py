@@ -9,7 +9,7 @@ from mmjax.checkpoint import CheckpointSettings
 from mmjax.loaded import LoadedModel
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.train import evaluation
-from mmjax.train.settings import EvalSettings, RunSettings
+from mmjax.train.settings import DataSettings, EvalSettings, ModelSettings, RunSettings
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 GOOD = [Record((Message("user", "what?"), Message("assistant", "red")), (), {})]
@@ -74,6 +74,13 @@ def test_eval_tells_mistakes_before_it_opens_the_model(task, workdir, says, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
 
 
+def test_a_model_folder_is_asked_with_the_processors_settings(tmp_path, monkeypatch):
+    given = RunSettings(model=ModelSettings(processor={"frames": 16}))
+    monkeypatch.setattr(evaluation, "load", lambda path, **options: (path, options))
+    (loaded, step) = evaluation.open_model(tmp_path, given, weights="int8")
+    assert loaded == (tmp_path, {"weights": "int8", "processor": {"frames": 16}}) and step is None
+
+
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     for path in ("nowhere", "run/checkpoints/7"):
         (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -101,6 +108,38 @@ def test_a_resolution_that_the_processor_never_shows_is_told_at_the_start(tmp_pa
     with pytest.raises(MMJaxError, match="resolution 1440: .* 1080 x 1920 pixels"):
         evaluation.run_eval(given, str(tmp_path / "model"), str(tmp_path))
     evaluation.check(given, model.processor.with_options(max_height=None))
+
+
+def trained(by, **changes):
+    return RunSettings(data=DataSettings(template=by), eval=EvalSettings(**changes))
+
+
+@pytest.mark.parametrize(
+    "template, asked",
+    [
+        ("fuyu_chat", "fuyu_prompt"),
+        ("otter_tight_chat", "otter_tight_prompt"),
+        ("guanaco_no_prompt_chat", "guanaco_no_prompt_prompt"),
+        ("bunny_plain", "bunny_plain_prompt"),
+        ({"a": "otter_chat", "b": "otter_chat"}, "otter_prompt"),
+    ],
+)
+def test_tasks_are_asked_as_the_model_is_trained(template, asked):
+    assert evaluation.template_of(trained(template)) == asked
+    assert evaluation.template_of(trained(template, template="plain")) == "plain"
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("interleaved", "data.template is interleaved, .* set eval.template to one of fuyu_prompt"),
+        ({"a": "otter_chat", "b": "fuyu_chat"}, "is otter_chat and fuyu_chat, .* set eval"),
+        ("otter_caht", "'otter_caht'; did you mean 'otter_chat'"),
+    ],
+)
+def test_a_template_that_does_not_tell_how_to_ask(template, says):
+    with pytest.raises(MMJaxError, match=says):
+        evaluation.template_of(trained(template))
 
 
 def test_what_can_be_evaluated_is_let_through():

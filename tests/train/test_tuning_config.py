@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from mmjax.config import resolve_recipe
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
+from mmjax.schema import to_dataclass
 from mmjax.train import adapters, build, optim, startup, state, tuning
 from mmjax.train.settings import LoRASettings, RunSettings
 from mmjax.types import MMJaxError
@@ -160,3 +163,16 @@ def test_adapters_and_whole_parts_are_one_state(tmp_path):
     assert table["vision"][0] == table["decoder.embed"][0] == 0 < table["vision"][1]
     assert 0 < table["cross"][0] < table["cross"][1]
     assert 0 < table["decoder.layers"][0] < table["decoder.layers"][1]
+
+
+@pytest.mark.parametrize("name", ["clever_flamingo_lora", "clever_flamingo_9b"])
+def test_a_recipe_takes_a_file_in_place_of_its_own_adapters(tmp_path, name):
+    file = write(tmp_path, lora_target_modules=["Wqkv"], unfrozen=["perceiver.norm"])
+    recipe = Path(__file__).parents[2] / f"configs/{name}.py"
+    plain = to_dataclass(RunSettings, resolve_recipe(recipe))
+    given = to_dataclass(RunSettings, resolve_recipe(f"{recipe}:quick,tuning={file}"))
+    got, _ = tuning.applied(given)
+    assert set(got.lora.targets) == {"attn.q", "attn.k", "attn.v"} and got.lora.rank == 4
+    assert set(got.train) == {"perceiver.final_norm.scale", "perceiver.final_norm.bias"}
+    assert (plain.lora.tuning_config, plain.train) == (None, ("perceiver.*",))
+    assert given.optim == dataclasses.replace(plain.optim, warmup=given.optim.warmup)
