@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from mmjax.data.batching import bucket_batches, choose_buckets
 from mmjax.data.packing import BatchBuilder, BatchShape, Origin, pack
 from mmjax.types import BadSample, MMJaxError
 
@@ -119,30 +118,3 @@ def test_what_fits_no_row_is_a_bad_sample(sizes, reason, option):
     with pytest.raises(BadSample, match=f"s7: .*{option}") as error:
         BatchShape(1, 10, 4, 3).check(example(1, *sizes), "s7")
     assert error.value.reason == reason
-
-
-def test_bucket_batches_group_by_length_and_keep_the_index():
-    sizes = [(1, 3), (4, 20), (0, 2), (2, 2), (2, 29), (1, 1)]
-    examples = [example(i + 1, p, t, 0) for i, (p, t) in enumerate(sizes)]
-    batches = list(bucket_batches(examples, 3, [32, (4, 2)]))
-    assert [index.tolist() for index, _ in batches] == [[0, 2, 3], [5, -1, -1], [1, 4, -1]]
-    assert [b["tokens"].shape for _, b in batches] == [(3, 4), (3, 4), (3, 32)]
-    assert [b["patches"].shape for _, b in batches] == [(3, 2, 3), (3, 2, 3), (3, 32, 3)]
-    for index, batch in batches:
-        for row, i in enumerate(index):
-            want = examples[i if i >= 0 else index[0]]
-            n = len(want["tokens"])
-            np.testing.assert_array_equal(batch["tokens"][row, :n], want["tokens"])
-            assert batch["segment_ids"][row].tolist() == [1] * n + [0] * (
-                batch["tokens"].shape[1] - n
-            )
-    with pytest.raises(MMJaxError, match=r"example 4 has 31 tokens, 2 patches.*larger bucket"):
-        list(bucket_batches(examples, 3, [30]))
-
-
-def test_chosen_buckets_hold_every_example():
-    examples = [example(1, i % 7, 1 + i, 0) for i in range(50)]
-    buckets = choose_buckets(examples, 3, multiple=8)
-    assert len(buckets) == 3 and all(t % 8 == 0 for t, _ in buckets)
-    index = np.concatenate([i for i, _ in bucket_batches(examples, 4, buckets)])
-    assert sorted(index[index >= 0].tolist()) == list(range(50))
