@@ -121,12 +121,9 @@ class WandbWriter:
 
     def __init__(self, folder: str | os.PathLike, project: str, name: str, config: Mapping):
         wandb = self._wandb = require_wandb(project)
-        file = Path(folder) / "wandb_id"
-        if not file.exists():
-            file.write_text(secrets.token_hex(8))
         self._run = wandb.init(
-            project=project, name=name, id=file.read_text(), resume="allow", dir=os.fspath(folder),
-            config=dict(config),
+            project=project, name=name, id=_run_id(Path(folder) / "wandb_id"), resume="allow",
+            dir=os.fspath(folder), config=dict(config),
         )  # fmt: skip
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -156,6 +153,17 @@ class WandbWriter:
             function(*args)
         except Exception as error:  # of many kinds, bare ones among them
             raise OSError(f"W&B: {error}") from error
+
+
+def _run_id(file: Path) -> str:
+    """Return the id of a workdir's W&B run, drawn once and kept in a file."""
+    # A kill or a full disk may have left an empty file, and no run has an empty id.
+    found = file.read_text().strip() if file.exists() else ""
+    if not found:
+        found = secrets.token_hex(8)
+        with contextlib.suppress(OSError):  # told by those that write all the time
+            file.write_text(found)
+    return found
 
 
 def require_wandb(project: str) -> ModuleType:

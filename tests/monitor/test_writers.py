@@ -157,3 +157,19 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path):
     assert "No space left" in told[0]
     assert events(tmp_path / "tensorboard") == [(1, "x", 1.0), (2, "x", 1.0)]
     writer.close()
+
+
+@pytest.mark.parametrize("left", ["", "\n"])
+def test_an_id_that_a_kill_has_left_empty_is_drawn_anew(tmp_path, monkeypatch, left):
+    """wandb refuses an empty one, and the workdir could never be started again."""
+    ids = []
+
+    def init(**given):
+        ids.append(given["id"])
+        return types.SimpleNamespace(define_metric=lambda *a, **k: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    (tmp_path / "wandb_id").write_text(left)
+    for _ in range(2):
+        writers.make_writer(tmp_path, tensorboard=False, wandb="lab").close()
+    assert len(ids[0]) == 16 and ids[0] == ids[1]
