@@ -67,6 +67,9 @@ def test_cider_is_asked_of_the_package(coco, tmp_path, monkeypatch):
     task = make_task(coco | {"benchmark": "coco_captions"})
     whole = runner.evaluate([task], say, progress=False)["coco_captions"]["test"]
     assert whole["metrics"] == {"CIDEr": {"value": 50.0}}
+    lost = {"prediction": "", "score": 0.0}  # its record could not be read
+    right = {"prediction": "a cat", "answer": "a cat"}
+    assert cider.cider([right, lost]) == {"CIDEr": {"value": 50.0}}
     assert whole["accuracy"] == 0.833333  # 1, and 2 * 1 of the words "man" and "man rides"
 
 

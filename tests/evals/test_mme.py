@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmjax.evals import report, runner
+from mmjax.evals import report, runner, summaries
 from mmjax.evals.tasks import make_task
 from mmjax.types import BadSample, MMJaxError
 
@@ -64,6 +64,13 @@ def test_scores_are_accuracy_and_accuracy_plus(folder, tmp_path):
     assert whole["metrics"]["accuracy+"]["value"] == 0.25
     html = Path(report.report_workdir(tmp_path)).read_text()
     assert "125.0 of 400" in html and '<th scope="col">accuracy+</th>' in html
+
+
+def test_a_unit_is_right_where_all_of_it_is():
+    rows = [{"unit": u, "score": s} for u, s in (("a", 0), ("a", 1), ("b", 1), ("c", 1), ("b", 1))]
+    assert summaries.units_right(rows) == {"value": 0.666667, "of": 1}
+    lost = [{"score": 0.0}, {"score": 0.0}]  # of what could not be read nothing is known
+    assert summaries.units_right(rows + lost) == {"value": 0.4, "of": 1}
 
 
 def test_a_limit_takes_whole_pictures(folder):
