@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,27 @@ def _check_sources(task: Task) -> None:
             get_scorer(task.scorer)("", answers_of(first), choices_of(first))
 
 
+def opened(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks whose sources are open: a run asks them again and again."""
+    return [
+        dataclasses.replace(
+            task,
+            source=open_source(task.source),
+            demos=None if task.demos is None else open_source(task.demos),
+        )
+        for task in tasks
+    ]
+
+
 def sample(
-    model: LoadedModel, settings: RunSettings, stop: Callable[[], bool] = lambda: False
+    model: LoadedModel,
+    settings: RunSettings,
+    tasks: Sequence[Task],
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Ask a sample of every task while training; returns ``eval/<task>/accuracy``."""
     got = runner.evaluate(
-        tasks_of(settings.eval),
+        tasks,
         _answerer(model, settings),
         batch_size=settings.eval.batch_size,
         limit=settings.eval.limit,

@@ -110,8 +110,10 @@ class Training:
             design, workdir, mesh, graphdef=graphdef, batches=self._batches,
             checkpoints=self.checkpoints, first=self.first,
         )  # fmt: skip
-        tasks = evaluation.tasks_of(settings.eval)
-        self._validation = ValidationLoss(tasks, settings, plan.processor, graphdef, mesh)
+        self._tasks = evaluation.tasks_of(settings.eval)
+        if settings.eval.every:
+            self._tasks = evaluation.opened(self._tasks)
+        self._validation = ValidationLoss(self._tasks, settings, plan.processor, graphdef, mesh)
         self.metrics: dict[str, float] = {}
         self._measured: dict[str, float] = {}  # at the step that was made last, for its checkpoint
         self._owed = False  # a signal came where an evaluation was due
@@ -212,7 +214,9 @@ class Training:
         A signal ends it, and what was found until then is dropped: it is owed to the next start.
         """
         with self.reports.meter.pause():
-            got = evaluation.sample(self._model(), self.settings, lambda: bool(self._stop))
+            got = evaluation.sample(
+                self._model(), self.settings, self._tasks, lambda: bool(self._stop)
+            )
             if self._stop:
                 self._owed = True
                 return
