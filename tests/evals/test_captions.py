@@ -12,7 +12,7 @@ from mmjax.data.benchmarks.captions import KarpathySource
 from mmjax.evals import cider, runner, scorers
 from mmjax.evals.tasks import make_task
 from mmjax.train.evaluation import check_tasks
-from mmjax.train.settings import EvalSettings
+from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.types import MMJaxError
 
 
@@ -74,10 +74,10 @@ def test_cider_is_asked_of_the_package(coco, tmp_path, monkeypatch):
 
 
 def test_what_cider_needs_is_told_before_a_model_is_loaded(coco, monkeypatch):
-    settings = EvalSettings(tasks=(coco | {"benchmark": "coco_captions"},))
+    asked = EvalSettings(tasks=(coco | {"benchmark": "coco_captions"},))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MMJaxError, match=r"pip install 'mmjax\[captions\]'"):
-        check_tasks(settings)
+        check_tasks(RunSettings(eval=asked))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(MMJaxError, match="CIDEr needs Java: .* default-jre-headless"):

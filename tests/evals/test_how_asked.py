@@ -82,7 +82,7 @@ def test_tasks_from_a_file(tmp_path):
     assert chosen.tasks[0]["resolutions"] == (None, 24)
     path.write_text('{"benchmark": "pope"}')
     with pytest.raises(MMJaxError, match="benchmark 'pope' needs path and images"):
-        check_tasks(with_tasks(RunSettings(), path).eval)
+        check_tasks(with_tasks(RunSettings(), path))
     path.write_text('["pope"]')
     with pytest.raises(MMJaxError, match="expected a list of tasks"):
         with_tasks(RunSettings(), path)
@@ -94,7 +94,7 @@ def test_mistakes_are_named_before_a_model_is_loaded():
     with pytest.raises(MMJaxError, match="unknown submission 'vqa2'; did you mean 'vqa'"):
         Task("t", records(), submission="vqa2")
     with pytest.raises(MMJaxError, match="num_beams is 0; give at least 1"):
-        check_tasks(EvalSettings(num_beams=0))
+        check_tasks(RunSettings(eval=EvalSettings(num_beams=0)))
 
 
 def test_the_page_has_every_name():
