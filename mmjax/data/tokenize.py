@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +18,19 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 def load_tokenizer(folder: str | os.PathLike) -> Any | None:
     """Load the tokenizer of a checkpoint folder; None when the folder holds no tokenizer file.
 
-    Raises MMJaxError naming the file when it is there but cannot be read.
+    Raises MMJaxError naming the file when it is there but cannot be read; tokenizer.model alone
+    needs sentencepiece.
     """
     present = [f for f in TOKENIZER_FILES if os.path.isfile(os.path.join(folder, f))]
     if not present:
         return None
+    readers = ("sentencepiece", "tiktoken")
+    if present[0] == "tokenizer.model" and not any(map(importlib.util.find_spec, readers)):
+        raise MMJaxError(
+            f"{os.path.join(folder, present[0])}: a SentencePiece model, and sentencepiece is not "
+            "installed; put the tokenizer.json of the same checkpoint beside it, or run "
+            "pip install sentencepiece"
+        )
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json is read as it stands: a tokenizer class named beside it (LlamaTokenizer for

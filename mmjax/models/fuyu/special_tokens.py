@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from mmjax.data.tokenize import token_id
+from mmjax.data.tokenizers_small import UNDERSCORE
 from mmjax.types import MMJaxError
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
     """Return the ids of Fuyu's special tokens by their names in its processor's config.
 
-    Raises one MMJaxError with all that the tokenizer lacks.
+    Raises one MMJaxError with all that the tokenizer lacks, and for one that was read otherwise
+    than it was made.
     """
     names = {
         "image_token_id": "|SPEAKER|",
@@ -30,7 +32,18 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
             f"the tokenizer lacks {', '.join(missing)}: it is not Fuyu's; use the tokenizer files "
             "of the checkpoint, or build one with mmjax.data.tokenizers_small"
         )
+    if not _opens_with_underscore(tokenizer):
+        raise MMJaxError(
+            "the tokenizer begins a text without the underscore that Fuyu's puts before it, so its "
+            "tokens would be others: transformers reads the tokenizer.model of a Fuyu so; put the "
+            "tokenizer.json of the checkpoint beside it"
+        )
     return ids
+
+
+def _opens_with_underscore(tokenizer: Any) -> bool:
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tokenizer.convert_ids_to_tokens(ids[0]).startswith(UNDERSCORE)
 
 
 def check_vocabulary(processor: Any, vocab_size: int, image_token_id: int) -> None:

@@ -1,16 +1,18 @@
 """Coordinates, decoding, tokenizers and the configuration files of Fuyu's processor."""
 
 import dataclasses
+import importlib.util
 import json
 import pickle
 
 import numpy as np
 import pytest
 from tiny_tokenizer import build_tiny_tokenizer
+from tokenizers import normalizers
 
 from mmjax.data.resizing import at_resolution
 from mmjax.data.tokenize import load_tokenizer, supervised_tokens, token_id
-from mmjax.data.tokenizers_small import build_word_tokenizer
+from mmjax.data.tokenizers_small import UNDERSCORE, build_word_tokenizer
 from mmjax.models.fuyu.coordinates import split_coordinates, to_pixels, to_steps
 from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
 from mmjax.types import BadSample, MMJaxError, Record, Segment
@@ -191,6 +193,23 @@ def test_tokenizer_without_fuyus_marks_is_refused():
     )
     with pytest.raises(MMJaxError, match=r"\|SPEAKER\|, \|NEWLINE\|, <0x04>, <s>"):
         FuyuProcessor(ProcessorConfig(), plain)
+
+
+def test_a_tokenizer_that_was_read_without_its_leading_underscore_is_refused():
+    """As transformers 5 reads the tokenizer.model of a Fuyu, where sentencepiece is installed."""
+    bare = build_tiny_tokenizer()
+    bare.backend_tokenizer.normalizer = normalizers.Replace(" ", UNDERSCORE)
+    with pytest.raises(MMJaxError, match=r"without the underscore .* put the tokenizer\.json"):
+        FuyuProcessor(ProcessorConfig(), bare)
+
+
+def test_a_sentencepiece_model_alone_says_what_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(
+        MMJaxError, match=r"tokenizer\.model: a SentencePiece model, .*tokenizer\.json"
+    ):
+        load_tokenizer(tmp_path)
 
 
 def test_a_template_of_another_family_is_named():
