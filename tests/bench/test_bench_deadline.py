@@ -29,7 +29,7 @@ def test_the_run_goes_on_after_a_deadline_and_an_error(rows):
     for row in (packed, loss):
         assert "error" not in row and row["ours_ms"] > 0 and row["temp_size_in_bytes"] > 0
     assert packed["ours_per_s"] == pytest.approx(
-        kernels.attention_flops(packed["options"]) / 1e6 / packed["ours_ms"], rel=0.05
+        kernels.attention_flops(packed["options"]) / 1e6 / packed["ours_ms"], rel=0.05, abs=0.006
     )
     assert all({"cpu", "commit", "versions"} <= r["env"].keys() for r in rows)
     assert "jax" in loss["env"]["versions"]["ours"]
