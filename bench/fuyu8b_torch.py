@@ -106,7 +106,8 @@ class Step(torch_peer.TrainStep):
 
     def loss(self) -> torch.Tensor:
         """Return the loss, from all logits, or with ``gathered`` those alone that it needs."""
-        inputs = {"input_ids": self.ids, "pixel_values": self.patches, "use_cache": False}
+        inputs = {"input_ids": self.ids, "use_cache": False}
+        inputs = torch_peer.with_patches(inputs, self.patches)
         if "gathered" not in self.impl:
             return self.model(**inputs, labels=self.labels).loss
         first = sdpa_kernel(CUDNN_FIRST, set_priority=True)
@@ -175,10 +176,11 @@ class Decode:
         tokens, patches = cases.decode_prompts(case)
         pixels = torch.from_numpy(patches).to(device, getattr(torch, case.options["dtype"]))
         ids = torch.from_numpy(tokens).long().to(device)
-        self.inputs = {
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
+        inputs = {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids),
             "max_new_tokens": case.options["new"], "do_sample": False,
         }  # fmt: skip
+        self.inputs = torch_peer.with_patches(inputs, pixels)
         if impl == fuyu8b.STATIC:
             self.inputs["cache_implementation"] = "static"  # which compiles the decoding step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from typing import Any
@@ -38,7 +39,10 @@ def fuyu_config(size: Size) -> Any:
         attention_dropout=0.0,
         rope_parameters=rope,
     )
-    return FuyuConfig(text_config=text, patch_size=size.patch, image_token_id=cases.IMAGE)
+    # The width at the top too: 5.17 makes the patch projection as wide as that says.
+    return FuyuConfig(
+        text_config=text, hidden_size=size.d, patch_size=size.patch, image_token_id=cases.IMAGE
+    )
 
 
 def write_model(size: Size, folder: str) -> None:
@@ -56,6 +60,15 @@ def write_model(size: Size, folder: str) -> None:
             p.add_(0.02 * torch.randn_like(p))
         model.lm_head.weight[cases.EOS] = 0
     model.save_pretrained(folder)
+
+
+def with_patches(inputs: dict[str, Any], patches: torch.Tensor) -> dict[str, Any]:
+    """Return a model's inputs with the patches under the name that its forward has for them."""
+    from transformers import FuyuForCausalLM
+
+    # An older one, image_patches; under another name they would be left out without a word.
+    known = inspect.signature(FuyuForCausalLM.forward).parameters
+    return inputs | {"pixel_values" if "pixel_values" in known else "image_patches": patches}
 
 
 def load(folder: str) -> Any:
@@ -154,14 +167,10 @@ class Train(TrainStep):
 
     def loss(self) -> torch.Tensor:
         """Return the loss, from all logits or those alone that it needs."""
+        inputs = with_patches({"input_ids": self.ids, "use_cache": False}, self.patches)
         if not self.gathered:
-            return self.model(
-                input_ids=self.ids, pixel_values=self.patches, labels=self.labels, use_cache=False
-            ).loss
-        logits = self.model(
-            input_ids=self.ids, pixel_values=self.patches, logits_to_keep=self.keep,
-            use_cache=False,
-        ).logits  # fmt: skip
+            return self.model(**inputs, labels=self.labels).loss
+        logits = self.model(**inputs, logits_to_keep=self.keep).logits
         targets = self.ids[:, self.keep + 1]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -172,11 +181,11 @@ class Decode:
     def __init__(self, case: Case, folder: str, impl: str):
         self.model = load(folder).eval()
         tokens, patches = cases.decode_prompts(case)
-        self.inputs = {
+        inputs = {
             "input_ids": torch.from_numpy(tokens).long(),
             "attention_mask": torch.ones(tokens.shape, dtype=torch.long),
-            "pixel_values": torch.from_numpy(patches),
         }
+        self.inputs = with_patches(inputs, torch.from_numpy(patches))
         self.new, self.compile_s = case.options["new"], 0.0
 
     def step(self) -> torch.Tensor:

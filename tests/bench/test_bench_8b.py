@@ -66,3 +66,22 @@ def test_on_a_gpu_the_model_is_fuyu_8b_and_a_cpu_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.parse(["--suite", "train,train_8b", "--device", "cpu"])
     assert "train_8b needs a GPU" in capsys.readouterr().err
+
+
+def test_patches_go_by_the_name_that_the_peers_forward_has(monkeypatch):
+    """Transformers 5.17 has image_patches, and takes whatever else it is given without a word."""
+    import transformers
+
+    from bench import torch_peer
+
+    for name in ("image_patches", "pixel_values"):
+        forward = eval(f"lambda self, input_ids, {name}=None, **others: None")
+        monkeypatch.setattr(transformers.FuyuForCausalLM, "forward", forward)
+        assert torch_peer.with_patches({"input_ids": 1}, 2) == {"input_ids": 1, name: 2}
+
+
+def test_the_peers_config_states_its_width_where_5_17_looks_for_it():
+    from bench import torch_peer
+
+    config = torch_peer.fuyu_config(fuyu8b.SMALL)
+    assert config.hidden_size == config.text_config.hidden_size == fuyu8b.SMALL.d
