@@ -43,7 +43,7 @@ SAME_TOY = {
 }
 # One of each family, and one of its adapters, is continued, exported, and answers from there.
 EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
-# Those whose way another goes too: easy-VQA, the magnifier and Fuyu whole as quickstart, adapters as
+# Those whose way another goes too: easy-VQA, the magnifier and Fuyu-8B as quickstart, adapters as
 # OtterHD's, captions as Clever Flamingo's instructions.
 SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "fuyu_8b_lora", "captions_cpu"}
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
