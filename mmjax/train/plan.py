@@ -29,6 +29,7 @@ from mmjax.train import state as train_state
 from mmjax.train.activations import activations
 from mmjax.train.build import absent_files, blueprint, maker
 from mmjax.train.design import Outline, abstract_batch, make_outline
+from mmjax.train.plan_answer import AnswerPlan, plan_answers
 from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
 
@@ -57,6 +58,7 @@ class MemoryPlan:
     mesh: devices by axis. tokens: of a microbatch on each device. kinds: dtypes of trained and
     frozen parameters and of the optimizer's arrays. parameters: (trained, all). compiled: what the
     compiler counts, None where the step was not compiled. note: what stands in for the recipe's.
+    answers: what the model needs to answer.
     """
 
     name: str
@@ -66,6 +68,7 @@ class MemoryPlan:
     parts: dict[str, tuple[int, int, int]]
     kinds: dict[str, str]
     parameters: tuple[int, int]
+    answers: AnswerPlan
     compiled: int | None = None
     note: str = ""
 
@@ -119,6 +122,7 @@ def make_plan(
             "optimizer": f"{settings.optim.name}, momentum {optim.mu_dtype(settings.optim)}",
         },
         _count(outline, rows),
+        plan_answers(settings.model.family, config, data.seq_len),
         compiled,
         note,
     )

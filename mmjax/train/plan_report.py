@@ -67,6 +67,19 @@ def verdict(plan: MemoryPlan, memory: float) -> str:
     )
 
 
+def answering(plan: MemoryPlan) -> str:
+    """Say what the model needs to answer, over all devices that it is spread over."""
+
+    def size(count: int) -> str:
+        return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+    need = plan.answers
+    return (
+        f"to answer: {size(need.weights)} of weights in bfloat16, {size(need.quantised)} in int8, "
+        f"and {size(need.row)} of keys and values a row of {need.tokens:,} tokens"
+    )
+
+
 def print_plan(settings: RunSettings, *, devices: int = 0, memory: float = 0.0) -> None:
     """Print the plan of a run, and whether it fits.
 
@@ -93,3 +106,4 @@ def print_plan(settings: RunSettings, *, devices: int = 0, memory: float = 0.0) 
         console.print(verdict(plan, memory), soft_wrap=True)
     else:
         console.print("give --plan_memory=GB to be told whether it fits")
+    console.print(answering(plan), soft_wrap=True)

@@ -128,6 +128,19 @@ def test_layers_of_a_group_are_differentiated_one_by_one():
     assert layers_in_scans(program)[config.decoder.num_layers] == 2  # a group: a block, a layer
 
 
+def test_what_answering_needs_is_weights_and_a_rows_keys_and_values():
+    model = small_flamingo.model(init="nowhere")
+    data = DataSettings(seq_len=16, max_patches=2, max_targets=4, batch_size=2)
+    made = plan.make_plan(
+        RunSettings(mesh={}, model=model, data=data, train=("cross.*",)), jax.devices()[:1]
+    )
+    need, layers, width = made.answers, 2, 16
+    assert need.weights == 2 * made.parameters[1]
+    assert 0.5 * need.weights < need.quantised < 0.8 * need.weights  # a kernel's scales are float32
+    assert need.row == 2 * layers * 16 * width * 2 + 4  # keys and values, and their number
+    assert plan_report.answering(made).endswith("keys and values a row of 16 tokens")
+
+
 def test_a_medium_has_as_many_frames_as_the_processor_takes():
     """Also where the model is not here; the resampler's keys and values are then kept of all."""
     model = small_flamingo.model(init="nowhere", processor=dict(frames=3))
