@@ -71,9 +71,9 @@ class IndexedJson:
     def __getstate__(self):
         return {**self.__dict__, "_fd": None}
 
-    def __del__(self):
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)
+    def __del__(self, close=os.close):  # at a program's end modules and builtins may be gone
+        if (fd := self.__dict__.get("_fd")) is not None:
+            close(fd)
 
 
 def need_file(path: Path) -> None:

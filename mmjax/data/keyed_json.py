@@ -70,9 +70,9 @@ class KeyedJson:
     def __getstate__(self):
         return {**self.__dict__, "_fd": None}
 
-    def __del__(self):
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)
+    def __del__(self, close=os.close):  # at a program's end modules and builtins may be gone
+        if (fd := self.__dict__.get("_fd")) is not None:
+            close(fd)
 
 
 def index_object(path: Path, inside: str | None = None, gather: Gather | None = None) -> Arrays:

@@ -127,8 +127,8 @@ def check_length(length: int, limit: int | None) -> None:
     if limit is not None and length > limit:
         raise BadSample(
             "too_long",
-            f"the sample makes {length} tokens, above max_tokens = {limit}; shorten "
-            "the text or raise max_tokens",
+            f"the sample makes {length} tokens, above max_tokens = {limit} (data.seq_len of a "
+            "run); shorten the text or raise max_tokens",
         )
 
 

@@ -2,6 +2,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -316,3 +318,24 @@ def test_tfds_is_read_from_array_record_without_tensorflow(tmp_path):
         TfdsSource(str(tmp_path), "train", {"question": "text"})[0]
     with pytest.raises(MMJaxError, match="split 'dev'"):
         TfdsSource(str(tmp_path), "dev")
+
+
+def test_sources_that_outlive_a_program_say_nothing_at_its_end(tmp_path):
+    """JAX, once it has devices, leaves the program's own objects to the very end."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    (tmp_path / "b.json").write_text(
+        json.dumps({"data": {"B": {"instruction": "q", "answer": "a"}}})
+    )
+    code = (
+        "import jax\n"
+        "from mmjax.data.sources import JsonSource\n"
+        "from mmjax.data.mimicit import MimicitSource\n"
+        "kept = [JsonSource('a.jsonl'), MimicitSource('b.json', group='TEXT_ONLY')]\n"
+        "print([len(one[0].messages) for one in kept], len(jax.devices()) > 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[2, 2] True\n"), done.stderr
+    assert "Exception ignored" not in done.stderr

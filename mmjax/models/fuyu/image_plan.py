@@ -125,7 +125,7 @@ def largest_within(width: int, height: int, patch: int, tokens: int) -> tuple[in
 
 def too_long(plans: Sequence[ImagePlan], total: int, limit: int, patch: int) -> str:
     """Say what makes so many tokens, above the limit, and which size of the image would fit."""
-    message = f"the sample makes {total} tokens, above max_tokens = {limit}"
+    message = f"the sample makes {total} tokens, above max_tokens = {limit} (data.seq_len of a run)"
     if not plans:
         return f"{message}; shorten the text or raise max_tokens"
     plan = max(plans, key=lambda p: p.num_tokens)
@@ -138,8 +138,8 @@ def too_long(plans: Sequence[ImagePlan], total: int, limit: int, patch: int) -> 
     if best is None:
         return f"{message}, and the other {rest} leave it no room; raise max_tokens"
     return (
-        f"{message}; the largest size of it that fits is {best[0]}x{best[1]}: lower max_height "
-        "and max_width, or raise max_tokens"
+        f"{message}; the largest size of it that fits is {best[0]}x{best[1]}: lower the "
+        "resolution, or max_height and max_width, or raise max_tokens"
     )
 
 

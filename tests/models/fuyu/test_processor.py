@@ -238,7 +238,7 @@ def test_too_long_names_what_would_fit():
     total = len(SMALL.encode(segments, [image], max_tokens=None)["tokens"])
     assert len(SMALL.encode(segments, [image], max_tokens=total)["tokens"]) == total
     message = refused("too_long", SMALL.encode, segments, [image], max_tokens=total - 40)
-    for part in ("90x50", "91 of them", str(total), f"max_tokens = {total - 40}"):
+    for part in ("90x50", "91 of them", str(total), f"max_tokens = {total - 40} (data.seq_len "):
         assert part in message
     width, height = map(int, message.split("fits is ")[1].split(":")[0].split("x"))
     fits = SMALL.encode(segments, [picture(width, height)], max_tokens=total - 40)
