@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def blueprint(
         processor = family.Processor.for_words(settings.words, draft)
         hf = {**settings.config, **processor.token_ids()}
     config, had = family.Config.from_hf(hf), len(processor.tokenizer or ())
+    _check_keys(settings.config, config, source.hf_config if source else {})
     rows = config.vocab_size
     if source is not None and source.rows is not None:  # it lacks those of the family's own tokens
         rows, had = source.rows, min(had, source.rows)
@@ -104,6 +106,18 @@ def blueprint(
         settings.family, config, processor, source, make, adapter, lora.init, new,
         rows if source is not None and rows < config.vocab_size else None,
     )  # fmt: skip
+
+
+def _check_keys(given: Mapping[str, Any], config: Config, stated: Mapping[str, Any]) -> None:
+    """Raise MMJaxError for a key of ``model.config`` that is nearly one which a model has.
+
+    What else nothing reads passes, as in a published config.json. stated: that of ``model.init``.
+    """
+    known = {*config.to_hf(), *stated}
+    for key in given:
+        near = difflib.get_close_matches(key, known - set(given), 1, cutoff=0.9)
+        if key not in known and near:
+            raise MMJaxError(f"model.config has {key!r}, which nothing reads: is it {near[0]!r}?")
 
 
 def check_fresh(plan: Blueprint, chosen: set[str]) -> dict[str, str]:

@@ -66,6 +66,19 @@ def test_a_random_start_takes_sizes_from_the_words():
     assert not paths.flatten(frozen) and int(train.step) == 0
 
 
+@pytest.mark.parametrize(
+    "slip, meant", [("patch_sise", "patch_size"), ("vocab_sizes", "vocab_size")]
+)
+def test_a_slip_in_the_models_config_is_named(folder, slip, meant):
+    sizes = {k: v for k, v in SIZES.items() if k != meant}
+    for init in (None, str(folder[0])):
+        model = dataclasses.replace(MODEL, init=init, config=sizes | {slip: 4})
+        with pytest.raises(MMJaxError, match=f"model.config has '{slip}', .*: is it '{meant}'"):
+            build.blueprint(model, NO_LORA, 0)
+    unread = dataclasses.replace(MODEL, config=SIZES | {"image_size": 300})
+    assert build.blueprint(unread, NO_LORA, 0).config == build.blueprint(MODEL, NO_LORA, 0).config
+
+
 def test_settings_of_the_processor_are_laid_over():
     model = dataclasses.replace(MODEL, processor={"max_height": 16, "max_width": 24})
     processor = build.blueprint(model, NO_LORA, 0).processor
