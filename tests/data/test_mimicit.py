@@ -366,6 +366,20 @@ def test_a_training_yaml_becomes_named_sources(folder):
         make_source(specs["otter"])
 
 
+def test_a_yaml_may_merge_what_its_datasets_share(folder):
+    (folder / "train.yaml").write_text(
+        "IMAGE_TEXT:\n"
+        "  A: &a {mimicit_path: ins.json, images_path: images.parquet, num_samples: 2}\n"
+        "  B: &b {<<: *a, num_samples: 3}\n"
+        "VIDEO_TEXT:\n"
+        "  C: *b\n"
+    )
+    specs = expand_yaml(folder / "train.yaml")
+    assert {name: spec["num_samples"] for name, spec in specs.items()} == {"A": 2, "B": 3, "C": 3}
+    assert {spec["images_path"] for spec in specs.values()} == {str(folder / "images.parquet")}
+    assert [len(source) for source in make_sources(specs).values()] == [2, 3, 3]
+
+
 def test_everything_wrong_in_a_yaml_is_said_at_once(folder):
     (folder / "train.yaml").write_text(
         YAML.replace("TEXT_ONLY", "TXT_ONLY")
@@ -399,6 +413,8 @@ def test_everything_wrong_in_a_yaml_is_said_at_once(folder):
         ("TEXT_ONLY:\n  A: {mimicit_path: ins.json}\n  A: {}", "'A' is given twice"),
         ("TEXT_ONLY:\n  A: {num_samples: 3}", "A: mimicit_path is missing"),
         ("TEXT_ONLY:\n  A: 3", "TEXT_ONLY.A: expected keys"),
+        ("? [A, B]\n: 1", "found unhashable key"),
+        ("TEXT_ONLY:\n  A: {<<: {a: 1}, num_samples: 3, num_samples: 4}", "is given twice"),
     ],
 )
 def test_yaml_that_is_none(folder, text, says):
