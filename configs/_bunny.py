@@ -153,6 +153,7 @@ def _shared(language: dict[str, Any], tower: dict[str, Any], aspect_ratio: str) 
             config=dict(image_aspect_ratio=aspect_ratio),
             processor=dict(image_aspect_ratio=aspect_ratio),
             plan_config={**language, "vision_config": tower},
+            quantize=("decoder.*",),  # with frozen_dtype nf4 or int8: the peer's tower stays whole
             remat="names",
         ),
         data=dict(

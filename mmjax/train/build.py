@@ -197,7 +197,7 @@ def maker(
         adapter = adapters.make_lora(lora, maps)
     if (kind := settings.frozen_dtype) in quantized.KINDS:
         names = names_of(partial(make, dtypes, adapter))
-        maps = frozen_part.quantized_maps(names, chosen(names), kind)
+        maps = frozen_part.quantized_maps(names, chosen(names), kind, settings.quantize)
         dtypes = dataclasses.replace(dtypes, kernel=kind, maps=maps)
     return partial(make, dtypes, adapter), adapter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from flax import nnx
 from mmjax.nn import quantized
 from mmjax.nn.paths import flatten, map_named
 from mmjax.train.adapters import linear_maps
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 FLOATS = ("bfloat16", "float32", "float16")
 """What ``model.dtype`` and ``model.param_dtype`` may be."""
@@ -25,17 +26,28 @@ REST = "bfloat16"
 """Dtype of frozen parameters that are no kernels, where the kernels are quantised."""
 
 
-def quantized_maps(names: Sequence[str], chosen: set[str], kind: str) -> tuple[str, ...]:
-    """Return the linear maps whose kernels are not trained; see ``DTypes.maps``.
+def quantized_maps(
+    names: Sequence[str], chosen: set[str], kind: str, patterns: Sequence[str] = ("*",)
+) -> tuple[str, ...]:
+    """Return the linear maps whose kernels are quantised; see ``DTypes.maps``.
 
-    names: of all parameters. chosen: those that are trained. kind: what the others are quantised
-    to. Raises MMJaxError where there are none.
+    names: of all parameters. chosen: those that are trained, which stay whole. kind: what the
+    others are quantised to. patterns: ``model.quantize``. Raises MMJaxError for one that matches no
+    kernel, and where none is left.
     """
-    frozen = [name for name in names if name.endswith(".kernel") and name not in chosen]
+    kernels = [name for name in names if name.endswith(".kernel")]
+    for pattern in patterns:
+        if not fnmatch.filter(kernels, pattern):
+            raise MMJaxError(
+                f"model.quantize pattern {pattern!r} matches no kernel; kernels look like "
+                f"{', '.join(kernels[:3])}{nearest(pattern, kernels)}"
+            )
+    some = [name for name in kernels if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    frozen = [name for name in some if name not in chosen]
     if not frozen:
         raise MMJaxError(
             f"model.frozen_dtype is {kind} and every kernel is trained; set it to bfloat16, or "
-            "freeze something (train, freeze, lora.rank)"
+            "freeze something (train, freeze, lora.rank) that model.quantize names"
         )
     return tuple(linear_maps(frozen))
 

@@ -27,8 +27,10 @@ class ModelSettings:
     plan_config: such values to plan with (``--plan``) while ``init`` or a part is not there; a run
     never looks at them. words: texts whose words make a small tokenizer, for random starts.
     param_dtype: of trained parameters; frozen_dtype: of the others, with int8 or nf4 their kernels
-    in 8 or 4.5 bits a weight (see ``mmjax.nn.int8`` and ``nf4``) and all else in bfloat16. dtype:
-    of the computation; neither of the two that train may be float16, for no loss is scaled.
+    in 8 or 4.5 bits a weight (see ``mmjax.nn.int8`` and ``nf4``) and all else in bfloat16.
+    quantize: glob patterns of the parameters whose frozen kernels int8 and nf4 are for, such as
+    ``("decoder.*",)``; the others are in bfloat16. dtype: of the computation; neither of the two
+    that train may be float16, for no loss is scaled.
     processor: settings that replace those of the folder, such as ``max_height``.
     remat: a policy of ``mmjax.nn.stack``: off, names, dots or full. scan_unroll: layers that one
     iteration of the scan over them does; XLA may then overlap the end of one with the start of the
@@ -51,6 +53,7 @@ class ModelSettings:
     processor: dict[str, Any] = dataclasses.field(default_factory=dict)
     param_dtype: str = "float32"
     frozen_dtype: str = "bfloat16"
+    quantize: tuple[str, ...] = ("*",)
     dtype: str = "bfloat16"
     remat: str = "names"
     scan_unroll: int = 1

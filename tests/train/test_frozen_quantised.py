@@ -123,6 +123,22 @@ def test_trained_kernels_stay_whole():
     assert paths.flatten(rest)["decoder.layers.attn.q.kernel"].dtype == np.int8
 
 
+def test_some_kernels_alone_are_rounded():
+    """As the peers' 4-bit bases: the language model, and what pictures pass through stays whole."""
+    model = dataclasses.replace(MODEL, quantize=("decoder.*",))
+    with use(make_mesh({}, jax.devices()[:1])):
+        rest = made(RunSettings(model=model, lora=LORA))[2]
+    kinds = {name: x.dtype.name for name, x in paths.flatten(rest).items()}
+    assert kinds["patch_embed.kernel"] == "bfloat16" and "patch_embed.kernel_scale" not in kinds
+    rounded = {n for n, kind in kinds.items() if kind == "int8"}
+    assert rounded == {n for n in kinds if n.startswith("decoder.") and n.endswith(".kernel")}
+    with pytest.raises(MMJaxError, match=r"quantize pattern 'visoin\.\*' matches no kernel.* look"):
+        frozen.quantized_maps(["vision.a.kernel"], set(), "int8", ("visoin.*",))
+    # A part that is trained whole is no slip of the pen.
+    names, some = ["a.b.kernel", "c.kernel"], ("a.*", "c.*")
+    assert frozen.quantized_maps(names, {"a.b.kernel"}, "int8", some) == ("c",)
+
+
 def test_where_every_kernel_is_trained_there_is_nothing_to_round():
     with pytest.raises(MMJaxError, match="every kernel is trained; set it to bfloat16"):
         frozen.quantized_maps(["a.kernel", "b.bias"], {"a.kernel"}, "int8")

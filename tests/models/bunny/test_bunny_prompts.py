@@ -91,6 +91,18 @@ def test_a_prompt_is_a_string_with_marks_or_the_peers_ids():
         PHI.encode_prompt([0.5])
 
 
+def test_a_prompt_written_out_is_what_a_template_lays_out():
+    """As docs/bunny.md asks: the words of training, and a dialogue with the end mark in it."""
+    asked = f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT:"
+    more = f"{asked} A cat.<|endoftext|>USER: Is it asleep? ASSISTANT:"
+    turns = [("u", "<image>\nWhat is this?"), ("a", "A cat."), ("u", "Is it asleep?")]
+    for text, count in ((asked, 1), (more, 3)):
+        want = encode(PHI, "bunny_prompt", record(*turns[:count], images=1))
+        got = PHI.encode_prompt(text, [picture(0)])
+        for key in want:
+            np.testing.assert_array_equal(got[key], want[key], err_msg=key)
+
+
 def test_unmarked_images_leading_answers_and_system_messages():
     bare = record(("u", "What is it?"), ("a", "A dog."), images=1)
     led = record(("a", "Hello."), ("u", ONE.messages[0].text), ("a", "A dog."), images=1)
