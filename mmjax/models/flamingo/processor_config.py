@@ -61,9 +61,10 @@ class ProcessorConfig(SquareImages):
     def from_folder(cls, folder: str | os.PathLike) -> ProcessorConfig:
         """Read a checkpoint folder: the processor's file and, for ids and size, ``config.json``.
 
-        Without a processor's file it is open_clip's transform at the tower's size. A model that has
-        ``<answer>`` asks for it, whether the tokenizer beside it has it or not. Raises MMJaxError
-        naming a file that is not JSON.
+        Without a processor's file it is open_clip's transform at the tower's size, of an Otter that
+        of CLIPImageProcessor, by which it answers. A model that has ``<answer>`` asks for it,
+        whether the tokenizer beside it has it or not. Raises MMJaxError naming a file that is not
+        JSON.
         """
         telling = read_image_file(folder)
         model = read_json(folder, "config.json") or {}
@@ -79,6 +80,7 @@ class ProcessorConfig(SquareImages):
                 changes[key] = value
         if "answer_token_id" in changes or is_otter(model):
             changes["answer_token"] = True
+            changes |= {} if telling else {"fit": "crop_down"}
         return dataclasses.replace(config, **changes)
 
 

@@ -61,4 +61,7 @@ def test_what_a_files_format_has_no_word_for_is_kept():
 )
 def test_a_model_with_the_answers_token_asks_for_it(tmp_path, says, answer):
     (tmp_path / "config.json").write_text(json.dumps(says))
-    assert ProcessorConfig.from_folder(tmp_path).answer_token is answer
+    found = ProcessorConfig.from_folder(tmp_path)
+    assert (found.answer_token, found.fit) == (answer, "crop_down" if answer else "crop")
+    ProcessorConfig(fit="squash").save(tmp_path)  # what a file says counts
+    assert ProcessorConfig.from_folder(tmp_path).fit == "squash"
