@@ -147,6 +147,9 @@ def _convert_union(hint: Any, args: tuple, value: Any, path: str, problems: list
 
 
 def _wrong(path: str, value: Any, expected: str) -> str:
+    value = (
+        value.to_dict() if hasattr(value, "to_dict") else value
+    )  # a ConfigDict has several lines
     return f"{path}: expected {expected}, got {type(value).__name__} {value!r}"
 
 
