@@ -7,6 +7,7 @@ others: none of them moves when another is switched on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from mmjax.data.resizing import (
     at_resolution,
     draw_resolution,
     list_resolutions,
+    pixel_limit,
     squash_first,
 )
 from mmjax.data.skips import Skip
@@ -87,7 +89,8 @@ def make_loader(
         raise MMJaxError(f"seed is {seed}; give a whole number from 0 up")
     sides = list_resolutions(options.resolutions)
     each = by_source("template", template, mixture.names)
-    templates, resize = tuple(get_template(one) for one in each), at_resolution
+    templates = tuple(get_template(one) for one in each)
+    resize = functools.partial(at_resolution, max_pixels=pixel_limit(processor))
     if options.legacy_otter:
         templates, (resize, *_) = zip(*(legacy_loading(t, sides) for t in templates), strict=True)
     augments = augments_of(options.augment, mixture.names)

@@ -18,17 +18,24 @@ given twice is twice as likely, or the range ``{"min": 224, "max": 1024, "multip
 multiple of 32 (of 1 where it is left out) from 224 to 1024, each as likely as another."""
 
 
-def at_resolution(record: Record, longest: int | None, *, enlarge: bool = False) -> Record:
+def at_resolution(
+    record: Record,
+    longest: int | None,
+    *,
+    enlarge: bool = False,
+    max_pixels: int | None = im.MAX_PIXELS,
+) -> Record:
     """Reduce every image of a record so that its longest side is ``longest``.
 
     Aspect is kept; Pillow's antialiased bilinear filter. None leaves the record as it is. Smaller
-    images stay as they are, too, unless ``enlarge`` asks for them to be scaled up. Raises BadSample
-    as ``open_image`` does: a file of too many pixels is refused before it is decoded.
+    images stay as they are, too, unless ``enlarge`` asks for them to be scaled up. max_pixels: as
+    for ``open_image``. Raises BadSample as that does: a file of too many pixels is refused before
+    it is decoded.
     """
     if longest is None or not record.images:
         return record
     resized = tuple(
-        each_picture(source, lambda one: _resized(one, longest, enlarge))
+        each_picture(source, lambda one: _resized(one, longest, enlarge, max_pixels))
         for source in record.images
     )
     return dataclasses.replace(record, images=resized)
@@ -43,6 +50,11 @@ def size_at(width: int, height: int, longest: int, *, enlarge: bool = False) -> 
     if longer == longest or (longer < longest and not enlarge):
         return width, height
     return max(1, width * longest // longer), max(1, height * longest // longer)
+
+
+def pixel_limit(processor: Any) -> int | None:
+    """Return the pixels above which a processor's settings refuse a file, None for no limit."""
+    return getattr(getattr(processor, "config", None), "max_pixels", im.MAX_PIXELS)
 
 
 def squash_first(record: Record, side: int) -> Record:
@@ -146,11 +158,13 @@ def _padded(source: ImageSource, colour: tuple[int, int, int]) -> ImageSource:
     return im.with_origin(np.asarray(square), image)
 
 
-def _resized(source: ImageSource, longest: int, enlarge: bool) -> ImageSource:
+def _resized(
+    source: ImageSource, longest: int, enlarge: bool, max_pixels: int | None
+) -> ImageSource:
     """Bring one image to a longest side; the source itself where it has that size already."""
     if not enlarge and isinstance(source, np.ndarray) and max(source.shape) <= longest:
         return source
-    image = im.open_image(source)
+    image = im.open_image(source, max_pixels=max_pixels)
     size = size_at(*image.size, longest, enlarge=enlarge)
     if size == image.size:
         return source

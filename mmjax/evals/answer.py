@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mmjax.data.resizing import at_resolution
+from mmjax.data.resizing import at_resolution, pixel_limit
 from mmjax.data.templates import get_template
 from mmjax.generate.beam import Beams
 from mmjax.loaded import LoadedModel
@@ -26,7 +26,7 @@ def answerer(
     counts as wrong, it is not left out.
     cache_dtype, beams: see ``LoadedModel.generate_tokens``.
     """
-    lay_out = get_template(template)
+    lay_out, limit = get_template(template), pixel_limit(model.processor)
 
     def answer(
         records: Sequence[Record], resolution: int | None, max_new_tokens: int
@@ -41,7 +41,7 @@ def answerer(
             )
         for place, record in enumerate(records):
             try:
-                record = at_resolution(record, resolution)
+                record = at_resolution(record, resolution, max_pixels=limit)
                 segments = lay_out(record)
                 examples.append(model.processor.encode(segments, record.images, max_tokens=room))
                 kept.append(place)

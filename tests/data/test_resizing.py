@@ -15,6 +15,7 @@ from mmjax.data.resizing import (
     draw_resolution,
     list_resolutions,
     pad_at_random,
+    pixel_limit,
     size_at,
     squash_first,
 )
@@ -258,3 +259,16 @@ def test_sizes_that_the_processor_would_undo_are_refused_before_a_record_is_read
     for sides in ((16, 64, None), {"min": 24, "max": 40, "multiple": 8}):
         with pytest.raises(MMJaxError, match=r"resolution (64|40): .* box of 32 x 48 pixels"):
             make_train_iterator(Wide(), "fuyu_chat", boxed, resolutions=sides, **shape)
+
+
+def test_the_processors_limit_of_pixels_holds_where_a_size_is_drawn(tmp_path):
+    """Its message says to raise max_pixels; drawn sizes open the file before the processor does."""
+    allowed = FuyuProcessor(ProcessorConfig(max_pixels=None))
+    bomb = record(png(10_000, 9_000))
+    assert (pixel_limit(allowed), pixel_limit(StubProcessor())) == (None, images.MAX_PIXELS)
+    (small,) = at_resolution(bomb, 40, max_pixels=pixel_limit(allowed)).images
+    assert np.shape(small) == (36, 40, 3)
+    shape = dict(seq_len=60, max_patches=45, max_targets=8, batch_size=1, workdir=tmp_path)
+    tight = FuyuProcessor(ProcessorConfig(max_pixels=700))
+    with pytest.raises(MMJaxError, match="800 pixels, above the limit of 700"):
+        next(make_train_iterator(Wide(), "fuyu_chat", tight, resolutions=(16,), epochs=1, **shape))
