@@ -64,7 +64,7 @@ def check(settings: RunSettings, processor: Processor | None = None) -> None:
     tasks, chosen = tasks_of(settings.eval), settings.eval
     if tasks and (chosen.every or chosen.final):
         check_tasks(settings)
-        check_resolutions(chosen, processor)
+        check_processor(settings, processor)
     if (best := settings.checkpoint.best) is None:
         return
     known = [name for task in tasks for name in metric_names(task)]
@@ -99,10 +99,12 @@ def check_tasks(settings: RunSettings) -> None:
         _check_sources(task)
 
 
-def check_resolutions(settings: EvalSettings, processor: Processor | None) -> None:
-    """Raise MMJaxError for a task's resolution that the processor never shows."""
+def check_processor(settings: RunSettings, processor: Processor | None) -> None:
+    """Raise MMJaxError for a template of other tokens, and a resolution that is never shown."""
+    if (check := getattr(processor, "check_template", None)) is not None:
+        check(get_template(template_of(settings)))
     if (check := getattr(processor, "check_resolution", None)) is not None:
-        for task in tasks_of(settings):
+        for task in tasks_of(settings.eval):
             for side in filter(None, task.resolutions):
                 check(side)
 
@@ -274,7 +276,7 @@ def run_eval(
     folder = _results_folder(Path(path), workdir)
     runtime.enable_compilation_cache()
     model, step = open_model(path, settings, weights=weights)
-    check_resolutions(settings.eval, model.processor)
+    check_processor(settings, model.processor)
     return full(model, settings, folder, step=step, checkpoint_name=str(path))
 
 

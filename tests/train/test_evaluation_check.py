@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 from flax import nnx
+from tiny_language_tokenizers import build_neox_tokenizer
 
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.loaded import LoadedModel
+from mmjax.models.bunny.processor import BunnyProcessor
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.train import evaluation
 from mmjax.train.settings import DataSettings, EvalSettings, ModelSettings, RunSettings
@@ -49,6 +51,15 @@ def settings(best=None, saves=5, task=(), **changes):
 def test_mistakes_of_evaluation_are_told_at_the_start(given, says):
     with pytest.raises(MMJaxError, match=says):
         evaluation.check(settings(**given))
+
+
+@pytest.mark.parametrize("template", ["fuyu_prompt", "bunny_minicpm_prompt"])
+def test_a_template_of_other_tokens_is_told_at_the_start(template):
+    """A dialogue's earlier answers end with a token, too: else the evaluation fails at its end."""
+    processor = BunnyProcessor(tokenizer=build_neox_tokenizer())
+    evaluation.check(settings(template="bunny_prompt"), processor)
+    with pytest.raises(MMJaxError, match=f"template {template!r}: "):
+        evaluation.check(settings(template=template), processor)
 
 
 @pytest.mark.parametrize(

@@ -134,11 +134,15 @@ class BunnyProcessor(FolderProcessor):
                 )
 
     def check_template(self, template: Template) -> None:
-        """Raise MMJaxError where a template ends answers with another token than the model."""
+        """Raise MMJaxError where a template ends answers with another token than the model.
+
+        Of a prompt, earlier answers.
+        """
         if self.tokenizer is None:
             return
+        turn = Message("user", "a"), Message("assistant", "b")
         try:
-            self._stream(template(Record((Message("user", "a"), Message("assistant", "b")))))
+            self._stream(template(Record(turn * 2)))
         except BadSample:
             return  # it asks for an image, as that of pretraining does, which has no end
         except MMJaxError as error:
