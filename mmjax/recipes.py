@@ -125,14 +125,17 @@ BUNNY_WORDS = (SYSTEM, "USER: ASSISTANT:\n", *WORDS)
 
 
 def toy_bunny(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Shrink a Bunny recipe to seconds on a CPU, as ``toy_fuyu`` does; of either stage."""
+    """Shrink a Bunny recipe to seconds on a CPU, as ``toy_fuyu`` does; of either stage, S2 too."""
     toy = toy_fuyu(recipe)
     model = {**toy["model"], "parts": {}, "words": BUNNY_WORDS}
     ratio = dict(image_aspect_ratio=recipe["model"]["config"]["image_aspect_ratio"])
+    side = BUNNY_TOY["vision_config"]["image_size"]
+    scales = dict(use_s2=True, s2_scales=f"{side},{2 * side}")
+    scales = scales if recipe["model"]["config"].get("use_s2") else {}
     plain = recipe["data"]["template"] == "bunny_plain"
     return {
         **toy,
-        "model": {**model, "config": BUNNY_TOY | ratio, "processor": ratio},
+        "model": {**model, "config": BUNNY_TOY | ratio | scales, "processor": ratio},
         "data": {
             **toy["data"],
             "template": "bunny_plain" if plain else "bunny_chat",

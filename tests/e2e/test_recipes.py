@@ -39,13 +39,13 @@ SAME_TOY = {
     "bunny_phi2_eva": "bunny_phi2_siglip",
     "bunny_stablelm2_siglip": "bunny_phi2_siglip",
     "bunny_stablelm2_eva": "bunny_phi2_siglip",
-    "bunny_llama3_8b_s2": "bunny_phi2_siglip",
 }
 # One of each family, and one of its adapters, is continued, exported, and answers from there.
 EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
 # Those whose way another goes too: easy-VQA, the magnifier and Fuyu-8B as quickstart, adapters as
-# OtterHD's, captions as Clever Flamingo's instructions.
-SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "fuyu_8b_lora", "captions_cpu"}
+# OtterHD's, captions as Clever Flamingo's instructions, S2 as another Bunny.
+SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "fuyu_8b_lora", "captions_cpu",
+            "bunny_llama3_8b_s2"}  # fmt: skip
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
 BUNNIES = {
     "bunny_phi1_5_siglip": (5e-4, 2048, 24, 729),
@@ -192,6 +192,13 @@ def test_resolutions_can_be_set_from_the_command_line():
     assert given("otterhd_8b", "data.resolutions=(448,512,768)") == (448, 512, 768)
     assert given("magnifier_resolution", "data.resolutions.max=40")["max"] == 40
     assert given("fuyu_8b", "data.resolutions={'min': 8, 'max': 9}") == {"min": 8, "max": 9}
+
+
+@pytest.mark.parametrize("arg", ["pretrain", "lora"])
+def test_the_toy_of_s2_looks_at_two_scales(arg):
+    toy = resolve_recipe(f"{ROOT}/configs/bunny_llama3_8b_s2.py:{arg},quick")
+    config = BunnyConfig.from_hf(toy.model.config)
+    assert (config.s2_scales, config.vision.image_size, config.image_size) == ((32, 64), 32, 64)
 
 
 @pytest.mark.parametrize("name", SAME_TOY)
