@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from mmjax.config import resolve_recipe
+from mmjax.config import apply_overrides, resolve_recipe
 from mmjax.data.templates_bunny import ENDS
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.parallel.mesh import make_mesh
@@ -49,9 +49,9 @@ def run(stage, workdir, **model):
     """Train a stage's toy, on what ``model`` says in place of random weights."""
     config = resolve_recipe(f"{RECIPE}:{stage},quick", OVERRIDES)
     ratio = config.model.config.image_aspect_ratio
+    config = apply_overrides(config, [f"model.config={{'image_aspect_ratio': '{ratio}'}}"])
     with config.unlocked():
         config.model.update(model)
-        config.model.config = dict(image_aspect_ratio=ratio)
     loop.run(to_dataclass(RunSettings, config), workdir)
 
 
