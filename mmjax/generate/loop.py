@@ -15,7 +15,7 @@ from mmjax.generate import beam
 from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.sampling import Sampling
-from mmjax.nn.cache import DTYPES
+from mmjax.nn.cache import DTYPES, Cache
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, Example, MMJaxError
 
@@ -151,11 +151,11 @@ def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
 
     cache = model.init_cache(b, room, how.cache_dtype)
     layers = None
-    if jax.default_backend() == "cpu":
-        # A scan copies each layer's weights and cache out of their stacks for every token. Taken
-        # apart once, before all else, they are read where they lie; it costs a second copy of the
-        # weights, which a CPU has room for. No stacked cache ever exists: its pages would be new
-        # with each call, and cost more than what is written into them.
+    if _taken_apart(params, cache):
+        # A scan copies each layer's weights out of their stack for every token, on a CPU its cache
+        # too. Taken apart once, before all else, they are read where they lie. No stacked cache
+        # ever exists: on a CPU its pages would be new with each call, and cost more than what is
+        # written into them.
         layers, cache = model.unstack(), cache.unstack()
     # The head runs on each prompt's last position only.
     hidden, cache = model.prefill(batch, lengths, cache, layers)
@@ -176,6 +176,26 @@ def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
     tokens = jnp.take_along_axis(history, new, axis=2)
     # Whole on every device: each process of a run reads them.
     return constrain(tokens, None, None, None), constrain(counts, None, None)
+
+
+def _taken_apart(params: nnx.State, cache: Cache) -> bool:
+    """Tell whether layers and cache are taken apart, which costs a second copy of the weights.
+
+    On a CPU always. On one GPU where it has room for that copy, the cache and half as much again
+    for the prefill: compiled for an H200, the scan writes and reads each layer's weights once more
+    for every token. Several devices share the weights, and their processes trace one program.
+    """
+    if jax.default_backend() == "cpu":
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.process_count() > 1 or not (mesh.empty or mesh.size == 1):
+        return False
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    weights, kept = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, cache)
+    )
+    return free >= weights + 1.5 * kept
 
 
 def _draw(

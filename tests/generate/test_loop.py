@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.generate import loop
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, _generate, bucket, pad_batch
 from mmjax.generate.sampling import Sampling
+from mmjax.parallel.mesh import make_mesh
 from mmjax.types import MMJaxError
 from tests import tiny
 
@@ -86,6 +88,33 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
         assert not re.findall(rf"= {buffer}\S* copy\(", text)
     # Nor does a stacked one exist, whose pages would be new to the process in every call.
     assert f"[{c.num_layers},{rows},{c.num_kv_heads},{room},{c.head_dim}]" not in text
+
+
+def test_a_gpu_takes_layers_apart_where_it_has_room_for_a_second_copy(model, monkeypatch):
+    _, params = nnx.split(model)
+    cache = model.init_cache(2, 64)
+    assert loop._taken_apart(params, cache)  # a CPU has room
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    kept = sum(x.nbytes for x in jax.tree.leaves(cache))
+    need, used = weights + kept * 3 // 2, 1000
+
+    class Device:
+        def __init__(self, free):
+            self.stats = {"bytes_limit": used + free, "bytes_in_use": used}
+
+        def memory_stats(self):
+            return self.stats if self.stats["bytes_limit"] > used else None
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for free, apart in ((need + 1, True), (need - 1, False), (0, False)):
+        monkeypatch.setattr(jax, "local_devices", lambda free=free: [Device(free)])
+        assert loop._taken_apart(params, cache) is apart
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2 * need)])
+    with monkeypatch.context() as among:
+        among.setattr(jax, "process_count", lambda: 2)
+        assert not loop._taken_apart(params, cache)
+    with jax.set_mesh(make_mesh({"tensor": 2}, jax.devices()[:2])):
+        assert not loop._taken_apart(params, cache)
 
 
 def test_greedy_takes_the_first_of_equals_and_an_index_whatever_comes():
