@@ -27,6 +27,15 @@ class OpenDict(ConfigDict):
     """A group whose names are the user's, such as ``mesh``: an override may bring new ones."""
 
 
+class Group(ConfigDict):
+    """A group of settings: their names are given, and a dict for an open one stays open."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(self.get(name), OpenDict) and isinstance(value, Mapping | ConfigDict):
+            value = _opened(value)
+        super().__setitem__(name, value)
+
+
 def fill(cls: type, values: Mapping[str, Any]) -> ConfigDict:
     """Return a ConfigDict with every setting of a dataclass, ``values`` laid over the defaults.
 
@@ -39,7 +48,7 @@ def fill(cls: type, values: Mapping[str, Any]) -> ConfigDict:
 
 def _group(made: Any, plain: Mapping[str, Any]) -> ConfigDict:
     """Turn ``plain``, a dataclass as dicts, into groups: fixed ones where it is a dataclass."""
-    return ConfigDict(
+    return Group(
         {
             name: _group(getattr(made, name), value)
             if dataclasses.is_dataclass(getattr(made, name))
@@ -50,7 +59,7 @@ def _group(made: Any, plain: Mapping[str, Any]) -> ConfigDict:
 
 
 def _opened(value: Any) -> Any:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping | ConfigDict):
         return value
     return OpenDict({name: _opened(inner) for name, inner in value.items()})
 

@@ -238,6 +238,16 @@ def test_a_group_of_names_of_the_users_own_can_be_added_to():
     assert settings("fuyu_8b.py", "data.sources.train2={}").data.sources["train2"] == {}
 
 
+def test_a_recipe_may_give_such_a_group_anew_as_a_plain_dict():
+    made = config.resolve_recipe("configs/bunny_cpu.py:quick")
+    with made.unlocked():
+        made.model.config = {"image_aspect_ratio": "pad"}
+        made.mesh = {"fsdp": 2}
+    config.apply_overrides(made, ["model.config.width=64", "mesh.data=4"])
+    assert made.model.config.to_dict() == {"image_aspect_ratio": "pad", "width": 64}
+    assert made.mesh.to_dict() == {"fsdp": 2, "data": 4}
+
+
 def test_a_setting_of_several_kinds_can_change_its_kind():
     sides = {"min": 224, "max": 1024, "multiple": 32}
     made = settings("otterhd_8b.py", f"data.resolutions={sides}", "data.template={'a': 'plain'}")
