@@ -30,6 +30,15 @@ def bucket(n: int, smallest: int = 32) -> int:
     return size
 
 
+def room_for(t: int, max_new_tokens: int) -> int:
+    """Return the cache's places for prompts padded to t and their answers.
+
+    The answer alone is rounded: were the sum, 3,072 + 128 would become 4,096, and a third more keys
+    and values would be read for each token.
+    """
+    return t + bucket(max_new_tokens, 16)
+
+
 def pad_batch(examples: Sequence[Example], rows: int | None = None) -> tuple[Batch, np.ndarray]:
     """Right-pad prompts to one batch of bucketed shape; returns (batch, lengths int32[b]).
 
@@ -120,7 +129,7 @@ class Generator:
         batch, lengths = pad_batch(examples, rows)
         numbers = np.zeros(len(lengths), np.int32)
         numbers[: len(examples)] = range(len(examples)) if places is None else places
-        room = bucket(batch["tokens"].shape[1] + max_new_tokens)
+        room = room_for(batch["tokens"].shape[1], max_new_tokens)
         ranking = self.beams.ranking(room)
         # What ``ranking`` holds must not compile anew.
         shape = dataclasses.replace(self.beams, length_penalty=1.0, early_stopping=False)

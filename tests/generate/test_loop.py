@@ -10,7 +10,7 @@ from flax import nnx
 
 from mmjax.generate import loop
 from mmjax.generate.constraints import Constraints
-from mmjax.generate.loop import Generator, _generate, bucket, pad_batch
+from mmjax.generate.loop import Generator, _generate, bucket, pad_batch, room_for
 from mmjax.generate.sampling import Sampling
 from mmjax.parallel.mesh import make_mesh
 from mmjax.types import MMJaxError
@@ -71,7 +71,7 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
     """Every step would read and write the whole cache once more; one row did, four times."""
     graphdef, params = nnx.split(model)
     batch, lengths = pad_batch(examples()[:rows])
-    room = bucket(batch["tokens"].shape[1] + 4)
+    room = room_for(batch["tokens"].shape[1], 4)
     how = Generator(graphdef, eos=(), cache_dtype=dtype)
     draws = jax.random.key(0), np.zeros(rows, np.int32)
     some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(4), jnp.int32(rows)
@@ -166,3 +166,11 @@ def test_buckets_are_few_and_large_enough():
     sizes = {bucket(n) for n in range(1, 2049)}
     assert all(bucket(n) >= n for n in range(1, 2049))
     assert sorted(sizes) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+
+
+def test_a_cache_is_hardly_longer_than_prompt_and_answer():
+    """Of a long prompt and a short answer, all that is read for each token is keys and values."""
+    t = bucket(2364)
+    assert (t, room_for(t, 128), room_for(t, 100), room_for(t, 1)) == (3072, 3200, 3200, 3088)
+    assert all(room_for(t, n) - t >= n for n in range(1, 600))
+    assert len({room_for(t, n) for n in range(1, 513)}) == 11  # few programs

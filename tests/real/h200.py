@@ -109,7 +109,7 @@ def generation(count: int) -> str:
         patch_dim = family.Processor.for_words(("word",), config).patch_dim
         batch["patches"] = shape((1, loop.bucket(PATCHES, 1), patch_dim), jnp.uint8)
         how = loop.Generator(graphdef, eos=(2,))
-        room = loop.bucket(length + ANSWER)
+        room = loop.room_for(length, ANSWER)
         one, row = shape((), jnp.int32), shape((1,), jnp.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         ranking = how.beams.ranking(room)
