@@ -23,11 +23,14 @@ LETTER = "{question}\nAnswer with the option's letter from the given choices dir
 
 OTTER_LETTER = "Answer with the option letter from the given choices directly."
 """How Otter asks MagnifierBench, before the question."""
+
 UNANSWERABLE = (
     "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
     "Answer the question using a single word or phrase."
 )
 """How LLaVA asks VizWiz, where many questions have no answer."""
+
+_CAPTION = dict(scorer="word_f1", summary="cider", max_new_tokens=20)
 _LETTER = dict(prompt=LETTER, scorer="multiple_choice", max_new_tokens=16)
 _VQA = dict(prompt=SHORT, scorer="vqa_accuracy", submission="vqa", max_new_tokens=16)
 
@@ -40,7 +43,6 @@ class Preset:
     settings: Mapping[str, Any]
 
 
-_CAPTION = dict(scorer="word_f1", summary="cider", max_new_tokens=20)
 BENCHMARKS: dict[str, Preset] = {
     "coco_captions": Preset("karpathy", _CAPTION),
     "flickr30k_captions": Preset("karpathy", _CAPTION),
