@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import errno
 import os
@@ -276,6 +277,18 @@ def written_commands():
                 )
 
 
+def test_pages_and_recipes_tell_commands():
+    assert len(list(written_commands())) > 20
+
+
 @pytest.mark.parametrize("recipe, overrides", list(written_commands()))
 def test_commands_of_the_pages_name_settings_that_are_there(recipe, overrides):
-    settings(recipe, *overrides)
+    made = config.resolve_recipe(f"configs/{recipe}", overrides)
+    schema.to_dataclass(RunSettings, made)  # tells a value of a wrong kind
+    for override in overrides:
+        name, _, text = override.removeprefix("--config.").partition("=")
+        found = made
+        for part in name.split("."):
+            found = found[int(part)] if part.isdigit() else found[part]
+        found = found.to_dict() if isinstance(found, ConfigDict) else found
+        assert found == text or found == ast.literal_eval(text)
