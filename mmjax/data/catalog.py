@@ -30,6 +30,7 @@ KINDS = {
     "karpathy": "mmjax.data.benchmarks.captions:KarpathySource",
     "magnifierbench": "mmjax.data.benchmarks.magnifierbench:MagnifierBenchSource",
     "mmbench": "mmjax.data.benchmarks.mmbench:MmbenchSource",
+    "mmmu": "mmjax.data.benchmarks.mmmu:MmmuSource",
     "mme": "mmjax.data.benchmarks.mme:MmeSource",
     "pope": "mmjax.data.benchmarks.pope:PopeSource",
     "scienceqa": "mmjax.data.benchmarks.scienceqa:ScienceQaSource",

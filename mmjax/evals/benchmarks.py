@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from mmjax.data.benchmarks.asking import ONE_LETTER, ONE_PHRASE
 from mmjax.data.catalog import KINDS
 from mmjax.types import MMJaxError, nearest
 
-SHORT = "{question}\nAnswer the question using a single word or phrase."
+SHORT = f"{{question}}\n{ONE_PHRASE}"
 """How LLaVA and Bunny ask for short answers."""
 
-LETTER = "{question}\nAnswer with the option's letter from the given choices directly."
+LETTER = f"{{question}}\n{ONE_LETTER}"
 """How they ask for one of several options."""
 
 OTTER_LETTER = "Answer with the option letter from the given choices directly."
@@ -26,7 +27,7 @@ OTTER_LETTER = "Answer with the option letter from the given choices directly."
 
 UNANSWERABLE = (
     "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
-    "Answer the question using a single word or phrase."
+    + ONE_PHRASE
 )
 """How LLaVA asks VizWiz, where many questions have no answer."""
 
@@ -51,6 +52,9 @@ BENCHMARKS: dict[str, Preset] = {
     ),
     "scienceqa": Preset("scienceqa", _LETTER),
     "mmbench": Preset("mmbench", _LETTER | dict(summary="circular", submission="mmbench")),
+    "mmmu": Preset(
+        "mmmu", dict(scorer="mmmu", summary="mmmu", submission="mmmu", max_new_tokens=128)
+    ),
     "mme": Preset("mme", dict(scorer="yes_no", summary="mme", max_new_tokens=16)),
     "gqa": Preset("gqa", dict(prompt=SHORT, scorer="gqa", summary="gqa", submission="gqa")),
     "vqav2": Preset("vqa", _VQA),
@@ -91,7 +95,7 @@ def expand(config: Mapping[str, Any], path: str) -> dict[str, Any]:
             f"{path}: benchmark {name!r} needs {' and '.join(missing)}; see docs/evaluation.md"
         )
     # A split that the source takes names the result, too.
-    named = {"split": source["split"]} if "split" in source else {}
+    named = {"split": source.get("split", takes["split"].default)} if "split" in takes else {}
     return {"name": name, "source": source} | named | dict(preset.settings) | given
 
 

@@ -122,11 +122,15 @@ def blind_baselines(
 
 
 def chance_level(task: Task, records: Iterable[Record]) -> float | None:
-    """Return the accuracy of guessing: as the task says, or one over the options' number."""
-    if task.chance is not None or not task.is_multiple_choice:
+    """Return the accuracy of guessing: as the task says, or one over the options' number.
+
+    Of a task that has open questions too, nothing is guessed of those.
+    """
+    if task.chance is not None or not (task.is_multiple_choice or task.has_open_questions):
         return task.chance
-    shares = [1 / len(choices) for r in records if (choices := choices_of(r))]
-    return sum(shares) / len(shares) if shares else None
+    counts = [len(choices_of(r)) for r in records]
+    shares = [1 / n if n else 0.0 for n in counts if n or task.has_open_questions]
+    return sum(shares) / len(shares) if any(shares) else None
 
 
 def predictions_path(workdir: str | os.PathLike, task: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from mmjax.evals import normalise
+from mmjax.evals import mmmu, normalise
 from mmjax.evals import yes_no as polar
 from mmjax.evals.anls import anls
 from mmjax.types import BadSample, MMJaxError
@@ -148,6 +148,8 @@ SCORERS: dict[str, Scorer] = {
     "multiple_choice": multiple_choice,
     "multiple_choice_text": multiple_choice_text,
     "multiple_choice_otter": multiple_choice_otter,
+    "mmmu": mmmu.mmmu,
+    "mmmu_guess": mmmu.mmmu_guess,
     "yes_no": polar.yes_no,
     "yes_no_pope": polar.yes_no_pope,
     "yes_no_mme": polar.yes_no_mme,
@@ -157,6 +159,8 @@ READERS: dict[str, Callable[[str, Sequence[str]], str | None]] = {
     "multiple_choice": parse_choice,
     "multiple_choice_text": lambda text, choices: parse_choice(text, choices, "option_text"),
     "multiple_choice_otter": lambda text, choices: parse_choice(text, choices, "otter"),
+    "mmmu": mmmu.show_read,
+    "mmmu_guess": lambda text, choices: mmmu.show_read(text, choices, guess=True),
     "yes_no": lambda text, choices: polar.read_yes_no(text),
     "yes_no_pope": lambda text, choices: polar.read_yes_no_pope(text),
     "yes_no_mme": lambda text, choices: polar.read_yes_no_mme(text),

@@ -46,10 +46,21 @@ def docvqa(rows: Sequence[Row]) -> bytes:
     return _json([{"questionId": _number(r["id"]), "answer": r["prediction"]} for r in rows])
 
 
+def mmmu(rows: Sequence[Row]) -> bytes:
+    """Return JSON ``{id: answer}``, a letter where there are options, for MMMU on EvalAI.
+
+    Its main_eval_only.py reads that of the validation split. Where no letter was chosen the answer
+    stands as it is, which counts as wrong.
+    """
+    said = {r["id"]: r.get("read") if r.get("choices") else r["prediction"] for r in rows}
+    return _json({r["id"]: said[r["id"]] or r["prediction"] for r in rows})
+
+
 SUBMISSIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bytes]]] = {
     "docvqa": (".json", docvqa),
     "gqa": (".json", gqa),
     "mmbench": (".xlsx", mmbench),
+    "mmmu": (".json", mmmu),
     "vizwiz": (".json", vizwiz),
     "vqa": (".json", vqa),
 }

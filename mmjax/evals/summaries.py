@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmjax.data.benchmarks.mme import COGNITION, PERCEPTION
+from mmjax.data.benchmarks.mmmu import DISCIPLINES, SUBJECTS
 from mmjax.evals import cider
 from mmjax.types import MMJaxError, nearest
 
@@ -27,23 +28,25 @@ class Summary:
     """How rows become metrics.
 
     names: the metrics of the whole result. over: rows -> metrics, for the whole and each group.
-    combine: group -> its metrics, to further metrics of the whole. check: raises MMJaxError where
-    something it needs is not installed.
+    combine: group -> its metrics, to further metrics of the whole. whole: rows -> metrics of the
+    whole alone. check: raises MMJaxError where something it needs is not installed.
     """
 
     names: tuple[str, ...]
-    over: Callable[[Sequence[Row]], Metrics]
+    over: Callable[[Sequence[Row]], Metrics] = lambda rows: {}
     combine: Callable[[Mapping[str, Metrics]], Metrics] = lambda groups: {}
+    whole: Callable[[Sequence[Row]], Metrics] = lambda rows: {}
     check: Callable[[], None] = lambda: None
 
     def of(self, rows: Sequence[Row]) -> tuple[Metrics, dict[str, Metrics]]:
-        """Return the metrics of all rows, and those of each group."""
+        """Return the metrics of all rows, and those of each group that has any."""
         groups: dict[str, list[Row]] = {}
         for row in rows:
             if row.get("group") is not None:
                 groups.setdefault(str(row["group"]), []).append(row)
         each = {name: self.over(some) for name, some in sorted(groups.items())}
-        return self.over(rows) | self.combine(each), each
+        of_all = self.over(rows) | self.combine(each) | self.whole(rows)
+        return of_all, {name: metrics for name, metrics in each.items() if metrics}
 
 
 def share(part: float, whole: float) -> dict[str, float]:
@@ -155,6 +158,22 @@ def gqa(rows: Sequence[Row]) -> Metrics:
     return {name: share(sum(found), len(found)) for name, found in kinds.items() if found}
 
 
+def mmmu(rows: Sequence[Row]) -> Metrics:
+    """Return the accuracy of MMMU's disciplines, of questions with options and of open ones.
+
+    ``unread`` is the share of the questions with options where none was chosen: the publisher's
+    code guesses there.
+    """
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        kinds.setdefault(SUBJECTS.get(row.get("group"), ""), []).append(row["score"])
+        kinds.setdefault("options" if row.get("choices") else "open", []).append(row["score"])
+    unread = [row.get("read") is None for row in rows if row.get("choices")]
+    names = (*DISCIPLINES, "options", "open")
+    found = {name: share(sum(kinds[name]), len(kinds[name])) for name in names if name in kinds}
+    return found | ({"unread": share(sum(unread), len(unread))} if unread else {})
+
+
 SUMMARIES: dict[str, Summary] = {
     "cider": Summary(("CIDEr",), cider.cider, check=cider.check),
     "circular": Summary(("circular", "plain"), circular),
@@ -162,6 +181,7 @@ SUMMARIES: dict[str, Summary] = {
     "mme": Summary(
         ("accuracy", "accuracy+", "neither", "score", "perception", "cognition"), mme, _mme_sums
     ),
+    "mmmu": Summary((*DISCIPLINES, "options", "open", "unread"), whole=mmmu),
     "yes_no": Summary(("precision", "recall", "F1", "yes", "neither", "mean F1"), yes_no, _mean_f1),
 }
 """``yes_no``: the mean F1 is that of the groups, which Bunny's tables have for POPE."""

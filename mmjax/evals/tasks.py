@@ -98,6 +98,11 @@ class Task:
         return self.scorer.startswith("multiple_choice")
 
     @property
+    def has_open_questions(self) -> bool:
+        """Tell a scorer of open questions among those with options."""
+        return self.scorer.startswith("mmmu")
+
+    @property
     def summariser(self) -> Summary | None:
         """Return what ``summary`` names."""
         return None if self.summary is None else get_summary(self.summary)

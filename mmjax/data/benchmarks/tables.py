@@ -11,27 +11,29 @@ from mmjax.types import MMJaxError
 
 
 class Table:
-    """The rows of parquet files: small columns read whole, the picture's when it is asked for.
+    """The rows of parquet files: small columns read whole, those of pictures when asked for.
 
-    ``rows[i]`` is (``file:row``, column -> value). Raises MMJaxError for missing columns.
+    picture: the column of the picture, or the columns of several. ``rows[i]`` is (``file:row``,
+    column -> value). Raises MMJaxError for missing columns.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
-        picture: str,
+        picture: str | Sequence[str],
         needed: Sequence[str],
         more: Sequence[str] = (),
     ):
-        self._files, self._picture = ParquetFiles(path), picture
+        self._files = ParquetFiles(path)
+        self._columns = [picture] if isinstance(picture, str) else list(picture)
         there = self._files.columns
-        absent = [name for name in (picture, *needed) if name not in there]
+        absent = [name for name in (*self._columns, *needed) if name not in there]
         if absent:
             raise MMJaxError(
                 f"{path}: has no column {', '.join(absent)} (it has {', '.join(there)}); give the "
                 "files as their publishers have them"
             )
-        self._files.check_groups([picture])
+        self._files.check_groups(self._columns)
         names = [*needed, *(name for name in more if name in there)]
         columns = [self._files.column(name) for name in names]
         self.rows = [
@@ -44,11 +46,19 @@ class Table:
 
         The question then still counts, as a wrong one of its group.
         """
-        _, values = self._files.read(row, [self._picture])
-        found = values[self._picture]
-        found = found if isinstance(found, list) else [found]
-        data = [one.get("bytes") if isinstance(one, Mapping) else one for one in found]
-        return data[0] if len(data) == 1 and isinstance(data[0], bytes) else b""
+        return self.pictures(row)[0]
+
+    def pictures(self, row: int) -> list[bytes]:
+        """Return the encoded picture of each column, empty where there is none."""
+        _, values = self._files.read(row, self._columns)
+        return [_encoded(values[name]) for name in self._columns]
+
+
+def _encoded(found: Any) -> bytes:
+    """Return the bytes of a column's value, a struct or a list of one."""
+    found = found if isinstance(found, list) else [found]
+    data = [one.get("bytes") if isinstance(one, Mapping) else one for one in found]
+    return data[0] if len(data) == 1 and isinstance(data[0], bytes) else b""
 
 
 def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
