@@ -85,15 +85,16 @@ class MMJaxError(Exception):
 class BadSample(MMJaxError):
     """One sample cannot be used (corrupt image, empty answer, too long); training skips it.
 
-    reason: a short stable word for counting, such as ``corrupt_image``.
+    reason: a short stable word for counting, such as ``corrupt_image``. meta: ``id``, ``source``
+    and ``line`` of a record that could not be read, where its source knows them.
     """
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, meta: Mapping[str, Any] | None = None):
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.meta = reason, meta or {}
 
-    def __reduce__(self):  # two arguments, so that it survives the way back from a data worker
-        return (type(self), (self.reason, str(self)))
+    def __reduce__(self):  # its arguments, so that it survives the way back from a data worker
+        return (type(self), (self.reason, str(self), self.meta))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -37,16 +37,31 @@ class IndexedJson:
         self.path = Path(path)
         need_file(self.path)
         self._index = load_index(self.path, index_dir)
+        # An array is often written as one long line, which then names none of its records.
+        self._numbered = bool((np.diff(self._index[:, 2]) == 0).any())
         self._fd: int | None = None
 
     def __len__(self) -> int:
         return len(self._index)
 
+    def line(self, i: int) -> int:
+        """Return the line that a record begins on."""
+        return int(self._index[i, 2])
+
+    def name(self, i: int) -> str:
+        """Name a record within its file: its line, or where records share lines its number."""
+        return str(i + 1 if self._numbered else self.line(i))
+
+    def where(self, i: int) -> str:
+        """Say where a record stands, for a message."""
+        number = f" (record {i + 1})" if self._numbered else ""
+        return f"{self.path}:{self.line(i)}{number}"
+
     def __getitem__(self, i: int) -> tuple[int, dict[str, Any]]:
         start, end, line = (int(x) for x in self._index[i])
         if self._fd is None:
             self._fd = os.open(self.path, os.O_RDONLY)
-        where = f"{self.path}:{line}"
+        where = self.where(i)
         raw = os.pread(self._fd, end - start, start)
         try:
             value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_reject_duplicates)

@@ -27,8 +27,8 @@ class Skip:
 
     @classmethod
     def of(cls, error: BadSample, source: str, index: int, meta: Any = None) -> Skip:
-        """Describe a bad sample by its own meta, or by source and index if it could not be read."""
-        meta = meta or {}
+        """Describe a bad sample by its own meta, or by source and index where nothing tells it."""
+        meta = meta or error.meta
         return cls(
             id=str(meta.get("id", index)),
             source=str(meta.get("source", source)),

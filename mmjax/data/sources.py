@@ -70,8 +70,17 @@ class JsonSource:
         return len(self._file)
 
     def __getitem__(self, index: int) -> Record:
-        line, value = self._file[index]
-        return parse_record(value, str(self.path), line, self.image_root)
+        file, value = self._file, {}
+        path, line, name = str(self.path), file.line(index), file.name(index)
+        try:
+            _, value = file[index]
+            place = dict(name=name, where=file.where(index))
+            return parse_record(value, path, line, self.image_root, **place)
+        except BadSample as error:  # it is listed as the record that it is
+            own = value.get("id")
+            own = name if own is None else own
+            error.meta = {"id": own, "source": path, "line": line}
+            raise
 
 
 def parse_record(
@@ -80,12 +89,16 @@ def parse_record(
     line: int,
     image_root: Path,
     encoded: tuple[ImageSource, ...] | None = None,
+    name: str | None = None,
+    where: str | None = None,
 ) -> Record:
     """Read one JSON object of any accepted form; raises BadSample naming file, line and field.
 
     encoded: the images where they are at hand, instead of the names in ``image`` or ``images``.
+    name: the id of a record without one; None for its line. where: names the place in a message;
+    None for path and line.
     """
-    where = f"{path}:{line}"
+    where = where or f"{path}:{line}"
     forms = [f for f in ("conversations", "messages", "question", "output") if f in value]
     if len(forms) != 1:
         found = ", ".join(map(repr, value)) or "no field at all"
@@ -111,7 +124,8 @@ def parse_record(
             f"{where}: {marks} {IMAGE_MARK} mark(s) in {forms[0]!r} for {len(images)} image(s) in "
             "'image'; write one mark for each image, or none to put them all in front",
         )
-    meta = {"id": value.get("id", str(line)), "source": path, "line": line}
+    own = value.get("id")
+    meta = {"id": (name or str(line)) if own is None else own, "source": path, "line": line}
     meta |= {k: value[k] for k in _KEPT if k in value}
     if messages[-1].role == "assistant":
         meta.setdefault("answers", [messages[-1].text])

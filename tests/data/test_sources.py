@@ -12,7 +12,9 @@ from PIL import Image
 
 from mmjax.data import jsonl
 from mmjax.data.easyvqa import ANSWERS, EasyVQASource
+from mmjax.data.skips import Skip
 from mmjax.data.sources import JsonSource, TfdsSource
+from mmjax.evals.few_shot import Demonstrations
 from mmjax.types import BadSample, Message, MMJaxError
 
 GOOD = {
@@ -194,6 +196,30 @@ def test_a_malformed_line_is_one_bad_sample(tmp_path, line, message):
     assert source[0].messages[0].text == "q"
     with pytest.raises(BadSample, match=f"a.jsonl:2: {message}"):
         source[1]
+
+
+def test_records_on_one_line_have_names_of_their_own(tmp_path):
+    """As json.dump writes an array: its line names none of them, nor tells them apart."""
+    rows = [{"question": "q", "answer": "a"}] * 3 + [{"id": None, "question": 4}, {"id": "x"}]
+    source = JsonSource(write(tmp_path / "a.json", json.dumps(rows)))
+    assert [source[i].meta["id"] for i in range(3)] == ["1", "2", "3"]
+    assert Demonstrations(source, 2).before(source[0], 0).messages[-2].text == "q"
+    for i, name in ((3, "4"), (4, "x")):
+        with pytest.raises(BadSample, match=rf"a\.json:1 \(record {i + 1}\): ") as error:
+            source[i]
+        skip = Skip.of(pickle.loads(pickle.dumps(error.value)), "train", i)
+        assert (skip.id, skip.source, skip.line) == (name, str(tmp_path / "a.json"), 1)
+
+
+def test_what_cannot_be_read_is_listed_by_its_line_and_id(tmp_path):
+    lines = '{"question": "q"}', "", '{"id": "b", "question": 1}', "{"
+    source = JsonSource(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert source[0].meta["id"] == "1"
+    for i, line, name in ((1, 3, "b"), (2, 4, "4")):
+        with pytest.raises(BadSample, match=f"a.jsonl:{line}: ") as error:
+            source[i]
+        skip = Skip.of(error.value, "train", i)
+        assert (skip.id, skip.source, skip.line) == (name, str(source.path), line)
 
 
 @pytest.mark.parametrize(
