@@ -237,7 +237,11 @@ def _question(value: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     if not isinstance(value["question"], str):
         raise _bad(where, f"field 'question' is {_show(value['question'])}, not a string")
     messages = [Message("user", value["question"])]
-    answers = value.get("answers", [value["answer"]] if "answer" in value else [])
+    answer, answers = value.get("answer"), value.get("answers")
+    if answers is None:
+        if not isinstance(answer, str | None):
+            raise _bad(where, f"field 'answer' is {_show(answer)}, not a string")
+        answers = [] if answer is None else [answer]
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise _bad(where, f"field 'answers' is {_show(answers)}; expected a list of strings")
     if answers:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from mmjax.evals.tasks import answers_of
-from mmjax.types import BadSample, Message, MMJaxError, Record
+from mmjax.types import Message, MMJaxError, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Demonstrations:
     def before(self, record: Record, index: int) -> Record:
         """Return a question with its examples before it, the drawn order kept.
 
-        Raises MMJaxError where fewer than ``shots`` records can be read, or one has no answer.
+        Raises MMJaxError where fewer than ``shots`` records can be read and have an answer.
         """
         size = len(self.source)
         among = np.random.default_rng(self.seed).permutation(size)[: max(self.pool, self.shots + 1)]
@@ -52,18 +52,18 @@ class Demonstrations:
         if len(others) < self.shots:
             raise MMJaxError(
                 f"{len(others)} of {len(drawn)} records can be shown before record {own}, and "
-                f"{self.shots} are asked for: the rest cannot be read; mend the source of demos, "
-                "or lower shots"
+                f"{self.shots} are asked for: the rest cannot be read or have no answers; mend the "
+                "source of demos, or lower shots"
             )
-        return join([*map(self._shown, others), record])
+        return join([*others, record])
 
     def _others(self, drawn: Sequence[int], own: str | None) -> Iterator[Record]:
-        """Yield records in the drawn order without the question's own, and what cannot be read."""
+        """Yield examples in the drawn order, without the question's own and the unreadable."""
         for i in drawn:
-            with contextlib.suppress(BadSample):
+            with contextlib.suppress(MMJaxError):
                 record = self.source[int(i)]
                 if own is None or record.meta.get("id") != own:
-                    yield record
+                    yield self._shown(record)
 
     def _shown(self, record: Record) -> Record:
         if not record.messages or record.messages[-1].role != "assistant":

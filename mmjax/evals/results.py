@@ -14,7 +14,7 @@ from typing import Any
 from mmjax.evals.scorers import READERS, get_scorer
 from mmjax.evals.summaries import Summary
 from mmjax.evals.tasks import Task, answers_of, choices_of, question_of
-from mmjax.types import BadSample, MMJaxError, Record
+from mmjax.types import MMJaxError, Record
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], summary: Summary | None = None) -> dict[str, Any]:
@@ -99,9 +99,10 @@ def blind_baselines(
     overall: collections.Counter[str] = collections.Counter()
     by_question: dict[str, collections.Counter[str]] = {}
     for record in train:
-        answer = answers_of(record)[0]
-        overall[answer] += 1
-        by_question.setdefault(question_of(record), collections.Counter())[answer] += 1
+        with contextlib.suppress(MMJaxError):  # one without an answer teaches nothing
+            answer = answers_of(record)[0]
+            overall[answer] += 1
+            by_question.setdefault(question_of(record), collections.Counter())[answer] += 1
     if not overall:
         return {}
     majority = overall.most_common(1)[0][0]
@@ -110,8 +111,9 @@ def blind_baselines(
     for record in records:
         guesses = {"majority": majority, "question_only": best.get(question_of(record), majority)}
         for name, guess in guesses.items():
-            row = facts_of(task, record) | {"prediction": guess, "score": 0.0}
-            with contextlib.suppress(BadSample):  # nothing would be right, nor of the model's own
+            row = {"prediction": guess, "score": 0.0}
+            with contextlib.suppress(MMJaxError):  # nothing would be right, nor of the model's own
+                row |= facts_of(task, record)
                 row |= judge(task, guess, record)
             rows[name].append(row)
     out: dict[str, Any] = {
@@ -128,7 +130,10 @@ def chance_level(task: Task, records: Iterable[Record]) -> float | None:
     """
     if task.chance is not None or not (task.is_multiple_choice or task.has_open_questions):
         return task.chance
-    counts = [len(choices_of(r)) for r in records]
+    counts = []
+    for record in records:
+        with contextlib.suppress(MMJaxError):  # it is told where it is asked
+            counts.append(len(choices_of(record)))
     shares = [1 / n if n else 0.0 for n in counts if n or task.has_open_questions]
     return sum(shares) / len(shares) if any(shares) else None
 

@@ -194,18 +194,18 @@ def _ask_batch(
     """Ask some questions and score the answers; a record that cannot be used counts as wrong."""
     rows: dict[int, dict[str, Any]] = {}
     records: dict[int, Record] = {}
+    asked: list[Record] = []
     for index in batch:
         try:
             record = source[index]
             rows[index] = _row(task, index, record, resolution)
-            records[index] = record
-        except MMJaxError as e:  # unreadable, or without an answer to score with
-            rows[index] = _row(task, index, None, resolution) | {"error": str(e)}
-    asked = [ask(task, r) for r in records.values()]
-    if demos is not None:
-        asked = [demos.before(r, i) for i, r in zip(records, asked, strict=True)]
-    if task.enlarge:
-        asked = [_at_resolution(record, resolution) for record in asked]
+            laid = ask(task, record)
+            laid = laid if demos is None else demos.before(laid, index)
+        except MMJaxError as e:  # unreadable, or without a question, or an answer to score with
+            rows.setdefault(index, _row(task, index, None, resolution))["error"] = str(e)
+            continue
+        records[index] = record
+        asked.append(_at_resolution(laid, resolution) if task.enlarge else laid)
     texts = generate_fn(asked, resolution, task.max_new_tokens) if asked else []
     if len(texts) != len(asked):
         raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmjax.evals.benchmarks import expand
@@ -209,4 +209,5 @@ def answers_of(record: Record) -> list[str]:
             f"record {record.meta.get('id', '?')} of {record.meta.get('source', '?')} has no "
             "answers: set meta['answers'] or end it with an assistant turn"
         )
-    return [str(a) for a in ([answers] if isinstance(answers, str) else answers)]
+    several = isinstance(answers, Iterable) and not isinstance(answers, str)
+    return [str(a) for a in (answers if several else [answers])]

@@ -128,12 +128,15 @@ def _check_sources(task: Task) -> None:
     for name, records in (("source", source), ("demos", task.demos), ("train", task.train)):
         if records is not None and not len(open_source(records)):
             raise MMJaxError(f"task {task.name}: its {name} holds no records")
+    demos = None
     if task.demos is not None:
-        Demonstrations(open_source(task.demos), task.shots or task.text_shots)
+        demos = Demonstrations(open_source(task.demos), task.shots or task.text_shots)
     with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
         first = ask(task, source[0])
         if not first.meta.get("unscored"):
             get_scorer(task.scorer)("", answers_of(first), choices_of(first))
+        if demos is not None:
+            demos.before(first, 0)
 
 
 def opened(tasks: Sequence[Task]) -> list[Task]:

@@ -16,7 +16,7 @@ from mmjax.models.api import Processor
 from mmjax.parallel.sharding import process_rows, put_batch
 from mmjax.train.loss import loss_by_source
 from mmjax.train.settings import RunSettings
-from mmjax.types import BadSample, Batch, Message, Record
+from mmjax.types import BadSample, Batch, Message, MMJaxError, Record
 
 
 class ValidationLoss:
@@ -71,11 +71,10 @@ class ValidationLoss:
             source = open_source(task.source)
             limit = min(self._settings.eval.limit, task.limit or self._settings.eval.limit)
             for index in spread(len(source), limit):
+                record = _answered(task, source, index)
+                if record is None:
+                    continue
                 try:
-                    record = ask(task, source[index])
-                    if record.meta.get("unscored"):  # a test split: nobody has its answers
-                        continue
-                    record = with_answer(record)
                     example = self._processor.encode(
                         self._templates[number](record),
                         record.images,
@@ -91,6 +90,19 @@ class ValidationLoss:
                     builder.try_add(example)
         if builder:
             yield builder.batch()
+
+
+def _answered(task: Task, source: Sequence[Record], index: int) -> Record | None:
+    """Read a record that ends with its answer; None where that has no loss.
+
+    Neither has one of a test split, nor one that cannot be read, asked or answered: the evaluation
+    counts it as wrong and tells of it, and a run must not end with it.
+    """
+    try:
+        record = ask(task, source[index])
+        return None if record.meta.get("unscored") else with_answer(record)
+    except MMJaxError:
+        return None
 
 
 def with_answer(record: Record) -> Record:

@@ -63,6 +63,8 @@ def test_other_forms_and_image_fields(tmp_path):
         {"messages": chat, "images": ["a.png", "b.png"]},
         {"question": "q?", "answers": ["x", "y"], "image": None, "group": "g"},
         {"question": "q?"},
+        {"question": "q?", "answer": "z", "answers": None},
+        {"question": "q?", "answer": 3},
     ]
     s = JsonSource(write(tmp_path / "a.json", items))
     assert [m.role for m in s[0].messages] == ["system", "user"]
@@ -70,6 +72,9 @@ def test_other_forms_and_image_fields(tmp_path):
     assert s[1].messages[1].text == "x" and s[1].meta["answers"] == ["x", "y"]
     assert s[1].meta["group"] == "g" and s[1].images == ()
     assert len(s[2].messages) == 1 and "answers" not in s[2].meta
+    assert s[3].messages[1].text == "z"
+    with pytest.raises(BadSample, match="field 'answer' is 3, not a string"):
+        s[4]
 
 
 def test_content_may_be_a_list_of_parts(tmp_path):

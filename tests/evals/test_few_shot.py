@@ -84,10 +84,11 @@ def test_an_example_without_an_answering_turn_shows_its_first_right_answer():
     bare = [dataclasses.replace(r, messages=r.messages[:1]) for r in POOL]
     asked = Demonstrations(bare, 2).before(solved(99), 5)
     assert asked == Demonstrations(POOL, 2).before(solved(99), 5)
-    with pytest.raises(MMJaxError, match="record r3 of .* has no answers"):
-        Demonstrations([dataclasses.replace(r, meta={"id": "r3"}) for r in bare], 1).before(
-            solved(99), 0
-        )
+    untold = [dataclasses.replace(r, meta={"id": "r3"}) for r in bare]
+    for some in (Demonstrations([POOL[0], *untold], 1), Demonstrations([*untold, POOL[0]], 1)):
+        assert some.before(solved(99), 0).images[0] == "picture 0"
+    with pytest.raises(MMJaxError, match="0 of 20 records can be shown .* or have no answers"):
+        Demonstrations(untold, 1).before(solved(99), 0)
 
 
 def test_fewer_readable_examples_than_shots_are_no_shots():

@@ -13,7 +13,7 @@ from mmjax.data.images import open_image
 from mmjax.evals import charts, report, results, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.table import results_table
-from mmjax.evals.tasks import Task, make_task, multiple_choice, question_of, spread, vqa
+from mmjax.evals.tasks import Task, answers_of, make_task, multiple_choice, question_of, spread, vqa
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 
@@ -126,7 +126,7 @@ def test_options_may_be_numbers():
     assert (found["n"], found["correct"]) == (2, 1) and "unreadable" not in found
     wrong = [record(0, "How many?", "A", choices="AB")]
     with pytest.raises(MMJaxError, match="record r0 of .* choices are 'AB'; give a list"):
-        run([multiple_choice("mc", wrong)])
+        run([multiple_choice("mc", wrong)], need_some=True)
 
 
 class Broken(list):
@@ -152,10 +152,25 @@ def test_a_record_without_answers_ends_no_evaluation():
     rows[2] = dataclasses.replace(rows[2], messages=rows[2].messages[:1], meta={"id": "r2"})
     found = run([vqa("t", rows)])["t"]["test"]
     assert (found["n"], found["correct"], found["unreadable"]) == (3, 2, 1)
+    assert answers_of(record(5, "Q?", "red", answers=5)) == ["5"]
+    rows[0].meta["choices"] = "red, blue"
+    task = multiple_choice("t", rows, scorer="exact_match", train=rows, chance=0.5)
+    found = run([task])["t"]["test"]
+    assert (found["n"], found["correct"], found["unreadable"]) == (3, 1, 2)
+    assert found["blind"]["majority"] == found["blind"]["majority"] | {"n": 3, "answer": "red"}
+    choice = run([multiple_choice("t", rows)])["t"]["test"]
+    assert choice["unreadable"] == 3 and "chance" not in choice
     few = [record(i, "Q?", "red") for i in range(3)]
     few[0].meta["answers"] = ["red"] * 10
     found = run([vqa("t", few, scorer="vqa_accuracy")])["t"]["test"]
     assert found["unreadable"] == 2 and found["correct"] == 0  # "RED", and all humans agree
+
+
+def test_a_record_without_a_question_ends_no_evaluation():
+    rows = [record(i, "Q?", "red") for i in range(3)]
+    rows[1] = dataclasses.replace(rows[1], messages=rows[1].messages[1:])
+    found = run([vqa("t", rows, prompt="{question} One word.")])["t"]["test"]
+    assert (found["n"], found["correct"], found["unreadable"]) == (3, 2, 1)
 
 
 def test_where_nothing_can_be_asked_there_is_no_result(tmp_path):
@@ -247,7 +262,7 @@ def test_task_settings_are_checked():
         run([vqa("a b", colours()), vqa("a_b", colours())])
     caption = Record((Message("assistant", "A cat."),), (), {"id": "c"})
     with pytest.raises(MMJaxError, match="task t: record c has no question for the prompt"):
-        run([vqa("t", [caption], prompt="Say: {question}")])
+        run([vqa("t", [caption], prompt="Say: {question}")], need_some=True)
     with pytest.raises(MMJaxError, match="task t: limit is 0; give at least 1"):
         vqa("t", colours(), limit=0)
     with pytest.raises(MMJaxError, match="holds no records"):

@@ -15,6 +15,7 @@ from mmjax.train.settings import DataSettings, EvalSettings, ModelSettings, RunS
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 GOOD = [Record((Message("user", "what?"), Message("assistant", "red")), (), {})]
+UNTOLD = [Record((Message("user", "what?"),), (), {})] * 2
 CAPTIONS = [Record((Message("assistant", "red"),), (), {})]
 
 
@@ -40,6 +41,7 @@ def settings(best=None, saves=5, task=(), **changes):
         (dict(task={"source": [Record((Message("user", "what?"),), (), {})]}), "has no answers"),
         (dict(task={"scorer": "vqa_accuracy"}), "vqa_accuracy needs several human answers"),
         (dict(task={"demos": GOOD, "shots": 1}), "1 shots need more than the 1 records"),
+        (dict(task={"demos": UNTOLD, "shots": 1}), "0 of 2 records can be shown"),
         (dict(task={"source": CAPTIONS, "prompt": "{question}!"}), "no question for the prompt"),
         (dict(template="fuyu_promt"), "'fuyu_promt'; did you mean 'fuyu_prompt'"),
         (dict(best="eval/vqa/acuracy"), "'eval/vqa/acuracy'.*mean 'eval/vqa/accuracy'.*there are"),

@@ -39,7 +39,8 @@ def test_each_task_has_the_mean_loss_of_its_records():
     easy = [record(i, "red") for i in range(3)] + [record(9, "red", side=800)]  # too long
     hard = [record(i, "green blue", in_meta=True) for i in range(8)]
     closed = Record(easy[0].messages[:1], easy[0].images, {"unscored": True})  # of a test split
-    tasks = [Task("easy", easy), Task("none", [record(1, " "), closed])]
+    untold = Record(easy[0].messages[:1], easy[0].images, {})  # as where it is asked, passed over
+    tasks = [Task("easy", easy), Task("none", [record(1, " "), closed, untold])]
     tasks.append(Task("hard", hard, limit=2))
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
         plan = blueprint(SETTINGS.model, SETTINGS.lora, 0)
