@@ -1,7 +1,9 @@
 """The Mosaic kernels, in JAX's interpreter, against dense float64 attention; lowered for CUDA.
 
-The interpreter runs each warpgroup as a thread, with TMA's copies and barriers; a wait that is
-missing, or an arrival that nobody sees, is an error there. It takes float32 and blocks of any size.
+The interpreter runs each warpgroup as a thread, with TMA's copies and barriers. An arrival that
+nobody sees is an error there, and it tells of accesses that nothing orders; but a matmul is done at
+once, so that the order of matmuls and barriers is looked at while the kernels are traced. It takes
+float32 and blocks of any size.
 """
 
 import functools
@@ -10,16 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mmjax.ops import flash_mosaic, mosaic_parts
 from mmjax.ops.attention import attention
-from mmjax.ops.mosaic_parts import Tile, Tiles
+from mmjax.ops.mosaic_parts import Ring, Tile, Tiles
 from tests.ops.reference import masks, reference, reference_gradients
 
 B, T, N, KV, H = 1, 43, 2, 1, 8  # two programs of queries, the last one cut; three blocks of keys
 SLOPES = jnp.asarray([0.5, 0.25])
 SMALL = Tiles(Tile(16, 2, 16, 2), Tile(16, 2, 16, 2), Tile(16, 2, 16, 2))
+
+
+@pytest.fixture(autouse=True)
+def no_races(monkeypatch, capfd):
+    """Let the interpreter compare all copies, loads and stores of shared memory, and fail if two
+    meet."""
+    looking = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", looking)
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.fixture
@@ -168,3 +181,92 @@ def test_rematerialisation_runs_no_kernel_twice():
     assert kernels(loss) == 3
     assert kernels(jax.checkpoint(loss, policy=policy)) == 3
     assert kernels(jax.checkpoint(loss)) == 4  # without the names the forward runs again
+
+
+class Watched:
+    """What the warpgroups of a kernel do with the slots of its rings, as it is traced.
+
+    rings: by name. held: those between the wait for a slot and its release. read: those that a
+    matmul under way may read. freed: how often a slot was, by kernel.
+    """
+
+    def __init__(self, monkeypatch):
+        self.rings, self.held, self.read, self.freed = {}, set(), set(), {}
+        real_call, real_product = mosaic_parts.call, mosaic_parts.product
+
+        def call(kernel, name, *rest):
+            def run(x, **scratch):
+                self.rings = {k: v for k, v in scratch.items() if isinstance(v, Ring)}
+                self.name = name
+                kernel(x, **scratch)
+                assert not self.held and not self.read
+
+            return real_call(run, name, *rest)
+
+        def product(a, b):
+            result = real_product(a, b)  # its last read of the accumulator waits for all matmuls
+            self.read.clear()
+            return result
+
+        monkeypatch.setattr(mosaic_parts, "call", call)
+        monkeypatch.setattr(mosaic_parts, "product", product)
+        for does in (
+            self.wgmma,
+            self.wgmma_wait,
+            self.load,
+            self.barrier_wait,
+            self.barrier_arrive,
+        ):
+            monkeypatch.setattr(
+                plgpu, does.__name__, self.then(does, getattr(plgpu, does.__name__))
+            )
+
+    @staticmethod
+    def then(look, real):
+        def both(*args, **kwargs):
+            look(*args)
+            return real(*args, **kwargs)
+
+        return both
+
+    def ring(self, ref, part):
+        """Return the ring, by name, of which a ref is a part: slots, loaded or freed."""
+        ref = getattr(ref, "ref", ref)
+        own = (
+            name
+            for name, ring in self.rings.items()
+            for x in jax.tree.leaves(getattr(ring, part))
+            if x is ref
+        )
+        return next(own, None)
+
+    def wgmma(self, total, *operands):
+        read = {self.ring(x, "slots") for x in operands} - {None}
+        assert read <= self.held
+        self.read |= read
+
+    def wgmma_wait(self, under_way):
+        assert under_way == 0
+        self.read.clear()
+
+    def load(self, ref):
+        assert self.ring(ref, "slots") in {None, *self.held}
+
+    def barrier_wait(self, barrier):
+        if name := self.ring(barrier, "loaded"):
+            assert name not in self.held
+            self.held.add(name)
+
+    def barrier_arrive(self, barrier):
+        name = self.ring(barrier, "freed")
+        assert name in self.held - self.read
+        self.held.remove(name)
+        self.freed[self.name] = self.freed.get(self.name, 0) + 1
+
+
+@pytest.mark.parametrize("h", [64, 128])
+def test_a_slot_is_read_after_it_is_loaded_and_freed_after_the_last_matmul_on_it(h, monkeypatch):
+    """Over blocks with a mask and over those without, which are traced once each."""
+    watched = Watched(monkeypatch)
+    jax.eval_shape(jax.grad(loss, (0, 1, 2)), *arguments(64, 4, 2, h, "bfloat16"))
+    assert watched.freed == {"flash_forward": 4, "flash_dq": 4, "flash_dkv": 2}
