@@ -26,6 +26,8 @@ KINDS = {
     "emoji": "mmjax.data.emoji:EmojiSource",
     "magnifier": "mmjax.data.magnifier:MagnifierSource",
     "sums": "mmjax.data.sums:SumsSource",
+    "ai2d": "mmjax.data.benchmarks.ai2d:Ai2dSource",
+    "chartqa": "mmjax.data.benchmarks.chartqa:ChartQaSource",
     "gqa": "mmjax.data.benchmarks.gqa:GqaSource",
     "karpathy": "mmjax.data.benchmarks.captions:KarpathySource",
     "magnifierbench": "mmjax.data.benchmarks.magnifierbench:MagnifierBenchSource",
@@ -34,6 +36,7 @@ KINDS = {
     "mme": "mmjax.data.benchmarks.mme:MmeSource",
     "pope": "mmjax.data.benchmarks.pope:PopeSource",
     "scienceqa": "mmjax.data.benchmarks.scienceqa:ScienceQaSource",
+    "seedbench": "mmjax.data.benchmarks.seedbench:SeedBenchSource",
     "vqa": "mmjax.data.benchmarks.vqa:VqaSource",
 }
 LISTS = {

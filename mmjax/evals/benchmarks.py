@@ -52,6 +52,8 @@ BENCHMARKS: dict[str, Preset] = {
     ),
     "scienceqa": Preset("scienceqa", _LETTER),
     "mmbench": Preset("mmbench", _LETTER | dict(summary="circular", submission="mmbench")),
+    "seedbench": Preset("seedbench", _LETTER | dict(summary="seedbench", submission="seedbench")),
+    "ai2d": Preset("ai2d", _LETTER),
     "mmmu": Preset(
         "mmmu", dict(scorer="mmmu", summary="mmmu", submission="mmmu", max_new_tokens=128)
     ),
@@ -61,6 +63,7 @@ BENCHMARKS: dict[str, Preset] = {
     "okvqa": Preset("vqa", _VQA),
     "textvqa": Preset("vqa", _VQA),
     "vizwiz": Preset("vqa", _VQA | dict(prompt=UNANSWERABLE, submission="vizwiz")),
+    "chartqa": Preset("chartqa", dict(prompt=SHORT, scorer="relaxed_accuracy", max_new_tokens=16)),
     "docvqa": Preset("vqa", _VQA | dict(scorer="anls", submission="docvqa", max_new_tokens=32)),
     "pope": Preset(
         "pope", dict(prompt=SHORT, scorer="yes_no", summary="yes_no", max_new_tokens=16)

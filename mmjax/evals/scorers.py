@@ -11,6 +11,7 @@ from typing import Literal
 from mmjax.evals import mmmu, normalise
 from mmjax.evals import yes_no as polar
 from mmjax.evals.anls import anls
+from mmjax.evals.relaxed import relaxed_accuracy
 from mmjax.types import BadSample, MMJaxError
 
 Scorer = Callable[[str, Sequence[str], Sequence[str]], float]
@@ -144,6 +145,7 @@ SCORERS: dict[str, Scorer] = {
     "vqa_accuracy": vqa_accuracy,
     "gqa": gqa,
     "anls": anls,
+    "relaxed_accuracy": relaxed_accuracy,
     "word_f1": word_f1,
     "multiple_choice": multiple_choice,
     "multiple_choice_text": multiple_choice_text,

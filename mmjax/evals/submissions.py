@@ -56,11 +56,18 @@ def mmmu(rows: Sequence[Row]) -> bytes:
     return _json({r["id"]: said[r["id"]] or r["prediction"] for r in rows})
 
 
+def seedbench(rows: Sequence[Row]) -> bytes:
+    """Return JSON lines {"question_id", "prediction"}, a letter, for SEED-Bench's leaderboard."""
+    lines = ({"question_id": r["id"], "prediction": r.get("read") or r["prediction"]} for r in rows)
+    return b"".join(map(_json, lines))
+
+
 SUBMISSIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bytes]]] = {
     "docvqa": (".json", docvqa),
     "gqa": (".json", gqa),
     "mmbench": (".xlsx", mmbench),
     "mmmu": (".json", mmmu),
+    "seedbench": (".jsonl", seedbench),
     "vizwiz": (".json", vizwiz),
     "vqa": (".json", vqa),
 }

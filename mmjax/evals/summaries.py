@@ -14,6 +14,7 @@ from typing import Any
 
 from mmjax.data.benchmarks.mme import COGNITION, PERCEPTION
 from mmjax.data.benchmarks.mmmu import DISCIPLINES, SUBJECTS
+from mmjax.data.benchmarks.seedbench import VIDEO
 from mmjax.evals import cider
 from mmjax.types import MMJaxError, nearest
 
@@ -174,6 +175,14 @@ def mmmu(rows: Sequence[Row]) -> Metrics:
     return found | ({"unread": share(sum(unread), len(unread))} if unread else {})
 
 
+def seedbench(rows: Sequence[Row]) -> Metrics:
+    """Return the accuracy of questions about pictures and of those about videos."""
+    kinds: dict[str, list[float]] = {"image": [], "video": []}
+    for row in rows:
+        kinds["video" if row.get("group") in VIDEO else "image"].append(row["score"])
+    return {name: share(sum(found), len(found)) for name, found in kinds.items() if found}
+
+
 SUMMARIES: dict[str, Summary] = {
     "cider": Summary(("CIDEr",), cider.cider, check=cider.check),
     "circular": Summary(("circular", "plain"), circular),
@@ -182,6 +191,7 @@ SUMMARIES: dict[str, Summary] = {
         ("accuracy", "accuracy+", "neither", "score", "perception", "cognition"), mme, _mme_sums
     ),
     "mmmu": Summary((*DISCIPLINES, "options", "open", "unread"), whole=mmmu),
+    "seedbench": Summary(("image", "video"), whole=seedbench),
     "yes_no": Summary(("precision", "recall", "F1", "yes", "neither", "mean F1"), yes_no, _mean_f1),
 }
 """``yes_no``: the mean F1 is that of the groups, which Bunny's tables have for POPE."""

@@ -1,4 +1,4 @@
-"""MagnifierBench and ScienceQA: questions with options, from their publishers' files."""
+"""MagnifierBench, ScienceQA and AI2D: questions with options, from their publishers' files."""
 
 import io
 import json
@@ -54,6 +54,31 @@ def test_magnifierbench_strictly_and_as_otter_reads(tmp_path):
         runner.evaluate([task], say, progress=False)
     table(tmp_path / "test.parquet", [{"id": "q", "answer": "A", "images": images}])
     with pytest.raises(MMJaxError, match="has no column instruction"):
+        runner.evaluate([task], say, progress=False)
+
+
+def test_ai2d_from_the_hub(tmp_path):
+    rows = [
+        {"question": "Which is it?", "options": ["x", "A", "z"], "answer": answer,
+         "image": {"bytes": png(), "path": None}} for answer in ("1", "2")
+    ]  # fmt: skip
+    path = table(tmp_path / "test-00000-of-00001.parquet", rows)
+    asked = []
+
+    def say(records, *_):
+        asked.extend(records)
+        return ["B", "B."]
+
+    task = make_task({"benchmark": "ai2d", "path": path})
+    found = runner.evaluate([task], say, progress=False)["ai2d"]["test"]
+    assert (found["n"], found["correct"], found["chance"]) == (2, 1, pytest.approx(1 / 3))
+    assert asked[1].images == (png(),) and asked[1].meta["answers"] == ["C"]
+    assert asked[0].messages[0].text == (
+        "Which is it?\nA. x\nB. A\nC. z\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    table(tmp_path / "test-00000-of-00001.parquet", [rows[0] | {"answer": "3"}])
+    with pytest.raises(MMJaxError, match=":0: the answer is '3' of 3 options; expected a number"):
         runner.evaluate([task], say, progress=False)
 
 
