@@ -35,7 +35,8 @@ class Checkpoint:
     that shall not be read. rows: of its tables of the vocabulary, where ``config`` has more for
     tokens that are new; else None.
     folders: where its companion files lie, the nearest first. options: of the processor, where its
-    files do not tell them.
+    files do not tell them. trained: glob patterns of what was trained whole beside ``lora``, as far
+    as the folder notes it.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Checkpoint:
     fresh: tuple[str, ...] = ()
     rows: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
 
 def check(ckpt: Checkpoint, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, R.Shape]:

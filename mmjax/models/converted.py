@@ -51,7 +51,10 @@ def open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
     lora = LoRA(**{**lora, "targets": tuple(lora["targets"])}) if lora else None
     same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
     config = family.Config.from_hf(hf)
-    return Checkpoint(path, "mmjax", family, hf, config, reader, same, (), lora, (path,))
+    noted = tuple(about.get("trained", ()))
+    return Checkpoint(
+        path, "mmjax", family, hf, config, reader, same, (), lora, (path,), trained=noted
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ def write_converted(
                     progress(block.nbytes)
         store.close()
         copy_companions(ckpt.folders, folder)
-        _write_config(folder, ckpt.family, ckpt.config, ckpt.lora)
+        _write_config(folder, ckpt.family, ckpt.config, ckpt.lora, ckpt.trained)
 
 
 def save_model(
@@ -112,12 +115,14 @@ def save_model(
     family: registry.Family,
     config: Any,
     lora: LoRA | None = None,
+    trained: Sequence[str] = (),
     folders: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> None:
     """Write parameters in memory, by dotted name, as a folder that ``mmjax.load`` reads.
 
-    folders: where to copy tokenizer and processor files from; the first that has one wins.
+    trained: see ``Checkpoint``. folders: where to copy tokenizer and processor files from; the
+    first that has one wins.
     Of several processes all must call it: they bring the slices together, and the first writes.
     """
     source, arrays, slices = Arrays(params), {}, []
@@ -136,12 +141,15 @@ def save_model(
             store.write(name, index, source.read(name, index))
         store.close()
         copy_companions(folders, folder)
-        _write_config(folder, family, config, lora)
+        _write_config(folder, family, config, lora, trained)
 
 
-def _write_config(folder: Path, family: registry.Family, config: Any, lora: LoRA | None) -> None:
+def _write_config(
+    folder: Path, family: registry.Family, config: Any, lora: LoRA | None, trained: Sequence[str]
+) -> None:
     about = {"version": mmjax.__version__, "format": FORMAT, "family": family.name}
     if lora is not None:
         about["lora"] = dataclasses.asdict(lora)
+        about["trained"] = list(trained)
     text = json.dumps({**config.to_hf(), "mmjax": about}, indent=2)
     (folder / "config.json").write_text(text + "\n")

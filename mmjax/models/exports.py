@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from mmjax.weights.load import Progress
 from mmjax.weights.reader import Reader
 from mmjax.weights.torch_file import write_torch
 from mmjax.weights.writer import atomic_folder, write_shards
+
+log = logging.getLogger(__name__)
 
 File = Mapping[str, Any] | Sequence[R.Tensor]
 """A file beside an export's tensors: JSON, or tensors for ``torch.load``."""
@@ -92,6 +96,7 @@ def _adapter(
     )
     files: dict[str, File] = {"adapter_config.json": about}
     beside = partial_adapter(ckpt.family)
+    _tell_left_out(ckpt, table, [name for name in names if not is_lora(name)], beside)
     if beside is not None:
         files["config.json"] = ckpt.config.to_hf()
         files[beside.file] = [
@@ -100,6 +105,27 @@ def _adapter(
             if beside.keeps(t.key, ckpt.config)
         ]
     return tensors, files
+
+
+def _tell_left_out(
+    ckpt: Checkpoint, table: Sequence[R.Rule], names: Sequence[str], beside: Partial | None
+) -> None:
+    """Warn of what was trained with an adapter and is no part of its files.
+
+    names: of all parameters but the adapters. beside: what of them the family's adapters have.
+    """
+    kept = {
+        name
+        for name, rule in R.by_ours(table, names).items()
+        if beside is not None and beside.keeps(rule.theirs, ckpt.config)
+    }
+    lost = [p for p in ckpt.trained if set(fnmatch.filter(names, p)) - kept]
+    if lost:
+        log.warning(
+            "%s: an adapter leaves out %s, which was trained with it; write the whole model "
+            "(no --adapter) to keep that",
+            *(ckpt.path, ", ".join(lost)),
+        )
 
 
 def _model(

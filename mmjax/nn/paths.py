@@ -1,6 +1,6 @@
 """Dotted names of parameters, such as ``decoder.layers.attn.q.kernel``: part of the API."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -25,3 +25,14 @@ def map_named(fn: Callable[[str, Any], Any], state):
 def replace(state, values: dict[str, Any]):
     """Return the state with every leaf taken from ``values`` by its name."""
     return map_named(lambda name, _: values[name], state)
+
+
+def patterns(some: Collection[str], names: Collection[str]) -> tuple[str, ...]:
+    """Write some of all names as globs: ``perceiver.*`` where all of a part is among them."""
+    chosen, found = set(some), []
+    for name in names:
+        if name in chosen:
+            part = name.split(".")[0]
+            all_of_it = all(n in chosen for n in names if n.split(".")[0] == part)
+            found.append(f"{part}.*" if all_of_it else name)
+    return tuple(dict.fromkeys(found))

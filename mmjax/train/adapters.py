@@ -13,6 +13,7 @@ import jax
 
 from mmjax import checkpoint
 from mmjax.models import checkpoints, opening, registry
+from mmjax.models.adapter_files import partial_adapter
 from mmjax.nn.linear import LoRA
 from mmjax.schema import to_dataclass
 from mmjax.train.settings import LoRASettings
@@ -88,13 +89,17 @@ def read(
 ) -> dict[str, jax.Array]:
     """Read an earlier run's adapters by dotted name onto the shardings of ``wanted``.
 
+    Raises MMJaxError where they mean something else in this run, or are not all that was trained.
+
     path: a PEFT folder, a model folder with adapters, or a workdir of train.py (its newest
         checkpoint). wanted: our adapters; those of maps the earlier run did not adapt are left out.
     """
     folder = Path(path)
     if (folder / checkpoint.FOLDER).is_dir() or folder.parent.name == checkpoint.FOLDER:
         workdir, step = checkpoint.find_step(folder)
-        about = json.loads((workdir / "config.json").read_text())["lora"]
+        run_of = json.loads((workdir / "config.json").read_text())
+        about, rows = run_of["lora"], run_of["train_rows"]
+        _refuse_more(path, [*run_of["train"], *(one["params"] for one in rows)], workdir / "model")
         maps = linear_maps([name.replace(".lora_a", ".kernel") for name in wanted])
         earlier = make_lora(to_dataclass(LoRASettings, {**about, "init": None}), maps)
         if earlier is None:
@@ -102,8 +107,24 @@ def read(
         check_continues(earlier, run, f"lora.init {path}")
         return checkpoint.load_params(workdir, step, _only(earlier, wanted))
     opened = opening.open_adapters(folder, registry.family(family), config)
+    beside = partial_adapter(opened.family)
+    if beside is not None and (opened.folders[0] / beside.file).is_file():
+        _refuse_more(path, [beside.file], "what convert_weights.to_jax makes of it and its base")
+    _refuse_more(path, opened.trained, folder)
     check_continues(opened.lora, run, f"lora.init {path}")
     return checkpoints.read_params(opened, _only(opened.lora, wanted))
+
+
+def _refuse_more(path: str, whole: Sequence[str], start: Path | str) -> None:
+    """Raise MMJaxError where more than adapters was trained: alone they are half of the model.
+
+    start: what has all of it.
+    """
+    if whole:
+        raise MMJaxError(
+            f"lora.init {path}: {', '.join(whole)} was trained with its adapters, and lora.init "
+            f"takes adapters alone; leave it empty and set model.init to {start}, which has both"
+        )
 
 
 def _only(lora: LoRA, wanted: Mapping[str, Any]) -> dict[str, Any]:

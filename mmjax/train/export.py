@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from flax import nnx
@@ -10,13 +11,27 @@ from flax import nnx
 from mmjax.loaded import LoadedModel
 from mmjax.models import converted, registry
 from mmjax.models.companions import write_ends
-from mmjax.nn import quantized
+from mmjax.models.views import is_lora
+from mmjax.nn import paths, quantized
 from mmjax.nn.linear import LoRA
 from mmjax.train import frozen as frozen_part
 
 
-def export_model(model: LoadedModel, workdir: Path, lora: LoRA | None, trained: set[str]) -> None:
-    """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read."""
+def export_model(
+    model: LoadedModel,
+    workdir: Path,
+    lora: LoRA | None,
+    trained: set[str],
+    earlier: Sequence[str] = (),
+) -> None:
+    """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read.
+
+    trained: names of what this run trained. earlier: patterns of what runs before it did, beside
+    the adapters that it went on with.
+    """
+    state = nnx.state(model.model)
+    whole = [name for name in paths.flatten(state) if not is_lora(name)]
+    noted = dict.fromkeys([*earlier, *paths.patterns(trained, whole)])
     after = getattr(model.config, "after_training", None)
     with tempfile.TemporaryDirectory() as folder:
         model.processor.save_pretrained(folder)
@@ -24,10 +39,11 @@ def export_model(model: LoadedModel, workdir: Path, lora: LoRA | None, trained: 
             write_ends(ends, Path(folder))
         converted.save_model(
             workdir / "model",
-            quantized.multiplied_out(nnx.state(model.model), frozen_part.REST),
+            quantized.multiplied_out(state, frozen_part.REST),
             family=registry.family(model.family),
             config=model.config if after is None else after(trained),
             lora=lora,
+            trained=tuple(noted),
             folders=(Path(folder),),
             overwrite=True,
         )

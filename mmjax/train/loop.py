@@ -172,7 +172,9 @@ class Training:
             design = self._design
             fix = f"step {done} is saved: make room and start again, and it is written"
             with disk_asked(self._workdir / "model", fix):
-                export_model(self._model(), self._workdir, design.plan.lora, design.outline.chosen)
+                plan, chosen = design.plan, design.outline.chosen
+                before = () if plan.source is None else plan.source.trained
+                export_model(self._model(), self._workdir, plan.lora, chosen, before)
         if settings.eval.tasks and settings.eval.final:
             got = evaluation.full(
                 self._model(), settings, self._workdir, step=done,

@@ -71,7 +71,8 @@ class LoRASettings:
     attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down, head, patch_embed; ``*`` is all of them.
     A part that is no decoder stands in front: ``cross.attn.q``, ``perceiver.mlp.up``,
     ``vision.attn.*``; ``attn.*`` means the decoder's alone.
-    init: adapters to go on from: a PEFT folder, a model folder with adapters, or a workdir.
+    init: adapters to go on from: a PEFT folder, a model folder with adapters, or a workdir. Where
+    more was trained with them, ``model.init`` takes both from the earlier run's ``model/``.
     tuning_config: a peer's JSON file that says all this, and ``train``, in the peer's names; see
     ``mmjax.train.tuning``.
     """

@@ -82,7 +82,7 @@ def applied(settings: RunSettings) -> tuple[RunSettings, dict[str, str]]:
             told["tuning"] += f"; of other language models: {', '.join(absent)}"
     elif not whole:
         raise MMJaxError(f"{file}: no adapters and nothing unfrozen leave nothing to train")
-    train = _patterns(whole, names)
+    train = paths.patterns(whole, names)
     return dataclasses.replace(settings, lora=lora, train=train, freeze=freeze), told
 
 
@@ -138,14 +138,3 @@ def _unfrozen(part: str, peer: PeerNames, names: Sequence[str], file: Path) -> l
             f"{nearest(part, words)}"
         )
     return found
-
-
-def _patterns(whole: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Write names as patterns: ``perceiver.*`` where all of a part is among them."""
-    chosen, found = set(whole), []
-    for name in names:
-        if name in chosen:
-            part = name.split(".")[0]
-            all_of_it = all(n in chosen for n in names if n.split(".")[0] == part)
-            found.append(f"{part}.*" if all_of_it else name)
-    return tuple(dict.fromkeys(found))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import mmjax
+from convert_weights import to_hf
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
@@ -72,7 +73,7 @@ def first_weights(run):
     return plan, chosen, {name: np.asarray(x) for name, x in values.items()}
 
 
-def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path):
+def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog):
     loop.run(settings(2), tmp_path / "cut")
     loop.run(settings(4), tmp_path / "cut")
     loop.run(settings(4), tmp_path / "whole")
@@ -104,6 +105,23 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path):
     parts = {k: last[f"train/loss/{k}"] for k in ("chat", "choice") if f"train/loss/{k}" in last}
     want = sum({"chat": 0.2, "choice": 1.0}[k] * v for k, v in parts.items())
     np.testing.assert_allclose(last["train/loss"], want, rtol=1e-5)
+
+    # An adapter for PEFT is not all of it, of this run or of one that goes on with adapters alone.
+    to_hf.main([str(tmp_path / "whole" / "model"), str(tmp_path / "peft"), "--adapter"])
+    left = f"an adapter leaves out cross.*, {TABLE}, which was trained with it"
+    assert left in caplog.text
+    more = dataclasses.replace(
+        settings(2),
+        train=(),
+        train_rows=(),
+        optim=dataclasses.replace(settings(2).optim, rates=(), decay=()),
+        model=dataclasses.replace(
+            small_flamingo.MODEL, init=str(tmp_path / "whole" / "model"), config={}, words=()
+        ),
+    )
+    loop.run(more, tmp_path / "more")
+    noted = json.loads((tmp_path / "more" / "model" / "config.json").read_text())["mmjax"]
+    assert sorted(noted["trained"]) == ["cross.*", TABLE]
 
     model = mmjax.load(tmp_path / "whole" / "model")
     picture = np.zeros((8, 8, 3), np.uint8)

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
 import mmjax
-from convert_weights import average, inspect, merge, to_hf
+from convert_weights import average, inspect, merge, to_hf, to_jax
 from mmjax.generate.loop import pad_batch
 from mmjax.models import checkpoints, opening
 from mmjax.parallel.mesh import use
+from mmjax.train import adapters
 from mmjax.train.export import export_model
+from mmjax.train.settings import LoRASettings
 from mmjax.types import MMJaxError
 from tests.parity import bunny_examples, bunny_files, bunny_golden, forward, vision_peer
 from tests.parity.bunny_files import PROJECTOR
@@ -280,6 +282,26 @@ def test_a_run_that_trains_the_tower_says_so_in_what_it_writes(phi, tmp_path):
         export_model(ours, tmp_path / str(i), None, {"decoder.embed.embedding", name})
         config = json.loads((tmp_path / str(i) / "model" / "config.json").read_text())
         assert config["unfreeze_vision_tower"] is told, name
+
+
+def test_an_adapter_tells_what_it_leaves_out(phi, lora, tmp_path, caplog):
+    """The projector lies beside it; of all else that a run trained it has nothing."""
+    parts = options({"base": lora[1], "vision": phi.tower, "vision_config": phi.sizes})
+    to_jax.main([str(lora[0]), str(tmp_path / "jax"), *parts])
+    about = json.loads((tmp_path / "jax" / "config.json").read_text())
+    for i, more in enumerate(([], ["decoder.embed.embedding"])):
+        about["mmjax"]["trained"] = ["projector.*", *more]
+        (tmp_path / "jax" / "config.json").write_text(json.dumps(about))
+        to_hf.main([str(tmp_path / "jax"), str(tmp_path / f"peft{i}"), "--adapter"])
+        assert ("leaves out decoder.embed.embedding, which" in caplog.text) is bool(more)
+    assert "projector" not in caplog.text
+
+
+def test_adapters_alone_are_not_read_without_the_projector_trained_with_them(phi, lora):
+    run = adapters.make_lora(LoRASettings(rank=8, alpha=16.0), ["attn.q", "mlp.up"])
+    says = "non_lora_trainables.bin was trained with its adapters.*convert_weights.to_jax makes"
+    with pytest.raises(MMJaxError, match=says):
+        adapters.read(str(lora[0]), run, "bunny", phi.ckpt.config, {})
 
 
 def test_recipes_are_averaged_with_their_adapters_merged_first(phi, lora, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import grain
 import jax.numpy as jnp
@@ -127,6 +128,21 @@ def test_adapters_that_mean_something_else_are_refused(earlier, kind, change, sa
         begin(lora)
     for part in (*says, str(earlier / kind)):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["workdir", "workdir/checkpoints/7", "model"])
+def test_adapters_that_are_not_all_that_was_trained_are_refused(earlier, tmp_path, kind):
+    """Alone they are half of a model: the rest would be that of model.init, without a word."""
+    copy = shutil.copytree(earlier, tmp_path / "copy")
+    about = json.loads((copy / "workdir" / "config.json").read_text())
+    (copy / "workdir" / "config.json").write_text(json.dumps(about | {"train": ["patch_embed.*"]}))
+    about = json.loads((copy / "model" / "config.json").read_text())
+    about["mmjax"]["trained"] = ["patch_embed.*"]
+    (copy / "model" / "config.json").write_text(json.dumps(about))
+    start = copy / ("model" if kind == "model" else "workdir/model")
+    says = rf"{kind}: patch_embed\.\* was trained with its adapters.*set model\.init to {start},"
+    with pytest.raises(MMJaxError, match=says):
+        begin(dataclasses.replace(ADAPTER, init=str(copy / kind)))
 
 
 def test_full_training_of_a_model_with_adapters_says_to_merge_them(earlier):
