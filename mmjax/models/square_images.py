@@ -146,7 +146,9 @@ class SquareImages:
 
         Raises MMJaxError on settings mmjax cannot follow.
         """
-        data = {**data, **data.get("image_processor", {})}
+        data = {**data, **(data.get("image_processor") or {})}
+        crop = data.get("do_center_crop", True)
+        data = {key: value for key, value in data.items() if value is not None}
         for key in ("do_resize", "do_rescale", "do_normalize"):
             if data.get(key) is False:
                 raise MMJaxError(f"{key} = false: a tower expects resized, normalised pixels")
@@ -158,12 +160,12 @@ class SquareImages:
         shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size
         squash = shortest is None
         side = _square(size, "size") if squash else shortest
-        if not squash and data.get("do_center_crop") is False:
+        if not squash and not crop:
             raise MMJaxError(
                 f"do_center_crop = false with size = {size}: the pictures would not be square; set "
                 "it to true, or give size a height and a width"
             )
-        cropped = data.get("do_center_crop", True) and "crop_size" in data
+        cropped = crop and "crop_size" in data
         image_size = _square(data["crop_size"], "crop_size") if cropped else side
         if squash and image_size != side:
             raise MMJaxError(

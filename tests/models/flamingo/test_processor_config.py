@@ -40,6 +40,17 @@ def test_options_that_no_pipeline_has(options, says):
         ProcessorConfig(**options)
 
 
+def test_null_in_a_file_says_nothing():
+    """transformers writes it for what an image processor does not have, such as SigLIP's crop."""
+    said = {"size": {"height": 8, "width": 8}, "do_center_crop": None, "crop_size": None}
+    none = dict.fromkeys(("image_mean", "image_std", "resample", "rescale_factor", "mmjax"))
+    want = ProcessorConfig(image_size=8, fit="squash")
+    assert ProcessorConfig.from_hf(said | none | {"image_processor": None}) == want
+    assert ProcessorConfig.from_hf({"image_processor": said | none}) == want
+    assert ProcessorConfig.from_hf(said | {"crop_size": 6}).image_size == 8  # not cropped
+    assert ProcessorConfig.from_hf(said | {"do_center_crop": True}) == want
+
+
 def test_what_a_files_format_has_no_word_for_is_kept():
     config = ProcessorConfig(
         image_size=8, shortest_edge=9, frames=4, attend_mode="random", bos=True, image_mark="<i>"
