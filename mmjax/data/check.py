@@ -27,14 +27,15 @@ from mmjax.types import MMJaxError
 
 def check(settings: Any, limit: int | None = None, threads: int = 1) -> list[SourceReport]:
     """Go through the mixture of a run's settings (``RunSettings``); returns a report a source."""
+    from mmjax.train import tuning
     from mmjax.train.build import blueprint, train_loader
-    from mmjax.train.settings import LoRASettings
 
     if limit is not None and limit < 1:
         raise MMJaxError(f"--limit={limit}: look at 1 record of each source at least")
     if threads < 1:
         raise MMJaxError(f"--threads={threads}: records are read by 1 at least")
-    processor = blueprint(settings.model, LoRASettings(), settings.seed).processor
+    settings, _ = tuning.applied(settings)
+    processor = blueprint(settings.model, settings.lora, settings.seed).processor
     load = train_loader(settings, processor)
     mixture = load.mixture
     total = sum(len(spread(len(source), limit)) for source in mixture.sources)

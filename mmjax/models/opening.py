@@ -46,6 +46,10 @@ def open_checkpoint(
     folders = tuple(dict.fromkeys(p if p.is_dir() else p.parent for p in chain))
     hf = next((found for f in folders if (found := read_json(f, "config.json"))), {})
     path = chain[0]
+    if {"model", "data", "optim"} <= hf.keys():  # the settings of a run
+        model = folders[0] / "model"
+        when = "" if model.is_dir() else ", which it writes when it ends"
+        raise MMJaxError(f"{path}: a workdir of train.py, not a model; its model is {model}{when}")
     if len(chain) == 1 and converted.is_converted(path, hf):
         if given.given():
             raise MMJaxError(

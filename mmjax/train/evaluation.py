@@ -244,15 +244,16 @@ def open_model(
 ) -> tuple[LoadedModel, int | None]:
     """Open what ``--checkpoint`` names: a workdir, one of its checkpoints, or a model folder.
 
-    weights: as for ``mmjax.load``, of a model folder alone, which is asked with the settings of
-    ``model.processor`` as a run's is.
+    weights: as for ``mmjax.load``, of a model folder alone, which lies on the recipe's mesh and is
+    asked with its ``model.processor`` as a run's is.
 
     Returns the model and, of a checkpoint, its step. A workdir gives the checkpoint that was best
     by ``checkpoint.best``, else the newest.
     """
     path = Path(path)
     if not _is_run(path):
-        return load(path, weights=weights, processor=settings.model.processor), None
+        mesh, processor = make_mesh(settings.mesh), settings.model.processor
+        return load(path, mesh=mesh, weights=weights, processor=processor), None
     if weights is not None:
         raise MMJaxError(
             f"--weights={weights} is for model folders and {path} is a run's; give the folder that "
@@ -289,6 +290,11 @@ def _is_run(path: Path) -> bool:
         raise MMJaxError(
             f"--checkpoint {path} does not exist; give a workdir, one of its checkpoints, or a "
             "model folder"
+        )
+    if path.name == checkpoint.FOLDER and (path.parent / "config.json").is_file():
+        raise MMJaxError(
+            f"--checkpoint {path} is where a run keeps its checkpoints; give the run, "
+            f"{path.parent}, or one of them, {path}/STEP"
         )
     is_step = path.name.isdigit() and path.parent.name == checkpoint.FOLDER
     return is_step or (path / checkpoint.FOLDER).is_dir()

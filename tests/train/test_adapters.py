@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from mmjax.checkpoint import Checkpoints, CheckpointSettings
-from mmjax.models import converted, registry
+from mmjax.data import check
+from mmjax.models import converted, opening, registry
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import use
 from mmjax.train import adapters, build, optim, state
-from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
+from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
 MAPS = ["attn.k", "attn.o", "attn.q", "attn.v", "head", "mlp.down", "mlp.up", "patch_embed"]
@@ -143,6 +144,25 @@ def test_adapters_that_are_not_all_that_was_trained_are_refused(earlier, tmp_pat
     says = rf"{kind}: patch_embed\.\* was trained with its adapters.*set model\.init to {start},"
     with pytest.raises(MMJaxError, match=says):
         begin(dataclasses.replace(ADAPTER, init=str(copy / kind)))
+
+
+def test_the_data_of_a_run_on_a_model_with_adapters_can_be_checked(earlier):
+    model = dataclasses.replace(MODEL, init=str(earlier / "model"), config={}, words=())
+    sums = dict(sums=dict(kind="sums", split="test", size=3))
+    data = DataSettings(sums, seq_len=96, max_patches=8, max_targets=8)
+    (report,) = check.check(RunSettings(model=model, lora=ADAPTER, data=data))
+    assert (report.records, report.good) == (3, 3)
+
+
+def test_a_workdir_in_place_of_a_model_is_told(earlier, tmp_path):
+    text = (earlier / "workdir" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text)
+    says = f"{tmp_path}: a workdir of train.py, not a model; its model is {tmp_path}/model"
+    with pytest.raises(MMJaxError, match=f"{says}, which it writes when it ends"):
+        opening.open_checkpoint(tmp_path)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(MMJaxError, match=f"{says}$"):
+        opening.open_checkpoint(tmp_path)
 
 
 def test_full_training_of_a_model_with_adapters_says_to_merge_them(earlier):

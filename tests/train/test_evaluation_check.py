@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 from flax import nnx
 from tiny_language_tokenizers import build_neox_tokenizer
@@ -87,11 +88,18 @@ def test_eval_tells_mistakes_before_it_opens_the_model(task, workdir, says, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
 
 
-def test_a_model_folder_is_asked_with_the_processors_settings(tmp_path, monkeypatch):
-    given = RunSettings(model=ModelSettings(processor={"frames": 16}))
+def test_a_model_folder_is_asked_on_the_mesh_and_with_the_processors_settings(
+    tmp_path, monkeypatch
+):
+    given = RunSettings(
+        model=ModelSettings(processor={"frames": 16}), mesh={"tensor": 2, "fsdp": -1}
+    )
     monkeypatch.setattr(evaluation, "load", lambda path, **options: (path, options))
-    (loaded, step) = evaluation.open_model(tmp_path, given, weights="int8")
-    assert loaded == (tmp_path, {"weights": "int8", "processor": {"frames": 16}}) and step is None
+    ((path, options), step) = evaluation.open_model(tmp_path, given, weights="int8")
+    mesh = options.pop("mesh")
+    assert (mesh.shape["tensor"], mesh.size) == (2, jax.device_count())
+    assert options == {"weights": "int8", "processor": {"frames": 16}}
+    assert path == tmp_path and step is None
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
@@ -99,6 +107,14 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
         (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
         with pytest.raises(MMJaxError, match=f"{path} does not exist; give a workdir"):
             evaluation.run_eval(settings(), str(tmp_path / path), str(tmp_path / "out"))
+
+
+def test_the_folder_of_checkpoints_is_no_model(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    for workdir in (None, str(tmp_path / "out")):
+        with pytest.raises(MMJaxError, match=f"give the run, {tmp_path}, or one of them, .*/STEP"):
+            evaluation.run_eval(settings(), str(tmp_path / "checkpoints"), workdir)
 
 
 def test_results_that_cannot_be_written_are_told(tmp_path, monkeypatch):
