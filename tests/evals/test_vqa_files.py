@@ -93,6 +93,49 @@ def test_the_forms_of_textvqa_vizwiz_and_docvqa(tmp_path):
     assert whole["accuracy"] == 0.666667  # one edit in three letters
 
 
+def test_okvqas_stems_and_what_people_wrote(pair, tmp_path):
+    stems = [{"answer": "race", "raw_answer": "racing", "answer_id": i} for i in range(10)]
+    listed = [{"question_id": i, "answers": stems} for i in (10, 11)]
+    settings = pair | {"annotations": save(tmp_path / "ok.json", {"annotations": listed})}
+    settings["benchmark"] = "okvqa"
+    say = lambda records, *_: ["racing"] * len(records)  # noqa: E731
+    for raw, accuracy in ((False, 0.0), (True, 1.0)):
+        task = make_task(settings | {"raw_answers": raw})
+        found = runner.evaluate([task], say, progress=False)["okvqa"]["test"]
+        assert found["accuracy"] == accuracy
+    with pytest.raises(MMJaxError, match="expected texts, or objects with 'raw_answer'"):
+        runner.evaluate([make_task(pair | {"raw_answers": True})], say, progress=False)
+
+
+def test_textvqa_in_llavas_words(tmp_path):
+    rows = [{"question_id": i, "image_id": "0a1", "question": q, "answers": ["stop"] * 10}
+            for i, q in enumerate(("what does it say?", "who is it?"))]  # fmt: skip
+    end = "\nAnswer the question using a single word or phrase."
+    texts = ["What does it say?\nReference OCR token: STOP, 5", "Who is it?\nReference OCR token: "]
+    lines = [json.dumps({"question_id": "0a1", "image": "0a1.jpg", "text": t + end}) for t in texts]
+    (tmp_path / "ocr.jsonl").write_text("\n".join(lines))
+    settings = {
+        "benchmark": "textvqa",
+        "path": save(tmp_path / "t.json", {"data": rows}),
+        "images": pictures(tmp_path / "i", "0a1.jpg"),
+        "ocr": str(tmp_path / "ocr.jsonl"),
+    }
+    asked = []
+
+    def say(records, *_):
+        asked.extend(r.messages[0].text for r in records)
+        return ["stop"] * len(records)
+
+    assert runner.evaluate([make_task(settings)], say, progress=False)["textvqa"]["test"]["n"] == 2
+    assert asked == [text + end for text in texts]
+    (tmp_path / "ocr.jsonl").write_text(lines[0])
+    with pytest.raises(MMJaxError, match="question 1: .* has no question 'who is it.' about pic"):
+        runner.evaluate([make_task(settings)], say, progress=False)
+    (tmp_path / "ocr.jsonl").write_text('{"question_id": "0a1", "text": "who is it?"}')
+    with pytest.raises(MMJaxError, match="ocr.jsonl:1: its text is 'who is it.'; expected a ques"):
+        runner.evaluate([make_task(settings)], say, progress=False)
+
+
 @pytest.mark.parametrize(
     ("said", "right", "score"),
     [("Paris", ["paris "], 1.0), ("parsi", ["paris"], 0.6), ("", ["a"], 0.0), ("ab", ["a"], 0.0),

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.data.benchmarks.files import field, need_pictures, read_json, unique
+from mmjax.data.benchmarks.asking import ONE_PHRASE
+from mmjax.data.benchmarks.files import field, need_pictures, read_json, read_lines, unique
 from mmjax.types import Message, MMJaxError, Record
 
 _WHAT = (
     "the questions as published: VQA's pair of questions and annotations (VQAv2, OK-VQA), or one "
     "file with both (TextVQA, VizWiz, DocVQA)"
 )
+_OCR = "LLaVA's llava_textvqa_val_v051_ocr.jsonl"
 _PICTURES = "the folder that holds this split's pictures"
 
 
@@ -29,6 +31,9 @@ class VqaSource:
         ``COCO_val2014_{:012d}.jpg``, for a question without ``image``. Left out, a number is that
         of COCO's split which the questions name (``data_subtype``), and a text is the file's name,
         with .jpg where it has no ending.
+    raw_answers: take OK-VQA's ``raw_answer``, what people wrote, for ``answer``, its stems.
+    ocr: LLaVA's file of TextVQA's questions: each is asked in its words, the line "Reference OCR
+        token: ..." behind it.
     meta: ``answers`` (``unscored`` where the file has none), ``group`` (``answer_type``). Raises
         MMJaxError for missing fields, answers, annotations and pictures, and ids given twice.
     """
@@ -39,7 +44,11 @@ class VqaSource:
         images: str | os.PathLike,
         annotations: str | os.PathLike | None = None,
         image_name: str | None = None,
+        raw_answers: bool = False,
+        ocr: str | os.PathLike | None = None,
     ):
+        key_of_answer = "raw_answer" if raw_answers else "answer"
+        worded = None if ocr is None else _read_ocr(ocr)
         self.path = os.fspath(path)
         found = read_json(path, _WHAT)
         questions = found
@@ -48,7 +57,7 @@ class VqaSource:
         if not isinstance(questions, list) or not questions:
             raise MMJaxError(f"{path}: holds no list 'questions' or 'data'; give {_WHAT}")
         if annotations is not None:
-            answers = _annotations(annotations)
+            answers = _annotations(annotations, key_of_answer)
         elif isinstance(found, Mapping) and "questions" in found:
             answers = {}  # a test split
         else:
@@ -60,9 +69,11 @@ class VqaSource:
             if not isinstance(question, Mapping):
                 raise MMJaxError(f"{where}: is a {type(question).__name__}; give {_WHAT}")
             text = field(question, "question", where)
+            if worded is not None:
+                text = _worded(question, text, worded, ocr, where)
             name, key = _picture(question, image_name, subtype, where), _key(question, where)
             if answers is None:
-                right, kind = _answers(question, where), question.get("answer_type")
+                right, kind = _answers(question, where, key_of_answer), question.get("answer_type")
             elif answers:
                 if key not in answers:
                     raise MMJaxError(
@@ -88,7 +99,9 @@ class VqaSource:
         return Record((Message("user", text),), (self._pictures[index],), meta)
 
 
-def _annotations(path: str | os.PathLike) -> dict[Any, tuple[tuple[str, ...], str | None]]:
+def _annotations(
+    path: str | os.PathLike, name: str
+) -> dict[Any, tuple[tuple[str, ...], str | None]]:
     found = read_json(path, _WHAT)
     listed = found.get("annotations") if isinstance(found, Mapping) else None
     if not isinstance(listed, list) or not listed:
@@ -96,7 +109,7 @@ def _annotations(path: str | os.PathLike) -> dict[Any, tuple[tuple[str, ...], st
     out = {}
     for number, one in enumerate(listed):
         where = f"{path}: annotation {number}"
-        answers = _answers(one, where)
+        answers = _answers(one, where, name)
         if answers is None:
             raise MMJaxError(f"{where}: has no answers; leave annotations out for a test split")
         out[_key(one, where)] = answers, one.get("answer_type")
@@ -110,17 +123,47 @@ def _key(row: Mapping[str, Any], where: str) -> int | str:
     return field(row, "question_id", where, (int, str))
 
 
-def _answers(row: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
+def _read_ocr(path: str | os.PathLike) -> dict[tuple[str, str], str]:
+    """Return (image id, question in small letters) -> question and OCR line in LLaVA's words."""
+    out = {}
+    for where, row in read_lines(path, _OCR):
+        text = field(row, "text", where).removesuffix(f"\n{ONE_PHRASE}")
+        asked = [one for one in text.split("\n") if not one.startswith(_OCR_LINE)]
+        if len(asked) != 1 or _OCR_LINE not in text:
+            raise MMJaxError(
+                f"{where}: its text is {text[:80]!r}; expected a question and a line "
+                f"'{_OCR_LINE} ...': give {_OCR}"
+            )
+        out[str(field(row, "question_id", where, (str, int))), asked[0].strip().lower()] = text
+    return out
+
+
+_OCR_LINE = "Reference OCR token:"
+
+
+def _worded(
+    row: Mapping[str, Any], text: str, worded: Mapping[tuple[str, str], str], ocr: Any, where: str
+) -> str:
+    key = str(row.get("image_id")), text.strip().lower()
+    if key not in worded:
+        raise MMJaxError(
+            f"{where}: {ocr} has no question {text!r} about picture {key[0]!r}; give {_OCR}, and "
+            "the questions of TextVQA's validation split"
+        )
+    return worded[key]
+
+
+def _answers(row: Mapping[str, Any], where: str, name: str) -> tuple[str, ...] | None:
     """Read answers as texts or as VQA's objects; None where there is no such field."""
     listed = row.get("answers")
     if listed is None:
         return None
     if not isinstance(listed, list) or not listed:
         raise MMJaxError(f"{where}: its answers are {listed!r}; expected a list of at least one")
-    texts = [a.get("answer") if isinstance(a, Mapping) else a for a in listed]
+    texts = [a.get(name) if isinstance(a, Mapping) else a for a in listed]
     if not all(isinstance(text, str) for text in texts):
         raise MMJaxError(
-            f"{where}: its answers are {str(listed)[:80]}; expected texts, or objects with 'answer'"
+            f"{where}: its answers are {str(listed)[:80]}; expected texts, or objects with {name!r}"
         )
     return tuple(sys.intern(text) for text in texts)  # most answers are given thousands of times
 
