@@ -23,6 +23,7 @@ from mmjax.train.optim import decays
 from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings, check_numbers
 from mmjax.types import MMJaxError
 from tests.data import emoji_files
+from tests.evals import mmmu_files
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name[0] != "_")
@@ -42,6 +43,8 @@ SAME_TOY = {
 }
 # One of each family, and one of its adapters, is continued, exported, and answers from there.
 EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
+# One of each family is asked about several pictures.
+FAMILIES = {"quickstart", "clever_flamingo_9b", "bunny_cpu"}
 # Those whose way another goes too: easy-VQA, the magnifier and Fuyu-8B as quickstart, adapters as
 # OtterHD's, captions as Clever Flamingo's instructions, S2 as another Bunny.
 SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "fuyu_8b_lora", "captions_cpu",
@@ -84,6 +87,16 @@ def small(file):
         log=LogSettings(every=1),
         eval=dataclasses.replace(settings.eval, tasks=tuple(tasks), every=0, final=False),
     )
+
+
+def several_pictures(folder):
+    """A task of questions about three pictures, between the text and in front of it."""
+    path = mmmu_files.save(folder / "MMMU", "Art", [
+        mmmu_files.question("validation_Art_1", "what is it? <image 1>",
+                            ["<image 2>", "<image 3>"], "B", pictures=3),
+        mmmu_files.question("validation_Art_2", "what is it?", [], "red", pictures=3),
+    ])  # fmt: skip
+    return {"benchmark": "mmmu", "path": path, "max_new_tokens": 2}
 
 
 def logged(workdir):
@@ -229,9 +242,14 @@ def test_a_recipe_goes_all_the_way(file, tmp_path):
     assert set(losses) == set(range(1, 4 if file.stem in EXPORTED else 3))
     assert np.isfinite(list(losses.values())).all()
 
-    evaluation.run_eval(settings, str(workdir), None)
+    several = (several_pictures(tmp_path),) if file.stem in FAMILIES else ()
+    asking = dataclasses.replace(settings.eval, tasks=(*settings.eval.tasks, *several))
+    evaluation.run_eval(dataclasses.replace(settings, eval=asking), str(workdir), None)
     results = json.loads((workdir / "results.json").read_text())
     assert settings.eval.tasks[0]["name"] in results
+    if several:  # each with its three pictures was asked
+        assert results["mmmu"]["validation"]["n"] == 2
+        assert "unreadable" not in results["mmmu"]["validation"]
     assert (workdir / "report.html").stat().st_size > 1000
 
     with pytest.raises(MMJaxError, match="int8 is for model folders .* WORKDIR/model"):
@@ -240,7 +258,7 @@ def test_a_recipe_goes_all_the_way(file, tmp_path):
         model, rounded = str(workdir / "model"), tmp_path / "int8"
         evaluation.run_eval(settings, model, str(rounded), weights="int8")
         asked = [json.loads((w / "results.json").read_text()) for w in (workdir, rounded)]
-        assert asked[0].keys() == asked[1].keys()
+        assert asked[0].keys() == asked[1].keys() | {"mmmu"}
 
     if file.stem not in EXPORTED:
         return
