@@ -26,6 +26,7 @@ from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open
 from mmjax.generate.beam import Beams
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
+from mmjax.models import opening
 from mmjax.models.api import Processor
 from mmjax.models.companions import stated_ends
 from mmjax.nn import paths
@@ -33,7 +34,7 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train.build import Blueprint, init_state
 from mmjax.train.design import make_design
 from mmjax.train.settings import EvalSettings, RunSettings
-from mmjax.train.workdir import disk_asked
+from mmjax.train.workdir import as_trained, disk_asked
 from mmjax.types import BadSample, MMJaxError, nearest
 
 
@@ -252,6 +253,13 @@ def open_model(
     """
     path = Path(path)
     if not _is_run(path):
+        holds = opening.open_checkpoint(path).family.name
+        if settings.model.processor and holds != settings.model.family:
+            raise MMJaxError(
+                f"--checkpoint {path} holds a {holds} model, and --config is a recipe of "
+                f"{settings.model.family}, whose model.processor is for those; give a recipe of "
+                f"{holds}"
+            )
         mesh, processor = make_mesh(settings.mesh), settings.model.processor
         return load(path, mesh=mesh, weights=weights, processor=processor), None
     if weights is not None:
@@ -273,9 +281,14 @@ def open_model(
 def run_eval(
     settings: RunSettings, path: str, workdir: str | None, *, weights: str | None = None
 ) -> dict[str, float]:
-    """Evaluate what ``eval.py`` was asked to; results go to the workdir."""
+    """Evaluate what ``eval.py`` was asked to; results go to the workdir.
+
+    A run's model is as it was trained, see ``as_trained``, whatever the recipe says of it.
+    """
     if not settings.eval.tasks:
         raise MMJaxError("config.eval.tasks is empty: this recipe names nothing to evaluate")
+    if _is_run(Path(path)):
+        settings = as_trained(settings, checkpoint.find_step(path)[0])
     check_tasks(settings)
     folder = _results_folder(Path(path), workdir)
     runtime.enable_compilation_cache()

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmjax.checkpoint import disk_trouble
+from mmjax.schema import to_dataclass
+from mmjax.train.build import absent_files
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
@@ -56,6 +58,51 @@ def write_config(settings: RunSettings, workdir: Path) -> None:
     with disk_asked(workdir, _FIX):
         part.write_text(text + "\n")
         part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
+
+
+def as_trained(settings: RunSettings, workdir: Path) -> RunSettings:
+    """Return the settings of an evaluation with the model of a run as that was trained.
+
+    Of a recipe count ``eval``, ``mesh``, ``model.attention``, ``checkpoint.best`` where it has one,
+    and ``model.init`` and ``model.parts`` where the run's own are not there any more. Raises
+    MMJaxError where neither are.
+    """
+    run = read_config(workdir)
+    if run is None:
+        return settings
+    own, given = run.model, settings.model
+    model = dataclasses.replace(own, attention=given.attention)
+    if absent := absent_files(own):
+        if absent_files(given) or not (given.init or given.parts):
+            names = " ".join(f"--config.{x.split(' (')[0].replace(' ', '.')}=..." for x in absent)
+            raise MMJaxError(
+                f"the run in {workdir} began with {', '.join(absent)}, which is not here; say "
+                f"where it is, {names}, or evaluate {workdir}/model, which is whole"
+            )
+        model = dataclasses.replace(model, init=given.init, parts=given.parts)
+    best = settings.checkpoint.best or run.checkpoint.best
+    saved = dataclasses.replace(run.checkpoint, best=best)
+    return dataclasses.replace(
+        run, model=model, checkpoint=saved, eval=settings.eval, mesh=settings.mesh
+    )
+
+
+def read_config(workdir: Path) -> RunSettings | None:
+    """Return the settings of the run in a workdir, but for its data's sources and its tasks.
+
+    None where it has no config.json. Raises MMJaxError for one that is damaged, or of settings that
+    there are no more.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        about = json.loads(file.read_text("utf-8"))
+        about["data"]["sources"] = {}  # nothing is trained
+        about["eval"]["tasks"] = []
+    except (ValueError, TypeError, KeyError) as error:
+        raise MMJaxError(f"{file} is no config.json of a run: {error!r}") from error
+    return to_dataclass(RunSettings, about, str(file))
 
 
 @contextlib.contextmanager

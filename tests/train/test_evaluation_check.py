@@ -1,6 +1,7 @@
 """What an evaluation would stumble on after days is told before a run begins."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -12,7 +13,14 @@ from mmjax.loaded import LoadedModel
 from mmjax.models.bunny.processor import BunnyProcessor
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.train import evaluation
-from mmjax.train.settings import DataSettings, EvalSettings, ModelSettings, RunSettings
+from mmjax.train.settings import (
+    DataSettings,
+    EvalSettings,
+    LoRASettings,
+    ModelSettings,
+    RunSettings,
+)
+from mmjax.train.workdir import as_trained, write_config
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 GOOD = [Record((Message("user", "what?"), Message("assistant", "red")), (), {})]
@@ -94,12 +102,53 @@ def test_a_model_folder_is_asked_on_the_mesh_and_with_the_processors_settings(
     given = RunSettings(
         model=ModelSettings(processor={"frames": 16}), mesh={"tensor": 2, "fsdp": -1}
     )
+    held = SimpleNamespace(family=SimpleNamespace(name="fuyu"))
+    monkeypatch.setattr(evaluation.opening, "open_checkpoint", lambda path: held)
     monkeypatch.setattr(evaluation, "load", lambda path, **options: (path, options))
     ((path, options), step) = evaluation.open_model(tmp_path, given, weights="int8")
     mesh = options.pop("mesh")
     assert (mesh.shape["tensor"], mesh.size) == (2, jax.device_count())
     assert options == {"weights": "int8", "processor": {"frames": 16}}
     assert path == tmp_path and step is None
+    held.family.name = "flamingo"
+    with pytest.raises(
+        MMJaxError, match="holds a flamingo model, and --config is a recipe of fuyu"
+    ):
+        evaluation.open_model(tmp_path, given)
+
+
+def test_a_run_is_evaluated_as_it_was_trained_whatever_the_recipe_says(tmp_path):
+    """Else overrides that are not repeated would change what is asked, or end in a placeholder."""
+    (tmp_path / "base").mkdir()
+    base = str(tmp_path / "base")
+    trained = RunSettings(
+        model=ModelSettings(
+            init=base, processor={"max_height": 300, "image_mean": (0.5,) * 3}, attention="mosaic"
+        ),
+        data=DataSettings(sources={"a": {"kind": "sums"}}, resolutions=(48, None)),
+        lora=LoRASettings(rank=4),
+        checkpoint=CheckpointSettings(best="eval/x/accuracy"),
+    )
+    write_config(trained, tmp_path)
+    recipe = settings()
+    recipe = dataclasses.replace(recipe, mesh={"fsdp": 1}, model=ModelSettings(init="set it"))
+    got = as_trained(recipe, tmp_path)
+    assert (got.model.init, got.model.processor["max_height"], got.lora) == (
+        base,
+        300,
+        trained.lora,
+    )
+    assert (got.model.attention, got.mesh, got.eval) == ("auto", {"fsdp": 1}, recipe.eval)
+    assert (got.checkpoint.best, got.data.resolutions) == ("eval/x/accuracy", (48, None))
+    # Its base has moved: the recipe says where to, or is told to.
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(MMJaxError, match=r"model\.init .*base.* --config\.model\.init=\.\.\., or"):
+        as_trained(recipe, tmp_path)
+    recipe = dataclasses.replace(recipe, model=ModelSettings(init=str(tmp_path / "moved")))
+    assert as_trained(recipe, tmp_path).model == dataclasses.replace(
+        got.model, init=str(tmp_path / "moved")
+    )
+    assert as_trained(recipe, tmp_path / "moved") is recipe  # no config.json
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):

@@ -94,10 +94,16 @@ class FlamingoProcessor(FolderProcessor):
         """Raise MMJaxError when this processor cannot belong to a model of this config."""
         own = self.config
         if self.tokenizer is not None and len(self.tokenizer) > config.vocab_size:
+            added = own.answer_token and config.answer_token_id is None
+            fix = "use the tokenizer the model was trained with, or raise vocab_size"
+            if added:
+                fix = (
+                    f"processor.answer_token=True adds {ANSWER}, which the model does not have: "
+                    "leave that away (a run that trains its row adds it)"
+                )
             raise MMJaxError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, those of Flamingo included, but "
-                f"the model's vocab_size is {config.vocab_size}; use the tokenizer the model was "
-                "trained with, or raise vocab_size"
+                f"the model's vocab_size is {config.vocab_size}; {fix}"
             )
         if own.media_token_id not in (None, config.media_token_id):
             raise MMJaxError(

@@ -324,6 +324,7 @@ def model_config(processor, **changes):
     fields = dict(
         vocab_size=512,
         media_token_id=processor.config.media_token_id,
+        answer_token_id=processor.config.answer_token_id,
         vision=SimpleNamespace(image_size=8),
         perceiver=SimpleNamespace(max_frames=None),
         image_mean=CLIP_MEAN,
@@ -335,7 +336,8 @@ def model_config(processor, **changes):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        (dict(vocab_size=100), "vocab_size is 100"),
+        (dict(vocab_size=100), "vocab_size is 100; use the tokenizer"),
+        (dict(vocab_size=100, answer_token_id=None), "answer_token=True adds <answer>, which the"),
         (dict(media_token_id=5), "media_token_id is 5"),
         (dict(vision=SimpleNamespace(image_size=14)), "pictures of 8 pixels .* takes 14"),
         (dict(image_std=(0.5, 0.5, 0.5)), "image_std"),
