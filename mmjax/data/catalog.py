@@ -35,6 +35,7 @@ KINDS = {
     "mmmu": "mmjax.data.benchmarks.mmmu:MmmuSource",
     "mme": "mmjax.data.benchmarks.mme:MmeSource",
     "pope": "mmjax.data.benchmarks.pope:PopeSource",
+    "mmvet": "mmjax.data.benchmarks.mmvet:MmVetSource",
     "scienceqa": "mmjax.data.benchmarks.scienceqa:ScienceQaSource",
     "seedbench": "mmjax.data.benchmarks.seedbench:SeedBenchSource",
     "vqa": "mmjax.data.benchmarks.vqa:VqaSource",

@@ -57,6 +57,7 @@ BENCHMARKS: dict[str, Preset] = {
     "mmmu": Preset(
         "mmmu", dict(scorer="mmmu", summary="mmmu", submission="mmmu", max_new_tokens=128)
     ),
+    "mmvet": Preset("mmvet", dict(submission="mmvet", max_new_tokens=1024)),
     "mme": Preset("mme", dict(scorer="yes_no", summary="mme", max_new_tokens=16)),
     "gqa": Preset("gqa", dict(prompt=SHORT, scorer="gqa", summary="gqa", submission="gqa")),
     "vqav2": Preset("vqa", _VQA),

@@ -56,6 +56,11 @@ def mmmu(rows: Sequence[Row]) -> bytes:
     return _json({r["id"]: said[r["id"]] or r["prediction"] for r in rows})
 
 
+def mmvet(rows: Sequence[Row]) -> bytes:
+    """Return JSON ``{id: answer}``, as MM-Vet's evaluator takes, which asks GPT-4."""
+    return _json({r["id"]: r["prediction"] for r in rows})
+
+
 def seedbench(rows: Sequence[Row]) -> bytes:
     """Return JSON lines {"question_id", "prediction"}, a letter, for SEED-Bench's leaderboard."""
     lines = ({"question_id": r["id"], "prediction": r.get("read") or r["prediction"]} for r in rows)
@@ -67,6 +72,7 @@ SUBMISSIONS: dict[str, tuple[str, Callable[[Sequence[Row]], bytes]]] = {
     "gqa": (".json", gqa),
     "mmbench": (".xlsx", mmbench),
     "mmmu": (".json", mmmu),
+    "mmvet": (".json", mmvet),
     "seedbench": (".jsonl", seedbench),
     "vizwiz": (".json", vizwiz),
     "vqa": (".json", vqa),
