@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from mmjax.models import checkpoints, opening, registry
 from mmjax.models.adapter_files import partial_adapter
 from mmjax.nn.linear import LoRA
 from mmjax.schema import to_dataclass
+from mmjax.train.changes import last_started
 from mmjax.train.settings import LoRASettings
 from mmjax.types import MMJaxError
 
@@ -84,6 +84,22 @@ def check_continues(earlier: LoRA, run: LoRA | None, where: str) -> None:
         )
 
 
+def check_same(workdir: Path, run: LoRA | None, names: Sequence[str]) -> None:
+    """Raise MMJaxError where adapters of a workdir would mean something else: at another scale.
+
+    Its checkpoints do not tell. names: of all parameters.
+    """
+    run_of = last_started(workdir)
+    earlier = _of_run(run_of, linear_maps(names)) if run_of and run is not None else None
+    if earlier is not None:
+        check_continues(earlier, run, str(workdir))
+
+
+def _of_run(config: Mapping[str, Any], maps: Sequence[str]) -> LoRA | None:
+    """Return the adapters of a run by its config.json; None for a run without."""
+    return make_lora(to_dataclass(LoRASettings, {**config["lora"], "init": None}), maps)
+
+
 def read(
     path: str, run: LoRA, family: str, config: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
@@ -97,11 +113,16 @@ def read(
     folder = Path(path)
     if (folder / checkpoint.FOLDER).is_dir() or folder.parent.name == checkpoint.FOLDER:
         workdir, step = checkpoint.find_step(folder)
-        run_of = json.loads((workdir / "config.json").read_text())
-        about, rows = run_of["lora"], run_of["train_rows"]
+        run_of = last_started(workdir)
+        if not run_of:
+            raise MMJaxError(
+                f"lora.init {path}: {workdir}/config.json, which tells of its adapters, is missing "
+                "or damaged; copy it there, or give the model folder that the run exported"
+            )
+        rows = run_of["train_rows"]
         _refuse_more(path, [*run_of["train"], *(one["params"] for one in rows)], workdir / "model")
         maps = linear_maps([name.replace(".lora_a", ".kernel") for name in wanted])
-        earlier = make_lora(to_dataclass(LoRASettings, {**about, "init": None}), maps)
+        earlier = _of_run(run_of, maps)
         if earlier is None:
             raise MMJaxError(f"lora.init {path}: its run trained without adapters")
         check_continues(earlier, run, f"lora.init {path}")

@@ -15,8 +15,9 @@ from mmjax.monitor.profile import ProfileWindow
 from mmjax.monitor.writers import require_wandb
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import put_batch
-from mmjax.train import evaluation, lengths, optim, startup
+from mmjax.train import adapters, evaluation, lengths, optim, startup
 from mmjax.train.build import check_attention, init_state, train_iterator
+from mmjax.train.changes import changed
 from mmjax.train.design import Design, make_design
 from mmjax.train.export import export_model
 from mmjax.train.loss import source_weights
@@ -83,6 +84,10 @@ class Training:
         self._batches = train_iterator(settings, plan.processor, workdir)
         weights = source_weights(settings.data.loss_weights, self._batches.source_names)
         self.checkpoints = Checkpoints(workdir, settings.checkpoint, about={"name": settings.name})
+        changes: dict[str, str] = {}
+        if self.checkpoints.latest is not None:
+            adapters.check_same(workdir, plan.lora, plan.names())
+            changes = changed(settings, workdir)
         graphdef, self.state, self.frozen = init_state(
             plan, settings, outline.chosen, outline.tx, mesh
         )
@@ -118,7 +123,8 @@ class Training:
         self._measured: dict[str, float] = {}  # at the step that was made last, for its checkpoint
         self._owed = False  # a signal came where an evaluation was due
         if 0 < self.first < settings.steps:
-            self.reports.line.print(f"continuing at step {self.first}")
+            for text in (f"continuing at step {self.first}", *changes.values()):
+                self.reports.line.print(text)
 
     def catch_up(self) -> bool:
         """Evaluate where the run was stopped before it could; False when told to stop again."""

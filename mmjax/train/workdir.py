@@ -14,6 +14,7 @@ from pathlib import Path
 from mmjax.checkpoint import disk_trouble
 from mmjax.schema import to_dataclass
 from mmjax.train.build import absent_files
+from mmjax.train.changes import as_json
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
@@ -53,10 +54,9 @@ def held(workdir: Path) -> Iterator[None]:
 
 def write_config(settings: RunSettings, workdir: Path) -> None:
     """Write the settings as JSON, for the record and for eval.py's report."""
-    text = json.dumps(dataclasses.asdict(settings), indent=1, default=str)
     part = workdir / "config.json.part"
     with disk_asked(workdir, _FIX):
-        part.write_text(text + "\n")
+        part.write_text(as_json(settings) + "\n")
         part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
 
 

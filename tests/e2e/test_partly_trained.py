@@ -15,7 +15,8 @@ from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.schema import to_dataclass
 from mmjax.train import build, loop, optim, state
-from mmjax.train.settings import RunSettings
+from mmjax.train.settings import LoRASettings, RunSettings
+from mmjax.types import MMJaxError
 from mmjax.weights.store import StoreReader
 from tests import small_flamingo
 
@@ -73,9 +74,11 @@ def first_weights(run):
     return plan, chosen, {name: np.asarray(x) for name, x in values.items()}
 
 
-def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog):
+def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog, capsys):
     loop.run(settings(2), tmp_path / "cut")
+    capsys.readouterr()
     loop.run(settings(4), tmp_path / "cut")
+    assert "continuing at step 2\nconfig.steps was 2 and is 4\n" in capsys.readouterr().out
     loop.run(settings(4), tmp_path / "whole")
     got, undisturbed = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     for name, value in undisturbed.items():
@@ -105,6 +108,11 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog):
     parts = {k: last[f"train/loss/{k}"] for k in ("chat", "choice") if f"train/loss/{k}" in last}
     want = sum({"chat": 0.2, "choice": 1.0}[k] * v for k, v in parts.items())
     np.testing.assert_allclose(last["train/loss"], want, rtol=1e-5)
+
+    # Another scale of the adapters is another model, which no checkpoint tells.
+    louder = dataclasses.replace(settings(5), lora=LoRASettings(rank=2, alpha=160.0))
+    with pytest.raises(MMJaxError, match=r"cut holds adapters .* scale 8, .*lora.alpha=16"):
+        loop.run(louder, tmp_path / "cut")
 
     # An adapter for PEFT is not all of it, of this run or of one that goes on with adapters alone.
     to_hf.main([str(tmp_path / "whole" / "model"), str(tmp_path / "peft"), "--adapter"])

@@ -154,6 +154,21 @@ def test_the_data_of_a_run_on_a_model_with_adapters_can_be_checked(earlier):
     assert (report.records, report.good) == (3, 3)
 
 
+def test_a_workdirs_adapters_keep_their_scale(earlier, tmp_path):
+    """Checkpoints do not tell it: at another the same numbers are another model."""
+    names = begin(ADAPTER)[0].names()
+    adapters.check_same(
+        earlier / "workdir", LoRA(2, 3.0, ("attn.q", "mlp.down", "mlp.up"), True), names
+    )
+    adapters.check_same(tmp_path, LoRA(2, 6.0, ("attn.q",)), names)  # nothing to go by
+    other = LoRA(2, 6.0, ("attn.q", "mlp.down", "mlp.up"), True)
+    with pytest.raises(MMJaxError, match=r"workdir holds adapters .*scale 2\.12.*lora\.alpha=3,"):
+        adapters.check_same(earlier / "workdir", other, names)
+    shutil.copytree(earlier / "workdir" / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(MMJaxError, match="config.json, .* is missing or damaged"):
+        begin(dataclasses.replace(ADAPTER, init=str(tmp_path)))
+
+
 def test_a_workdir_in_place_of_a_model_is_told(earlier, tmp_path):
     text = (earlier / "workdir" / "config.json").read_text()
     (tmp_path / "config.json").write_text(text)

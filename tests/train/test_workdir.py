@@ -1,5 +1,6 @@
 """One run at a time in a workdir."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,8 +8,8 @@ import sys
 
 import pytest
 
-from mmjax.train import loop, workdir
-from mmjax.train.settings import RunSettings
+from mmjax.train import changes, loop, workdir
+from mmjax.train.settings import DataSettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
 OTHER = """
@@ -50,3 +51,27 @@ def test_the_config_is_written_whole(tmp_path):
     (tmp_path / "config.json.part").mkdir()  # as good as a full disk
     with pytest.raises(MMJaxError, match="cannot be written: Is a directory"):
         workdir.write_config(RunSettings(), tmp_path)
+
+
+def test_what_has_changed_since_is_told_by_name(tmp_path):
+    assert changes.changed(RunSettings(), tmp_path) == {}  # never started
+    model = ModelSettings(init="/a", processor={"max_height": 48})
+    first = RunSettings(model=model, data=DataSettings({"train": {"kind": "sums"}}, lengths=(8,)))
+    workdir.write_config(first, tmp_path)
+    assert changes.changed(first, tmp_path) == {}
+    model = ModelSettings(init="/b", processor={"max_width": None})
+    data = DataSettings({"train": {"kind": "json"}}, lengths=(8,))
+    now = dataclasses.replace(first, model=model, data=data, steps=12)
+    assert list(changes.changed(now, tmp_path).values()) == [
+        "config.steps was 1000 and is 12",
+        "config.model.init was '/a' and is '/b'",
+        "config.model.processor.max_width was not set and is None",
+        "config.model.processor.max_height was 48 and is not set",
+        "config.data.sources.train.kind was 'sums' and is 'json'",
+    ]
+    older = json.loads((tmp_path / "config.json").read_text())
+    del older["bad_steps"], older["data"]["lengths"]  # settings that it did not have
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert list(changes.changed(first, tmp_path)) == ["config.data.lengths"]
+    (tmp_path / "config.json").write_text("{")
+    assert changes.changed(first, tmp_path) == {}
