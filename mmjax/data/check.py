@@ -27,6 +27,7 @@ from mmjax.types import MMJaxError
 
 def check(settings: Any, limit: int | None = None, threads: int = 1) -> list[SourceReport]:
     """Go through the mixture of a run's settings (``RunSettings``); returns a report a source."""
+    from mmjax.parallel.mesh import use
     from mmjax.train import tuning
     from mmjax.train.build import blueprint, train_loader
 
@@ -34,8 +35,9 @@ def check(settings: Any, limit: int | None = None, threads: int = 1) -> list[Sou
         raise MMJaxError(f"--limit={limit}: look at 1 record of each source at least")
     if threads < 1:
         raise MMJaxError(f"--threads={threads}: records are read by 1 at least")
-    settings, _ = tuning.applied(settings)
-    processor = blueprint(settings.model, settings.lora, settings.seed).processor
+    with use():  # names of adapted maps are those of a model, which is made inside a mesh alone
+        settings, _ = tuning.applied(settings)
+        processor = blueprint(settings.model, settings.lora, settings.seed).processor
     load = train_loader(settings, processor)
     mixture = load.mixture
     total = sum(len(spread(len(source), limit)) for source in mixture.sources)

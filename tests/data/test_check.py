@@ -177,7 +177,7 @@ def test_the_command_prints_tables_and_its_exit_code(tmp_path):
         "from mmjax.config import fill\nfrom mmjax.train.settings import RunSettings\n"
         f"def get_config():\n    return fill(RunSettings, dict(model=dict(config={SIZES}, "
         f"words={MODEL.words}), data=dict(sources=dict(train={spec}), seq_len=40, "
-        "max_patches=24, max_targets=8, batch_size=2)))\n"
+        "max_patches=24, max_targets=8, batch_size=2), lora=dict(rank=2)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "mmjax.data.check", f"--config={recipe}", "--threads=2"],
