@@ -135,6 +135,11 @@ class ParquetFiles:
                 raise BadSample("bad_record", f"{where}: {name!r} is not UTF-8 ({e})") from e
         return where, values
 
+    def forget(self) -> None:
+        """Let go of the row groups that are kept for the rows beside those that were read."""
+        with self._lock:
+            self._kept.clear()
+
     def _group(self, file: int, group: int, columns: tuple[str, ...]) -> Any:
         """Read the columns of a row group, or take them from the few that are kept."""
         table = self._kept.get((file, group, columns))

@@ -103,6 +103,25 @@ def expand(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     return {"name": name, "source": source} | named | dict(preset.settings) | given
 
 
+def source_settings(source: Any) -> str | None:
+    """Say how a benchmark's source asks: its settings, and of optional files that they are given.
+
+    Runs that were asked otherwise are told apart by it, wherever their files lie. None for any
+    other source.
+    """
+    kinds = {preset.kind for preset in BENCHMARKS.values()}
+    if not isinstance(source, Mapping) or source.get("kind") not in kinds:
+        return None
+    said = [source["kind"]]
+    for name, parameter in _parameters(source["kind"]).items():
+        value = source.get(name, parameter.default)
+        if "PathLike" not in str(parameter.annotation):
+            said.append(f"{name}={value}")
+        elif parameter.default is None and value is not None:
+            said.append(f"with {name}")
+    return ", ".join(said)
+
+
 def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:
     module, name = KINDS[kind].split(":")
     return inspect.signature(getattr(importlib.import_module(module), name)).parameters

@@ -87,7 +87,7 @@ def read_runs(names: Sequence[str], task: str | None = None) -> dict[str, Entrie
 _ASKED = ("split", "scorer", "n", "shots", "text_shots", "longest_side")
 
 # The same, in results that say it: those of older versions do not.
-_TOLD = ("prompt", "cut", "summary", "max_new_tokens", "num_beams", "length_penalty")
+_TOLD = ("source", "prompt", "cut", "summary", "max_new_tokens", "num_beams", "length_penalty")
 
 
 def _check_alike(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from mmjax.evals.summaries import metric_rows, show_metric
 
 _ASKED = {
     "template": "template",
+    "source": "source",
     "prompt": "prompt",
     "scorer": "scorer",
     "cut": "cut",

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from mmjax.data.resizing import at_resolution
+from mmjax.evals.benchmarks import source_settings
 from mmjax.evals.cuts import get_cut
 from mmjax.evals.few_shot import Demonstrations
 from mmjax.evals.pictures import picture_size, save_picture
@@ -128,7 +129,7 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
     rows: list[dict[str, Any]] = []
     shared: dict[str, Any] = {"split": task.split, "scorer": task.scorer, "summary": task.summary}
     shared |= {"prompt": task.prompt, "cut": task.cut, "max_new_tokens": task.max_new_tokens}
-    shared |= {"limit": most, **(asked or {})}
+    shared |= {"limit": most, "source": source_settings(task.source), **(asked or {})}
     if step is not None:
         shared["step"] = step
     if task.train is not None and limit is None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmjax.data.benchmarks.mmmu import SUBJECTS, MmmuSource
-from mmjax.evals import mmmu, runner
+from mmjax.evals import compare, mmmu, runner
 from mmjax.evals.tasks import make_task
 from mmjax.types import BadSample, MMJaxError
 from tests.evals.mmmu_files import png, question, save
@@ -44,6 +44,13 @@ def test_pictures_stand_where_they_are_named(hub):
     assert unnamed.messages[0].text == "<image><image>Where is it?" + PHRASE
     assert unnamed.images == (png(1), png(2))
     assert unnamed.meta["answers"] == ["Tampa", "Florida"] and "choices" not in unnamed.meta
+
+
+def test_the_pictures_of_one_subject_alone_are_kept(hub):
+    source = MmmuSource(hub)
+    for _ in range(2):
+        kept = [(source[i], sum(len(t._files._kept) for t in source.tables))[1] for i in range(4)]
+        assert kept == [1, 1, 1, 1]
 
 
 def test_pictures_in_front_and_bunnys_one(hub):
@@ -92,6 +99,18 @@ def test_subjects_and_disciplines(hub, tmp_path):
     sent = json.loads((tmp_path / "run/predictions/mmmu.validation.json").read_text())
     assert sent == SAID | {"validation_Art_Theory_1": "B"}
     assert runner.as_metrics(found)["eval/mmmu/Art_and_Design"] == 0.5
+
+
+def test_runs_with_other_layouts_are_not_compared(hub, tmp_path):
+    for layout in ("front", "bunny"):
+        task = make_task({"benchmark": "mmmu", "path": str(hub), "layout": layout})
+        found = runner.evaluate([task], say, workdir=tmp_path / layout, progress=False)
+        assert found["mmmu"]["validation"]["source"] == (
+            f"mmmu, split=validation, layout={layout}, instruction=True"
+        )
+    runs = [str(tmp_path / layout) for layout in ("front", "bunny")]
+    with pytest.raises(MMJaxError, match="source is mmmu, .* layout=front, .* in 'front' and mmmu"):
+        compare.read_runs(runs)
 
 
 def test_the_publishers_guess_is_the_same_every_time(hub):

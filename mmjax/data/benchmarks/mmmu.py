@@ -72,8 +72,11 @@ class MmmuSource:
         given = None if annotations is None else _read_annotations(annotations)
         columns = ("id", "question", "options", "answer", "question_type")
         self._rows: list[tuple[Table, int, str, dict[str, Any]]] = []
+        self._last: Table | None = None
+        self.tables: list[Table] = []
         for file in _files(path, split):
             table = Table(file, _PICTURES, columns)
+            self.tables.append(table)
             for i, (where, row) in enumerate(table.rows):
                 if given is not None:
                     row = row | {"answer": _given(row["id"], given, annotations, where)}
@@ -85,6 +88,9 @@ class MmmuSource:
 
     def __getitem__(self, index: int) -> Record:
         table, row, file, one = self._rows[index]
+        if self._last is not None and self._last is not table:
+            self._last.forget()  # thirty subjects' pictures at once would be gigabytes
+        self._last = table
         text, pictures = one["text"], table.pictures(row)
         if self._instruction:
             # An empty line stands between the options and the sentence.

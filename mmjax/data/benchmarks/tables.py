@@ -48,6 +48,10 @@ class Table:
         """
         return self.pictures(row)[0]
 
+    def forget(self) -> None:
+        """Let go of the pictures of rows beside those that were asked for."""
+        self._files.forget()
+
     def pictures(self, row: int) -> list[bytes]:
         """Return the encoded picture of each column, empty where there is none."""
         _, values = self._files.read(row, self._columns)
