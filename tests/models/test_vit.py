@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.models.vit import ViT, ViTConfig, patches_of
+from mmjax.models.vit import ViT, ViTConfig, normalized, patches_of
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
 
@@ -92,6 +92,28 @@ def test_remat_changes_no_gradient():
     for name, grad in want.items():
         assert np.abs(grad).max() > 0 or name.startswith("final_norm"), name
         np.testing.assert_allclose(got[name], grad, atol=1e-5, err_msg=name)
+
+
+def test_it_runs_as_it_is_asked_to():
+    x = images()
+
+    def traced(**how):
+        graphdef, params = tower(**how)
+        return str(jax.make_jaxpr(jax.grad(lambda p: nnx.merge(graphdef, p)(x).sum()))(params))
+
+    assert "remat" not in traced(remat="off") and "remat" in traced(remat="full")
+    assert "unroll=2" not in traced() and "unroll=2" in traced(scan_unroll=2)
+    with pytest.raises(ValueError, match='"cudnn" cannot run: it needs a CUDA GPU'):
+        traced(attention="cudnn")
+
+
+def test_grey_levels_are_normalised_and_floats_are_taken_to_be_so():
+    levels, mean, std = np.uint8([[0, 51, 255]]), (0.5, 0.25, 0.0), (0.25, 0.5, 2.0)
+    got = normalized(jnp.asarray(levels), mean, std)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, [[-2, -0.1, 0.5]], atol=1e-6)
+    ready = jnp.asarray([[3.0, -1.0, 0.5]], jnp.bfloat16)
+    assert normalized(ready, mean, std) is ready
 
 
 def test_adapters_go_by_names_of_the_tower():
