@@ -277,6 +277,18 @@ def written_commands():
                 )
 
 
+def test_the_recipe_that_a_page_writes_resolves(tmp_path):
+    page = Path("docs/training.md").read_text()
+    (told,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.py").write_text(told)
+    made = config.resolve_recipe(tmp_path / "mine.py", ["data.sources.receipts.draws=3"])
+    run = schema.to_dataclass(RunSettings, made)
+    assert run.name == "fuyu_8b_lora" and run.lora.rank == 64
+    assert set(run.data.sources) == {"receipts", "charts"} == set(run.data.weights)
+    assert run.data.sources["receipts"]["draws"] == 3 and run.data.resolutions == (448, 768, None)
+    assert [task["name"] for task in run.eval.tasks] == ["receipts"] and run.eval.every == 500
+
+
 def test_pages_and_recipes_tell_commands():
     assert len(list(written_commands())) > 20
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from mmjax.data import images as im
 from mmjax.data.resizing import each_picture, pad_at_random
-from mmjax.types import ImageSource, MMJaxError, Record
+from mmjax.types import BadSample, ImageSource, MMJaxError, Record
+
+_PLACES = re.compile(r"<(box|point)>.*?</\1>", re.DOTALL)  # of a picture, as Fuyu writes them
 
 Augment = Callable[[Record, np.random.Generator], Record]
 Augments = Sequence[str] | Mapping[str, Sequence[str]]
@@ -48,6 +51,20 @@ def augments_of(wanted: Augments, names: Sequence[str]) -> tuple[tuple[Augment, 
         if name not in AUGMENTS:
             _unknown("augment", name, AUGMENTS)
     return tuple(tuple(AUGMENTS[n] for n in wanted.get(name, ())) for name in names)
+
+
+def check_movable(record: Record) -> None:
+    """Raise BadSample("coordinates") where a text names places of pictures that are to be changed.
+
+    Every change moves what a picture shows, and the numbers in the text would stay.
+    """
+    for message in record.messages:
+        if found := _PLACES.search(message.text):
+            raise BadSample(
+                "coordinates",
+                f"{found[0]} is a place in a picture, which data.augment moves while its numbers "
+                "stay; leave data.augment away, or give it to the other sources by name",
+            )
 
 
 def _mirrored(source: ImageSource) -> ImageSource:

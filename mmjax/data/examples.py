@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmjax.data import limits
-from mmjax.data.augment import Augment, Augments, augments_of
+from mmjax.data.augment import Augment, Augments, augments_of, check_movable
 from mmjax.data.mixture import Mixture, by_source
 from mmjax.data.multiturn import Multiturn, draw_others, join, up_to
 from mmjax.data.packing import BatchShape, Origin
@@ -182,6 +182,7 @@ class LoadExample:
         if self.resolutions:
             record = self.resize(record, draw_resolution(self.resolutions, self._rng(draw)))
         if self.augments[draw[0]]:
+            check_movable(record)
             rng = self._rng(draw, _AUGMENT)
             for change in self.augments[draw[0]]:
                 record = change(record, rng)

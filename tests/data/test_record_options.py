@@ -84,6 +84,19 @@ def test_all_images_of_a_record_are_mirrored_together_and_frames_alike():
     assert flip_at_random(text, np.random.default_rng(0)) is text
 
 
+def test_a_changed_picture_leaves_no_numbers_behind():
+    asked = talk(SQUARE, question="where?", answer="<box>1, 2, 3, 4</box>")
+    text = "<box>1, 2, 3, 4</box> is a place in a picture, which data.augment moves"
+    for change in AUGMENTS:
+        with pytest.raises(BadSample, match=text) as told:
+            loader({"a": One(asked)}, augment={"a": (change,)})((0, 0, 0))
+        assert told.value.reason == "coordinates"
+    both = loader({"a": One(asked), "b": One(talk(SQUARE))}, augment={"b": ("flip",)})
+    assert text_of(both((0, 0, 0))["tokens"]).endswith("<box>1, 2, 3, 4</box>")
+    loose = talk(SQUARE, answer="a <box> of 3 points")
+    assert loader(One(loose), augment=("flip",))((0, 0, 0))["origin"].name == "a"
+
+
 def test_drawing_a_resolution_is_not_moved_by_augmentation():
     big = RNG.integers(0, 256, (40, 40, 3), np.uint8)
     sides = dict(resolutions=(4, 6, 8, 10))
