@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,14 @@ def read_params(
     ckpt: Checkpoint,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
+    only: Collection[str] | None = None,
     progress: Progress | None = None,
     each: Each | None = None,
 ) -> dict[str, jax.Array]:
     """Load a checkpoint's parameters in the dtypes and onto the shardings of ``abstract``.
 
-    each: as for ``load_params``. LoRA leaves that the checkpoint does not have, and what ``fresh``
-    names, are left out of the result: they start from their own initial values. Raises
+    only, each: as for ``load_params``. LoRA leaves that the checkpoint does not have, and what
+    ``fresh`` names, are left out of the result: they start from their own initial values. Raises
     WeightsMismatch when keys or shapes differ otherwise.
     """
     have = {rule.ours for rule in ckpt.rules} if ckpt.lora else set()
@@ -114,7 +115,9 @@ def read_params(
         if any(fnmatch.fnmatchcase(rule.ours, pattern) for pattern in ckpt.fresh)
     ]
     ignore = (*ckpt.ignore, *(f"^{key.replace(_LAYER, '[0-9]+')}$" for key in unread))
-    return load_params(ckpt.reader, ckpt.rules, wanted, ignore=ignore, progress=progress, each=each)
+    return load_params(
+        ckpt.reader, ckpt.rules, wanted, only=only, ignore=ignore, progress=progress, each=each
+    )
 
 
 def merged(ckpt: Checkpoint) -> Checkpoint:

@@ -81,9 +81,9 @@ def traced(
     with use() as one:
         choose = partial(train_state.chosen_by, settings)
         make, _ = maker(model, settings.lora, config, settings.seed, choose)
-        names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
-        chosen = train_state.chosen_by(settings, names)
-        graphdef, params, frozen = train_state.split(nnx.eval_shape(make), chosen)
+        abstract = nnx.eval_shape(make)
+        chosen = train_state.chosen_by(settings, list(paths.flatten(nnx.state(abstract))))
+        graphdef, params, frozen = train_state.split(abstract, chosen)
         frozen = frozen_part.cast_abstract(frozen, model.frozen_dtype)
         batch = abstract_batch(settings, processor, rows, one)
 

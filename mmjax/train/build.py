@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.data.catalog import make_sources
@@ -35,7 +34,6 @@ from mmjax.parallel import distributed
 from mmjax.parallel.sharding import process_rows
 from mmjax.train import adapters, vocabulary
 from mmjax.train import frozen as frozen_part
-from mmjax.train import state as train_state
 from mmjax.train.dropout import with_dropout
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError, nearest
@@ -212,51 +210,6 @@ def check_attention(settings: ModelSettings, ranges: bool = False) -> None:
         raise MMJaxError(
             f'model.attention is "{settings.attention}": {problem}; "auto" takes what works'
         )
-
-
-def init_state(plan: Blueprint, settings: RunSettings, chosen: set[str], tx, mesh):
-    """Return (graphdef, state, frozen) with the weights of ``model.init``, or random ones.
-
-    Frozen parameters are kept in ``model.frozen_dtype``: they are never updated.
-    """
-    graphdef, abstract, frozen = train_state.abstract_state(plan.make, chosen, tx, mesh)
-    kept = settings.model.frozen_dtype
-    frozen = frozen_part.cast_abstract(frozen, kept)
-    wanted = {**paths.flatten(abstract.params), **paths.flatten(frozen)}
-    earlier = {}
-    if plan.lora_init:
-        earlier = adapters.read(plan.lora_init, plan.lora, plan.family, plan.config, wanted)
-    if plan.source is None:
-        graphdef, state, rest = train_state.init(plan.make, chosen, tx, mesh)
-        rest = frozen_part.cast(rest, kept)
-        return graphdef, *train_state.with_params(state, rest, earlier)
-    # Without what neither the earlier run nor the model has, adapters and untrained parts.
-    each, every = None, wanted
-    if kept in quantized.KINDS:
-        wanted, each = quantized.while_loading(frozen, wanted, settings.model.dtype)
-    source = wanted
-    if plan.source_rows is not None:
-        axes = vocabulary.vocabulary_axes((abstract.params, frozen))
-        source = vocabulary.shortened(wanted, axes, plan.source_rows, mesh)
-        each = vocabulary.while_loading(axes, wanted, each)
-    values = checkpoints.read_params(plan.source, source, each=each) | earlier
-    if missing := {n: x for n, x in every.items() if n not in values}:
-        values |= _fresh(plan, missing)
-    params = paths.replace(abstract.params, {n: values[n] for n in paths.flatten(abstract.params)})
-    rest = paths.replace(frozen, {n: values[n] for n in paths.flatten(frozen)})
-    opt = jax.jit(tx.init, out_shardings=train_state.shardings(abstract.opt))(params)
-    step = jax.device_put(jnp.int32(0), abstract.step.sharding)
-    return graphdef, train_state.TrainState(step, params, opt), rest
-
-
-def _fresh(plan: Blueprint, wanted: dict) -> dict[str, jax.Array]:
-    """Initialise some parameters alone; XLA drops the rest of the model from the program."""
-
-    def build():
-        values = paths.flatten(nnx.state(plan.make()))
-        return {name: values[name] for name in wanted}
-
-    return jax.jit(build, out_shardings={n: x.sharding for n, x in wanted.items()})()
 
 
 def train_loader(settings: RunSettings, processor: Processor) -> LoadExample:

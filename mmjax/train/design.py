@@ -63,13 +63,14 @@ def make_outline(
 
     Raises MMJaxError for patterns that match nothing and for rates that cannot work.
     """
-    names = list(paths.flatten(nnx.state(nnx.eval_shape(make))))
+    model = nnx.eval_shape(make)
+    names = list(paths.flatten(nnx.state(model)))
     chosen = train_state.chosen_by(settings, names)
     optim.check_decay(settings.optim, names)
     own_rates = optim.by_rate(settings.optim, chosen)
     tx = optim.make_optimizer(settings.optim, settings.steps)
     schedule = optim.schedule(settings.optim, settings.steps)
-    graphdef, state, frozen = train_state.abstract_state(make, chosen, tx, mesh)
+    graphdef, state, frozen = train_state.abstract_parts(model, chosen, tx, mesh)
     frozen = frozen_part.cast_abstract(frozen, settings.model.frozen_dtype)
     return Outline(chosen, own_rates, tx, schedule, graphdef, state, frozen)
 

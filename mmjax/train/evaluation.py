@@ -31,8 +31,9 @@ from mmjax.models.api import Processor
 from mmjax.models.companions import stated_ends
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.train.build import Blueprint, init_state
+from mmjax.train.build import Blueprint
 from mmjax.train.design import make_design
+from mmjax.train.initial import init_frozen
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.train.workdir import as_trained, disk_asked
 from mmjax.types import BadSample, MMJaxError, nearest
@@ -272,9 +273,10 @@ def open_model(
     with use(mesh):
         design = make_design(settings, mesh)
         settings, plan, outline = design.settings, design.plan, design.outline
-        values = checkpoint.load_params(workdir, step, paths.flatten(outline.state.params))
-        graphdef, state, frozen = init_state(plan, settings, outline.chosen, outline.tx, mesh)
-        model = nnx.merge(graphdef, paths.replace(state.params, values), frozen)
+        trained = outline.state.params
+        values = checkpoint.load_params(workdir, step, paths.flatten(trained))
+        frozen = init_frozen(plan, settings, outline, mesh)
+        model = nnx.merge(outline.graphdef, paths.replace(trained, values), frozen)
     return answering(plan, model, mesh), step
 
 

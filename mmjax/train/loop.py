@@ -16,10 +16,11 @@ from mmjax.monitor.writers import require_wandb
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import put_batch
 from mmjax.train import adapters, evaluation, lengths, optim, startup
-from mmjax.train.build import check_attention, init_state, train_iterator
+from mmjax.train.build import check_attention, train_iterator
 from mmjax.train.changes import changed
 from mmjax.train.design import Design, make_design
 from mmjax.train.export import export_model
+from mmjax.train.initial import init_frozen, init_state
 from mmjax.train.loss import source_weights
 from mmjax.train.reports import Reports
 from mmjax.train.settings import RunSettings, check_numbers
@@ -84,16 +85,15 @@ class Training:
         self._batches = train_iterator(settings, plan.processor, workdir)
         weights = source_weights(settings.data.loss_weights, self._batches.source_names)
         self.checkpoints = Checkpoints(workdir, settings.checkpoint, about={"name": settings.name})
+        self._graphdef = graphdef = outline.graphdef
         changes: dict[str, str] = {}
-        if self.checkpoints.latest is not None:
+        if self.checkpoints.latest is None:
+            self.state, self.frozen = init_state(plan, settings, outline, mesh)
+        else:
             adapters.check_same(workdir, plan.lora, plan.names())
             changes = changed(settings, workdir)
-        graphdef, self.state, self.frozen = init_state(
-            plan, settings, outline.chosen, outline.tx, mesh
-        )
-        self._graphdef = graphdef
-        if self.checkpoints.latest is not None:
             self.state = self.checkpoints.restore(outline.state, self._batches)
+            self.frozen = init_frozen(plan, settings, outline, mesh)
         self.first = int(self.state.step)
         if self.first > settings.steps:
             raise MMJaxError(

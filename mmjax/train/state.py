@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -95,7 +95,14 @@ def abstract_state(
     make_model: Callable[[], nnx.Module], chosen: set[str], tx, mesh
 ) -> tuple[nnx.GraphDef, TrainState, nnx.State]:
     """Return the graph and the abstract state (shapes, dtypes, shardings), nothing allocated."""
-    graphdef, params, frozen = split(nnx.eval_shape(make_model), chosen)
+    return abstract_parts(nnx.eval_shape(make_model), chosen, tx, mesh)
+
+
+def abstract_parts(
+    model: nnx.Module, chosen: set[str], tx: optax.GradientTransformation, mesh
+) -> tuple[nnx.GraphDef, TrainState, nnx.State]:
+    """Return the same as ``abstract_state`` of an abstract model, what ``nnx.eval_shape`` makes."""
+    graphdef, params, frozen = split(model, chosen)
     opt = jax.eval_shape(tx.init, params)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
@@ -144,19 +151,33 @@ def init(
 ) -> tuple[nnx.GraphDef, TrainState, nnx.State]:
     """Build a randomly initialised state; every array is made where it belongs."""
     graphdef, abstract, frozen = abstract_state(make_model, chosen, tx, mesh)
+    values = drawn(make_model, {**paths.flatten(abstract.params), **paths.flatten(frozen)})
+    return graphdef, started(abstract, tx, values), filled(frozen, values)
+
+
+def drawn(
+    make_model: Callable[[], nnx.Module], wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Draw some of a model's parameters alone, by name; XLA drops the rest from the program."""
+    if not wanted:
+        return {}
 
     def build():
-        _, params, rest = split(make_model(), chosen)
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), rest
+        values = paths.flatten(nnx.state(make_model()))
+        return {name: values[name].astype(x.dtype) for name, x in wanted.items()}
 
-    out = (shardings(abstract), shardings(frozen))
-    return graphdef, *jax.jit(build, out_shardings=out)()
+    return jax.jit(build, out_shardings={n: x.sharding for n, x in wanted.items()})()
 
 
-def with_params(state: TrainState, frozen: nnx.State, values: dict[str, jax.Array]):
-    """Return (state, frozen) with the named parameters replaced, the rest kept as initialised."""
+def started(
+    abstract: TrainState, tx: optax.GradientTransformation, values: Mapping[str, jax.Array]
+) -> TrainState:
+    """Return the state before the first step, its parameters from ``values`` by name."""
+    params = filled(abstract.params, values)
+    opt = jax.jit(tx.init, out_shardings=shardings(abstract.opt))(params)
+    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), params, opt)
 
-    def pick(tree):
-        return paths.map_named(lambda name, leaf: values.get(name, leaf), tree)
 
-    return dataclasses.replace(state, params=pick(state.params)), pick(frozen)
+def filled(abstract: nnx.State, values: Mapping[str, jax.Array]) -> nnx.State:
+    """Return an abstract tree's arrays, from ``values`` by name, where there may be others too."""
+    return paths.replace(abstract, {name: values[name] for name in paths.flatten(abstract)})

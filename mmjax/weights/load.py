@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -25,6 +25,7 @@ def load_params(
     rules: Sequence[R.Rule],
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
+    only: Collection[str] | None = None,
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
     each: Each | None = None,
@@ -34,6 +35,7 @@ def load_params(
     abstract: our path -> shape, dtype and, optionally, sharding; without one the array goes to the
         default device. Only shards of this process's devices are read, and the host holds one
         piece of ``rules.PIECE_BYTES`` beside what a CPU device itself keeps.
+    only: names to read, None for all; the files have to hold the others as well.
     each: makes of a parameter what takes its place, as soon as it is read.
     Raises WeightsMismatch, before anything is read, unless keys and shapes agree exactly.
     """
@@ -41,6 +43,8 @@ def load_params(
     table = R.by_ours(rules, abstract)
     params = {}
     for path, leaf in abstract.items():
+        if only is not None and path not in only:
+            continue
         value = _load_leaf(table[path], reader, leaf, progress or (lambda n: None))
         params |= {path: value} if each is None else each(path, value)
     return params

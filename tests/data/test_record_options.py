@@ -88,13 +88,12 @@ def test_a_changed_picture_leaves_no_numbers_behind():
     asked = talk(SQUARE, question="where?", answer="<box>1, 2, 3, 4</box>")
     text = "<box>1, 2, 3, 4</box> is a place in a picture, which data.augment moves"
     for change in AUGMENTS:
-        with pytest.raises(BadSample, match=text) as told:
-            loader({"a": One(asked)}, augment={"a": (change,)})((0, 0, 0))
-        assert told.value.reason == "coordinates"
+        skip = loader({"a": One(asked)}, augment={"a": (change,)})((0, 0, 0))
+        assert skip.reason == "coordinates" and skip.message.startswith(text)
     both = loader({"a": One(asked), "b": One(talk(SQUARE))}, augment={"b": ("flip",)})
     assert text_of(both((0, 0, 0))["tokens"]).endswith("<box>1, 2, 3, 4</box>")
     loose = talk(SQUARE, answer="a <box> of 3 points")
-    assert loader(One(loose), augment=("flip",))((0, 0, 0))["origin"].name == "a"
+    assert "origin" in loader(One(loose), augment=("flip",))((0, 0, 0))
 
 
 def test_drawing_a_resolution_is_not_moved_by_augmentation():

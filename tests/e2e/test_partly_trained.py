@@ -14,7 +14,8 @@ from mmjax.checkpoint import CheckpointSettings
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.schema import to_dataclass
-from mmjax.train import build, loop, optim, state
+from mmjax.train import build, initial, loop
+from mmjax.train.design import make_outline
 from mmjax.train.settings import LoRASettings, RunSettings
 from mmjax.types import MMJaxError
 from mmjax.weights.store import StoreReader
@@ -67,11 +68,10 @@ def weights(workdir):
 def first_weights(run):
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
         plan = build.blueprint(run.model, run.lora, run.seed)
-        chosen = state.chosen_by(run, plan.names())
-        tx = optim.make_optimizer(run.optim, run.steps)
-        _, train, frozen = build.init_state(plan, run, chosen, tx, mesh)
+        outline = make_outline(run, plan.make, mesh)
+        train, frozen = initial.init_state(plan, run, outline, mesh)
     values = paths.flatten(train.params) | paths.flatten(frozen)
-    return plan, chosen, {name: np.asarray(x) for name, x in values.items()}
+    return plan, outline.chosen, {name: np.asarray(x) for name, x in values.items()}
 
 
 def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog, capsys):

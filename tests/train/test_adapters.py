@@ -15,7 +15,8 @@ from mmjax.models import converted, opening, registry
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import use
-from mmjax.train import adapters, build, optim, state
+from mmjax.train import adapters, build, initial
+from mmjax.train.design import make_outline
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
@@ -66,9 +67,8 @@ def begin(lora, model=MODEL):
     settings = RunSettings(model=model, lora=lora)
     with use() as mesh:
         plan = build.blueprint(model, lora, 0)
-        chosen = state.trainable_names(plan.names(), (), True)
-        tx = optim.make_optimizer(settings.optim, 10)
-        return plan, *build.init_state(plan, settings, chosen, tx, mesh)[1:]
+        outline = make_outline(settings, plan.make, mesh)
+        return plan, *initial.init_state(plan, settings, outline, mesh)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from mmjax.loading import load
 from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
-from mmjax.train import build, design, evaluation, optim, state
+from mmjax.train import build, design, evaluation, initial
+from mmjax.train.design import make_outline
 from mmjax.train.dropout import dropout_line, with_dropout
 from mmjax.train.export import export_model
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
@@ -34,10 +35,9 @@ DATA = DataSettings(
 def begin(plan, lora=NO_LORA, model=MODEL, freeze=()):
     """The state a run begins with."""
     settings = RunSettings(model=model, lora=lora, freeze=freeze)
-    chosen = state.trainable_names(plan.names(), freeze, lora.rank > 0)
-    tx = optim.make_optimizer(settings.optim, 10)
     with use() as mesh:
-        return build.init_state(plan, settings, chosen, tx, mesh)[1:]
+        outline = make_outline(settings, plan.make, mesh)
+        return initial.init_state(plan, settings, outline, mesh)
 
 
 @pytest.fixture(scope="module")

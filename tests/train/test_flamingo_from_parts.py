@@ -17,8 +17,9 @@ from mmjax.models import checkpoints, opening, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.schema import to_dataclass
-from mmjax.train import build, optim, state
+from mmjax.train import build, initial, state
 from mmjax.train import rows as trained_rows
+from mmjax.train.design import make_outline
 from mmjax.train.rows import Rows
 from mmjax.train.settings import LoRASettings, RunSettings
 from mmjax.types import MMJaxError
@@ -71,12 +72,11 @@ def begin(run):
     """The blueprint of a run, what it trains, and the parameters that it begins with."""
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
         plan = build.blueprint(run.model, run.lora, run.seed, partial(state.chosen_by, run))
-        chosen = state.chosen_by(run, plan.names())
-        told = build.check_fresh(plan, chosen)
-        tx = optim.make_optimizer(run.optim, run.steps)
-        graphdef, train, frozen = build.init_state(plan, run, chosen, tx, mesh)
+        outline = make_outline(run, plan.make, mesh)
+        told = build.check_fresh(plan, outline.chosen)
+        train, frozen = initial.init_state(plan, run, outline, mesh)
         rows = trained_rows.resolve(run.train_rows, train.params, plan.processor, plan.new_rows)
-        model = nnx.merge(graphdef, train.params, frozen)
+        model = nnx.merge(outline.graphdef, train.params, frozen)
     return plan, told, rows, model
 
 

@@ -11,8 +11,9 @@ from flax import nnx
 
 from mmjax.nn import paths, quantized
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.train import build, frozen, optim
+from mmjax.train import build, frozen, initial, optim
 from mmjax.train import state as train_state
+from mmjax.train.design import make_outline
 from mmjax.train.loss import loss_sum
 from mmjax.train.plan import make_plan
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
@@ -33,12 +34,10 @@ def made(settings):
     plan = build.blueprint(
         settings.model, settings.lora, 0, lambda names: train_state.chosen_by(settings, names)
     )
-    chosen = train_state.chosen_by(settings, plan.names())
-    tx = optim.make_optimizer(settings.optim, 10)
-    graphdef, state, rest = build.init_state(
-        plan, settings, chosen, tx, make_mesh({}, jax.devices()[:1])
-    )
-    return graphdef, state.params, rest, plan
+    mesh = make_mesh({}, jax.devices()[:1])
+    outline = make_outline(settings, plan.make, mesh)
+    state, rest = initial.init_state(plan, settings, outline, mesh)
+    return outline.graphdef, state.params, rest, plan
 
 
 @functools.cache

@@ -14,8 +14,9 @@ from mmjax.models.flamingo.processor import FlamingoProcessor, ProcessorConfig
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.train import build, optim, state, vocabulary
+from mmjax.train import build, initial, state, vocabulary
 from mmjax.train import rows as trained_rows
+from mmjax.train.design import make_outline
 from mmjax.train.rows import Rows, RowSettings
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
@@ -70,10 +71,8 @@ def test_tables_grow_and_new_rows_begin_as_the_mean(folder):
         assert plan.config.answer_token_id == size
         assert plan.config.vocab_size == -(-size // 64) * 64
         assert type(plan.config).from_hf(plan.config.to_hf()) == plan.config
-        chosen = state.chosen_by(run, plan.names())
-        tx = optim.make_optimizer(run.optim, 10)
-        _, abstract, _ = state.abstract_state(plan.make, chosen, tx, mesh)
-        _, train, frozen = build.init_state(plan, run, chosen, tx, mesh)
+        outline = make_outline(run, plan.make, mesh)
+        train, frozen = initial.init_state(plan, run, outline, mesh)
         rows = trained_rows.resolve(run.train_rows, train.params, plan.processor, plan.new_rows)
     assert rows == {TABLE: Rows(0, (size,))}
     told = trained_rows.describe(rows, plan.processor)
@@ -86,7 +85,7 @@ def test_tables_grow_and_new_rows_begin_as_the_mean(folder):
         assert len(value) == plan.config.vocab_size
         mean = np.broadcast_to(old.mean(0), value[size:].shape)
         np.testing.assert_allclose(value[size:], mean, atol=1e-6)
-    table = paths.flatten(abstract.params)[TABLE]
+    table = paths.flatten(outline.state.params)[TABLE]
     assert got[TABLE].sharding.is_equivalent_to(table.sharding, 2)
     for name in set(got) - {TABLE, HEAD}:
         np.testing.assert_array_equal(got[name], params[name], err_msg=name)
@@ -98,9 +97,8 @@ def test_a_quantised_head_grows_before_it_is_rounded(folder, kind, rows):
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, frozen_dtype=kind))
     with use() as mesh:
         plan = build.blueprint(run.model, run.lora, 0, partial(state.chosen_by, run))
-        chosen = state.chosen_by(run, plan.names())
-        tx = optim.make_optimizer(run.optim, 10)
-        _, _, frozen = build.init_state(plan, run, chosen, tx, mesh)
+        outline = make_outline(run, plan.make, mesh)
+        frozen = initial.init_frozen(plan, run, outline, mesh)
     got = paths.flatten(frozen)
     assert got[HEAD].dtype.itemsize == 1 and got[HEAD].shape == (rows, plan.config.vocab_size)
     kernel = np.asarray(quantized.multiplied_out(frozen, "float32")[HEAD])

@@ -151,6 +151,17 @@ def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece,
     assert max(seen) <= max(piece, 1024)
 
 
+def test_what_is_not_asked_for_is_not_read(params, hub):
+    ckpt, some, seen = opening.open_checkpoint(hub), {"patch_embed.bias"}, []
+    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
+    got = checkpoints.read_params(ckpt, abstract, only=some, progress=seen.append)
+    assert got.keys() == some and sum(seen) == params["patch_embed.bias"].nbytes
+    np.testing.assert_array_equal(got["patch_embed.bias"], params["patch_embed.bias"])
+    short = abstract | {"patch_embed.kernel": jax.ShapeDtypeStruct((1, 1), np.float32)}
+    with pytest.raises(MMJaxError, match="patch_embed|embed_tokens"):  # all the same, all must fit
+        checkpoints.read_params(ckpt, short, only=some)
+
+
 def test_progress_counts_every_byte(params, hub, tmp_path):
     ckpt = opening.open_checkpoint(hub)
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
