@@ -36,10 +36,12 @@ def expand_config(
     MMJaxError with everything that is wrong.
     """
     path = Path(path)
-    if sampling not in SAMPLING or (num_samples < 1 and num_samples != -1):
+    number = isinstance(num_samples, int) and (num_samples > 0 or num_samples == -1)
+    if sampling not in SAMPLING or not number:
         raise MMJaxError(
-            f"{path}: sampling {sampling!r}, num_samples {num_samples}: sampling is one of "
-            f"{', '.join(SAMPLING)}, num_samples at least 1, or -1 for every record once"
+            f"{path}: sampling {sampling!r}, num_samples {num_samples!r}: sampling is one of "
+            f"{', '.join(SAMPLING)}, num_samples a whole number from 1 up, or -1 for every record "
+            "once"
         )
     rows = IndexedJson(path, index_dir)
     try:
@@ -94,12 +96,14 @@ def _dataset(
     for name, value in wanted.items():
         if name == "image_root" and not value:
             continue
+        field, names = "img_dir", "the folder of the images"
+        if name == "path":
+            field, names = "json_path", "the samples"
         if not isinstance(value, str | os.PathLike) or not value:
-            problems.append(f"{at}: json_path is {value!r}; it names the samples")
+            problems.append(f"{at}: {field} is {value!r}; it names {names}")
             continue
         found = next((p for p in (folder / value, Path(value)) if p.exists()), None)
         if found is None:
-            field = "json_path" if name == "path" else "img_dir"
             problems.append(f"{at}: {field} {str(value)!r} does not exist, nor in {folder}")
         spec[name] = str(found or value)
     return spec

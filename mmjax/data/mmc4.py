@@ -12,6 +12,7 @@ from typing import Any
 
 from mmjax.data.interleaved import Interleave
 from mmjax.data.webdataset import Sample, ShardPaths, Shards
+from mmjax.schema import to_dataclass
 from mmjax.types import BadSample, Record
 
 
@@ -29,7 +30,7 @@ class Mmc4Source:
         index_dir: str | os.PathLike | None = None,
         **options: Any,
     ):
-        self._interleave = Interleave(**options)
+        self._interleave = to_dataclass(Interleave, options, "source")
         self._shards = Shards(path, damaged, index_dir)
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from mmjax.data.interleaved import Interleave
 from mmjax.data.tfds_files import Part, TfdsFiles, as_text
 from mmjax.data.webdataset import pair_record
+from mmjax.schema import to_dataclass
 from mmjax.types import BadSample, Record
 
 _ID = Part("id", ("text", "integer"))
@@ -54,7 +55,7 @@ class TfdsInterleaved:
         data_dir: str | os.PathLike | None = None,
         **options: Any,
     ):
-        self._interleave = Interleave(**options)
+        self._interleave = to_dataclass(Interleave, options, "source")
         self._files = TfdsFiles(name, split, data_dir, encoded=True)
         assignment = self._interleave.assignment
         place = "matched_text_index" if assignment == "matched" else "similarity_matrix"

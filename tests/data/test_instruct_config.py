@@ -105,6 +105,7 @@ def test_everything_wrong_is_said_at_once(config):
     rows = json.loads(config.read_text())
     rows[0] |= {"json_path": "sets/smal.json", "img_dri": "x"}
     rows[1] |= {"img_dir": "gone", "ratio": 0}
+    rows.append(dict(rows[1], dataset_name="d", json_path="sets/large.json", img_dir=["a"]))
     rows += [dict(rows[1], dataset_name="small"), {"dataset_name": "c", "json_path": None}]
     write(config, rows)
     with pytest.raises(MMJaxError) as error:
@@ -117,6 +118,8 @@ def test_everything_wrong_is_said_at_once(config):
             "(small): json_path 'sets/smal.json' does not exist, nor in",
             "(large): img_dir 'gone' does not exist",
             "(large): ratio is 0; a share above 0",
+            "(d): img_dir is ['a']; it names the folder of the images",
+            "(d): ratio is 0",
             "(small): dataset_name 'small' is a text that no other dataset has",
             "(c): json_path is None; it names the samples",
             "(c): ratio is None",
@@ -134,6 +137,8 @@ def test_everything_wrong_is_said_at_once(config):
         ([1], {}, "expected one JSON object"),
         ([], dict(sampling="root"), "sampling 'root'"),
         ([], dict(num_samples=0), "num_samples 0"),
+        ([], dict(num_samples="10"), "num_samples '10': .*a whole number from 1 up"),
+        ([], dict(num_samples=None), "num_samples None: .*a whole number from 1 up"),
     ],
 )
 def test_configs_that_are_none(tmp_path, value, options, says):

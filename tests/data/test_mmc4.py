@@ -219,6 +219,8 @@ def test_what_is_no_document(tmp_path):
         (dict(max_images=0), "max_images 0"),
         (dict(min_images=7), "min_images 7, max_images 6"),
         (dict(single_image_share=1.5), "single_image_share 1.5"),
+        (dict(min_kilobyte=3), "source.min_kilobyte; did you mean 'min_kilobytes'"),
+        (dict(textsim_threshold="0.3"), "source.textsim_threshold: expected float, got str '0.3'"),
     ],
 )
 def test_options_are_checked_before_a_shard_is_opened(options, says):

@@ -290,7 +290,7 @@ def test_what_is_not_there_is_told_when_it_is_opened(both, both_pairs, tmp_path)
         make_source(source | dict(name=both[1], split="dev"))
     with pytest.raises(MMJaxError, match="assignment 'best' is none of argmax"):
         make_source(source | dict(name="gone", assignment="best"))
-    with pytest.raises(MMJaxError, match="unexpected keyword argument 'threshold'"):
+    with pytest.raises(MMJaxError, match=r"source\.threshold; did you mean 'textsim_threshold'"):
         make_source(source | dict(name="gone", threshold=0.24))
     copy = tmp_path / "copy"
     copy.mkdir()
