@@ -98,6 +98,20 @@ def test_rows_groups_and_other_keys_without_slopes(small_tiles):
         assert empty.sum() > 10 and not np.asarray(x)[empty].any()
 
 
+def test_a_query_without_keys_stands_among_those_that_see_all(small_tiles):
+    """It takes part in the blocks that need no mask, and what it finds there counts nothing."""
+    q, k, v, grad = arrays()
+    start, end = as_ranges("full", B, T, T)
+    start[:, ::3] = end[:, ::3] = 7
+    out, grads = run(q, k, v, grad, start, end, SLOPES)
+    mask = start, end, False, SLOPES
+    np.testing.assert_allclose(out, reference(q, k, v, *mask), atol=1e-5)
+    for got, right in zip(grads, reference_gradients(q, k, v, grad, *mask), strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-5, rtol=1e-5)
+    for x in (out, grads[0]):
+        assert not np.asarray(x)[:, ::3].any()
+
+
 @pytest.mark.parametrize(
     "dtype, h, t, bound", [("bfloat16", 128, 131, 2**-8), ("float16", 64, 136, 2**-11)]
 )
