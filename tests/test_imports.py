@@ -13,10 +13,11 @@ FILES = sorted((ROOT / "mmjax").rglob("*.py"))
 # What a layer may import of mmjax. A folder that is not listed is free to import any.
 ALLOWED = {
     "types": set(),
+    "schema": {"types"},
     "parallel": {"types"},
     "ops": {"types", "parallel"},
     "nn": {"types", "parallel", "ops"},
-    "data": {"types", "user_cache"},
+    "data": {"types", "schema", "user_cache"},
     "weights": {"types"},
     "monitor": {"types"},
     "models": {"types", "parallel", "ops", "nn", "data", "weights"},
