@@ -253,11 +253,16 @@ class TrainIterator(grain.DatasetIterator):
 
         Raises MMJaxError naming the option if the pipeline was made with other options.
         """
+        was = state["fixed"]
         changed = [
-            f"{key} was {state['fixed'].get(key)!r} and is {value!r}"
+            f"{key} was {was.get(key)!r} and is {value!r}"
             for key, value in self._fixed.items()
-            if state["fixed"].get(key) != value
+            if was.get(key) != value
         ]
+        names = list(was.get("sources") or ()), list(self._fixed.get("sources") or ())
+        if not changed and names[0] != names[1]:  # draws go by a source's number
+            old, new = (", ".join(some) for some in names)
+            changed = [f"the order of the sources was {old} and is {new}"]
         if changed:
             raise MMJaxError(
                 f"the saved data position belongs to other options: {'; '.join(changed)}. Restore "

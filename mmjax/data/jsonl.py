@@ -151,7 +151,7 @@ def index_array(path: Path) -> np.ndarray:
         seen = text[position : position + 20]
         raise MMJaxError(
             f"{path}:1: expected a JSON array of records in UTF-8, found {seen!r}; for one object "
-            "a line, name the file .jsonl"
+            "a line, name the file .jsonl; instructions of MIMIC-IT are of kind 'mimicit'"
         )
     decoder = json.JSONDecoder()
     rows: list[tuple[int, int, int]] = []

@@ -23,6 +23,7 @@ from mmjax.data.mimicit import GROUPS
 from mmjax.types import MMJaxError
 
 PATHS = ("mimicit_path", "images_path", "train_config_path")
+_DATA = (".json", ".jsonl", ".ndjson", ".parquet")
 KEYS = (*PATHS, "num_samples", "task_description")
 
 
@@ -38,6 +39,12 @@ def expand_yaml(
     path = Path(path)
     if not path.is_file():
         raise MMJaxError(f"{path}: no such file; check the path of this training YAML")
+    if path.suffix in _DATA:
+        raise MMJaxError(
+            f"{path}: is no training YAML, which lists datasets by group, but a file of data; say "
+            "what it is by another kind in place of 'mimicit_yaml': 'json', 'parquet', or "
+            "'mimicit' with mimicit_path in place of path"
+        )
     try:
         groups = yaml.load(path.read_text("utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:

@@ -418,6 +418,8 @@ def test_everything_wrong_in_a_yaml_is_said_at_once(folder):
     ],
 )
 def test_yaml_that_is_none(folder, text, says):
+    with pytest.raises(MMJaxError, match="ins.json: is no training YAML.*by another kind"):
+        expand_yaml(folder / "ins.json")
     (folder / "train.yaml").write_text(text)
     with pytest.raises(MMJaxError, match=says):
         expand_yaml(folder / "train.yaml")

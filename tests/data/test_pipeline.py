@@ -135,6 +135,10 @@ def test_resume_refuses_other_options():
         train(Numbers(9), seed=3).set_state(state)
     with pytest.raises(MMJaxError, match="sources was"):
         train(Numbers(8)).set_state(state)
+    state = json.loads(json.dumps(train({"b": Numbers(3), "a": Numbers(4)}).get_state()))
+    train({"b": Numbers(3), "a": Numbers(4)}).set_state(state)
+    with pytest.raises(MMJaxError, match="order of the sources was b, a and is a, b"):
+        train({"a": Numbers(4), "b": Numbers(3)}).set_state(state)  # each would be drawn otherwise
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
