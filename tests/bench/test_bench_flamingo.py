@@ -21,6 +21,7 @@ def rows():
         return list(runner.run_cases([TRAIN, GENERATE], peer=None, quick=True))
 
 
+@pytest.mark.heavy
 def test_rows_without_the_peer_have_times_and_do_not_count(rows):
     train, generate = rows
     for row in rows:
@@ -38,6 +39,7 @@ def peer_row(row, impl, ratio):
     }  # fmt: skip
 
 
+@pytest.mark.heavy
 def test_the_document_names_both_ways_of_the_peer_and_the_sizes(rows):
     train, generate = rows
     some = [

@@ -45,9 +45,10 @@ SAME_TOY = {
 EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
 # One of each family is asked about several pictures.
 FAMILIES = {"quickstart", "clever_flamingo_9b", "bunny_cpu"}
-# Those whose way another goes too: easy-VQA, the magnifier and Fuyu-8B as quickstart, adapters as
-# OtterHD's, captions as Clever Flamingo's instructions, S2 as another Bunny.
-SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "fuyu_8b_lora", "captions_cpu",
+# Those whose way another goes too: Fuyus that are tuned whole as quickstart, adapters as OtterHD's,
+# documents as Otter's, captions as Clever Flamingo's instructions, Bunnies as the one for CPUs.
+SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "otterhd_8b", "fuyu_text_only",
+            "fuyu_8b_lora", "openflamingo_3b", "captions_cpu", "bunny_phi2_siglip",
             "bunny_llama3_8b_s2"}  # fmt: skip
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
 BUNNIES = {

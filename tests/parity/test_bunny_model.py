@@ -14,6 +14,12 @@ from mmjax.weights.writer import Arrays
 from tests.parity import backward, bunny_examples, bunny_golden, forward
 
 NEW = 12
+# A tower and a language model of each kind; `make test-heavy` has what the others answer.
+IN_SHORT = {"bunny_phi_eva", "bunny_stablelm_clip", "bunny_qwen2_siglip", "bunny_llama_s2"}
+SOME = [
+    pytest.param(path, marks=() if path.stem in IN_SHORT else pytest.mark.heavy, id=path.stem)
+    for path in bunny_golden.paths()
+]
 
 
 @pytest.fixture(scope="module", params=bunny_golden.paths(), ids=lambda path: path.stem)
@@ -63,6 +69,7 @@ def test_packed_rows_equal_rows_apart(pair):
     np.testing.assert_allclose(packed[0, at:], golden.first.logits[1, :n], atol=1e-4)
 
 
+@pytest.mark.parametrize("pair", SOME, indirect=True)
 def test_loss_and_every_gradient_equal(pair):
     golden, ours = pair
     case, n = golden.first, ours.config.image_tokens
@@ -78,6 +85,7 @@ def test_loss_and_every_gradient_equal(pair):
     assert max(errors.values()) < 1e-4, sorted(errors.items(), key=lambda x: -x[1])[:5]
 
 
+@pytest.mark.parametrize("pair", SOME, indirect=True)
 def test_answers_are_the_peers_alone_and_in_a_batch_of_other_lengths_and_images(pair):
     golden, ours = pair
     case = golden.first
