@@ -112,6 +112,17 @@ def test_a_query_without_keys_stands_among_those_that_see_all(small_tiles):
         assert not np.asarray(x)[:, ::3].any()
 
 
+def test_queries_beyond_the_last_count_nothing_under_a_steep_slope(small_tiles):
+    """ALiBi raises their scores of later keys beyond what float32 has: inf * 0 would be NaN."""
+    q, k, v, grad = arrays(t=18, s=64)  # the second block has 24 to 31, which are in no array
+    start, end = as_ranges("full", B, 18, 64)
+    slopes = jnp.asarray([8.0, 6.0])
+    _, grads = run(q, k, v, grad, start, end, slopes)
+    mask = start, end, False, slopes
+    for got, right in zip(grads, reference_gradients(q, k, v, grad, *mask), strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "dtype, h, t, bound", [("bfloat16", 128, 131, 2**-8), ("float16", 64, 136, 2**-11)]
 )
