@@ -117,6 +117,10 @@ def test_a_language_model_that_does_not_fit(phi, stablelm, stage1, tmp_path):
     refused("holds no language model; .* a phi model, with --lm DIR", stage1, **tower)
     refused("was trained on a phi model, and .*lm is a stablelm model; give the language model it "
             "was trained on", stage1, lm=stablelm.lm, **tower)  # fmt: skip
+    (tmp_path / "mpt").mkdir()
+    (tmp_path / "mpt" / "config.json").write_text('{"model_type": "mpt"}')
+    refused("--lm .*mpt: a mpt model, and no Bunny has such .*those are phi, stablelm, qwen2",
+            stage1, lm=tmp_path / "mpt", **tower)  # fmt: skip
     deeper = bunny_files.write_language_model(phi.golden, tmp_path / "3", num_hidden_layers=3)
     refused("another language model than .*3: their config.json say num_hidden_layers 2 and 3",
             stage1, lm=deeper, **tower)  # fmt: skip

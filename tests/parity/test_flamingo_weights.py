@@ -272,6 +272,13 @@ def test_what_is_exported_for_openflamingo_is_what_it_saves(mpt, llama, tmp_path
     assert_same(read_all(tmp_path / "all")[1], whole[1])
 
 
+def test_a_language_model_that_no_flamingo_has_is_named_with_its_folder(mpt, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "phi"}')
+    says = f"--lm {tmp_path}: config.json says model_type 'phi', no language .*those are llama, mpt"
+    with pytest.raises(MMJaxError, match=says):
+        opening.open_checkpoint(mpt[1] / "checkpoint.pt", **{**mpt[2], "lm": tmp_path})
+
+
 def test_a_layout_that_a_family_lacks_is_refused(mpt, tmp_path):
     argv = [str(mpt[1] / "checkpoint.pt"), str(tmp_path / "x"), *options(mpt[2])]
     with pytest.raises(MMJaxError, match="a flamingo model is written as otter or openflamingo"):

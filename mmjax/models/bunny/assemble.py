@@ -13,7 +13,13 @@ from typing import Any
 
 from mmjax.data.tokenize import load_tokenizer
 from mmjax.models.bunny import projector
-from mmjax.models.bunny.config import PREFIX, BunnyConfig, architecture_of, s2_scales
+from mmjax.models.bunny.config import (
+    MODEL_TYPES,
+    PREFIX,
+    BunnyConfig,
+    architecture_of,
+    s2_scales,
+)
 from mmjax.models.bunny.processor_config import seen_by_tower
 from mmjax.models.json_files import read_json
 from mmjax.models.language import weights as language
@@ -135,7 +141,13 @@ def _language_model(
             "and its weights; " + ("this one is converted" if text else "there is no config.json")
         )
     found = architecture(text)
-    name = architecture_of({"model_type": PREFIX + found.model_type})
+    name = found.model_type
+    if PREFIX + name not in MODEL_TYPES:
+        known = ", ".join(one.removeprefix(PREFIX) for one in MODEL_TYPES)
+        raise MMJaxError(
+            f"--lm {folder}: a {name} model, and no Bunny has such a language model; those are "
+            f"{known}"
+        )
     if stated not in (None, name):
         raise MMJaxError(
             f"{where}: was trained on a {stated} model, and {folder} is a {name} model; give the "

@@ -122,7 +122,14 @@ def _language_model(
             f"--lm {folder}: give the language model's folder as on Hugging Face, with config.json "
             "and its weights; " + ("this one is converted" if text else "there is no config.json")
         )
-    own, raw = ARCHITECTURES[architecture_of(text)], open_reader(folder)
+    try:
+        own = ARCHITECTURES[architecture_of(text)]
+    except MMJaxError as error:
+        raise MMJaxError(
+            f"--lm {folder}: config.json says model_type {text.get('model_type')!r}, no language "
+            f"model of a Flamingo; those are {', '.join(TOKENIZER_LENGTHS)}"
+        ) from error
+    raw = open_reader(folder)
     told = told_by(raw.keys())
     if told is not own:
         raise MMJaxError(
