@@ -439,5 +439,7 @@ def test_a_dtype_that_is_none_is_named(bare, dtype):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(MMJaxError, match="nothing-here"):
         mmjax.load(tmp_path / "nothing-here")
+    with pytest.raises(MMJaxError, match="hf download adept/fuyu-8b --local-dir fuyu-8b$"):
+        mmjax.load("adept/fuyu-8b")
     with pytest.raises(MMJaxError, match=str(tmp_path)):
         mmjax.load(tmp_path)

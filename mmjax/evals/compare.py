@@ -56,7 +56,7 @@ def read_runs(names: Sequence[str], task: str | None = None) -> dict[str, Entrie
     for item in names:
         name, mark, folder = item.partition("=")
         folder = folder if mark else item
-        name = name if mark else Path(folder).name
+        name = name if mark else Path(folder).resolve().name
         results = read_results(Path(folder, "results.json"))
         if not results:
             raise MMJaxError(
@@ -106,6 +106,8 @@ def write(out: str | os.PathLike, runs: Mapping[str, Entries], command: str) -> 
     A file that is there keeps its text outside the marks; one without marks gets them at its end.
     """
     out = Path(out)
+    if out.is_dir():
+        raise MMJaxError(f"--out {out} is a folder; give the Markdown file, {out / 'compare.md'}")
     picture = out.with_suffix(".svg")
     tables = "\n\n".join(filter(None, (table(runs), metric_table(runs))))
     between = f"{tables}\n\n![{_title(runs)}]({picture.name})\n\n```\n{command}\n```"

@@ -133,7 +133,7 @@ def open_reader(path: str | Path) -> FileReader:
     if path.is_file():
         return FileReader(_read_file(path))
     if not path.is_dir():
-        raise MMJaxError(f"{path}: no such file or folder{partial_hint(path)}")
+        raise MMJaxError(f"{path}: no such file or folder{absent_hint(path)}")
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
         for key, info in _read_file(file).items():
@@ -144,6 +144,17 @@ def open_reader(path: str | Path) -> FileReader:
                 )
             tensors[key] = info
     return FileReader(tensors)
+
+
+def absent_hint(path: Path) -> str:
+    """Say what a path that is not there may be: half-written, a name on the hub, or nothing."""
+    hint = partial_hint(path)
+    if hint or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        return hint
+    return (
+        "; if this is a name on the Hugging Face hub, fetch it first, nothing is downloaded "
+        f"here: hf download {path} --local-dir {path.name}"
+    )
 
 
 def partial_hint(path: Path) -> str:

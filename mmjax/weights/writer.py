@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.types import MMJaxError
-from mmjax.weights.reader import SAFETENSORS_DTYPES, partial_hint
+from mmjax.weights.reader import SAFETENSORS_DTYPES, absent_hint
 from mmjax.weights.rules import Tensor
 
 SHARD_BYTES = 5_000_000_000
@@ -136,7 +136,7 @@ def cannot_write(destination: str | Path, error: Exception) -> MMJaxError:
 def refuse_incomplete(folder: Path) -> None:
     """Raise MMJaxError for a folder that is not there or was never finished."""
     if not folder.exists():
-        raise MMJaxError(f"{folder}: no such file or folder{partial_hint(folder)}")
+        raise MMJaxError(f"{folder}: no such file or folder{absent_hint(folder)}")
     if folder.is_dir() and (folder / MARKER).exists():
         raise MMJaxError(
             f"{folder}: a half-written conversion, its writer was killed or is still at work; "

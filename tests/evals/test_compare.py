@@ -69,6 +69,14 @@ def test_words_around_the_table_are_kept(runs, tmp_path):
     assert second.count(compare.BEGIN) == 1 and "low" not in second
 
 
+def test_a_run_is_called_as_its_folder_and_out_is_a_file(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path / "low")
+    compare.main([".", runs[1], "--out", "sizes.md"])
+    assert capsys.readouterr().out.startswith("| longest side | low | mixed |\n")
+    with pytest.raises(MMJaxError, match=f"--out {tmp_path} is a folder; give .*/compare.md"):
+        compare.main([".", "--out", str(tmp_path)])
+
+
 def test_runs_that_cannot_be_compared_are_named(runs, tmp_path):
     with pytest.raises(MMJaxError, match=r"none has no results.json.*python eval.py"):
         compare.read_runs([str(tmp_path / "none")])
