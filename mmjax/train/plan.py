@@ -58,7 +58,8 @@ class MemoryPlan:
     mesh: devices by axis. tokens: of a microbatch on each device. kinds: dtypes of trained and
     frozen parameters and of the optimizer's arrays. parameters: (trained, all). compiled: what the
     compiler counts, None where the step was not compiled. note: what stands in for the recipe's.
-    answers: what the model needs to answer.
+    saved: bytes of a checkpoint, over all devices; stay: how many of them are kept. answers: what
+    the model needs to answer.
     """
 
     name: str
@@ -68,6 +69,8 @@ class MemoryPlan:
     parts: dict[str, tuple[int, int, int]]
     kinds: dict[str, str]
     parameters: tuple[int, int]
+    saved: int
+    stay: int
     answers: AnswerPlan
     compiled: int | None = None
     note: str = ""
@@ -122,6 +125,8 @@ def make_plan(
             "optimizer": f"{settings.optim.name}, momentum {optim.mu_dtype(settings.optim)}",
         },
         _count(outline, rows),
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(outline.state)),
+        settings.checkpoint.keep + bool(settings.checkpoint.best),
         plan_answers(settings.model.family, config, data.seq_len),
         compiled,
         note,

@@ -67,17 +67,25 @@ def verdict(plan: MemoryPlan, memory: float) -> str:
     )
 
 
+def saving(plan: MemoryPlan) -> str:
+    """Say what checkpoints need on disk; nothing is deleted before another is whole."""
+    return (
+        f"to save: {_size(plan.saved)} a checkpoint, {_size((plan.stay + 1) * plan.saved)} for the "
+        f"{plan.stay} that stay and the one being written"
+    )
+
+
 def answering(plan: MemoryPlan) -> str:
     """Say what the model needs to answer, over all devices that it is spread over."""
-
-    def size(count: int) -> str:
-        return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
     need = plan.answers
     return (
-        f"to answer: {size(need.weights)} of weights in bfloat16, {size(need.quantised)} in int8, "
-        f"and {size(need.row)} of keys and values a row of {need.tokens:,} tokens"
+        f"to answer: {_size(need.weights)} of weights in bfloat16, {_size(need.quantised)} in "
+        f"int8, and {_size(need.row)} of keys and values a row of {need.tokens:,} tokens"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def print_plan(settings: RunSettings, *, devices: int = 0, memory: float = 0.0) -> None:
@@ -106,4 +114,5 @@ def print_plan(settings: RunSettings, *, devices: int = 0, memory: float = 0.0) 
         console.print(verdict(plan, memory), soft_wrap=True)
     else:
         console.print("give --plan_memory=GB to be told whether it fits")
+    console.print(saving(plan), soft_wrap=True)
     console.print(answering(plan), soft_wrap=True)

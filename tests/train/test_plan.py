@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from mmjax.checkpoint import CheckpointSettings
 from mmjax.config import resolve_recipe
 from mmjax.models import registry
 from mmjax.nn.linear import DTypes
@@ -139,6 +140,18 @@ def test_what_answering_needs_is_weights_and_a_rows_keys_and_values():
     assert 0.5 * need.weights < need.quantised < 0.8 * need.weights  # a kernel's scales are float32
     assert need.row == 2 * layers * 16 * width * 2 + 4  # keys and values, and their number
     assert plan_report.answering(made).endswith("keys and values a row of 16 tokens")
+
+
+def test_a_checkpoint_is_what_is_trained_and_its_moments():
+    run = small(rank=4)
+    made = plan.make_plan(run, jax.devices()[:1])
+    assert made.saved == 3 * 4 * made.parameters[0] + 3 * 4  # and three numbers of steps
+    assert (made.stay, run.checkpoint.keep) == (2, 2)
+    best = dataclasses.replace(run, checkpoint=CheckpointSettings(keep=3, best="eval/a/accuracy"))
+    made = dataclasses.replace(plan.make_plan(best, jax.devices()[:1]), saved=2_000_000_000)
+    assert plan_report.saving(made) == (
+        "to save: 2.00 GB a checkpoint, 10.00 GB for the 4 that stay and the one being written"
+    )
 
 
 def test_a_medium_has_as_many_frames_as_the_processor_takes():
