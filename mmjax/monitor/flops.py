@@ -31,10 +31,12 @@ _BF16_PEAKS = (
 )
 _FLOAT32_SHARE = 0.5  # jax multiplies float32 in TF32 on these GPUs, at half the bfloat16 rate
 
+MEASURED = "measured"
+
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """FLOP/s of all devices together, and how it is known (``data sheet`` or ``measured``)."""
+    """FLOP/s of all devices together, and how it is known: ``data sheet`` or MEASURED."""
 
     flops: float
     source: str
@@ -62,7 +64,7 @@ def find_peak(devices: Any = None, dtype: str = "bfloat16", *, measure: bool = T
     if per_device is not None and devices[0].platform != "cpu":
         return Peak(per_device * len(devices), "data sheet")
     if devices[0].platform == "cpu" and measure:
-        return Peak(measure_matmul(dtype), "measured")
+        return Peak(measure_matmul(dtype), MEASURED)
     return None
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
+from mmjax.monitor.flops import MEASURED, Peak
+
 
 @dataclasses.dataclass
 class _Interval:
@@ -29,7 +31,8 @@ class Meter:
     Steps are dispatched ahead of the device: call ``report`` after something was fetched from it.
 
     total_steps: of the whole run. start_step: steps done before, by the run that is continued.
-    peak_flops: FLOP/s of all devices together, None where it is not known: no ``perf/mfu`` then.
+    peak: FLOP/s of all devices together, None where it is not known: no ``perf/mfu`` then. One that
+    was measured while something else ran is too low: what steps reach above it takes its place.
     """
 
     def __init__(
@@ -37,10 +40,10 @@ class Meter:
         total_steps: int,
         *,
         start_step: int = 0,
-        peak_flops: float | None = None,
+        peak: Peak | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.total_steps, self.peak_flops = total_steps, peak_flops
+        self.total_steps, self.peak = total_steps, peak
         self._clock = clock
         self._step = start_step
         self._measured_from: tuple[float, int] | None = None  # (time, step) after the first step
@@ -94,8 +97,11 @@ class Meter:
         rates = {"perf/tok_s": i.tokens, "perf/img_s": i.images, "perf/sample_s": i.samples}
         out = {"perf/step_s": seconds / i.steps, "perf/data_wait_s": i.waited / i.steps}
         out |= {name: count / seconds for name, count in rates.items() if count}
-        if self.peak_flops and i.flops:
-            out["perf/mfu"] = i.flops / seconds / self.peak_flops
+        if self.peak and i.flops:
+            reached = i.flops / seconds
+            if self.peak.source == MEASURED and reached > self.peak.flops:
+                self.peak = Peak(reached, MEASURED)
+            out["perf/mfu"] = reached / self.peak.flops
         return out
 
     def eta(self) -> float | None:

@@ -53,31 +53,20 @@ def _values(
     mesh: jax.sharding.Mesh,
     names: Collection[str],
 ) -> dict[str, jax.Array]:
-    """Read or draw the parameters of some names."""
+    """Read the parameters of some names, or draw those that no file has."""
     every, earlier, values = _every(outline), {}, {}
     if plan.lora_init and any(map(is_lora, names)):  # first: they are small and may not fit
         earlier = adapters.read(plan.lora_init, plan.lora, plan.family, plan.config, every)
     if plan.source is not None and names:
-        values = _read(plan, settings, outline, mesh, names)
+        wanted, each, kept = every, None, settings.model.frozen_dtype
+        if kept in quantized.KINDS:
+            wanted, each = quantized.while_loading(outline.frozen, every, settings.model.dtype)
+        read = wanted
+        if plan.source_rows is not None:
+            axes = vocabulary.vocabulary_axes((outline.state.params, outline.frozen))
+            read = vocabulary.shortened(wanted, axes, plan.source_rows, mesh)
+            each = vocabulary.while_loading(axes, wanted, each)
+        values = checkpoints.read_params(plan.source, read, only=names, each=each)
     values |= {name: x for name, x in earlier.items() if name in names}
     # What neither the model nor the earlier run has, such as adapters and untrained parts.
     return values | train_state.drawn(plan.make, {n: every[n] for n in names if n not in values})
-
-
-def _read(
-    plan: Blueprint,
-    settings: RunSettings,
-    outline: Outline,
-    mesh: jax.sharding.Mesh,
-    names: Collection[str],
-) -> dict[str, jax.Array]:
-    """Read those of some names that ``plan.source`` has."""
-    wanted, each, kept = _every(outline), None, settings.model.frozen_dtype
-    if kept in quantized.KINDS:
-        wanted, each = quantized.while_loading(outline.frozen, wanted, settings.model.dtype)
-    source = wanted
-    if plan.source_rows is not None:
-        axes = vocabulary.vocabulary_axes((outline.state.params, outline.frozen))
-        source = vocabulary.shortened(wanted, axes, plan.source_rows, mesh)
-        each = vocabulary.while_loading(axes, wanted, each)
-    return checkpoints.read_params(plan.source, source, only=names, each=each)

@@ -55,7 +55,7 @@ class Reports:
         sizes = frozen_part.sizes(outline.state.params, outline.frozen)
         self._flops = step_flops(plan.config, settings.data, sizes, outline.chosen)
         peak = find_peak(list(mesh.devices.flat), settings.model.dtype)
-        self.meter = Meter(settings.steps, start_step=first, peak_flops=peak and peak.flops)
+        self.meter = Meter(settings.steps, start_step=first, peak=peak)
         self.line = LiveLine(settings.steps, enabled=self._lead, alone=jax.process_count() == 1)
         batches.warn = checkpoints.warn = self.writer.warn = self.line.warn
         self.watch = StepWatch(

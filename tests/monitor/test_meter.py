@@ -1,6 +1,7 @@
 import pytest
 
 from mmjax.monitor import flops
+from mmjax.monitor.flops import MEASURED, Peak
 from mmjax.monitor.meter import Meter
 
 
@@ -14,7 +15,7 @@ class Clock:
 
 def test_meter_leaves_out_the_first_step_and_the_pauses():
     clock = Clock()
-    meter = Meter(11, peak_flops=1000.0, clock=clock)
+    meter = Meter(11, peak=Peak(1000.0, "data sheet"), clock=clock)
     clock.now += 30  # compiles
     meter.step(tokens=100)
     assert meter.report() == {} and meter.eta() is None
@@ -38,6 +39,19 @@ def test_meter_leaves_out_the_first_step_and_the_pauses():
     # 6 steps to go, 20 seconds were spent on 4
     assert meter.eta() == pytest.approx(30.0)
     assert meter.report() == {}
+
+
+@pytest.mark.parametrize("source, shares", [(MEASURED, (1.0, 0.5)), ("data sheet", (1.5, 0.75))])
+def test_a_measured_peak_is_no_less_than_what_steps_reach(source, shares):
+    clock = Clock()
+    meter = Meter(9, peak=Peak(100.0, source), clock=clock)
+    meter.step()  # compiles
+    found = []
+    for seconds in (2.0, 4.0):
+        clock.now += seconds
+        meter.step(flops=300.0)
+        found.append(meter.report()["perf/mfu"])
+    assert tuple(found) == shares
 
 
 def test_meter_without_a_peak_has_no_mfu():
