@@ -73,7 +73,8 @@ list-style:none;margin:0;padding:0}
 .card{border:1px solid var(--rule);border-radius:10px;overflow:hidden;display:flex;
 flex-direction:column;min-width:0}
 .card[hidden]{display:none}
-.frame{background:#0b0f14;aspect-ratio:1;display:flex;align-items:center;justify-content:center}
+.frame{background:#0b0f14;aspect-ratio:1;display:grid;gap:2px;align-items:center;
+grid-template-columns:repeat(var(--columns,1),minmax(0,1fr));grid-auto-rows:minmax(0,1fr)}
 .frame img{width:100%;height:100%;object-fit:contain}
 .frame img.tiny{image-rendering:pixelated}
 .card .body{padding:10px 12px 12px;font-size:.9rem;overflow-wrap:anywhere}
@@ -111,7 +112,7 @@ const cards=[...document.querySelectorAll('.card')],count=document.getElementByI
 const apply=()=>{const want=new FormData(form);let n=0;
 for(const c of cards){const on=['verdict','task','at'].every(k=>{const v=want.get(k);
 return !v||c.dataset[k]===v});c.hidden=!on;n+=on}
-count.textContent=n+' of '+cards.length+' pictures'};
+count.textContent=n+' of '+cards.length+' questions'};
 form.addEventListener('change',apply);form.hidden=false;apply()})();
 """
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
 from mmjax.data import images as im
-from mmjax.types import BadSample, Record
+from mmjax.evals.tasks import spread
+from mmjax.types import BadSample, ImageSource, Record
 
 _SHOWN_SIDE = 448  # pixels: a report with a hundred pictures stays a few megabytes
+MOST_SHOWN = 9  # of one question
 _PNG_SIDE = 128  # small pictures are kept without loss: single pixels matter in them
 
 
@@ -20,29 +22,38 @@ def picture_size(records: Iterable[Record]) -> int | None:
     """Return the longest side of most pictures (their median), None without any."""
     sides = []
     for record in records:
-        if record.images:
+        for first in _frames(record.images[0])[:1] if record.images else ():
             try:
-                sides.append(max(im.open_image(record.images[0]).size))
+                sides.append(max(im.open_image(first).size))
             except BadSample:
                 continue
     return sorted(sides)[len(sides) // 2] if sides else None
 
 
-def save_picture(record: Record, folder: str, index: int) -> str | None:
-    """Keep the first picture of a record for the report; returns its path, None without one."""
-    if not record.images:
-        return None
-    try:
-        picture = im.to_rgb(im.open_image(record.images[0]))
-    except BadSample:
-        return None
-    os.makedirs(folder, exist_ok=True)
-    if max(picture.size) > 2 * _SHOWN_SIDE:
-        picture.thumbnail((2 * _SHOWN_SIDE, 2 * _SHOWN_SIDE))
-    small = max(picture.size) <= 2 * _PNG_SIDE
-    path = os.path.join(folder, f"{index}.{'png' if small else 'jpg'}")
-    picture.save(path, **({} if small else {"quality": 92}))
-    return path
+def save_pictures(record: Record, folder: str, index: int) -> list[str]:
+    """Keep the pictures of a record for the report; returns their paths.
+
+    Frames of a video count as pictures. Of more than nine so many, evenly spread.
+    """
+    every = [one for source in record.images for one in _frames(source)]
+    paths = []
+    for place in spread(len(every), min(len(every), MOST_SHOWN)):
+        try:
+            picture = im.to_rgb(im.open_image(every[place]))
+        except BadSample:
+            continue
+        os.makedirs(folder, exist_ok=True)
+        if max(picture.size) > 2 * _SHOWN_SIDE:
+            picture.thumbnail((2 * _SHOWN_SIDE, 2 * _SHOWN_SIDE))
+        small = max(picture.size) <= 2 * _PNG_SIDE
+        name = f"{index}_{place}" if len(every) > 1 else str(index)
+        paths.append(os.path.join(folder, f"{name}.{'png' if small else 'jpg'}"))
+        picture.save(paths[-1], **({} if small else {"quality": 92}))
+    return paths
+
+
+def _frames(source: ImageSource) -> Sequence[ImageSource]:
+    return source if isinstance(source, list | tuple) else (source,)
 
 
 def data_uri(path: str, longest: int | None = None) -> tuple[str, int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -52,8 +53,8 @@ def write_report(
 ) -> str:
     """Write a self-contained HTML page; returns its path.
 
-    results: as in results.json. predictions: rows of the predictions files; those with a
-    ``picture`` (relative to the page's folder) are shown. metrics: name -> [(step, value)].
+    results: as in results.json. predictions: rows of the predictions files; those with
+    ``pictures`` (relative to the page's folder) are shown. metrics: name -> [(step, value)].
     """
     path, meta = os.fspath(path), dict(meta or {})
     name = str(meta.pop("name", "mmjax run"))
@@ -212,13 +213,13 @@ def _gallery(predictions: Sequence[Mapping[str, Any]], folder: str) -> str:
     """Show the pictures with question, answer and prediction, at the resolution of the question."""
     cards, tasks, places = [], {}, {}
     order = {task: i for i, task in enumerate(dict.fromkeys(r["task"] for r in predictions))}
-    shown = [r for r in predictions if r.get("picture")]
+    shown = [r for r in predictions if r.get("pictures")]
     # The same picture at its resolutions stands side by side, the sharpest first.
     shown.sort(key=lambda r: (order[r["task"]], r["index"], -(r["resolution"] or 1 << 30)))
     for row in shown:
-        picture = data_uri(os.path.join(folder, row["picture"]), row.get("resolution"))
-        if picture is not None:
-            cards.append(_card(row, *picture))
+        found = [data_uri(os.path.join(folder, x), row.get("resolution")) for x in row["pictures"]]
+        if pictures := [one for one in found if one is not None]:
+            cards.append(_card(row, pictures))
             tasks[row["task"]] = row["task"]
             places[row["key"]] = _resolution_label(row)
     if not cards:
@@ -241,18 +242,26 @@ def _resolution_label(row: Mapping[str, Any]) -> str:
     return f"{row['resolution']} px" if row.get("resolution") is not None else str(row["key"])
 
 
-def _card(row: Mapping[str, Any], uri: str, width: int, height: int) -> str:
+def _card(row: Mapping[str, Any], pictures: Sequence[tuple[str, int, int]]) -> str:
     verdict = "right" if row["correct"] else "wrong"
     mark = "\u2713 right" if row["correct"] else "\u2717 wrong"
-    alt = f"Picture {row['id']}, {width} by {height} pixels"
-    tiny = ' class="tiny"' if max(width, height) <= 160 else ""
+    frame = ""
+    for i, (uri, width, height) in enumerate(pictures, 1):
+        which = f", {i} of {len(pictures)}" if len(pictures) > 1 else ""
+        alt = f"Picture {row['id']}{which}, {width} by {height} pixels"
+        tiny = ' class="tiny"' if max(width, height) <= 160 else ""
+        frame += (
+            f'<img{tiny} src="{uri}" width="{width}" height="{height}" '
+            f'alt="{escape(alt, quote=True)}" loading="lazy">'
+        )
+    columns = math.ceil(math.sqrt(len(pictures)))
+    several = f' style="--columns:{columns}"' if columns > 1 else ""
     said = escape(row["prediction"]) or "<em>nothing</em>"
     data = {"verdict": verdict, "task": row["task"], "at": row["key"]}
     attributes = " ".join(f'data-{k}="{escape(str(v), quote=True)}"' for k, v in data.items())
     return (
         f'<li class="card {verdict}" {attributes}>'
-        f'<div class="frame"><img{tiny} src="{uri}" width="{width}" height="{height}" '
-        f'alt="{escape(alt, quote=True)}" loading="lazy"></div>'
+        f'<div class="frame"{several}>{frame}</div>'
         f'<div class="body"><p><span class="where">{escape(_resolution_label(row))}</span>'
         f'<span class="verdict">{mark}</span></p><p>{escape(row["question"])}</p>'
         f"<dl><dt>answer</dt><dd>{escape(row['answer'])}</dd>"

@@ -15,7 +15,7 @@ from mmjax.data.resizing import at_resolution
 from mmjax.evals.benchmarks import source_settings
 from mmjax.evals.cuts import get_cut
 from mmjax.evals.few_shot import Demonstrations
-from mmjax.evals.pictures import picture_size, save_picture
+from mmjax.evals.pictures import picture_size, save_pictures
 from mmjax.evals.results import (
     blind_baselines,
     chance_level,
@@ -254,13 +254,13 @@ def _keep(
     shown = {}
     for index in choose_pictures(rows, task.pictures):
         stem = os.path.splitext(os.path.basename(path))[0]
-        saved = save_picture(source[index], os.path.join(workdir, "predictions", stem), index)
-        if saved is not None:
-            shown[index] = os.path.relpath(saved, workdir)
+        saved = save_pictures(source[index], os.path.join(workdir, "predictions", stem), index)
+        if saved:
+            shown[index] = [os.path.relpath(one, workdir) for one in saved]
     lines = []
     for row in rows:
-        picture = {"picture": shown[row["index"]]} if row["index"] in shown else {}
-        lines.append(json.dumps(row | picture, ensure_ascii=False, default=str))
+        kept = {"pictures": shown[row["index"]]} if row["index"] in shown else {}
+        lines.append(json.dumps(row | kept, ensure_ascii=False, default=str))
     write_atomic(path, "\n".join(lines) + "\n")
     if task.submission is None:
         return []

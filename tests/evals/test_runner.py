@@ -40,6 +40,27 @@ def run(tasks, tmp_path=None, **options):
     return runner.evaluate(tasks, answer, workdir=tmp_path, console=console, **options)
 
 
+def test_a_report_shows_all_pictures_of_a_question_and_frames_of_a_video(tmp_path):
+    def asked(i, *images):
+        return dataclasses.replace(record(i, "Which?", "a"), images=images)
+
+    shades = [np.full((8, 8, 3), i, np.uint8) for i in range(40)]
+    several, unreadable, video = asked(0, *shades[:3]), asked(1, shades[0], b"no"), (*shades[:3],)
+    records = [several, unreadable, asked(2, video, shades[3]), asked(3, *shades)]
+    run([vqa("which", records)], tmp_path)
+    lines = (tmp_path / "predictions/which.jsonl").read_text().splitlines()
+    kept = [json.loads(line)["pictures"] for line in lines]
+    assert [len(paths) for paths in kept] == [3, 1, 4, 9]
+    for i, paths in enumerate(kept):
+        found = [int(np.asarray(open_image(tmp_path / path))[0, 0, 0]) for path in paths]
+        assert found == [[0, 1, 2], [0], [0, 1, 2, 3], [0, 4, 8, 13, 17, 22, 26, 31, 35]][i]
+    page = Path(report.report_workdir(tmp_path, {"name": "several"})).read_text()
+    assert [page.count(f"Picture r{i}, ") for i in range(4)] == [3, 1, 4, 9]
+    assert "Picture r2, 4 of 4, 8 by 8 pixels" in page and "Picture r1, 8 by 8 pixels" in page
+    styles = re.findall(r'class="frame"( style="[^"]*")?', page)
+    assert sorted(styles) == ["", *(f' style="--columns:{n}"' for n in (2, 2, 3))]
+
+
 def test_a_sweep_is_scored_kept_and_reported(tmp_path):
     task = vqa("colours", colours(), resolutions=(None, 5), train=colours()[:3], chance=0.25)
     found = run([task], tmp_path, batch_size=4, step=7)
@@ -64,7 +85,7 @@ def test_a_sweep_is_scored_kept_and_reported(tmp_path):
         "prediction": "red",
         "score": 0.0,
         "correct": False,
-        "picture": "predictions/colours/1.png",
+        "pictures": ["predictions/colours/1.png"],
     }
     metrics = runner.as_metrics(found)
     assert metrics["eval/colours/accuracy"] == 1.0
