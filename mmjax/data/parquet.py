@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
-from mmjax.data.sources import parse_record
+from mmjax.data.sources import image_folder, parse_record
 from mmjax.types import BadSample, MMJaxError, Record
 
 MAX_GROUP_BYTES = 256 * 2**20
@@ -219,7 +219,7 @@ class ParquetSource:
         self._files = ParquetFiles(path)
         self.path = self._files.path
         folder = self.path if self.path.is_dir() else self.path.parent
-        self.image_root = Path(folder if image_root is None else image_root)
+        self.image_root = image_folder(image_root, folder)
         there = self._files.columns
         fields = dict(fields or {})
         unknown = sorted(set(fields) - set(_COLUMNS))

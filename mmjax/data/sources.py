@@ -60,7 +60,7 @@ class JsonSource:
         draws: int | None = None,
     ):
         self.path = Path(path)
-        self.image_root = Path(image_root) if image_root is not None else self.path.parent
+        self.image_root = image_folder(image_root, self.path.parent)
         self._file = IndexedJson(path, index_dir)
         if draws is not None and draws < 1:
             raise MMJaxError(f"{path}: draws {draws} is a number of records of an epoch, from 1 up")
@@ -81,6 +81,22 @@ class JsonSource:
             own = name if own is None else own
             error.meta = {"id": own, "source": path, "line": line}
             raise
+
+
+def image_folder(image_root: str | os.PathLike | None, beside: Path) -> Path:
+    """Return the folder that image names are relative to, ``beside`` where none is given.
+
+    Raises MMJaxError for one that is not there: every record would be skipped for it.
+    """
+    if image_root is None:
+        return beside
+    folder = Path(image_root)
+    if not folder.is_dir():
+        raise MMJaxError(
+            f"image_root {folder}: no such folder; give the one that image names are relative to, "
+            f"or leave it away where that is {beside}"
+        )
+    return folder
 
 
 def parse_record(

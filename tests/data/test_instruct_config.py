@@ -90,9 +90,9 @@ def test_an_instruction_stands_before_the_input_and_an_empty_output_is_bad(tmp_p
     rows = [sample(0, instruction="Look at <img_path>first.png<img_path>. ")]
     rows += [sample(i, output=text) for i, text in enumerate(["", " ", "\n"], 1)]
     rows += [{"input": "<img_path>a.png What?", "output": "x"}]
-    source = JsonSource(write(tmp_path / "a.json", rows), image_root="/pictures")
+    source = JsonSource(write(tmp_path / "a.json", rows), image_root=tmp_path)
     assert source[0].messages[0].text == "Look at <image>. <image>What is 0?"
-    assert source[0].images == ("/pictures/first.png", "/pictures/p0.png")
+    assert source[0].images == (f"{tmp_path}/first.png", f"{tmp_path}/p0.png")
     for i in (1, 2, 3):
         with pytest.raises(BadSample) as error:
             TEMPLATES["guanaco_chat"](source[i])

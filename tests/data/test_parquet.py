@@ -89,8 +89,8 @@ def test_other_forms_and_names_of_columns(tmp_path):
     assert [load_rgb(i)[0, 0, 0] for i in record.images] == [1, 2]
     llava = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     text = {"conversations": [json.dumps(llava), "["], "image": ["x.png", None]}
-    source = ParquetSource(write(tmp_path / "text.parquet", text), image_root="/img")
-    assert source[0].images == ("/img/x.png",) and source[0].messages[1].text == "a"
+    source = ParquetSource(write(tmp_path / "text.parquet", text), image_root=tmp_path)
+    assert source[0].images == (f"{tmp_path}/x.png",) and source[0].messages[1].text == "a"
     with pytest.raises(BadSample, match="'conversations' is not JSON"):
         source[1]
     named = {"img": [png(5)], "query": ["q"], "label": ["a"]}

@@ -39,7 +39,7 @@ def test_json_array_and_jsonl_give_the_same_records(tmp_path):
     lines = write(
         tmp_path / "b.jsonl", text + "\n\n \n" + json.dumps(items[3]) + "\n" + json.dumps(items[4])
     )
-    a, b = JsonSource(array, image_root="/img"), JsonSource(lines, image_root="/img")
+    a, b = JsonSource(array, image_root=tmp_path), JsonSource(lines, image_root=tmp_path)
     assert len(a) == len(b) == 5
     for i in (4, 0, 2):
         assert a[i].messages == b[i].messages
@@ -47,7 +47,7 @@ def test_json_array_and_jsonl_give_the_same_records(tmp_path):
             Message("user", "<image>\nWhät?"),
             Message("assistant", "A cät \u2028."),
         )
-        assert a[i].images == b[i].images == ("/img/x.png",)
+        assert a[i].images == b[i].images == (f"{tmp_path}/x.png",)
         assert a[i].meta["id"] == b[i].meta["id"] == f"r{i}"
     assert [b[i].meta["line"] for i in range(5)] == [1, 2, 3, 6, 7]
     assert (
@@ -55,6 +55,14 @@ def test_json_array_and_jsonl_give_the_same_records(tmp_path):
         == 1 + array.read_text("utf-8")[: array.read_text("utf-8").index('"r1"')].count("\n") - 1
     )
     assert pickle.loads(pickle.dumps(b))[3].messages == b[3].messages
+
+
+@pytest.mark.parametrize("name", ["away", "a.json"])
+def test_an_image_root_that_is_no_folder_is_told_at_once(tmp_path, name):
+    file = write(tmp_path / "a.json", [GOOD])
+    says = f"image_root {tmp_path / name}: no such folder.*leave it away where that is {tmp_path}$"
+    with pytest.raises(MMJaxError, match=says):
+        JsonSource(file, image_root=tmp_path / name)
 
 
 def test_other_forms_and_image_fields(tmp_path):
@@ -100,12 +108,14 @@ def test_images_named_inside_the_text(tmp_path):
         {"input": "<image>", "output": "o"},
         {"input": 3, "output": "o"},
     ]
-    s = JsonSource(write(tmp_path / "a.json", items), image_root="/img")
+    s = JsonSource(write(tmp_path / "a.json", items), image_root=tmp_path)
     assert s[0].messages == (
         Message("user", "<image>Which is older, this or <image>?"),
         Message("assistant", "The first."),
     )
-    assert s[0].images == ("/img/a b.png", "/abs/c.png") and s[0].meta["answers"] == ["The first."]
+    assert s[0].images == (f"{tmp_path}/a b.png", "/abs/c.png") and s[0].meta["answers"] == [
+        "The first."
+    ]
     assert s[1].messages[0].text == "Think. Why?" and s[1].images == ()
     wanted = ["holds 1 <img_path> marks", "an empty file name", "a bare <image>", "'input' is 3"]
     for i, says in enumerate(wanted):
