@@ -41,7 +41,7 @@ def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | Non
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if argv is None:
         runtime.prepare()
-    argv = list(sys.argv if argv is None else argv)
+    argv = [with_home(item) for item in (sys.argv if argv is None else argv)]
     sys.exit(run_guarded(lambda: _run(main, argv)))
 
 
@@ -102,6 +102,17 @@ def parse_args(argv: Sequence[str]) -> tuple[Any, list[str]]:
             f"no recipe: give one with --config=configs/<name>.py (and :argument); here: {found}"
         )
     return resolve_recipe(FLAGS.config, overrides), positional[1:]
+
+
+def with_home(argument: str) -> str:
+    """Write out the home folder in ``--name=~/x``; a shell does so only where a word begins.
+
+    Taken as it stands, a run would make itself a folder called ``~``.
+    """
+    name, mark, value = argument.partition("=")
+    if not mark or not name.startswith("-") or not value.startswith("~"):
+        return argument
+    return f"{name}={os.path.expanduser(value)}"
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

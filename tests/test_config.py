@@ -132,6 +132,15 @@ def test_split_overrides_takes_both_spellings():
     assert rest == ["--config=a.py", "--workdir", "w"]
 
 
+def test_the_home_folder_is_written_out_in_values_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cli.with_home("--config.data.sources.train.path=~/a.json") == (
+        "--config.data.sources.train.path=/home/me/a.json"
+    )
+    for kept in ("~/a", "a=~/b", "--workdir", "--config.words=a ~/b", "--workdir=runs/~"):
+        assert cli.with_home(kept) == kept
+
+
 def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     shell = tmp_path / "shell.py"
     shell.write_text(
@@ -143,12 +152,15 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
 
     def run(*args):
         env = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PATH": os.defpath}
+        env["HOME"] = "/home/me"
         command = [sys.executable, shell, *args]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         return done.returncode, done.stdout, done.stderr
 
     good = run(f"--config={recipe}:quick", "--config.optim.lr=0.25", "--workdir=here")
     assert good == (0, "0.25 here\n", "")
+    # A shell leaves ~ alone behind a sign of equality: taken as it stands, it is a folder's name.
+    assert run(f"--config={recipe}:quick", "--workdir=~/here")[1].endswith(" /home/me/here\n")
     code, _, err = run(f"--config={recipe}", "--config.optim.lrr=1")
     assert code == 2 and err.startswith("error: unknown config key 'optim.lrr'; did you mean 'lr'?")
     code, _, err = run(f"--config={recipe}", "--workdirr=1")
