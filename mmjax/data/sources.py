@@ -128,16 +128,18 @@ def parse_record(
         )
     images = encoded if encoded is not None else _images(value, where, image_root)
     if forms[0] == "output":
-        messages, images = _instruct(value, where, image_root)
+        messages, named = _instruct(value, where, image_root, marks=bool(images))
+        images = named or images
     elif forms[0] == "question":
         messages = _question(value, where)
     else:
         messages = _turns(value[forms[0]], forms[0], where)
     marks = sum(m.text.count(IMAGE_MARK) for m in messages)
+    texts = "input" if forms[0] == "output" else forms[0]
     if marks not in (0, len(images)):
         raise BadSample(
             "image_count",
-            f"{where}: {marks} {IMAGE_MARK} mark(s) in {forms[0]!r} for {len(images)} image(s) in "
+            f"{where}: {marks} {IMAGE_MARK} mark(s) in {texts!r} for {len(images)} image(s) in "
             "'image'; write one mark for each image, or none to put them all in front",
         )
     own = value.get("id")
@@ -266,9 +268,12 @@ def _question(value: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 
 
 def _instruct(
-    value: Mapping[str, Any], where: str, root: Path
+    value: Mapping[str, Any], where: str, root: Path, marks: bool
 ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """Read the form of Open Flamingo's instruction data: its images are named inside the text."""
+    """Read the form of Open Flamingo's instruction data: its images are named inside the text.
+
+    marks: the record's images are in a field of their own, so that the text may mark their places.
+    """
     texts = {name: value.get(name, "") for name in ("instruction", "input", "output")}
     for name, text in texts.items():
         if not isinstance(text, str):
@@ -282,7 +287,7 @@ def _instruct(
             "between two of them",
         )
     names = [name.strip() for name in pieces[1::2]]
-    if "" in names or IMAGE_MARK in prompt:
+    if "" in names or (IMAGE_MARK in prompt and (names or not marks)):
         raise _bad(where, f"field 'input' holds an empty file name or a bare {IMAGE_MARK}")
     # Every second piece is a file name; the mark stands where it was.
     text = "".join(piece if i % 2 == 0 else IMAGE_MARK for i, piece in enumerate(pieces))

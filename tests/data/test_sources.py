@@ -107,6 +107,10 @@ def test_images_named_inside_the_text(tmp_path):
         {"input": "<img_path> <img_path>", "output": "o"},
         {"input": "<image>", "output": "o"},
         {"input": 3, "output": "o"},
+        {"instruction": "<image>What?", "input": "", "output": "A cat.", "image": "a.png"},
+        {"input": "What?", "output": "Two.", "images": ["a.png", "b.png"]},
+        {"input": "<image><image>", "output": "o", "image": "a.png"},
+        {"input": "<img_path>a.png<img_path><image>", "output": "o", "image": "a.png"},
     ]
     s = JsonSource(write(tmp_path / "a.json", items), image_root=tmp_path)
     assert s[0].messages == (
@@ -117,6 +121,13 @@ def test_images_named_inside_the_text(tmp_path):
         "The first."
     ]
     assert s[1].messages[0].text == "Think. Why?" and s[1].images == ()
+    # LLaMA-Factory's files: the same texts, and the pictures in a field of their own.
+    assert (s[6].messages[0].text, s[6].images) == ("<image>What?", (f"{tmp_path}/a.png",))
+    assert s[7].images == (f"{tmp_path}/a.png", f"{tmp_path}/b.png")
+    with pytest.raises(BadSample, match=r"2 <image> mark\(s\) in 'input' for 1 image"):
+        s[8]
+    with pytest.raises(BadSample, match="a bare <image>"):
+        s[9]
     wanted = ["holds 1 <img_path> marks", "an empty file name", "a bare <image>", "'input' is 3"]
     for i, says in enumerate(wanted):
         with pytest.raises(BadSample, match=says):
