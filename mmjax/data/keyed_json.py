@@ -64,7 +64,9 @@ class KeyedJson:
         try:
             ((key, value),) = json.loads(b"{" + raw + b"}").items()
         except (ValueError, RecursionError) as e:
-            raise BadSample("bad_json", f"{self.path}:{line}: cannot be read as JSON: {e}") from e
+            meta = {"id": str(line), "source": str(self.path), "line": line}
+            says = f"{self.path}:{line}: cannot be read as JSON: {e}"
+            raise BadSample("bad_json", says, meta) from e
         return line, key, value
 
     def __getstate__(self):
@@ -141,12 +143,12 @@ def _members(
         if text[start : start + 1] != '"':
             raise fail(start, "expected an id in quotes (is the file cut off?)")
         try:
-            _, end = decoder.raw_decode(text, start)
-            colon = skip_space(text, end)
+            _, quoted = decoder.raw_decode(text, start)
+            colon = skip_space(text, quoted)
             if text[colon : colon + 1] != ":":
                 raise fail(colon, "expected ':' behind an id")
             begin = skip_space(text, colon + 1)
-            if stop is not None and json.loads(text[start:end].encode("latin-1")) == stop:
+            if stop is not None and json.loads(text[start:quoted].encode("latin-1")) == stop:
                 yield stop, start, begin, None
                 return
             value, end = decoder.raw_decode(text, begin)
@@ -158,7 +160,13 @@ def _members(
         if raw.isascii():
             key = decoder.raw_decode(raw)[0]
         else:
-            ((key, value),) = json.loads(f"{{{raw}}}".encode("latin-1")).items()
+            try:
+                ((key, value),) = json.loads(f"{{{raw}}}".encode("latin-1")).items()
+            except UnicodeDecodeError as e:
+                if not text[start:quoted].isascii():
+                    raise fail(start, f"an id or its entry is not UTF-8 ({e})") from e
+                # The entry alone: a bad sample when it is read.
+                key, value = decoder.raw_decode(text, start)[0], None
         yield key, start, end, value
         position = skip_space(text, end)
         if text[position : position + 1] == ",":

@@ -17,6 +17,7 @@ import numpy as np
 from mmjax.data.index_cache import Arrays, as_bytes
 from mmjax.data.keyed_json import KeyedJson
 from mmjax.data.parquet import ParquetImages, decode_base64
+from mmjax.data.skips import listed_as
 from mmjax.data.templates import IMAGE_MARK, strip_symbols
 from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
 
@@ -117,6 +118,13 @@ class MimicitSource:
         place = index if self._chosen is None else int(self._chosen[index])
         line, name, entry = self._entries[place]
         where = f"{self.path}:{line} (id {name})"
+        meta = {"id": name, "source": str(self.path), "line": line}
+        with listed_as(meta):
+            return self._record(place, name, entry, where, meta)
+
+    def _record(
+        self, place: int, name: str, entry: Any, where: str, meta: dict[str, Any]
+    ) -> Record:
         related = [self._entry(i, where) for i in self._related_ids(name, entry, where)]
         related.append((where, entry))
         messages: list[Message] = []
@@ -136,8 +144,7 @@ class MimicitSource:
             messages.insert(0, Message("system", line_of_task))
         images = tuple(image for ids in groups for image in self._grouped(ids, where))
         image_ids = [i for ids in groups for i in ids]
-        meta = {"id": name, "source": str(self.path), "line": line}
-        meta |= {"answers": [messages[-1].text], "image_ids": image_ids}
+        meta = {**meta, "answers": [messages[-1].text], "image_ids": image_ids}
         return Record(tuple(messages), images, meta)
 
     def _chosen_frames(self, ids: list[str]) -> list[str]:

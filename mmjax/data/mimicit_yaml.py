@@ -60,11 +60,12 @@ def expand_yaml(
             problems.append(f"{group}: expected datasets by name, found {datasets!r:.60}")
         else:
             for name, values in (datasets or {}).items():
+                name = str(name)  # YAML reads 2023 as a number
                 at = f"{group}.{name}"
                 if name in specs:
                     problems.append(f"{at}: there is another dataset {name!r}; rename one of them")
-                specs[str(name)] = _dataset(path.parent, at, values, problems)
-                specs[str(name)]["group"] = group
+                specs[name] = _dataset(path.parent, at, values, problems)
+                specs[name]["group"] = group
     if problems:
         raise MMJaxError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
     if not specs:

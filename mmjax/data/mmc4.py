@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from mmjax.data.interleaved import Interleave
+from mmjax.data.skips import listed_as
 from mmjax.data.webdataset import Sample, ShardPaths, Shards
 from mmjax.schema import to_dataclass
 from mmjax.types import BadSample, Record
@@ -38,8 +39,8 @@ class Mmc4Source:
 
     def __getitem__(self, index: int) -> Record:
         sample = self._shards[index]
-        meta = {"id": sample.id, "source": sample.shard, "line": sample.offset}
-        return self._interleave.record(_document(sample), sample.where, meta)
+        with listed_as(sample.meta):
+            return self._interleave.record(_document(sample), sample.where, sample.meta)
 
 
 def _document(sample: Sample) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import glob
 import json
 import os
 import threading
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
+from mmjax.data.skips import listed_as
 from mmjax.data.sources import image_folder, parse_record
+from mmjax.data.splits import check_one_split
 from mmjax.types import BadSample, MMJaxError, Record
 
 MAX_GROUP_BYTES = 256 * 2**20
@@ -30,10 +33,11 @@ _KEPT_GROUPS = 2  # row groups a process keeps: neighbouring records often share
 
 
 class ParquetFiles:
-    """The rows of one parquet file or of all ``*.parquet`` of a folder, in the order of names.
+    """The rows of one parquet file, of all ``*.parquet`` of a folder, or of those a pattern names.
 
-    ``read(row, columns)`` gives one row as Python values. Raises MMJaxError for a missing or broken
-    file, and for a row group too large to be read for the sake of one row.
+    Files stand in the order of their names. ``read(row, columns)`` gives one row as Python values.
+    Raises MMJaxError for a missing or broken file, and for a row group too large to be read for the
+    sake of one row.
     """
 
     def __init__(self, path: str | os.PathLike, columns: Sequence[str] | None = None):
@@ -45,7 +49,14 @@ class ParquetFiles:
         elif self.path.is_file():
             self.files = [self.path]
         else:
-            raise MMJaxError(f"{self.path}: no such file or folder; check the path of this source")
+            pattern = os.fspath(self.path)
+            found = map(Path, glob.glob(pattern, recursive=True))
+            self.files = sorted(file for file in found if file.is_file())
+            if not self.files:
+                absent = "no such file or folder"
+                if glob.has_magic(pattern):
+                    absent = "no file matches this pattern"
+                raise MMJaxError(f"{self.path}: {absent}; check the path of this source")
         self._open: dict[int, Any] = {}
         self._kept: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -204,6 +215,7 @@ class ParquetImages:
 class ParquetSource:
     """Records of parquet files as datasets on the Hugging Face hub have them.
 
+    path: a file, a folder of one split, or a pattern (``data/train-*.parquet``).
     fields: our name -> theirs, for columns called otherwise. Images are ``image`` or ``images``:
     bytes, structs {bytes, path}, or lists of these; a path is relative to image_root (default: the
     folder of the files). Texts are ``question`` with ``answer`` or ``answers``, or ``messages`` or
@@ -218,7 +230,10 @@ class ParquetSource:
     ):
         self._files = ParquetFiles(path)
         self.path = self._files.path
-        folder = self.path if self.path.is_dir() else self.path.parent
+        folder = self._files.files[0].parent
+        if self.path.is_dir():
+            folder = self.path
+            check_one_split(folder, self._files.files)
         self.image_root = image_folder(image_root, folder)
         there = self._files.columns
         fields = dict(fields or {})
@@ -246,6 +261,12 @@ class ParquetSource:
         where, found = self._files.read(index, list(self.fields.values()))
         value = {name: found[column] for name, column in self.fields.items()}
         value = {k: v for k, v in value.items() if v is not None}
+        name, _, row = where.rpartition(":")
+        value.setdefault("id", row)
+        with listed_as({"id": value["id"], "source": name, "line": int(row)}):
+            return self._record(value, where)
+
+    def _record(self, value: dict[str, Any], where: str) -> Record:
         images = [*_listed(value.pop("image", None)), *_listed(value.pop("images", None))]
         for form in ("messages", "conversations"):
             if isinstance(value.get(form), str):
@@ -255,7 +276,6 @@ class ParquetSource:
                     raise BadSample("bad_record", f"{where}: {form!r} is not JSON: {e}") from e
         encoded = tuple(self._image(image, where) for image in images)
         name, _, row = where.rpartition(":")
-        value.setdefault("id", row)
         return parse_record(value, name, int(row), self.image_root, encoded)
 
     def _image(self, image: Any, where: str) -> bytes | str:

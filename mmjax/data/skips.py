@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,19 @@ class Skip:
             reason=error.reason,
             message=str(error),
         )
+
+
+@contextlib.contextmanager
+def listed_as(meta: Mapping[str, Any]) -> Iterator[None]:
+    """Have a bad sample that is raised within listed by ``id``, ``source`` and ``line`` of meta.
+
+    One that says itself what it is keeps that.
+    """
+    try:
+        yield
+    except BadSample as error:
+        error.meta = error.meta or meta
+        raise
 
 
 class SkipLog:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.index_cache import Arrays, cached_index
+from mmjax.data.skips import listed_as
 from mmjax.data.tar_members import DamagedTar, read_member
 from mmjax.data.turns import IMAGE_MARK
 from mmjax.types import BadSample, Message, MMJaxError, Record
@@ -51,6 +52,11 @@ class Sample:
     def where(self) -> str:
         """Name the place for a message."""
         return f"{self.shard}: byte {self.offset} (id {self.id})"
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Return what a record says of where it is from."""
+        return {"id": self.id, "source": self.shard, "line": self.offset}
 
 
 class Shards:
@@ -136,13 +142,17 @@ class LaionSource:
 
     def __getitem__(self, index: int) -> Record:
         sample = self._shards[index]
-        image = next((sample.files[s] for s in ("jpg", "png", "jpeg") if s in sample.files), None)
-        if image is None or "txt" not in sample.files:
-            found = ", ".join(sample.files)
-            reason, what = ("missing_image", "jpg, png or jpeg") if image is None else _NO_TEXT
-            raise BadSample(reason, f"{sample.where}: there is no {what} (found {found})")
-        meta = {"id": sample.id, "source": sample.shard, "line": sample.offset}
-        return pair_record(image, sample.files["txt"], f"{sample.where}: txt", meta)
+        with listed_as(sample.meta):
+            return _pair(sample)
+
+
+def _pair(sample: Sample) -> Record:
+    image = next((sample.files[s] for s in ("jpg", "png", "jpeg") if s in sample.files), None)
+    if image is None or "txt" not in sample.files:
+        found = ", ".join(sample.files)
+        reason, what = ("missing_image", "jpg, png or jpeg") if image is None else _NO_TEXT
+        raise BadSample(reason, f"{sample.where}: there is no {what} (found {found})")
+    return pair_record(image, sample.files["txt"], f"{sample.where}: txt", sample.meta)
 
 
 _NO_TEXT = ("empty_answer", "txt, its caption")

@@ -321,16 +321,33 @@ def test_images_given_twice_or_without_columns(folder):
 def test_one_bad_entry_is_a_bad_sample(folder):
     entries = {"A": entry(1, answer=None), "B": entry(7), "C": "text", "D": entry(1, "LA_IMG_1")}
     path = instructions(folder / "bad.json", entries)
+    text = path.read_text().split("\n")
+    source_lines = [next(n for n, x in enumerate(text, 1) if f'"{e}":' in x) for e in entries]
     source = MimicitSource(path, folder / "images.parquet", missing="skip")
     wanted = ["'answer' is missing", "'LA_IMG_7' is not in", "'instruction' is missing", "no list"]
     for i, says in enumerate(wanted):
         with pytest.raises(BadSample, match=says) as error:
             source[i]
         assert error.value.reason == ("missing_image" if i == 1 else "bad_record")
+        meta = error.value.meta
+        assert (meta["id"], meta["source"], meta["line"]) == ("ABCD"[i], str(path), source_lines[i])
     write(folder / "i.json", {"LA_IMG_1": "!!!", "LA_IMG_7": 5})
     source = MimicitSource(path, folder / "i.json", missing="skip")
     with pytest.raises(BadSample, match="is no base64 text"):
         source[1]
+
+
+def test_an_entry_that_is_not_utf8_is_a_bad_sample(folder):
+    """It ended the run with a traceback, before anything of the file was read."""
+    path = instructions(folder / "ins.json", {"A": entry(1, answer="caf\u00e9"), "B": entry(2)})
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xe9"))
+    source = MimicitSource(path, folder / "images.parquet")
+    assert len(source) == 2 and source[1].meta["id"] == "B"
+    with pytest.raises(BadSample, match=r"ins.json:\d+: cannot be read as JSON: .*0xe9"):
+        source[0]
+    path.write_bytes(path.read_bytes().replace(b'"A"', b'"\xc4"'))
+    with pytest.raises(MMJaxError, match=r"ins.json:\d+: an id or its entry is not UTF-8"):
+        MimicitSource(path, folder / "images.parquet")
 
 
 YAML = """
@@ -413,6 +430,11 @@ def test_everything_wrong_in_a_yaml_is_said_at_once(folder):
         ("TEXT_ONLY:\n  A: {mimicit_path: ins.json}\n  A: {}", "'A' is given twice"),
         ("TEXT_ONLY:\n  A: {num_samples: 3}", "A: mimicit_path is missing"),
         ("TEXT_ONLY:\n  A: 3", "TEXT_ONLY.A: expected keys"),
+        (
+            "IMAGE_TEXT:\n  2023: {mimicit_path: ins.json}\n"
+            "TEXT_ONLY:\n  2023: {mimicit_path: ins.json}",
+            "TEXT_ONLY.2023: there is another dataset '2023'",
+        ),
         ("? [A, B]\n: 1", "found unhashable key"),
         ("TEXT_ONLY:\n  A: {<<: {a: 1}, num_samples: 3, num_samples: 4}", "is given twice"),
     ],

@@ -56,6 +56,30 @@ def test_rows_of_one_file_or_a_folder(tmp_path):
     assert [many[i].messages[0].text for i in range(6)] == [f"q{i}?" for i in range(6)]
     with pytest.raises(IndexError):
         many[6]
+    write(folder / "more.parquet", vqa(2))
+    for pattern, rows in (("train-*.parquet", 6), ("train-[12].parquet", 4), ("**/m*.parquet", 2)):
+        assert len(ParquetSource(folder / pattern)) == rows
+    assert len(ParquetSource(folder)) == 8
+
+
+@pytest.mark.parametrize(
+    "names, pattern",
+    [
+        (("data/test-0-of-1.parquet", "data/train-0-of-1.parquet"), "data/test*.parquet"),
+        (("default/train/0000.parquet", "default/validation/0000.parquet"), "train/*.parquet"),
+        (("Train.parquet", "val.parquet", "extra.parquet"), "Train*.parquet"),
+    ],
+)
+def test_a_folder_of_several_splits_is_refused(tmp_path, names, pattern):
+    """They were read together: a model was trained on what it is tested with."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, vqa(2))
+    with pytest.raises(MMJaxError) as error:
+        ParquetSource(tmp_path)
+    assert f"holds several splits, {names[0]} and {names[1]}; name the files" in str(error.value)
+    suggested = str(error.value).partition("such as ")[2].partition(", and let")[0]
+    assert suggested.endswith(pattern) and len(ParquetSource(suggested)) == 2
 
 
 def test_only_the_row_groups_that_are_asked_for_are_read(tmp_path, monkeypatch):
@@ -104,6 +128,13 @@ def test_bad_rows_are_bad_samples(tmp_path):
     with pytest.raises(BadSample, match="an image is NoneType") as error:
         ParquetSource(write(tmp_path / "a.parquet", rows))[0]
     assert error.value.reason == "missing_image"
+    # Listed by its own id: by its number it was taken for the first one, whose id that is.
+    rows = {"id": ["1", "x"], "question": ["q", None], "answer": ["a", "b"]}
+    source = ParquetSource(write(tmp_path / "a.parquet", rows))
+    with pytest.raises(BadSample) as error:
+        source[1]
+    wanted = {"id": "x", "source": str(tmp_path / "a.parquet"), "line": 1}
+    assert error.value.meta == wanted and source[0].meta["id"] == "1"
 
 
 def test_large_row_groups_are_refused_and_written_anew(tmp_path, monkeypatch, capsys):
@@ -164,6 +195,8 @@ def test_columns_that_do_not_fit(tmp_path, columns, options, says):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(MMJaxError, match="no such file or folder"):
         ParquetFiles(tmp_path / "a.parquet")
+    with pytest.raises(MMJaxError, match="no file matches this pattern"):
+        ParquetFiles(tmp_path / "train-*.parquet")
     with pytest.raises(MMJaxError, match=r"holds no file \*.parquet"):
         ParquetFiles(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")

@@ -256,6 +256,7 @@ def test_a_sample_without_its_parts_is_a_bad_sample(tmp_path):
         with pytest.raises(BadSample, match=says) as error:
             source[i]
         assert error.value.reason == reason
+        assert error.value.meta["id"] == f"a.tar/{i}" and error.value.meta["line"] % 512 == 0
     with pytest.raises(BadSample, match="an assistant turn is empty"):
         TEMPLATES["laion_caption"](source[4])
 
