@@ -30,6 +30,7 @@ MAX_GROUP_BYTES = 256 * 2**20
 """Bytes of a row group's columns above which a file is refused: so much is held to read one row."""
 
 _KEPT_GROUPS = 2  # row groups a process keeps: neighbouring records often share one
+_OPEN_FILES = 64  # a process may not hold as many files as a folder has
 
 
 class ParquetFiles:
@@ -57,7 +58,7 @@ class ParquetFiles:
                 if glob.has_magic(pattern):
                     absent = "no file matches this pattern"
                 raise MMJaxError(f"{self.path}: {absent}; check the path of this source")
-        self._open: dict[int, Any] = {}
+        self._open: OrderedDict[int, Any] = OrderedDict()
         self._kept: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
         self._lock = threading.Lock()
         groups = []  # (file, group, rows)
@@ -80,14 +81,14 @@ class ParquetFiles:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getstate__(self):
-        return {**self.__dict__, "_open": {}, "_kept": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_open": OrderedDict(), "_kept": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state):
         self.__dict__ |= state
         self._lock = threading.Lock()
 
     def file(self, number: int) -> Any:
-        """Open a file in this process; handles do not travel to others."""
+        """Open a file in this process; handles do not travel to others, and the last few stay."""
         if number not in self._open:
             pq = pyarrow_parquet()
             try:
@@ -96,6 +97,9 @@ class ParquetFiles:
                 raise MMJaxError(
                     f"{self.files[number]}: cannot be read as parquet ({e}); is it cut off?"
                 ) from e
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(number)
         return self._open[number]
 
     def check_groups(self, columns: Sequence[str]) -> None:

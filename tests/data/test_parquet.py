@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -218,3 +219,19 @@ def test_base64_of_both_alphabets():
     for text in ("!?", "ä", "", None, "A"):
         with pytest.raises(BadSample, match="here: "):
             decode_base64(text, "here")
+
+
+def test_a_folder_of_many_files_keeps_few_of_them_open(tmp_path):
+    for k in range(80):
+        rows = {name: values[:2] for name, values in vqa(2).items() if name != "image"}
+        write(tmp_path / f"{k:03}.parquet", rows | {"question": [f"{k}.0?", f"{k}.1?"]})
+
+    def held():
+        links = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
+        return sum(os.path.realpath(link).startswith(str(tmp_path)) for link in links)
+
+    source = ParquetSource(tmp_path)
+    assert 0 < held() <= 64 < 80
+    for row in (159, 0, 81, 0, *range(160)):  # those that were closed are opened again
+        assert source[row].messages[0].text == f"{row // 2}.{row % 2}?"
+        assert held() <= 64
