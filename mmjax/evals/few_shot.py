@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -44,9 +45,7 @@ class Demonstrations:
 
         Raises MMJaxError where fewer than ``shots`` records can be read and have an answer.
         """
-        size = len(self.source)
-        among = np.random.default_rng(self.seed).permutation(size)[: max(self.pool, self.shots + 1)]
-        drawn = np.random.default_rng((self.seed, index)).permutation(among)
+        drawn = np.random.default_rng((self.seed, index)).permutation(self._among)
         own = record.meta.get("id")
         others = list(itertools.islice(self._others(drawn, own), self.shots))
         if len(others) < self.shots:
@@ -56,6 +55,12 @@ class Demonstrations:
                 "source of demos, or lower shots"
             )
         return join([*others, record])
+
+    @functools.cached_property
+    def _among(self) -> np.ndarray:
+        """Return the numbers of the records that examples are drawn from, for all questions."""
+        every = np.random.default_rng(self.seed).permutation(len(self.source))
+        return every[: max(self.pool, self.shots + 1)].copy()  # a view would keep all of them
 
     def _others(self, drawn: Sequence[int], own: str | None) -> Iterator[Record]:
         """Yield examples in the drawn order, without the question's own and the unreadable."""

@@ -1,6 +1,7 @@
 """Few-shot questions: which examples stand before a question, and how."""
 
 import dataclasses
+import tracemalloc
 
 import pytest
 
@@ -111,3 +112,23 @@ def test_mistakes_are_named():
         Task("t", POOL, shots=2)
     with pytest.raises(MMJaxError, match="one of the two numbers together with demos"):
         Task("t", POOL, shots=2, text_shots=2, demos=POOL)
+
+
+def test_a_question_costs_the_same_however_many_records_there_are_to_show():
+    class Many:
+        def __len__(self):
+            return 1_000_000
+
+        def __getitem__(self, i):
+            return solved(i)
+
+    demos = Demonstrations(Many(), 2)
+    first = demos.before(POOL[0], 0)
+    tracemalloc.start()
+    try:
+        again = demos.before(POOL[0], 0)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert again == first and len(first.images) == 3
+    assert most < 2**20  # an order of all records has 8 MB
