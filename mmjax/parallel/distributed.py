@@ -23,7 +23,6 @@ from mmjax.types import MMJaxError
 
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process counts as dead
 _SHUTDOWN_SECONDS = 60
-_FACT_BYTES = 2**16  # what a process tells the others about itself
 _SHOWN = 64  # longer values are compared, and shown, by their hash
 
 # What a collective, the checkpoint's barrier or the coordinator say when another process is gone.
@@ -89,16 +88,15 @@ def _report(error: BaseException, who: str) -> int:
 def check_same(facts: Mapping[str, Any]) -> None:
     """Raise MMJaxError, in every process, unless all processes have the same facts.
 
-    facts: name -> JSON-able value. One small collective; the error names the facts that differ,
+    facts: name -> JSON-able value. Two small collectives; the error names the facts that differ,
     their values and the processes that have them.
     """
     if jax.process_count() == 1:
         return
     mine = json.dumps({name: _short(value) for name, value in facts.items()}).encode()
-    if len(mine) > _FACT_BYTES:
-        raise MMJaxError(f"{len(mine)} bytes of facts to compare, and {_FACT_BYTES} can be sent")
+    longest = int(multihost_utils.process_allgather(np.array([len(mine)]), tiled=False).max())
     told = multihost_utils.process_allgather(
-        np.frombuffer(mine.ljust(_FACT_BYTES), np.uint8), tiled=False
+        np.frombuffer(mine.ljust(longest), np.uint8), tiled=False
     )
     if differences := compare([json.loads(bytes(row)) for row in np.asarray(told)]):
         raise MMJaxError(

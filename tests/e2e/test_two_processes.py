@@ -134,7 +134,9 @@ def endless():
 
 
 def test_processes_that_differ_are_told_apart_before_anything_is_made(tmp_path):
-    own = ["optim.lr=1e-3"], ["optim.lr=1e-4"]
+    # Of so many sources that what there is to compare is more than 64 KiB.
+    many = {f"source_{i:03}": {"kind": "sums", "split": "train"} for i in range(400)}
+    own = ([f"data.sources={many}", f"optim.lr={rate}"] for rate in ("1e-3", "1e-4"))
     codes, out = finish(start(tmp_path, 2, *own))
     assert codes == [2, 2], out
     for text in out:
