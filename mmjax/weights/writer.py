@@ -42,20 +42,32 @@ class Arrays:
     def dtype(self, key: str) -> np.dtype:
         return np.dtype(self.arrays[key].dtype)
 
+    def piece(self, key: str, index: Any) -> Any:
+        """Return one slice where it lies."""
+        return self.arrays[key][index]
+
     def read(self, key: str, index: Any = ...) -> np.ndarray:
         """Bring one slice to the host; of arrays spread over processes, each asks for the same."""
-        array = self.arrays[key]
-        mesh = getattr(getattr(array, "sharding", None), "mesh", None)
+        mesh = getattr(getattr(self.arrays[key], "sharding", None), "mesh", None)
         if mesh is None:
-            return np.asarray(array[index])
+            return np.asarray(self.piece(key, index))
         import jax
 
         with jax.set_mesh(mesh):  # slicing is a program of the array's devices, not of the caller's
-            part = array[index]
-            if not part.is_fully_addressable:
-                whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-                part = jax.jit(lambda x: x, out_shardings=whole)(part)
-            return np.asarray(part)
+            part = self.piece(key, index)
+            return np.asarray(part if part.is_fully_addressable else everywhere(part, mesh))
+
+
+def everywhere(part: Any, mesh: Any) -> Any:
+    """Return an array of a mesh whole on each of its devices; compiled once for each shape."""
+    import jax
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(_same, out_shardings=whole)(part)
+
+
+def _same(x: Any) -> Any:  # one function: jit looks its programs up by it
+    return x
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
 from mmjax.weights import load, store
 from mmjax.weights import rules as R
-from mmjax.weights.writer import Arrays, atomic_folder
+from mmjax.weights.writer import Arrays, atomic_folder, everywhere
 from tests import tiny
 
 REPO = Path(__file__).parents[2]
@@ -81,6 +81,24 @@ def test_orbax_restores_onto_a_mesh(tmp_path):
     abstract = {"a": {"b": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)}}
     got = ocp.load(tmp_path / "s", abstract)["a"]["b"]
     assert got.sharding == sharding and np.array_equal(got, x)
+
+
+def test_slices_of_one_shape_are_brought_together_by_one_program():
+    """As processes do for every piece of a model that they export."""
+    mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])
+    x = np.arange(96, dtype=np.float32).reshape(3, 8, 4)
+    array = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    with jax.set_mesh(mesh):
+        for i, most in ((0, 1), (1, 0), (2, 0)):
+            part = array[i]
+            compiled.clear()
+            got = everywhere(part, mesh)
+            assert got.is_fully_replicated and np.array_equal(got, x[i])
+            assert len(compiled) <= most
 
 
 def test_what_orbax_writes_is_read(params, tmp_path):
