@@ -110,7 +110,7 @@ def write_converted(
 
 def save_model(
     destination: str | Path,
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | Arrays,
     *,
     family: registry.Family,
     config: Any,
@@ -121,12 +121,14 @@ def save_model(
 ) -> None:
     """Write parameters in memory, by dotted name, as a folder that ``mmjax.load`` reads.
 
+    params: the arrays, or what reads them slice by slice, as ``views.MultipliedOut``.
     trained: see ``Checkpoint``. folders: where to copy tokenizer and processor files from; the
     first that has one wins.
     Of several processes all must call it: they bring the slices together, and the first writes.
     """
-    source, arrays, slices = Arrays(params), {}, []
-    for name in params:
+    source = params if isinstance(params, Arrays) else Arrays(params)
+    arrays, slices = {}, []
+    for name in source.keys():  # noqa: SIM118
         shape, dtype = source.shape(name), source.dtype(name)
         chunk = R.Rule(name, name).chunk(shape, dtype.itemsize)
         arrays[name] = (shape, dtype, chunk)

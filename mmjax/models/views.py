@@ -1,4 +1,4 @@
-"""Readers that show checkpoints otherwise: by our names, in part, merged, averaged, resized."""
+"""Readers that show parameters otherwise: by our names, merged, averaged, resized, unquantised."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from mmjax.nn import paths, quantized
 from mmjax.nn.linear import LoRA
 from mmjax.weights import rules as R
 from mmjax.weights.reader import Reader
+from mmjax.weights.writer import Arrays
 
 
 def is_lora(name: str) -> bool:
@@ -139,3 +142,39 @@ class Resized(Subset):
         if more <= 0:
             return own
         return np.concatenate([own, np.zeros((more, *own.shape[1:]), own.dtype)])
+
+
+class MultipliedOut(Arrays):
+    """Parameters of a state, quantised kernels as the numbers they stand for, in a dtype.
+
+    They are multiplied out as they are read, a few layers at a time, for all of them may be more
+    than a device holds; of kernels without layers the last one is kept.
+    """
+
+    def __init__(self, state: nnx.State, dtype: str):
+        values = paths.flatten(state)
+        self.kernels, self.kind = quantized.kernels(state), np.dtype(dtype)
+        self.scales = {name: values.pop(f"{name}_scale") for name in self.kernels}
+        super().__init__(values)
+        self._last: tuple[str, Any] = ("", None)
+
+    def shape(self, key: str) -> R.Shape:
+        kernel = self.kernels.get(key)
+        return super().shape(key) if kernel is None else kernel.shape(super().shape(key))
+
+    def dtype(self, key: str) -> np.dtype:
+        return self.kind if key in self.kernels else super().dtype(key)
+
+    def piece(self, key: str, index: Any) -> Any:
+        if key not in self.kernels:
+            return super().piece(key, index)
+        kernel = self.kernels[key]
+        index = (slice(None),) * len(self.shape(key)) if index is ... else index
+        layers, inside = index[: kernel.at], index[kernel.at :]
+        if layers or self._last[0] != key:
+            codes, scale = self.arrays[key][layers], self.scales[key][layers]
+            made = kernel.dequantize(codes, scale, self.kind.name)
+            self._last = ("", None) if layers else (key, made)
+        else:
+            made = self._last[1]
+        return made[(slice(None),) * len(layers) + tuple(inside)]

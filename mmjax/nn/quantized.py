@@ -7,6 +7,7 @@ the codes tells what they are, so that a state alone can be loaded into and mult
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmjax.nn import int8, nf4, paths
+from mmjax.nn import int8, nf4
 from mmjax.parallel.sharding import divides
 
 KINDS = {"int8": int8, "nf4": nf4}
@@ -42,27 +43,44 @@ def params(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """A quantised kernel of a state. inputs: their sizes; at: the first of their axes."""
+class Kernel:
+    """What a quantised kernel of a state stands for.
+
+    inputs: sizes of its axes of input; at: the first of them, behind that of the layers.
+    """
 
     kind: str
     inputs: tuple[int, ...]
     at: int
 
+    def shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the kernel whose codes have a shape; int8 has a byte a weight."""
+        if self.kind == "int8":
+            return tuple(codes)
+        return (*codes[: self.at], *self.inputs, *codes[self.at + 1 :])
+
     def whole(self, codes: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
         """Return the kernel as it is before it is quantised, where its codes lie."""
         if self.kind == "int8":
             return jax.ShapeDtypeStruct(codes.shape, jnp.dtype(dtype), sharding=codes.sharding)
-        shape, at = codes.shape, self.at
-        cut = (*codes.sharding.spec, *[None] * (len(shape) - len(codes.sharding.spec)))
+        at, spec = self.at, codes.sharding.spec
+        cut = (*spec, *[None] * (len(codes.shape) - len(spec)))
         spec = PartitionSpec(*cut[: at + 1], *[None] * (len(self.inputs) - 1), *cut[at + 1 :])
-        shape = (*shape[:at], *self.inputs, *shape[at + 1 :])
         place = NamedSharding(codes.sharding.mesh, spec)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+        return jax.ShapeDtypeStruct(self.shape(codes.shape), jnp.dtype(dtype), sharding=place)
 
     def quantize(self, value: Array) -> tuple[Array, Array]:
         axes = tuple(range(self.at, self.at + len(self.inputs)))
         return KINDS[self.kind].quantize(value, axes)
+
+    def dequantize(self, codes: Array, scale: Array, dtype: str) -> Array:
+        """Return the numbers that codes and scales stand for, of all layers or of some."""
+        return _dequantize(self.kind, codes, scale, self.inputs, self.at, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _dequantize(kind, codes, scale, inputs, at, dtype):  # compiled: float32 stays inside
+    return KINDS[kind].dequantize(codes, scale, inputs, at, dtype)
 
 
 def while_loading(
@@ -73,41 +91,28 @@ def while_loading(
     abstract: the model's state. wanted: its parameters by name. dtype: that kernels are read in;
     one of them at a time is there in it.
     """
-    kernels = _kernels(abstract)
+    found = kernels(abstract)
     read = {name: leaf for name, leaf in wanted.items() if not name.endswith(".kernel_scale")}
-    for name in kernels.keys() & wanted.keys():
-        read[name] = kernels[name].whole(wanted[name], dtype)
+    for name in found.keys() & wanted.keys():
+        read[name] = found[name].whole(wanted[name], dtype)
 
     def round_it(name: str, value: Array) -> dict[str, Array]:
-        if name not in kernels:
+        if name not in found:
             return {name: value}
-        made = zip((name, f"{name}_scale"), kernels[name].quantize(value), strict=True)
+        made = zip((name, f"{name}_scale"), found[name].quantize(value), strict=True)
         return {part: jax.device_put(x, wanted[part].sharding) for part, x in made}
 
     return read, round_it
 
 
-def multiplied_out(state: nnx.State, dtype: str) -> dict[str, Array]:
-    """Return the parameters of a state by name, quantised kernels as the numbers they stand for.
-
-    dtype: of those kernels. Without any the parameters are returned as they are.
-    """
-    values = paths.flatten(state)
-    out = {name: x for name, x in values.items() if not name.endswith(".kernel_scale")}
-    for name, kernel in _kernels(state).items():
-        dequantize, scale = KINDS[kernel.kind].dequantize, values[f"{name}_scale"]
-        out[name] = dequantize(values[name], scale, kernel.inputs, kernel.at, dtype)
-    return out
-
-
-def _kernels(state: nnx.State) -> dict[str, _Kernel]:
+def kernels(state: nnx.State) -> dict[str, Kernel]:
     """Return the quantised kernels of a state by name."""
     found = {}
     for path, variable in nnx.to_flat_state(state):
         about = variable.get_metadata()
         if "quantized" in about:
             kind, inputs = about["quantized"]
-            found[".".join(map(str, path))] = _Kernel(
+            found[".".join(map(str, path))] = Kernel(
                 kind, inputs, about["out_sharding"].count("layers")
             )
     return found

@@ -11,8 +11,8 @@ from flax import nnx
 from mmjax.loaded import LoadedModel
 from mmjax.models import converted, registry
 from mmjax.models.companions import write_ends
-from mmjax.models.views import is_lora
-from mmjax.nn import paths, quantized
+from mmjax.models.views import MultipliedOut, is_lora
+from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.train import frozen as frozen_part
 
@@ -39,7 +39,7 @@ def export_model(
             write_ends(ends, Path(folder))
         converted.save_model(
             workdir / "model",
-            quantized.multiplied_out(state, frozen_part.REST),
+            MultipliedOut(state, frozen_part.REST),
             family=registry.family(model.family),
             config=model.config if after is None else after(trained),
             lora=lora,

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import mmjax
-from mmjax.nn import int8, paths, quantized
+from mmjax.models.views import MultipliedOut
+from mmjax.nn import int8, paths
 from mmjax.nn.linear import DTypes, Linear
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
@@ -67,8 +68,8 @@ def test_a_model_of_nf4_kernels_is_the_one_their_numbers_stand_for(folder):
     # The inputs of down are cut by tensor, those of up by fsdp, as whole kernels are.
     cut = [codes[f"decoder.layers.mlp.{name}.kernel"].sharding.spec for name in ("up", "down")]
     assert [tuple(spec) for spec in cut] == [(None, "fsdp", "tensor"), (None, "tensor", "fsdp")]
-    with use(mesh):
-        stand_for = jax.device_get(quantized.multiplied_out(state, "float32"))
+    whole = MultipliedOut(state, "float32")
+    stand_for = {name: whole.read(name) for name in whole.keys()}  # noqa: SIM118
     assert all(0 < np.abs(stand_for[name] - before[name]).max() < 0.2 for name in codes)
     nnx.update(exact.model, paths.replace(nnx.state(exact.model), stand_for))
     want = exact.logits(IDS, PATCHES)[1]

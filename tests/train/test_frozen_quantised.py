@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.models import converted, registry
+from mmjax.models.views import MultipliedOut
 from mmjax.nn import paths, quantized
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import build, frozen, initial, optim
@@ -19,6 +21,7 @@ from mmjax.train.plan import make_plan
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
 from mmjax.train.step import make_train_step
 from mmjax.types import MMJaxError
+from mmjax.weights.store import StoreReader
 from tests import tiny
 
 SIZES = dict(
@@ -61,8 +64,8 @@ def test_frozen_kernels_are_quantised_and_adapters_train_beside_them(kind):
     # The numbers that the kernels stand for, in a model whose kernels are not quantised.
     plain_def, plain_params, plain_rest, _ = base("float32")
     with use(make_mesh({}, jax.devices()[:1])):
-        whole = quantized.multiplied_out(rest, "float32")
-        plain_rest = paths.replace(plain_rest, {n: whole[n] for n in paths.flatten(plain_rest)})
+        whole = MultipliedOut(rest, "float32")
+        plain_rest = paths.replace(plain_rest, {n: whole.read(n) for n in whole.keys()})  # noqa: SIM118
         plain_params = paths.replace(plain_params, paths.flatten(params))
         grads = [
             jax.jit(jax.grad(lambda p, g=g, r=r: loss_sum(nnx.merge(g, p, r), tiny.batch())[0]))(p)
@@ -74,6 +77,36 @@ def test_frozen_kernels_are_quantised_and_adapters_train_beside_them(kind):
         loose = dict(rtol=1e-3, atol=1e-4) if kind == "int8" else dict(rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(ours, theirs, **loose, err_msg=name)
     assert max(np.abs(x).max() for x in paths.flatten(grads[0]).values()) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_are_multiplied_out_a_layer_at_a_time(kind, monkeypatch, tmp_path):
+    """As an exported model is written; all of them at once may be more than a device holds."""
+    _, _, rest, plan = base(kind)
+    reader = MultipliedOut(rest, "bfloat16")
+    made, real = [], quantized.Kernel.dequantize
+
+    def dequantize(*given):
+        made.append(real(*given))
+        return made[-1]
+
+    monkeypatch.setattr(quantized.Kernel, "dequantize", dequantize)
+    name, flat = "decoder.layers.mlp.up.kernel", "patch_embed.kernel"
+    assert (reader.shape(name), reader.shape(flat)) == ((2, 32, 64), (48, 32))
+    assert reader.dtype(name) == jax.numpy.bfloat16
+    whole = reader.read(name)
+    pieces = [reader.read(name, (slice(i, i + 1), slice(0, 32), slice(5, 9))) for i in (0, 1)]
+    assert [x.shape for x in made] == [(2, 32, 64), (1, 32, 64), (1, 32, 64)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole[..., 5:9])
+    made.clear()
+    halves = [reader.read(flat, (slice(i, i + 24), slice(0, 32))) for i in (0, 24)]
+    np.testing.assert_array_equal(np.concatenate(halves), reader.read(flat))
+    assert len(made) == 1  # without layers, kept from slice to slice
+    family = registry.family("fuyu")
+    converted.save_model(tmp_path / "model", reader, family=family, config=plan.config)
+    stored = StoreReader(tmp_path / "model" / converted.PARAMS)
+    assert set(stored.keys()) == {n for n in paths.flatten(rest) if not n.endswith("_scale")}
+    np.testing.assert_array_equal(stored.read(name), whole)
 
 
 def test_adapters_learn_over_an_nf4_base_that_does_not_move():
