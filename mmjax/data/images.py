@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmjax.types import BadSample, ImageSource
 
@@ -307,8 +307,10 @@ def _decoding(name: str, function: Any, image: Any) -> Any:
     # Broken files make Pillow's parsers raise nearly anything: OSError, SyntaxError, struct.error,
     # ValueError, IndexError, zlib.error. All of them mean the same here.
     except Exception as error:
+        says = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # its own words hold an object's address
+            says = "it is empty, cut off, or of no known format"
         raise BadSample(
             "corrupt_image",
-            f"{name}: cannot be read as an image ({type(error).__name__}: {error}); replace the "
-            "file or drop the record",
+            f"{name}: cannot be read as an image ({says}); replace the file or drop the record",
         ) from error

@@ -64,6 +64,6 @@ def _joined(pieces: list[str]) -> str:
         if text and piece and not (text[-1].isspace() or piece[0].isspace()):
             space = " "
         if text.endswith("\n") or not text:
-            piece = piece.lstrip("\n")
+            piece = piece.lstrip("\r\n")
         text += space + piece
     return text

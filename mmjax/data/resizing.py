@@ -181,7 +181,7 @@ def _resized(
 def _without_marks(text: str) -> str:
     """Take the image marks out of a turn, with the line ends that touch them."""
     parts = text.split(IMAGE_MARK)
-    inner = [part.strip("\n") for part in parts[1:-1]]
+    inner = [part.strip("\r\n") for part in parts[1:-1]]
     if len(parts) == 1:
         return text
-    return "".join([parts[0].rstrip("\n"), *inner, parts[-1].lstrip("\n")])
+    return "".join([parts[0].rstrip("\r\n"), *inner, parts[-1].lstrip("\r\n")])

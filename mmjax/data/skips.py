@@ -29,15 +29,17 @@ class Skip:
 
     @classmethod
     def of(cls, error: BadSample, source: str, index: int, meta: Any = None) -> Skip:
-        """Describe a bad sample by its own meta, or by source and index where nothing tells it."""
-        meta = meta or error.meta
-        return cls(
-            id=str(meta.get("id", index)),
-            source=str(meta.get("source", source)),
-            line=int(meta.get("line", index)),
-            reason=error.reason,
-            message=str(error),
-        )
+        """Describe a bad sample by its own meta, or by source and index where nothing tells it.
+
+        The message names its place: what is wrong is often found where only a picture's bytes, or
+        the tokens, are at hand.
+        """
+        meta, message = meta or error.meta, str(error)
+        name = str(meta.get("id", index))
+        source, line = str(meta.get("source", source)), int(meta.get("line", index))
+        if meta and f"{source}:{line}" not in message and f"(id {name})" not in message:
+            message = f"{source}:{line} (id {name}): {message}"
+        return cls(name, source, line, error.reason, message)
 
 
 @contextlib.contextmanager

@@ -89,9 +89,9 @@ def place_images(
                 at_start = not turns and not parts
                 (front if at_start else parts).append(Segment("image", index))
                 index += 1
-                piece = piece if verbatim else piece.lstrip("\n")
+                piece = piece if verbatim else piece.lstrip("\r\n")
             if i < len(pieces) - 1 and not verbatim:
-                piece = piece.rstrip("\n")
+                piece = piece.rstrip("\r\n")
             if piece.strip() or (piece and (verbatim or len(pieces) == 1)):
                 parts.append(Segment("text", piece))
         turns.append(parts)

@@ -1,6 +1,7 @@
 """The pre-flight check before a Flamingo: what is left out of WebDataset shards, what is broken."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -90,3 +91,6 @@ def test_pairs_of_pictures_and_captions(tmp_path):
     assert (report.records, report.good, report.images) == (12, 10, 10)
     assert report.counts == dict(missing_image=1, corrupt_image=1) and not report.repeated
     assert "000.tar: byte" in report.first["missing_image"][0]
+    # What is found in a picture's bytes names the sample they are of.
+    says = r"001\.tar:\d+ \(id 001\.tar/9\): <6 bytes>: cannot be read as an image"
+    assert re.search(says, report.first["corrupt_image"][0])

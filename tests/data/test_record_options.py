@@ -89,7 +89,7 @@ def test_a_changed_picture_leaves_no_numbers_behind():
     text = "<box>1, 2, 3, 4</box> is a place in a picture, which data.augment moves"
     for change in AUGMENTS:
         skip = loader({"a": One(asked)}, augment={"a": (change,)})((0, 0, 0))
-        assert skip.reason == "coordinates" and skip.message.startswith(text)
+        assert skip.reason == "coordinates" and text in skip.message
     both = loader({"a": One(asked), "b": One(talk(SQUARE))}, augment={"b": ("flip",)})
     assert text_of(both((0, 0, 0))["tokens"]).endswith("<box>1, 2, 3, 4</box>")
     loose = talk(SQUARE, answer="a <box> of 3 points")

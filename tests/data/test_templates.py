@@ -49,6 +49,8 @@ def test_every_answer_of_a_conversation_is_supervised():
 def test_marks_place_images_and_take_their_line_ends_along():
     leading = fuyu_chat(record(("u", "<image>\nWhat?"), ("a", "x"), images=1))
     assert flat(leading)[:3] == [("image", 0), BOS, "User:What? Assistant:"]
+    windows = fuyu_chat(record(("u", "<image>\r\nWhat?\r\n<image>"), ("a", "x"), images=2))
+    assert flat(windows)[1:3] == [BOS, "User:What?"]
     inside = fuyu_chat(
         record(
             ("u", "<image><image>Is <image> it?"),
