@@ -8,7 +8,7 @@ from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.flamingo.processor import FlamingoProcessor, ProcessorConfig
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.models.language.processor import LanguageProcessor
-from mmjax.types import BadSample, Message, Record
+from mmjax.types import BadSample, Message, MMJaxError, Record
 
 WORDS = ["what is it red User: Assistant: GPT:"]
 EOS, EOC = "|ENDOFTEXT|", "<|endofchunk|>"
@@ -43,3 +43,11 @@ def test_an_answer_that_holds_an_end_mark_is_a_bad_sample(processor, template, e
         with pytest.raises(BadSample, match="an answer itself holds a token that ends it") as error:
             encode("what is it", f"red {end} it")
         assert error.value.reason == "end_mark"
+
+
+@pytest.mark.parametrize("template, mark", [("otter_chat", "eoc"), ("bunny_chat", "endoftext")])
+def test_a_language_model_is_not_trained_on_answers_whose_end_it_lacks(template, mark):
+    turns = (Message("user", "what is it"), Message("assistant", "red"))
+    segments = get_template(template)(Record(turns))
+    with pytest.raises(MMJaxError, match=f"no special token '.*{mark}.*another family's"):
+        LANGUAGE.encode(segments, ())

@@ -72,18 +72,25 @@ class LanguageProcessor:
     ) -> Example:
         """Encode text segments; raises BadSample: image_count, too_long, end_mark.
 
-        Text runs between special tokens are tokenised whole; ``answer`` marks stand for nothing.
+        Text runs between special tokens are tokenised whole; ``answer`` and ``cut`` marks stand for
+        nothing. Raises MMJaxError for a special token of another family's template.
         """
         if images or any(s.kind == "image" for s in segments):
             raise BadSample("image_count", f"{len(images)} image(s) for a model of text alone")
         tokenizer = self._needed()
         marks = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+        marks |= {"answer": None, "cut": None}
         stream = TokenStream(tokenizer)
         for segment in segments:
             if segment.kind == "text":
                 stream.text(str(segment.value), segment.loss)
                 continue
-            token = marks.get(str(segment.value))
+            if segment.value not in marks:  # left out, it would be an answer without an end
+                raise MMJaxError(
+                    f"a language model has no special token {segment.value!r}: the template is "
+                    "another family's; choose one that ends answers with 'eos', such as 'plain'"
+                )
+            token = marks[str(segment.value)]
             stream.add([] if token is None else [token], segment.loss)
         tokens, loss, _ = stream.arrays()
         check_length(len(tokens), max_tokens)
