@@ -151,13 +151,14 @@ def open_init(settings: ModelSettings) -> checkpoints.Checkpoint | None:
         if not settings.parts:
             return None
         family = registry.family(settings.family)
-        return opening.open_parts(family, settings.config, **settings.parts)
-    source = opening.open_checkpoint(settings.init, **settings.parts)
-    if source.family.name != settings.family:
-        raise MMJaxError(
-            f"model.init {settings.init} holds a {source.family.name!r} model and "
-            f"model.family is {settings.family!r}"
-        )
+        source = opening.open_parts(family, settings.config, **settings.parts)
+    else:
+        source = opening.open_checkpoint(settings.init, **settings.parts)
+        if source.family.name != settings.family:
+            raise MMJaxError(
+                f"model.init {settings.init} holds a {source.family.name!r} model and "
+                f"model.family is {settings.family!r}"
+            )
     return dataclasses.replace(source, fresh=(*source.fresh, *settings.fresh))
 
 

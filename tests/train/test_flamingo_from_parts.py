@@ -160,6 +160,16 @@ def test_random_parts_are_neither_frozen_nor_converted(llama):
         checkpoints.require_trained(opened)
 
 
+def test_a_part_starts_afresh_where_the_settings_say_so(llama):
+    """As of a model that ``init`` names; ``vision`` is frozen, which a random part may not be."""
+    run = settings(llama)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, fresh=("vision.*",)))
+    plan = build.blueprint(run.model, run.lora, 0)
+    assert plan.source.fresh == ("perceiver.*", "cross.*", "vision.*")
+    with pytest.raises(MMJaxError, match=r"vision\.\* starts from random numbers.*train it"):
+        build.check_fresh(plan, state.chosen_by(run, plan.names()))
+
+
 def test_the_recipe_plans_without_the_files():
     for name, every in (("3b", 1), ("4b", 2), ("9b", 4)):
         recipe = resolve_recipe(f"{ROOT}/configs/openflamingo_{name}.py:parts")
