@@ -17,7 +17,7 @@ from mmjax.models.companions import stated_ends
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.parallel.sharding import parameter_shardings
+from mmjax.parallel.sharding import check_divides, parameter_shardings
 from mmjax.types import MMJaxError
 
 
@@ -46,7 +46,8 @@ def load(
         as ``{"frames": 16}`` for a video model.
     parts: ``lm=``, ``vision=`` and so on, where a checkpoint of the trained parts leaves out the
         others; see ``mmjax.models.parts.Parts``.
-    Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family.
+    Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family, and
+    for a mesh that does not divide the model.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     _check_dtype(dtype)
@@ -71,6 +72,7 @@ def load(
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
             for name, leaf in paths.flatten(abstract).items()
         }
+        check_divides(wanted)
         each = None
         if weights is not None:
             wanted, each = quantized.while_loading(abstract, wanted, dtype)

@@ -443,3 +443,11 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         mmjax.load("adept/fuyu-8b")
     with pytest.raises(MMJaxError, match=str(tmp_path)):
         mmjax.load(tmp_path)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_told(bare):
+    for axis, size in (("tensor", 3), ("fsdp", 5)):
+        mesh = make_mesh({axis: size}, jax.devices()[:size])
+        says = rf"parameter \S+ has shape .*does not divide over {axis} {size}; set mesh\.{axis}"
+        with pytest.raises(MMJaxError, match=says):
+            mmjax.load(bare[0], mesh=mesh)
