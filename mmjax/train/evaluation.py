@@ -31,6 +31,7 @@ from mmjax.models.api import Processor
 from mmjax.models.companions import stated_ends
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
+from mmjax.train import frozen as frozen_part
 from mmjax.train.build import Blueprint
 from mmjax.train.design import make_design
 from mmjax.train.initial import init_frozen
@@ -231,8 +232,8 @@ def _beams(s: EvalSettings) -> Beams:
 
 
 def count_parameters(model: LoadedModel) -> int:
-    """Count all parameters of a model."""
-    return sum(x.size for x in jax.tree.leaves(nnx.state(model.model)))
+    """Count all parameters of a model, quantised ones too; see ``frozen.count``."""
+    return sum(frozen_part.sizes(nnx.state(model.model)).values())
 
 
 def answering(plan: Blueprint, model: nnx.Module, mesh: jax.sharding.Mesh) -> LoadedModel:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.loaded import LoadedModel
 from mmjax.models import converted, registry
 from mmjax.models.views import MultipliedOut
 from mmjax.nn import paths, quantized
@@ -16,6 +17,7 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import build, frozen, initial, optim
 from mmjax.train import state as train_state
 from mmjax.train.design import make_outline
+from mmjax.train.evaluation import count_parameters
 from mmjax.train.loss import loss_sum
 from mmjax.train.plan import make_plan
 from mmjax.train.settings import LoRASettings, ModelSettings, RunSettings
@@ -139,6 +141,15 @@ def test_the_plan_counts_four_and_a_half_bits_a_weight():
     assert whole.most("frozen") - nf4.most("frozen") == 2 * weights - weights / 2 - 4 * maxima
     assert (whole.most("multiplied"), nf4.parts["multiplied"][0]) == (0, v * d * 4)
     assert nf4.most("kept") <= whole.most("kept")  # no kernel is kept multiplied out
+
+
+def test_a_report_counts_weights_and_not_their_bytes_and_scales():
+    def count(kind):
+        graphdef, params, rest, plan = base(kind)
+        model = nnx.merge(graphdef, params, rest)
+        return count_parameters(LoadedModel("fuyu", plan.config, model, plan.processor, None))
+
+    assert count("nf4") == count("int8") == count("float32")
 
 
 def test_an_unknown_dtype_is_refused():
