@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mmjax.cli import run_with_config
-from mmjax.data.survey import SourceReport, spread, survey
+from mmjax.data.limits import spread
+from mmjax.data.survey import SourceReport, survey
 from mmjax.monitor.terminal import human, track
 from mmjax.types import MMJaxError
 

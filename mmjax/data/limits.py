@@ -1,4 +1,4 @@
-"""Records and examples cut to a limit: the first images of a record, the first tokens of a row."""
+"""What is cut to a limit: the images of a record, the tokens of a row, the records of a source."""
 
 from __future__ import annotations
 
@@ -67,3 +67,10 @@ def _joined(pieces: list[str]) -> str:
             piece = piece.lstrip("\r\n")
         text += space + piece
     return text
+
+
+def spread(size: int, limit: int | None) -> list[int]:
+    """Return at most ``limit`` indices, evenly spread over ``size``, always the same; None: all."""
+    if limit is None or limit >= size:
+        return list(range(size))
+    return [i * size // limit for i in range(limit)]

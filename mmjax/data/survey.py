@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data.limits import spread
 from mmjax.data.mixture import Mixture
 from mmjax.data.packing import example_sizes
 from mmjax.data.skips import BY_CHOICE, Skip
@@ -97,13 +98,6 @@ def survey(
                 ):
                     _note(report, found, draw[1], seen)
                     yield report
-
-
-def spread(length: int, limit: int | None) -> list[int]:
-    """Return at most ``limit`` indices below ``length``, spread evenly; None for all."""
-    if limit is None or limit >= length:
-        return list(range(length))
-    return [i * length // limit for i in range(limit)]
 
 
 def fingerprint(source: Source, records: int = 8) -> str:

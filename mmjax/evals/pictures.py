@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 from mmjax.data import images as im
-from mmjax.evals.tasks import spread
+from mmjax.data.limits import spread
 from mmjax.types import BadSample, ImageSource, Record
 
 _SHOWN_SIDE = 448  # pixels: a report with a hundred pictures stays a few megabytes

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mmjax.data.limits import spread
 from mmjax.data.resizing import at_resolution
 from mmjax.evals.benchmarks import source_settings
 from mmjax.evals.cuts import get_cut
@@ -27,7 +28,7 @@ from mmjax.evals.results import (
     write_atomic,
 )
 from mmjax.evals.submissions import get_submission
-from mmjax.evals.tasks import Task, ask, chosen, open_source, spread
+from mmjax.evals.tasks import Task, ask, chosen, open_source
 from mmjax.monitor.terminal import track
 from mmjax.types import BadSample, MMJaxError, Record
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mmjax.data.limits import spread
 from mmjax.evals.benchmarks import expand
 from mmjax.evals.cuts import get_cut
 from mmjax.evals.scorers import get_scorer
@@ -141,13 +142,6 @@ def open_source(source: Any) -> Sequence[Record]:
 
         return make_source(source)
     return source
-
-
-def spread(size: int, limit: int | None) -> list[int]:
-    """Return at most ``limit`` indices, evenly spread over ``size``: always the same ones."""
-    if limit is None or limit >= size:
-        return list(range(size))
-    return [i * size // limit for i in range(limit)]
 
 
 def chosen(source: Sequence[Record], limit: int | None) -> list[int]:

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmjax.data.limits import spread
 from mmjax.data.packing import BatchBuilder, BatchShape, Origin
 from mmjax.data.templates import get_template
-from mmjax.evals.tasks import Task, answers_of, ask, open_source, spread
+from mmjax.evals.tasks import Task, answers_of, ask, open_source
 from mmjax.models.api import Processor
 from mmjax.parallel.sharding import process_rows, put_batch
 from mmjax.train.loss import loss_by_source

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from mmjax.data import check as command
 from mmjax.data.catalog import make_source
+from mmjax.data.limits import spread
 from mmjax.data.packing import BatchShape
-from mmjax.data.survey import SourceReport, fingerprint, require_some_good, spread
+from mmjax.data.survey import SourceReport, fingerprint, require_some_good
 from mmjax.parallel import distributed
 from mmjax.train.build import blueprint, train_iterator, train_loader
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from mmjax.data.images import open_image
+from mmjax.data.limits import spread
 from mmjax.evals import charts, report, results, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.table import results_table
-from mmjax.evals.tasks import Task, answers_of, make_task, multiple_choice, question_of, spread, vqa
+from mmjax.evals.tasks import Task, answers_of, make_task, multiple_choice, question_of, vqa
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 
