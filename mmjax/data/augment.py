@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from mmjax.data import images as im
 from mmjax.data.resizing import each_picture, pad_at_random
-from mmjax.types import BadSample, ImageSource, MMJaxError, Record
+from mmjax.types import BadSample, ImageSource, MMJaxError, Record, nearest
 
 _PLACES = re.compile(r"<(box|point)>.*?</\1>", re.DOTALL)  # of a picture, as Fuyu writes them
 
@@ -74,6 +73,5 @@ def _mirrored(source: ImageSource) -> ImageSource:
 
 
 def _unknown(what: str, name: str, known) -> None:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise MMJaxError(f"{what} {name!r} is unknown{hint} (there are {', '.join(known)})")
+    near = nearest(str(name), known)
+    raise MMJaxError(f"{what} {name!r} is unknown{near} (there are {', '.join(known)})")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from mmjax.data.sources import Source
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 KINDS = {
     "json": "mmjax.data.sources:JsonSource",
@@ -94,9 +93,8 @@ def _call(spec: Mapping[str, Any], kinds: Mapping[str, str]) -> Any:
     kind = arguments.pop("kind", None)
     if kind not in kinds:
         every = [*KINDS, *LISTS]
-        near = difflib.get_close_matches(str(kind), every, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise MMJaxError(f"data source kind {kind!r} is unknown, one of {', '.join(every)}{hint}")
+        near = nearest(str(kind), every)
+        raise MMJaxError(f"data source kind {kind!r} is unknown, one of {', '.join(every)}{near}")
     module, name = kinds[kind].split(":")
     made = getattr(importlib.import_module(module), name)
     try:

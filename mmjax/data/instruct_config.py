@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from mmjax.data.jsonl import IndexedJson
 from mmjax.data.mixture import apportion
-from mmjax.types import BadSample, MMJaxError
+from mmjax.types import BadSample, MMJaxError, nearest
 
 KEYS = ("dataset_name", "json_path", "img_dir", "ratio")
 SAMPLING = ("ratio", "sqrt")
@@ -88,8 +87,7 @@ def _dataset(
     """Check one dataset's paths and keys; problems are appended."""
     for key in values:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (there are {', '.join(KEYS)})"
+            hint = nearest(key, KEYS) or f" (there are {', '.join(KEYS)})"
             problems.append(f"{at}: unknown key {key!r}{hint}")
     spec: dict[str, Any] = {"kind": "json"}
     wanted = {"path": values.get("json_path"), "image_root": values.get("img_dir") or img_dir}

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from mmjax.data.mimicit import GROUPS
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 PATHS = ("mimicit_path", "images_path", "train_config_path")
 _DATA = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -131,9 +131,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _near(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (there are {', '.join(known)})"
+    return f"{nearest(str(name), known)} (there are {', '.join(known)})"
 
 
 def _beside(folder: Path, value: Any) -> str:

@@ -8,7 +8,6 @@ name. Labels are decided here and nowhere else: a token is a target exactly when
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable
 
@@ -24,7 +23,7 @@ from mmjax.data.turns import (
     need_answer,
     place_images,
 )
-from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
+from mmjax.types import BadSample, Message, MMJaxError, Record, Segment, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +196,8 @@ def get_template(name: str | Template) -> Template:
     if callable(name):
         return name
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise MMJaxError(f"unknown template {name!r}{hint} (there are {', '.join(TEMPLATES)})")
+        near = nearest(name, TEMPLATES)
+        raise MMJaxError(f"unknown template {name!r}{near} (there are {', '.join(TEMPLATES)})")
     return TEMPLATES[name]
 
 

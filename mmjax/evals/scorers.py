@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -12,7 +11,7 @@ from mmjax.evals import mmmu, normalise
 from mmjax.evals import yes_no as polar
 from mmjax.evals.anls import anls
 from mmjax.evals.relaxed import relaxed_accuracy
-from mmjax.types import BadSample, MMJaxError
+from mmjax.types import BadSample, MMJaxError, nearest
 
 Scorer = Callable[[str, Sequence[str], Sequence[str]], float]
 
@@ -175,9 +174,8 @@ def get_scorer(name: str | Scorer) -> Scorer:
     if callable(name):
         return name
     if name not in SCORERS:
-        close = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise MMJaxError(f"unknown scorer {name!r}{hint} (there are {', '.join(SCORERS)})")
+        near = nearest(name, SCORERS)
+        raise MMJaxError(f"unknown scorer {name!r}{near} (there are {', '.join(SCORERS)})")
     return SCORERS[name]
 
 

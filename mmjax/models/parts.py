@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 from mmjax.weights.reader import Reader
 
 
@@ -32,9 +31,8 @@ class Parts:
         names = [f.name for f in dataclasses.fields(cls)]
         for name in given:
             if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise MMJaxError(f"{name!r} is no part of a model; one of {', '.join(names)}{hint}")
+                near = nearest(name, names)
+                raise MMJaxError(f"{name!r} is no part of a model; one of {', '.join(names)}{near}")
         return cls(**given)
 
     def given(self) -> list[str]:

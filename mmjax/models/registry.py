@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,8 @@ FAMILIES: dict[str, Family] = {
 def family(name: str) -> Family:
     """Return a family by name; raises MMJaxError with the nearest known name."""
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise MMJaxError(f"family {name!r} is unknown; one of {', '.join(FAMILIES)}{hint}")
+        near = nearest(name, FAMILIES)
+        raise MMJaxError(f"family {name!r} is unknown; one of {', '.join(FAMILIES)}{near}")
     return FAMILIES[name]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from mmjax.models.views import is_lora
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
 from mmjax.models.work import Work
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 
 PREFIX = "bunny-"
 _CLASS_NAMES = {
@@ -207,11 +206,9 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
     found = str(hf.get("model_type"))
     name = _OLDER.get(found, found.removeprefix(PREFIX))
     if name not in _CLASS_NAMES or not found.startswith(PREFIX):
-        near = difflib.get_close_matches(found, MODEL_TYPES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise MMJaxError(
             f"config.json says model_type {found!r}, no Bunny; one of "
-            f"{', '.join(MODEL_TYPES)}{hint}"
+            f"{', '.join(MODEL_TYPES)}{nearest(found, MODEL_TYPES)}"
         )
     return name
 

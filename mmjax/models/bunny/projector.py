@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from mmjax.models.bunny.projector_ldp import MobileBlock, block_rules, squeezed
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.mlp import ACTIVATIONS
 from mmjax.parallel.sharding import constrain
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, nearest
 from mmjax.weights import tables
 from mmjax.weights.rules import Rule
 
@@ -55,11 +54,9 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and self._depth is None:
-            near = difflib.get_close_matches(self.kind, KINDS, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise MMJaxError(
                 f"mm_projector_type {self.kind!r} is unknown; one of {', '.join(KINDS)}, where the "
-                f"2 of mlp2x_gelu may be any number{hint}"
+                f"2 of mlp2x_gelu may be any number{nearest(self.kind, KINDS)}"
             )
         if self.kind == "identity" and self.d_vision != self.d_model:
             raise MMJaxError(
