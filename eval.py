@@ -17,8 +17,9 @@ flags.DEFINE_string("workdir", None, "where results go; default: the workdir of 
 
 def main(config) -> None:
     from mmjax.schema import to_dataclass
-    from mmjax.train.evaluation import run_eval, with_tasks
+    from mmjax.train.evaluation import run_eval
     from mmjax.train.settings import RunSettings
+    from mmjax.train.tasks import with_tasks
 
     if not flags.FLAGS.checkpoint:
         raise MMJaxError("give --checkpoint=DIR: a workdir, one of its checkpoints, or a model")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,19 +13,13 @@ from flax import nnx
 from rich.console import Console
 
 from mmjax import __version__, checkpoint, runtime
-from mmjax.data.benchmarks.files import read_json
-from mmjax.data.templates import asking, get_template
 from mmjax.evals import report, runner
 from mmjax.evals.answer import answerer
-from mmjax.evals.few_shot import Demonstrations
-from mmjax.evals.scorers import get_scorer
 from mmjax.evals.table import metric_tables, results_table
-from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
-from mmjax.generate.beam import Beams
+from mmjax.evals.tasks import Task
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
 from mmjax.models import opening
-from mmjax.models.api import Processor
 from mmjax.models.companions import stated_ends
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
@@ -35,123 +27,10 @@ from mmjax.train import frozen as frozen_part
 from mmjax.train.build import Blueprint
 from mmjax.train.design import make_design
 from mmjax.train.initial import init_frozen
-from mmjax.train.settings import EvalSettings, RunSettings
+from mmjax.train.settings import RunSettings
+from mmjax.train.tasks import beams_of, check_processor, check_tasks, tasks_of, template_of
 from mmjax.train.workdir import as_trained, disk_asked
-from mmjax.types import BadSample, MMJaxError, nearest
-
-
-def tasks_of(settings: EvalSettings) -> list[Task]:
-    """Make the tasks of a config; raises MMJaxError for what they cannot be."""
-    return [make_task(t, f"config.eval.tasks[{i}]") for i, t in enumerate(settings.tasks)]
-
-
-def with_tasks(settings: RunSettings, path: str | Path) -> RunSettings:
-    """Return the settings with the tasks of a JSON file: a list of them, or one."""
-    found = read_json(path, 'a JSON file of tasks, such as [{"benchmark": "pope", ...}]')
-    tasks = found if isinstance(found, list) else [found]
-    if not tasks or not all(isinstance(task, dict) for task in tasks):
-        raise MMJaxError(f"{path}: expected a list of tasks, each an object of settings")
-    for task in tasks:  # JSON has lists alone
-        if isinstance(task.get("resolutions"), list):
-            task["resolutions"] = tuple(task["resolutions"])
-    eval_settings = dataclasses.replace(settings.eval, tasks=tuple(tasks))
-    return dataclasses.replace(settings, eval=eval_settings)
-
-
-def check(settings: RunSettings, processor: Processor | None = None) -> None:
-    """Raise MMJaxError for what the first evaluation, or ``checkpoint.best``, would stumble on.
-
-    Sources of tasks are opened and their first record is looked at: a run must not end after days
-    because of a path.
-    """
-    tasks, chosen = tasks_of(settings.eval), settings.eval
-    if tasks and (chosen.every or chosen.final):
-        check_tasks(settings)
-        check_processor(settings, processor)
-    if (best := settings.checkpoint.best) is None:
-        return
-    known = [name for task in tasks for name in metric_names(task)]
-    if best not in known:
-        raise MMJaxError(
-            f"checkpoint.best is {best!r}, and no evaluation reports an accuracy of this name"
-            f"{nearest(best, known)}; there are {', '.join(known) or 'no tasks'}"
-        )
-    every, saved = chosen.every, settings.checkpoint.every
-    if every < 1 or every % saved:
-        raise MMJaxError(
-            f"checkpoint.best is {best!r}, eval.every is {every} and checkpoint.every {saved}: the "
-            "best is among the steps that are both evaluated and saved; make eval.every a "
-            f"multiple of checkpoint.every, such as {max(1, every // saved) * saved}"
-        )
-
-
-def metric_names(task: Task) -> list[str]:
-    """Return the names of a task's accuracies and metrics, the plain ones of the largest size."""
-    name = f"eval/{task.name}/accuracy"
-    keys = [task.result_key(resolution) for resolution in task.resolutions]
-    names = [name, *(f"{name}_{key}" for key in keys if len(keys) > 1)]
-    summed = task.summariser.names if task.summariser else ()
-    return [*names, *(f"eval/{task.name}/{one.replace(' ', '_')}" for one in summed)]
-
-
-def check_tasks(settings: RunSettings) -> None:
-    """Raise MMJaxError for what asking the tasks would stumble on; loads no model."""
-    get_template(template_of(settings))
-    _beams(settings.eval)
-    for task in tasks_of(settings.eval):
-        _check_sources(task)
-
-
-def check_processor(settings: RunSettings, processor: Processor | None) -> None:
-    """Raise MMJaxError for a template of other tokens, and a resolution that is never shown."""
-    if (check := getattr(processor, "check_template", None)) is not None:
-        check(get_template(template_of(settings)))
-    if (check := getattr(processor, "check_resolution", None)) is not None:
-        for task in tasks_of(settings.eval):
-            for side in filter(None, task.resolutions):
-                check(side)
-
-
-def template_of(settings: RunSettings) -> str:
-    """Return the name of the template that tasks are asked by.
-
-    Raises MMJaxError where neither ``eval.template`` nor ``data.template`` tells it.
-    """
-    if settings.eval.template is not None:
-        return settings.eval.template
-    trained = settings.data.template
-    return asking([trained] if isinstance(trained, str) else trained.values())
-
-
-def _check_sources(task: Task) -> None:
-    """Open what a task reads, and score no answer to its first question."""
-    if task.summariser:
-        task.summariser.check()
-    source = open_source(task.source)
-    for name, records in (("source", source), ("demos", task.demos), ("train", task.train)):
-        if records is not None and not len(open_source(records)):
-            raise MMJaxError(f"task {task.name}: its {name} holds no records")
-    demos = None
-    if task.demos is not None:
-        demos = Demonstrations(open_source(task.demos), task.shots or task.text_shots)
-    with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
-        first = ask(task, source[0])
-        if not first.meta.get("unscored"):
-            get_scorer(task.scorer)("", answers_of(first), choices_of(first))
-        if demos is not None:
-            demos.before(first, 0)
-
-
-def opened(tasks: Sequence[Task]) -> list[Task]:
-    """Return tasks whose sources are open: a run asks them again and again."""
-    return [
-        dataclasses.replace(
-            task,
-            source=open_source(task.source),
-            demos=None if task.demos is None else open_source(task.demos),
-        )
-        for task in tasks
-    ]
+from mmjax.types import MMJaxError
 
 
 def sample(
@@ -223,12 +102,8 @@ def _answerer(model: LoadedModel, settings: RunSettings) -> runner.Generate:
         template=template_of(settings),
         batch_size=s.batch_size,
         cache_dtype=s.cache_dtype,
-        beams=_beams(s),
+        beams=beams_of(s),
     )
-
-
-def _beams(s: EvalSettings) -> Beams:
-    return Beams(s.num_beams, s.length_penalty)
 
 
 def count_parameters(model: LoadedModel) -> int:

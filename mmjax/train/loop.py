@@ -15,7 +15,7 @@ from mmjax.monitor.profile import ProfileWindow
 from mmjax.monitor.writers import require_wandb
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import put_batch
-from mmjax.train import adapters, evaluation, lengths, optim, startup
+from mmjax.train import adapters, evaluation, lengths, optim, startup, tasks
 from mmjax.train.build import check_attention, train_iterator
 from mmjax.train.changes import changed
 from mmjax.train.design import Design, make_design
@@ -52,7 +52,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             require_wandb(settings.log.wandb)
         design = make_design(settings, mesh)
         check_attention(settings.model, ranges=True)
-        evaluation.check(settings, design.plan.processor)
+        tasks.check(settings, design.plan.processor)
         if lead:
             startup.print_startup(mesh, design, workdir)
         training = Training(design, workdir, mesh, stop)
@@ -115,9 +115,9 @@ class Training:
             design, workdir, mesh, graphdef=graphdef, batches=self._batches,
             checkpoints=self.checkpoints, first=self.first,
         )  # fmt: skip
-        self._tasks = evaluation.tasks_of(settings.eval)
+        self._tasks = tasks.tasks_of(settings.eval)
         if settings.eval.every:
-            self._tasks = evaluation.opened(self._tasks)
+            self._tasks = tasks.opened(self._tasks)
         self._validation = ValidationLoss(self._tasks, settings, plan.processor, graphdef, mesh)
         self.metrics: dict[str, float] = {}
         self._measured: dict[str, float] = {}  # at the step that was made last, for its checkpoint

@@ -18,7 +18,7 @@ from mmjax.data.resizing import list_resolutions
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
 from mmjax.schema import to_dataclass
-from mmjax.train import evaluation, loop
+from mmjax.train import evaluation, loop, tasks
 from mmjax.train.optim import decays
 from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings, check_numbers
 from mmjax.types import MMJaxError
@@ -128,7 +128,7 @@ def emoji(monkeypatch, tmp_path):
 def test_a_recipe_resolves_at_its_full_size(file):
     settings = to_dataclass(RunSettings, resolve_recipe(file))
     check_numbers(settings)
-    asked = evaluation.template_of(settings)
+    asked = tasks.template_of(settings)
     assert asked == ASKED.get(file.stem.split("_")[0], asked)
     assert settings.name == file.stem
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]  # its command

@@ -11,8 +11,8 @@ from PIL import Image
 from mmjax.data.benchmarks.captions import KarpathySource
 from mmjax.evals import cider, runner, scorers
 from mmjax.evals.tasks import make_task
-from mmjax.train.evaluation import check_tasks
 from mmjax.train.settings import EvalSettings, RunSettings
+from mmjax.train.tasks import check_tasks
 from mmjax.types import MMJaxError
 
 

@@ -9,8 +9,8 @@ from mmjax.evals import compare, cuts, report, runner
 from mmjax.evals.benchmarks import BENCHMARKS
 from mmjax.evals.scorers import READERS
 from mmjax.evals.tasks import Task
-from mmjax.train.evaluation import check_tasks, with_tasks
 from mmjax.train.settings import EvalSettings, RunSettings
+from mmjax.train.tasks import check_tasks, with_tasks
 from mmjax.types import Message, MMJaxError, Record
 
 

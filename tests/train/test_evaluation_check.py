@@ -12,7 +12,7 @@ from mmjax.checkpoint import CheckpointSettings
 from mmjax.loaded import LoadedModel
 from mmjax.models.bunny.processor import BunnyProcessor
 from mmjax.models.fuyu.processor import FuyuProcessor
-from mmjax.train import evaluation
+from mmjax.train import evaluation, tasks
 from mmjax.train.settings import (
     DataSettings,
     EvalSettings,
@@ -61,16 +61,16 @@ def settings(best=None, saves=5, task=(), **changes):
 )
 def test_mistakes_of_evaluation_are_told_at_the_start(given, says):
     with pytest.raises(MMJaxError, match=says):
-        evaluation.check(settings(**given))
+        tasks.check(settings(**given))
 
 
 @pytest.mark.parametrize("template", ["fuyu_prompt", "bunny_minicpm_prompt"])
 def test_a_template_of_other_tokens_is_told_at_the_start(template):
     """A dialogue's earlier answers end with a token, too: else the evaluation fails at its end."""
     processor = BunnyProcessor(tokenizer=build_neox_tokenizer())
-    evaluation.check(settings(template="bunny_prompt"), processor)
+    tasks.check(settings(template="bunny_prompt"), processor)
     with pytest.raises(MMJaxError, match=f"template {template!r}: "):
-        evaluation.check(settings(template=template), processor)
+        tasks.check(settings(template=template), processor)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +182,10 @@ def test_a_resolution_that_the_processor_never_shows_is_told_at_the_start(tmp_pa
     (tmp_path / "model").mkdir()
     given = settings(task={"resolutions": (None, 1080, 1440)})
     with pytest.raises(MMJaxError, match="resolution 1440: .* 1080 x 1920 pixels"):
-        evaluation.check(given, model.processor)
+        tasks.check(given, model.processor)
     with pytest.raises(MMJaxError, match="resolution 1440: .* 1080 x 1920 pixels"):
         evaluation.run_eval(given, str(tmp_path / "model"), str(tmp_path))
-    evaluation.check(given, model.processor.with_options(max_height=None))
+    tasks.check(given, model.processor.with_options(max_height=None))
 
 
 def trained(by, **changes):
@@ -203,8 +203,8 @@ def trained(by, **changes):
     ],
 )
 def test_tasks_are_asked_as_the_model_is_trained(template, asked):
-    assert evaluation.template_of(trained(template)) == asked
-    assert evaluation.template_of(trained(template, template="plain")) == "plain"
+    assert tasks.template_of(trained(template)) == asked
+    assert tasks.template_of(trained(template, template="plain")) == "plain"
 
 
 @pytest.mark.parametrize(
@@ -217,12 +217,12 @@ def test_tasks_are_asked_as_the_model_is_trained(template, asked):
 )
 def test_a_template_that_does_not_tell_how_to_ask(template, says):
     with pytest.raises(MMJaxError, match=says):
-        evaluation.template_of(trained(template))
+        tasks.template_of(trained(template))
 
 
 def test_what_can_be_evaluated_is_let_through():
     sweep = {"resolutions": (None, 48)}
-    evaluation.check(settings(best="eval/vqa/accuracy_48", task=sweep))
-    evaluation.check(settings(task={"source": Unreadable([1, 2])}))
+    tasks.check(settings(best="eval/vqa/accuracy_48", task=sweep))
+    tasks.check(settings(task={"source": Unreadable([1, 2])}))
     never = EvalSettings(tasks=({"name": "vqa", "source": []},), final=False)
-    evaluation.check(dataclasses.replace(settings(), eval=never))
+    tasks.check(dataclasses.replace(settings(), eval=never))
