@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,18 @@ class SkipLog:
             except OSError:
                 return  # the disk is full: it is counted, and listed when it is met again
         self._listed.add(key)
+
+
+def left_out(logs: Sequence[SkipLog]) -> tuple[float, str]:
+    """Return the share of the samples so far that logs left out, and a line that says it.
+
+    The line is empty where there was none.
+    """
+    counts = sum((collections.Counter(log.counts) for log in logs), collections.Counter())
+    bad, seen = counts.total(), sum(log.seen for log in logs)
+    if not bad:
+        return 0.0, ""
+    reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts.most_common())
+    files = ", ".join(str(log.path) for log in logs if log.broken and log.path is not None)
+    where = f"; each record is in {files}" if files else ""
+    return bad / seen, f"{bad:,} of {seen:,} samples ({bad / seen:.1%}) left out: {reasons}{where}"

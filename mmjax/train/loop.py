@@ -170,6 +170,7 @@ class Training:
         if done and self.checkpoints.latest != done:
             self._save(done)
         self.checkpoints.require(done)
+        self.reports.tell_left_out()
         if self._stop:
             line = f"{self._stop.signal}: saved step {done}; start again to continue"
             self.reports.line.print(line)

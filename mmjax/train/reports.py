@@ -12,6 +12,7 @@ from flax import nnx
 from rich.text import Text
 
 from mmjax.checkpoint import Checkpoints
+from mmjax.data.skips import left_out
 from mmjax.data.streams import Streams
 from mmjax.monitor.flops import find_peak
 from mmjax.monitor.meter import Meter
@@ -62,6 +63,7 @@ class Reports:
             settings.bad_steps, workdir, every=settings.log.every, writer=self.writer,
             meter=self.meter, line=self.line, source_names=batches.source_names,
             last_checkpoint=checkpoints.newest, bad=checkpoints.notes.get("bad_steps", 0),
+            more=lambda: {"train/skipped": left_out(batches.skips)[0]},
         )  # fmt: skip
         self._samples = None
         if settings.log.samples:
@@ -93,13 +95,20 @@ class Reports:
         parts = self._settings.data.batch_size // len(local["tokens"])  # like this process's
         tokens = int(np.count_nonzero(local["segment_ids"])) * parts
         images = self._batches.images * parts
-        self.meter.step(tokens=tokens, images=images, flops=self._flops(local))
+        samples = sum(map(len, self._batches.records)) * parts
+        flops = self._flops(local)
+        self.meter.step(tokens=tokens, images=images, samples=samples, flops=flops)
         return logged
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write and print what an evaluation found while training."""
         self.writer.scalars(step, metrics)
         self.line.print(f"step {step}: {brief(metrics)}")
+
+    def tell_left_out(self) -> None:
+        """Print how many samples could not be used, or were left out by their sources' settings."""
+        if line := left_out(self._batches.skips)[1]:
+            self.line.print(line)
 
     def _draw(self, step: int, local: Batch) -> None:
         """Draw a batch as the model sees it into the workdir's ``pictures/`` and for writers."""

@@ -48,7 +48,7 @@ class StepWatch:
     """Read what the steps report; write what is due, and act on a bad step.
 
     bad: bad steps of the whole run, those before a restart too. last_checkpoint: called for the
-    step of the newest checkpoint on disk, or None.
+    step of the newest checkpoint on disk, or None. more: called for what else is logged.
     """
 
     def __init__(
@@ -63,10 +63,12 @@ class StepWatch:
         source_names: Sequence[str],
         last_checkpoint: Callable[[], int | None],
         bad: int = 0,
+        more: Callable[[], dict[str, float]] = dict,
     ):
         self.settings, self.every, self.bad = settings, every, bad
         self._workdir, self._writer, self._meter, self._line = workdir, writer, meter, line
         self._source_names, self._last_checkpoint = tuple(source_names), last_checkpoint
+        self._more = more
         self._expected: Expected | None = None
 
     def expect(self, step: int, metrics: dict[str, jax.Array], records: Sequence) -> None:
@@ -86,7 +88,7 @@ class StepWatch:
             self._act(expected, float(values["loss"]), float(values["grad_norm"]))
         if expected.step % self.every and not last:
             return {}
-        scalars = self._scalars(values) | self._meter.report()
+        scalars = self._scalars(values) | self._more() | self._meter.report()
         self._writer.scalars(expected.step, scalars)
         self._line.update(expected.step, scalars, self._meter.eta())
         return scalars

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -106,10 +107,17 @@ def settings(file, **data):
     )  # fmt: skip
 
 
-def test_bad_samples_are_skipped_counted_and_listed(tmp_path):
+def test_bad_samples_are_skipped_counted_and_listed(tmp_path, capsys):
     file = write_data(tmp_path / "data", BAD)
     metrics = loop.run(settings(file, max_bad_share=0.9), tmp_path / "run")
     assert np.isfinite(metrics["train/loss"])
+    # A person who never opens the list is told, too: on the terminal and in the metrics.
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "left out" in x]
+    share = re.match(r"(\d+) of (\d+) samples \([\d.]+%\) left out: .*corrupt_image \d+", line)
+    assert metrics["train/skipped"] == int(share[1]) / int(share[2]) > 0.3
+    assert line.endswith(f"; each record is in {tmp_path}/run/skipped.jsonl")
+    # Two packed rows of 48 tokens hold samples of 15 or 20 of them.
+    assert 2 <= metrics["perf/sample_s"] * metrics["perf/step_s"] <= 6
     rows = (tmp_path / "run/skipped.jsonl").read_text().splitlines()
     rows = [json.loads(row) for row in rows]
     found = {row["id"]: row for row in rows}
