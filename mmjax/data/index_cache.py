@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import os
 import platform
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -39,12 +38,12 @@ def cached_index(
         try:
             with np.load(cache) as saved:
                 if np.array_equal(saved["stamp"], stamp):
-                    return {name: saved[name] for name in saved.files if name != "stamp"}
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-            continue  # absent or damaged: build it again
+                    return {str(name): saved[str(name)] for name in saved["held"]}
+        except Exception:  # absent, or damaged, of which zipfile and numpy raise nearly anything
+            continue  # build it again
     arrays = build()
     for cache in caches:
-        if _write_cache(cache, {"stamp": stamp, **arrays}):
+        if _write_cache(cache, {"stamp": stamp, "held": np.array(list(arrays)), **arrays}):
             break
     return arrays
 

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -154,6 +155,27 @@ def test_index_is_cached_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch
 
 def turns(*pairs):
     return {"conversations": [{"from": who, "value": what} for who, what in pairs]}
+
+
+def test_a_damaged_index_is_made_anew(tmp_path):
+    """A byte that says how an entry is packed, or how long its comment is, ended the run."""
+    path = write(tmp_path / "a.jsonl", '{"question": "a"}\n{"question": "b"}\n')
+    assert len(JsonSource(path)) == 2
+    index = tmp_path / ".a.jsonl.index.npz"
+    good = index.read_bytes()
+    directory = [m.start() for m in re.finditer(b"PK\x01\x02", good)]
+    for entry in directory:
+        for at in (6, 8, 10, 11, 32, 33):  # version, flags, method, length of the comment
+            raw = bytearray(good)
+            raw[entry + at] ^= 0x5A
+            index.write_bytes(raw)
+            assert [r.messages[0].text for r in map(JsonSource(path).__getitem__, (0, 1))] == [
+                *("a", "b")
+            ]
+    for length in range(0, len(good), 97):
+        index.write_bytes(good[:length])
+        assert len(JsonSource(path)) == 2
+    assert len(directory) == 3 and index.read_bytes() == good
 
 
 def test_an_answer_that_nothing_asked_for_is_left_out(tmp_path):
