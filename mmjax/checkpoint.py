@@ -22,6 +22,10 @@ from mmjax.types import MMJaxError
 
 FOLDER = "checkpoints"
 _NAMED = 3  # differences that a message names
+_PATIENCE = 24 * 3600
+"""Seconds that a save may take. Orbax gives up after 20 minutes of the wall clock, and a large state
+on a slow disk, or a clock that is set meanwhile, would end the run; a process that is gone is found
+by its heartbeat."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +170,11 @@ class Checkpoints:
     def _open(self) -> ocp.training.Checkpointer:
         # Each of Orbax's threads logs the traceback of a failure that comes back to us anyway.
         logging.getLogger("absl").addFilter(_not_from_orbax)
+        context = ocp.Context()
+        context.asynchronous.timeout_secs = _PATIENCE
+        # Compressed, numbers as random as these need the host to hold most of the state once more,
+        # and several times the processor's time, for a few percent of the disk.
+        context.array.saving.use_compression = False
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(self.settings.keep)]
         if self.settings.best:
@@ -178,6 +187,7 @@ class Checkpoints:
             )
         return ocp.training.Checkpointer(
             self.directory,
+            context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,  # what a killed or failed save left behind

@@ -43,6 +43,7 @@ SEVERAL_GPUS = {
 }
 """XLA's flags for runs on more than one GPU."""
 
+_PINNED = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -69,7 +70,9 @@ def environment(have: Mapping[str, str]) -> dict[str, str]:
     GLIBC_TUNABLES, on a Linux that gives huge pages to those who ask, without an accelerator: on a
     CPU the buffers of a train step are new memory in every step, and taking it in small pages costs
     a part of the step. On a GPU XLA_PYTHON_CLIENT_MEM_FRACTION: JAX would take three quarters of it
-    and leave the rest; a run takes ``USABLE``. XLA_FLAGS, where there are several GPUs:
+    and leave the rest; a run takes ``USABLE``. XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB: a checkpoint
+    passes through a pool of the host's memory that ends at 64 GB, and a larger state could not be
+    saved; here it may grow to all there is. XLA_FLAGS, where there are several GPUs:
     ``SEVERAL_GPUS``, as far as this jaxlib knows them.
     """
     more = {}
@@ -79,6 +82,10 @@ def environment(have: Mapping[str, str]) -> dict[str, str]:
     own = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"
     if not on_cpu(have) and not any(name in have for name in own):
         more["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{USABLE:g}"
+    # A pool that is taken at once, which is asked for by another variable, has its own limit.
+    own = _PINNED, "XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE"
+    if not on_cpu(have) and not any(name in have for name in own):
+        more[_PINNED] = str(host_memory() // 2**30)
     if not on_cpu(have) and _count_gpus(have) > 1:
         given = have.get("XLA_FLAGS", "")
         wanted = {k: v for k, v in SEVERAL_GPUS.items() if k not in given}
@@ -86,6 +93,11 @@ def environment(have: Mapping[str, str]) -> dict[str, str]:
         if flags:
             more["XLA_FLAGS"] = " ".join(filter(None, (given, *flags)))
     return more
+
+
+def host_memory() -> int:
+    """Return the bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def on_cpu(have: Mapping[str, str]) -> bool:

@@ -1,9 +1,12 @@
 """Training checkpoints: what stays, what comes back on which mesh, and what is refused."""
 
+import asyncio
 import dataclasses
 import gc
 import re
 import shutil
+import threading
+import time
 import warnings
 
 import grain
@@ -72,6 +75,49 @@ def test_the_newest_n_and_the_best_stay(tmp_path):
     assert find_step(tmp_path, "eval/accuracy") == (tmp_path, 2)
     assert find_step(tmp_path, "eval/nothing") == (tmp_path, 5)
     assert find_step(tmp_path / FOLDER / "4") == (tmp_path, 4)
+
+
+def test_arrays_lie_on_the_disk_as_they_are_in_memory(saved):
+    workdir, before = saved  # compressing them would take another state of the host's memory
+    there = sum(f.stat().st_size for f in (workdir / FOLDER / "5").rglob("*") if f.is_file())
+    assert there >= sum(x.nbytes for x in jax.tree.leaves(before))
+
+
+class ClockIsSet:
+    """A data iterator; while it is written the wall clock is set to an hour later."""
+
+    def __init__(self):
+        self.now, self.ahead, self.asked = time.time, 0, 0
+        self.noticed = threading.Event()  # what waits for the save has looked at the clock
+
+    def time(self):
+        self.asked += self.ahead > 0
+        if self.asked > 3:
+            self.noticed.set()
+        return self.now() + self.ahead
+
+    async def save(self, directory):
+        async def write():
+            await directory.await_creation()
+            self.ahead = 3600
+            await asyncio.to_thread(self.noticed.wait, 10)
+
+        return write()
+
+    async def load(self, directory):
+        """Read nothing."""
+
+
+def test_a_save_that_takes_an_hour_by_the_clock_is_a_save(tmp_path, monkeypatch):
+    data = ClockIsSet()
+    with use() as mesh:
+        _, train = build(mesh)
+        checkpoints = opened(tmp_path)
+        monkeypatch.setattr(time, "time", data.time)
+        checkpoints.save(5, train, data, {})
+        checkpoints.wait()
+        checkpoints.close()
+    assert data.noticed.is_set() and steps(tmp_path) == [5]
 
 
 def test_due_counts_steps_and_saves_none_twice(saved):

@@ -11,11 +11,13 @@ from mmjax import runtime
 
 ROOT = Path(__file__).parents[1]
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+PINNED, GPU = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", {"JAX_PLATFORMS": "cuda"}
 
 
 @pytest.fixture(autouse=True)
 def pages(monkeypatch):
     monkeypatch.setattr(runtime, "_gives_huge_pages", lambda: True)
+    monkeypatch.setattr(runtime, "host_memory", lambda: 900 * 2**30)
 
 
 @pytest.mark.parametrize(
@@ -27,9 +29,10 @@ def pages(monkeypatch):
             {"GLIBC_TUNABLES": f"glibc.malloc.check=1:{runtime.PAGES}"},
         ),
         ({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {}),
-        ({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "0"}, {MEMORY: "0.92"}),
-        ({"JAX_PLATFORMS": "cuda,cpu", MEMORY: ".5"}, {}),
-        ({"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, {}),
+        (GPU | {"CUDA_VISIBLE_DEVICES": "0"}, {MEMORY: "0.92", PINNED: "900"}),
+        ({"JAX_PLATFORMS": "cuda,cpu", MEMORY: ".5"}, {PINNED: "900"}),
+        (GPU | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", PINNED: "8"}, {}),
+        (GPU | {"XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE": "true"}, {MEMORY: "0.92"}),
     ],
 )
 def test_a_cpu_run_asks_for_huge_pages_and_a_gpu_run_for_memory_unless_told(have, more):
@@ -49,9 +52,9 @@ def test_several_gpus_get_the_flags_that_are_known_and_not_given(several, monkey
     monkeypatch.setattr(
         runtime, "known_flags", lambda names: [n for n in names if unknown not in n]
     )
-    more = runtime.environment({"JAX_PLATFORMS": "cuda", "XLA_FLAGS": given, **several})
+    more = runtime.environment({**GPU, "XLA_FLAGS": given, **several})
     first, *flags = more.pop("XLA_FLAGS").split()
-    assert first == given and more == {MEMORY: "0.92"}
+    assert first == given and more == {MEMORY: "0.92", PINNED: "900"}
     names = [flag.split("=")[0] for flag in flags]
     skipped = {"--xla_gpu_enable_latency_hiding_scheduler", f"--xla_gpu_enable_{unknown}"}
     assert set(names) == set(runtime.SEVERAL_GPUS) - skipped and len(names) == len(set(names))

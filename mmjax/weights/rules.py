@@ -60,7 +60,8 @@ class Rule:
     def chunk(self, shape: Shape, itemsize: int, limit: int | None = None) -> Shape:
         """Return a block of our array of at most ``limit`` bytes that reads whole rows of theirs.
 
-        The whole array, a few layers, or one layer cut along their first axis.
+        The whole array, a few layers, or one layer cut along their first axis; pieces of nearly one
+        size, because a file has the last one as large as the others.
         """
         limit = limit or PIECE_BYTES
         block = list(shape)
@@ -68,7 +69,8 @@ class Rule:
         for axis in [0, *axes] if self.stacked else axes:
             rest = math.prod(block) // max(block[axis], 1) * itemsize
             if rest * block[axis] > limit:
-                block[axis] = max(1, limit // max(rest, 1))
+                pieces = math.ceil(block[axis] / max(1, limit // max(rest, 1)))
+                block[axis] = math.ceil(block[axis] / pieces)
         return tuple(block)
 
 

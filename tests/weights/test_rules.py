@@ -50,6 +50,14 @@ def exported():
     return Arrays({t.key: t.make() for t in tensors})
 
 
+@pytest.mark.parametrize("shape", [(8, 768, 3072), (27, 1152, 1152), (50304, 2560), (36, 4096, 64)])
+def test_pieces_are_of_nearly_one_size(shape):
+    rule = R.Rule("x", "l.{l}.x") if len(shape) > 2 else R.Rule("x", "x")
+    chunk = rule.chunk(shape, 4)
+    stored = math.prod(math.ceil(n / c) * c for n, c in zip(shape, chunk, strict=True))
+    assert math.prod(chunk) * 4 <= R.PIECE_BYTES and stored <= 1.05 * math.prod(shape)
+
+
 def test_export_is_the_inverse_of_reading():
     there, want = exported(), params()
     R.check(RULES, OURS, there)
