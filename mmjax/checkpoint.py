@@ -23,7 +23,7 @@ from mmjax.types import MMJaxError
 FOLDER = "checkpoints"
 _NAMED = 3  # differences that a message names
 _PATIENCE = 24 * 3600
-"""Seconds that a save may take. Orbax gives up after 20 minutes of the wall clock, and a large state
+"""Seconds that a save may take. Orbax gives up after 20 minutes of the wall clock, and a big state
 on a slow disk, or a clock that is set meanwhile, would end the run; a process that is gone is found
 by its heartbeat."""
 
