@@ -47,7 +47,7 @@ BARE_PACKAGES = {
 }  # fmt: skip
 WITHIN_FUNCTIONS_ONLY = {
     "processor.py", "image_plan.py", "coordinates.py", "processor_config.py", "media.py",
-    "special_tokens.py", "square_images.py", "token_stream.py", "images.py",
+    "special_tokens.py", "square_images.py", "stream.py", "token_stream.py", "images.py",
 }  # fmt: skip
 
 

@@ -15,14 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.tokenize import (
-    encode_text,
-    need_tokenizer,
-    supervised_tokens,
-    table_rows,
-)
+from mmjax.data.tokenize import need_tokenizer, table_rows
 from mmjax.data.tokenizers_small import build_word_tokenizer
-from mmjax.models.fuyu.coordinates import CoordinateTokens, split_coordinates
+from mmjax.models.fuyu.coordinates import CoordinateTokens
 from mmjax.models.fuyu.image_plan import (
     ImagePlan,
     cut_patches,
@@ -33,6 +28,7 @@ from mmjax.models.fuyu.image_plan import (
 )
 from mmjax.models.fuyu.processor_config import ProcessorConfig
 from mmjax.models.fuyu.special_tokens import check_vocabulary, special_ids
+from mmjax.models.fuyu.stream import FuyuStream, prompt_segments
 from mmjax.models.processor import FolderProcessor
 from mmjax.models.token_stream import (
     TokenStream,
@@ -45,8 +41,6 @@ from mmjax.models.token_stream import (
 from mmjax.types import BadSample, Example, ImageSource, MMJaxError, Segment
 
 __all__ = ["FuyuProcessor", "ProcessorConfig"]
-
-IMAGE_MARK = "<image>"
 
 
 class FuyuProcessor(FolderProcessor):
@@ -237,16 +231,13 @@ class FuyuProcessor(FolderProcessor):
     def _stream(self, segments: Sequence[Segment], plans: Sequence[ImagePlan]) -> TokenStream:
         """Turn segments into ids, targets and visual rows."""
         firsts = np.cumsum([0] + [plan.num_patches for plan in plans])
-        stream = TokenStream()
-        run: list[tuple[str, bool]] = []
-        scale = plans[0].scale if plans else 1.0
+        stream = FuyuStream(self.config, self.tokenizer, self.folder, self.coordinates)
+        stream.scale = plans[0].scale if plans else 1.0
         used = set()
         for segment in segments:
             if segment.kind == "text":
-                run.append((str(segment.value), segment.loss))
+                stream.text(str(segment.value), segment.loss)
                 continue
-            self._add_text(stream, run, scale)
-            run = []
             if segment.kind == "special":
                 if segment.value not in self.specials:
                     raise MMJaxError(
@@ -261,36 +252,11 @@ class FuyuProcessor(FolderProcessor):
                     "image_mismatch", f"the prompt asks for image {index} of {len(plans)}"
                 )
             used.add(index)
-            scale = plans[index].scale  # coordinates mean the image that stands before them
-            self._add_image(stream, plans[index], int(firsts[index]))
-        self._add_text(stream, run, scale)
+            stream.image(plans[index], int(firsts[index]))
         if len(used) != len(plans):
             missing = sorted(set(range(len(plans))) - used)
             raise BadSample("image_mismatch", f"images {missing} have no place in the prompt")
         return stream
-
-    def _add_image(self, stream: TokenStream, plan: ImagePlan, first: int) -> None:
-        """Add the rows of one image: cols patch tokens and a newline each."""
-        ids = np.full((plan.rows, plan.cols + 1), self.config.image_token_id, np.int32)
-        ids[:, -1] = self.config.newline_token_id
-        visual = np.full(ids.shape, -1, np.int32)
-        visual[:, :-1] = first + np.arange(plan.num_patches).reshape(plan.rows, plan.cols)
-        stream.add(ids, visual=visual.reshape(-1))
-
-    def _add_text(self, stream: TokenStream, run: list[tuple[str, bool]], scale: float) -> None:
-        """Add one run of text; coordinate tags cut it, and each part is tokenised by itself."""
-        text = "".join(part for part, _ in run)
-        if not text:
-            return
-        tokenizer = need_tokenizer(self.tokenizer, self.folder)
-        for span in split_coordinates(text):
-            part = text[span.start : span.end]
-            if span.kind is None:
-                ids, spans = encode_text(tokenizer, part)
-            else:
-                ids = self.coordinates.encode(span, scale)
-                spans = np.tile(np.int32([0, len(part)]), (len(ids), 1))
-            stream.add(ids, supervised_tokens(spans + span.start, run))
 
     def _patches(self, plans: Sequence[ImagePlan]) -> np.ndarray:
         """Read, shrink, pad and cut the images: [p, pixels] in the order of the images."""
@@ -305,30 +271,3 @@ class FuyuProcessor(FolderProcessor):
         if not patches:
             return np.zeros((0, config.patch_dim), np.uint8)
         return patches[0] if len(patches) == 1 else np.concatenate(patches)
-
-
-def prompt_segments(prompt: str, num_images: int) -> list[Segment]:
-    """Split a string prompt into segments: images, ``bos`` before the first text, ``answer`` last.
-
-    Raises MMJaxError when there are marks, but not one for each image.
-    """
-    parts = prompt.split(IMAGE_MARK)
-    marks = len(parts) - 1
-    if marks and marks != num_images:
-        raise MMJaxError(
-            f"the prompt holds {marks} {IMAGE_MARK} marks for {num_images} images; give one mark "
-            "for each image, or none to put them all in front"
-        )
-    segments = [] if marks else [Segment("image", i) for i in range(num_images)]
-    started = False
-    for index, part in enumerate(parts):
-        if index:
-            segments.append(Segment("image", index - 1))
-        if part and not started:
-            segments.append(Segment("special", "bos"))
-            started = True
-        if part:
-            segments.append(Segment("text", part))
-    if not started:
-        segments.append(Segment("special", "bos"))
-    return [*segments, Segment("special", "answer")]
