@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.tokenize import load_tokenizer
 from mmjax.models import towers
 from mmjax.models.flamingo.config import TOKENIZER_LENGTHS, architecture_of
-from mmjax.models.flamingo.processor_config import ProcessorConfig, is_otter
+from mmjax.models.flamingo.processor_config import is_otter
 from mmjax.models.flamingo.sizes import GATED, LANGUAGE, interval, sizes
-from mmjax.models.flamingo.special_tokens import complete_tokenizer
+from mmjax.models.flamingo.vocabulary import check_ids, read_ids, rows_of_tables, tell_rows
 from mmjax.models.json_files import read_json
 from mmjax.models.language import weights as language
 from mmjax.models.language.architecture import Architecture
@@ -72,17 +71,17 @@ def assemble(
         every, measured = hf.get("cross_attn_every_n_layers", _FRESH_INTERVAL), {}
     folders = [Path(parts.lm)] if parts.lm is not None else []
     otter = is_otter(hf)
-    ids, known = _ids([*(file.parent for file in files), *folders], answer_token=otter)
-    rows, resized = _rows(whole, trained, own, hf, ids, known)
+    ids, known = read_ids([*(file.parent for file in files), *folders], answer_token=otter)
+    rows, resized = rows_of_tables(whole, trained, own, hf, ids, known)
     # Rows of new tokens begin as those of tokens that a run adds, not as zeros.
     short = {} if readers else {key: n for key in resized if (n := whole.shape(key)[0]) < rows}
     resized = {key: n for key, n in resized.items() if key not in short}
-    _tell(whole, resized)
+    tell_rows(whole, resized)
     out = {k: v for k, v in hf.items() if k != "vocab_size"}
     out |= {"model_type": "flamingo", "cross_attn_every_n_layers": every}
     out |= {"text_config": {**text, "vocab_size": rows}, "vision_config": tower.config, **measured}
     out = {**{k: v for k, v in ids.items() if v is not None}, **out}
-    _check_ids(out, own, rows, where)
+    check_ids(out, own, rows, where)
     if otter and out.get("answer_token_id") is None:  # behind <image>, in the peer's order
         behind = out.get("media_token_id", TOKENIZER_LENGTHS[own.model_type] + 1) + 1
         out["answer_token_id"] = behind if behind < rows else None
@@ -228,71 +227,6 @@ def _check_there(
             f"{where} was trained on another language model: its gated blocks stand in {path}, "
             f"which is {' or '.join(fits) or 'unknown'}, and the language model is "
             f"{own.model_type} with {own.layers}; give --lm the model it was trained on"
-        )
-
-
-def _ids(
-    folders: Sequence[Path], *, answer_token: bool
-) -> tuple[dict[str, int | None], int | None]:
-    """Return the ids of the special tokens and the size of the vocabulary, from a tokenizer.
-
-    answer_token: whether the model has <answer>.
-    """
-    found = (load_tokenizer(folder) for folder in dict.fromkeys(folders))
-    tokenizer = next((one for one in found if one is not None), None)
-    if tokenizer is None:
-        return {}, None
-    added = ProcessorConfig(answer_token=answer_token)
-    return complete_tokenizer(tokenizer, added), len(tokenizer)
-
-
-def _rows(
-    whole: Reader,
-    trained: Reader,
-    own: Architecture,
-    hf: Mapping[str, Any],
-    ids: Mapping[str, Any],
-    known: int | None,
-) -> tuple[int, dict[str, int]]:
-    """Return the vocabulary's size, and the rows of tables that have others.
-
-    The checkpoint's embedding decides. Where only the language model has one, OpenFlamingo cuts or
-    extends it to its tokenizer: MPT's 50432 rows to 50280.
-    """
-    theirs = {rule.ours: LANGUAGE + rule.theirs for rule in own.rules}
-    embed, head = theirs["decoder.embed.embedding"], theirs.get("decoder.head.kernel")
-    keys, apart = set(whole.keys()), set(whole.keys()) - set(trained.keys())
-    if embed not in keys:
-        raise MMJaxError(f"no {embed}, neither in the checkpoint nor in the language model")
-    rows = whole.shape(embed)[0]
-    if embed in apart:
-        first = TOKENIZER_LENGTHS[own.model_type]
-        media = hf.get("media_token_id", ids.get("media_token_id"))
-        # Without a tokenizer the usual one is a guess, which a smaller table belies.
-        last = media if media is not None else first + 1 if rows >= first else 0
-        rows = known or max(rows, last + 1)
-    resized = {key: rows for key in (embed, head) if key in apart and whole.shape(key)[0] != rows}
-    return rows, resized
-
-
-def _tell(whole: Reader, resized: Mapping[str, int]) -> None:
-    for key, rows in resized.items():
-        there = whole.shape(key)[0]
-        if rows > there:
-            log.warning("%s: %d rows, and zeros for %d tokens more", key, there, rows - there)
-        else:
-            log.info("%s: %d of its %d rows", key, rows, there)
-
-
-def _check_ids(hf: Mapping[str, Any], own: Architecture, rows: int, where: str) -> None:
-    first = TOKENIZER_LENGTHS[own.model_type]
-    ids = {"eoc_token_id": first, "media_token_id": first + 1}
-    ids = {key: hf.get(key, default) for key, default in ids.items()}
-    if max(ids.values()) >= rows:
-        said = ", ".join(f"{key} {value}" for key, value in ids.items())
-        raise MMJaxError(
-            f"{where}: {said}, outside its {rows} rows of embeddings; put the tokenizer it was "
-            "trained with beside it or into the --lm folder, or state the ids in its config.json"
         )
 
 
