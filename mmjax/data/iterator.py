@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -257,9 +257,11 @@ class TrainIterator(grain.DatasetIterator):
         changed = [
             f"{key} was {was.get(key)!r} and is {value!r}"
             for key, value in self._fixed.items()
-            if was.get(key) != value
+            if key != "sources" and was.get(key) != value
         ]
-        names = list(was.get("sources") or ()), list(self._fixed.get("sources") or ())
+        sources = [some.get("sources") or {} for some in (was, self._fixed)]
+        changed += _changed_sources(*sources)
+        names = [list(some) for some in sources]
         if not changed and names[0] != names[1]:  # draws go by a source's number
             old, new = (", ".join(some) for some in names)
             changed = [f"the order of the sources was {old} and is {new}"]
@@ -270,3 +272,20 @@ class TrainIterator(grain.DatasetIterator):
             )
         self._parent.set_state(state["parent"])
         self.skips.restore(state["skips"])
+
+
+def _changed_sources(
+    was: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Say which sources differ; each is (records, draws of an epoch) by its name."""
+    lines = [f"source {name!r} was not there" for name in now if name not in was]
+    lines += [f"source {name!r} is no longer there" for name in was if name not in now]
+    for name in (name for name in now if name in was):
+        (records, draws), (records_now, draws_now) = was[name], now[name]
+        if records != records_now:
+            lines.append(f"source {name!r} had {records:,} records and has {records_now:,}")
+        elif draws != draws_now:
+            lines.append(
+                f"an epoch drew {draws:,} times from source {name!r} and draws {draws_now:,} times"
+            )
+    return lines

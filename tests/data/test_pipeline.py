@@ -133,8 +133,14 @@ def test_resume_refuses_other_options():
     state = train(Numbers(9)).get_state()
     with pytest.raises(MMJaxError, match="seed was 0 and is 3"):
         train(Numbers(9), seed=3).set_state(state)
-    with pytest.raises(MMJaxError, match="sources was"):
-        train(Numbers(8)).set_state(state)
+    with pytest.raises(MMJaxError, match=r"options: source '0' had 9 records and has 1,008\. Rest"):
+        train(Numbers(1008)).set_state(state)
+    state = train({"a": Numbers(4), "b": Numbers(4)}, weights={"a": 1, "b": 1}).get_state()
+    drawn = "an epoch drew 4 times from source 'a' and draws 2 times; an epoch drew 4 times from"
+    with pytest.raises(MMJaxError, match=drawn):
+        train({"a": Numbers(4), "b": Numbers(4)}, weights={"a": 1, "b": 3}).set_state(state)
+    with pytest.raises(MMJaxError, match="'c' was not there; source 'b' is no longer there"):
+        train({"a": Numbers(4), "c": Numbers(4)}).set_state(state)
     state = json.loads(json.dumps(train({"b": Numbers(3), "a": Numbers(4)}).get_state()))
     train({"b": Numbers(3), "a": Numbers(4)}).set_state(state)
     with pytest.raises(MMJaxError, match="order of the sources was b, a and is a, b"):
