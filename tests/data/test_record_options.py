@@ -109,7 +109,7 @@ def test_drawing_a_resolution_is_not_moved_by_augmentation():
 def test_changes_and_templates_may_differ_by_source():
     sources = {"a": One(talk(SQUARE)), "b": One(talk(SQUARE))}
     load = loader(
-        sources, {"a": "plain", "b": "simple_chat"}, augment={"b": ("flip", "square_pad")}
+        sources, {"b": "simple_chat", "a": "plain"}, augment={"b": ("flip", "square_pad")}
     )
     assert load.augments == ((), (AUGMENTS["flip"], AUGMENTS["square_pad"]))
     assert text_of(load((0, 0, 0))["tokens"]) == "qa"

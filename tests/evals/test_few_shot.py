@@ -65,6 +65,10 @@ def test_a_task_asks_with_shots_and_says_so():
     results = evaluate([task], answer, progress=False)["few"]["test"]
     assert results["accuracy"] == 1.0 and results["shots"] == 4
     assert [len(r.images) for r in seen] == [5, 5, 5]
+    seen.clear()
+    blind = Task("few", [solved(30)], text_shots=2, demos=POOL)
+    assert evaluate([blind], answer, progress=False)["few"]["test"]["text_shots"] == 2
+    assert [(len(r.images), len(r.messages)) for r in seen] == [(1, 6)]
 
 
 def test_examples_are_asked_like_the_question():

@@ -8,7 +8,7 @@ import pytest
 from mmjax.evals import compare, cuts, report, runner
 from mmjax.evals.benchmarks import BENCHMARKS
 from mmjax.evals.scorers import READERS
-from mmjax.evals.tasks import Task
+from mmjax.evals.tasks import Task, ask, question_of
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.train.tasks import check_tasks, with_tasks
 from mmjax.types import Message, MMJaxError, Record
@@ -41,6 +41,15 @@ def test_results_say_how_a_task_was_asked(tmp_path):
     html = Path(report.report_workdir(tmp_path)).read_text()
     assert "How it was asked" in html and "<dt>beams</dt><dd>3</dd>" in html
     assert "{question} &lt;b&gt;" in html
+
+
+def test_the_prompt_is_put_around_the_last_question():
+    turns = (("user", "<image>First?"), ("assistant", "a"), ("user", "Last?"))
+    asked = ask(
+        Task("t", (), prompt="{question} Briefly."), Record(tuple(Message(*t) for t in turns))
+    )
+    assert [m.text for m in asked.messages] == ["<image>First?", "a", "Last? Briefly."]
+    assert question_of(asked) == "Last? Briefly."
 
 
 def test_nothing_is_cut_unless_it_is_asked_for():

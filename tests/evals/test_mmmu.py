@@ -166,6 +166,7 @@ def test_answers_from_the_publishers_file(hub, tmp_path):
         ("B: the dog", None),
         ("it is the red one of them", "C"),
         ("the red one", None),  # too short to be looked through
+        ("it is the red one", None),  # five words still are
         ("first I saw red and then a cat", "A"),  # the option that stands last
         ("", None),
     ],
@@ -182,6 +183,7 @@ def test_how_options_are_read(text, letter):
         ("The answer is 1,234.567", [1234.57, 1234.0, 234.57]),
         ("x = 2.5e3", [2500.0, 2.0, 3.0]),  # pieces of numbers, too
         ("It is 5.\nSo x=7", [5.0, 7.0]),
+        ("x = 3\nIt is 5", [5.0]),  # an equation counts in the last line alone
         ("It is an a. So b is cd", ["cd"]),
         ("Tampa", ["tampa"]),
         ("k", [" k", "k "]),

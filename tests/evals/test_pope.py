@@ -94,6 +94,7 @@ def test_the_peers_reading_has_no_neither(pope):
     [
         ("Yes", "yes", "yes", "yes"),
         ("no, there is not", "no", "no", "no"),
+        ("No, it shows a cat", "no", "no", "no"),  # its comma is no part of the word
         ("Answer: Yes.", "yes", "yes", None),
         ("The answer is no", "no", "no", None),
         ("There is no dog", None, "no", None),

@@ -166,6 +166,8 @@ def test_an_unreadable_record_counts_as_wrong():
     found = run([task])["t"]["test"]
     assert (found["n"], found["correct"], found["unreadable"]) == (50, 48, 2)
     assert found["blind"]["majority"]["correct"] == 48
+    sweep = run([vqa("t", Broken(range(3)), resolutions=(None, 5))])["t"]
+    assert [entry["unreadable"] for entry in sweep.values()] == [1, 1]
 
 
 def test_a_record_without_answers_ends_no_evaluation():
@@ -289,6 +291,16 @@ def test_task_settings_are_checked():
         vqa("t", colours(), limit=0)
     with pytest.raises(MMJaxError, match="holds no records"):
         run([vqa("a", [])])
+
+
+def test_the_plain_accuracy_is_that_of_the_largest_size_whatever_the_order():
+    entries = {str(n): {"longest_side": n, "accuracy": n / 10} for n in (5, 8, 6)}
+    assert runner.as_metrics({"t": entries})["eval/t/accuracy"] == 0.8
+
+
+def test_fractional_scores_are_summed_as_they_are():
+    found = results.summarise([{"score": 0.9}, {"score": 1.0}, {"score": 0.3}])
+    assert (found["correct"], found["accuracy"]) == (2.2, 0.733333)
 
 
 def test_wilson_interval_and_spread():

@@ -14,6 +14,7 @@ from mmjax.types import BadSample, MMJaxError
         ("3.5", "3.5"),
         ("-7", "-7"),
         ("1,000", "1000"),
+        ("1,25", "1,25"),
         ("dark-blue", "dark blue"),
         ("Yes.", "yes"),
         ("?!", "?!"),
@@ -51,6 +52,7 @@ def test_exact_match_and_its_strict_variant():
         ("yes.", "yes"),
         ("well its id", "well its id"),
         ("t-shirt", "t shirt"),
+        ("x -y t-shirt", "x y tshirt"),  # it touches a space somewhere
         ("The\nend", "end"),
         ("hes here", "he's here"),
         ("lets go", "lets go"),
@@ -130,6 +132,12 @@ def test_parse_choice(text, strict, option_text, otter):
     assert scorers.parse_choice(text, OPTIONS) == strict
     assert scorers.parse_choice(text, OPTIONS, "option_text") == option_text
     assert scorers.parse_choice(text, OPTIONS, "otter") == otter
+
+
+def test_there_are_as_many_letters_as_options_and_a_text_may_be_of_two():
+    assert scorers.parse_choice("E.", list("vwxyz")) == "E"
+    assert scorers.parse_choice("C.", ["cat", "dog"]) is None
+    assert scorers.parse_choice("cat", ["cat", "dog", "cat"], "option_text") is None
 
 
 def test_multiple_choice_takes_letters_and_texts_as_answers():

@@ -1,14 +1,17 @@
 """The train step on meshes: the same loss and gradients, one compile, sharded parameters."""
 
 import dataclasses
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 from mmjax.nn import paths
+from mmjax.nn.dropout import drop
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
@@ -124,6 +127,39 @@ def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
         assert np.any(paths.flatten(train.params)[kernel] != paths.flatten(before.params)[kernel])
         strict, train, frozen = build(mesh, max_loss=1.0)
         assert strict(train, frozen, good)[1]["bad"]  # exploded: above max_loss
+
+
+class Dropped(nnx.Module):
+    """A model of ones that are dropped, so that a loss tells of its mask alone."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.head = nnx.Param(jnp.asarray(rng.normal(size=(32, 4)), jnp.float32))
+
+    def __call__(self, batch, at):
+        return drop(jnp.ones((*at.shape, 32)), 0.5, "ones")
+
+    def logits(self, hidden):
+        return hidden @ self.head[...]
+
+
+def test_masks_are_drawn_anew_for_each_seed_step_and_microbatch():
+    graphdef, params = nnx.split(Dropped())
+    one = np.ones((2, 2), np.int32)  # two rows alike, each a microbatch and a source of its own
+    batch = dict(tokens=one, segment_ids=one, target_index=one[:, :1])
+    batch["target_source"] = np.int32([[0], [1]])
+    tx, found = optax.sgd(0.0), {}
+    for seed in (0, 1):
+        fn = step.make_train_step(
+            graphdef, tx, lambda _: 0.0, accumulate=2, num_sources=2, seed=seed
+        )
+        fn = jax.jit(fn)
+        for number in (0, 1, 0):
+            train = state.TrainState(jnp.int32(number), params, tx.init(params))
+            losses = fn(train, nnx.State({}), batch)[1]["source_loss"].tolist()
+            assert found.setdefault((seed, number), losses) == losses
+    losses = list(itertools.chain(*found.values()))
+    assert len(losses) == len(set(losses)) == 8
 
 
 def moved(train):

@@ -2,6 +2,8 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import mmjax.loading
 from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, _generate
+from mmjax.generate.sampling import Sampling
 from mmjax.parallel.mesh import use
 from tests.parity import peer
 
@@ -168,3 +171,22 @@ def test_scores_are_the_peers_own(n):
             ):
                 want = change(ids, want)
             np.testing.assert_allclose(got[row], want[0].numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{}, dict(top_k=3), dict(top_p=0.7), dict(top_k=4, top_p=0.8)])
+def test_draws_have_the_peers_distribution(given):
+    """Of 4,000 draws no share is off by more than 0.03, four standard deviations."""
+    logits = np.float32([2.0, 0.3, -1.0, 1.2, 0.9, -0.4])
+    want = torch.from_numpy(logits)[None]
+    for change, value in (
+        (logits_process.TemperatureLogitsWarper, 1.7),
+        (logits_process.TopKLogitsWarper, given.get("top_k", 6)),
+        (logits_process.TopPLogitsWarper, given.get("top_p", 1.0)),
+    ):
+        want = change(value)(None, want)
+    want = want.softmax(-1)[0].numpy()
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = Sampling(1.7, **given)(jnp.broadcast_to(logits, (4000, 6)), keys)
+    shares = np.bincount(drawn, minlength=6) / 4000
+    np.testing.assert_array_equal(shares > 0, want > 0)
+    np.testing.assert_allclose(shares, want, atol=0.03)

@@ -43,6 +43,7 @@ def test_each_schedule_ends_where_it_says():
 
 def test_warm_up_may_be_a_share_or_nothing():
     assert values(warmup=0.05, at=(0, 4)) == pytest.approx([2e-3, 1e-2])
+    assert values(warmup=1, at=(0,)) == pytest.approx([1e-2])  # one step, not all of them
     assert values(warmup=0, schedule="linear", at=(0, 50)) == pytest.approx([1e-2, 5e-3])
     assert values(steps=10, warmup=10, at=(9,)) == pytest.approx([1e-2])
 
@@ -222,6 +223,39 @@ def test_adafactor_divides_by_the_row_and_column_means():
     want = grad / np.sqrt(v)
     want /= max(1.0, np.sqrt((want**2).mean()))
     np.testing.assert_allclose(updates["kernel"], -0.1 * want, rtol=2e-4)
+
+
+def test_adafactor_bounds_each_layers_matrix_by_itself_and_has_a_momentum():
+    """Small matrices are not factored: v = b v + (1 - b) g^2 with b = 1 - t ** -0.8."""
+    tx = make_optimizer(
+        settings(name="adafactor", b1=0.75, mu_dtype="float32", schedule="constant"), 10
+    )
+    params = {"kernel": stacked(jnp.zeros((2, 3, 4)))}
+    state, b = tx.init(params), 1 - 2**-0.8
+    first, later = np.ones((2, 1, 1)), np.array([10.0, 0.1]).reshape(2, 1, 1)
+    want, m = [], 0.0
+    for step, u in enumerate((first, later / np.sqrt(b + (1 - b) * later**2)), 1):
+        m = 0.75 * m + 0.25 * np.minimum(u, 1.0)  # the first layer's is 1.3 before it is bounded
+        want.append(-0.1 * m / (1 - 0.75**step))
+    for scale, expected in zip((first, later), want, strict=True):
+        gradient = {"kernel": stacked(jnp.asarray(scale * np.ones((2, 3, 4)), jnp.float32))}
+        updates, state = tx.update(gradient, state, params)
+        expected = np.broadcast_to(expected, (2, 3, 4))
+        np.testing.assert_allclose(updates["kernel"][...], expected, rtol=1e-4)
+
+
+def test_muon_looks_ahead_along_a_momentum_of_b1():
+    """Jordan's m = b m + (1 - b) g, then b m + (1 - b) g: of turns by 0 and 90 degrees, a turn."""
+    tx = make_optimizer(settings(name="muon", b1=0.5), 10)
+    params = {"kernel": stacked(jnp.zeros((1, 2, 2)))}
+    state = tx.init(params)
+    for turn in (np.eye(2), np.array([[0.0, -1.0], [1.0, 0.0]])):
+        gradient = {"kernel": stacked(jnp.asarray(turn[None], jnp.float32))}
+        updates, state = tx.update(gradient, state, params)
+    moved = -np.asarray(updates["kernel"][...])[0]
+    angle = np.degrees(np.arctan2(moved[1, 0], moved[0, 0]))
+    # 0.5 (0.25, 0.5) + 0.5 (0, 1); optax also corrects both for their beginning at 0.
+    np.testing.assert_allclose(angle, np.degrees(np.arctan2(0.75, 0.125)), atol=2)
 
 
 def test_muon_makes_updates_orthogonal_and_as_large_as_those_of_adam():
