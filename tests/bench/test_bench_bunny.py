@@ -36,6 +36,7 @@ def numbers(shapes, *roots):
     return sum(int(np.prod(shape)) for name, shape in shapes if name.startswith(roots))
 
 
+@pytest.mark.heavy
 def test_both_sides_lose_the_same_and_answer_the_same(rows):
     for row in rows:
         assert "error" not in row and row["parity_ok"] and row["ratio"] > 0, row["case"]
@@ -45,6 +46,7 @@ def test_both_sides_lose_the_same_and_answer_the_same(rows):
     assert "peft" in train["env"]["versions"]["peer"]
 
 
+@pytest.mark.heavy
 def test_the_tower_is_not_trained_and_its_size_is_told(rows):
     found = list(bunny.shapes(bunny.TINY))
     every, tower = numbers(found, ""), numbers(found, bunny.TOWER)

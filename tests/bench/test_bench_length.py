@@ -26,6 +26,7 @@ def test_flops_grow_by_attentions_scores_alone():
     assert second - first == scores + patches
 
 
+@pytest.mark.heavy
 def test_a_survey_times_each_length_and_the_report_has_it():
     found = length.Length(case(), "", "").survey()
     assert [(x["t"], x["b"]) for x in found["lengths"]] == [(32, 4), (64, 2)]

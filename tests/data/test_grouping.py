@@ -144,7 +144,7 @@ def test_a_bad_sample_leaves_its_row_empty_and_streams_stay_together():
     assert (mixed, empty) == (1, 2) and whole.skips.counts == {"corrupt_image": 2}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.heavy)])
 def test_it_goes_on_where_it_stood(workers):
     source = Mixed(40, bad={7})
     one, again = (train(source, num_workers=workers, max_bad_share=1.0) for _ in range(2))

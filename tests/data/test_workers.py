@@ -83,7 +83,7 @@ def test_workers_start_in_a_script_that_parsed_no_flags(tmp_path):
         flags.FLAGS.mark_as_parsed()
 
 
-@pytest.mark.parametrize("kind", [Deadly, Stillborn])
+@pytest.mark.parametrize("kind", [Deadly, pytest.param(Stillborn, marks=pytest.mark.heavy)])
 def test_a_worker_that_dies_every_time_ends_the_run(kind, tmp_path):
     ours = train(kind(tmp_path / "died", once=False), 1)
     ours.warn = lambda text: None

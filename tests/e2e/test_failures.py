@@ -66,6 +66,7 @@ class SmallDisk:
         (self.inside / "ballast").unlink()
 
 
+@pytest.mark.heavy
 def test_a_full_disk_is_told_and_training_goes_on(tmp_path):
     disk = SmallDisk(tmp_path / "run")
     process = disk.start()

@@ -41,15 +41,17 @@ SAME_TOY = {
     "bunny_stablelm2_siglip": "bunny_phi2_siglip",
     "bunny_stablelm2_eva": "bunny_phi2_siglip",
 }
-# One of each family, and one of its adapters, is continued, exported, and answers from there.
-EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "clever_flamingo_9b", "bunny_cpu"}
+# One of each family, and one of its adapters, is continued, exported, and answers from there;
+# Flamingo has three kinds of data.
+EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "otter_9b", "clever_flamingo_9b",
+            "bunny_cpu"}  # fmt: skip
 # One of each family is asked about several pictures.
-FAMILIES = {"quickstart", "clever_flamingo_9b", "bunny_cpu"}
-# Those whose way another goes too: Fuyus that are tuned whole as quickstart, adapters as OtterHD's,
-# documents as Otter's, captions as Clever Flamingo's instructions, Bunnies as the one for CPUs.
+FAMILIES = {"quickstart", "otter_9b", "bunny_cpu"}
+# Those whose way another goes too, or its own tests: Fuyus as quickstart, adapters (test_adapters),
+# documents, captions and Clever Flamingo's instructions as Otter's, Bunnies as the one for CPUs.
 SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "otterhd_8b", "fuyu_text_only",
-            "fuyu_8b_lora", "openflamingo_3b", "captions_cpu", "bunny_phi2_siglip",
-            "bunny_llama3_8b_s2"}  # fmt: skip
+            "fuyu_8b_lora", "otterhd_8b_lora", "openflamingo_3b", "captions_cpu",
+            "clever_flamingo_9b", "bunny_phi2_siglip", "bunny_llama3_8b_s2"}  # fmt: skip
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
 BUNNIES = {
     "bunny_phi1_5_siglip": (5e-4, 2048, 24, 729),

@@ -30,9 +30,9 @@ def test_killed_runs_lose_nothing_and_equal_an_undisturbed_one_bit_for_bit(undis
         kills.append(lost)
 
     run_one = faults.run_with_kills
-    run_one(RECIPE, tmp_path / "run", 3, random.Random(4), startup, report)
+    run_one(RECIPE, tmp_path / "run", 2, random.Random(4), startup, report)
     faults.assert_equal_runs(tmp_path / "run", reference)
-    assert len(kills) == 3 and max(kills) <= 2 * RECIPE.every
+    assert len(kills) == 2 and max(kills) <= 2 * RECIPE.every
 
 
 def test_sigterm_saves_and_exits_0_and_a_finished_run_has_nothing_left_to_do(undisturbed, tmp_path):

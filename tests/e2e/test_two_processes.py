@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.faults import ROOT, logged, parameters, saved_steps
 
 STEPS, EVERY = 20, 5
+KEEP = "checkpoint.keep=100"
 # The rate is the same at every step, so that losses do not depend on how many there are to be.
 SMALL = (
     "optim.schedule=constant",
@@ -76,15 +77,25 @@ def wait_for_save(started, workdir, step):
         time.sleep(0.01)  # polling a real process; nothing is asserted about time
 
 
+def assert_same_place(workdir, other, step):
+    """Each stream stands where it does in the other run: the same records."""
+    files = sorted(p.name for p in (workdir / f"checkpoints/{step}/data").glob("*.json"))
+    assert files == ["stream_0-of-2.json", "stream_1-of-2.json"]
+    for file in files:
+        place = f"checkpoints/{step}/data/{file}"
+        assert (workdir / place).read_text() == (other / place).read_text()
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
-    codes, out = finish(start(workdir, 1))
+    codes, out = finish(start(workdir, 1, [KEEP]))
     assert codes == [0], out
     assert len(losses(workdir)) == STEPS
     return workdir
 
 
+@pytest.mark.heavy
 def test_two_processes_train_like_one(one, tmp_path):
     codes, out = finish(start(tmp_path, 2))
     assert codes == [0, 0], out
@@ -95,11 +106,7 @@ def test_two_processes_train_like_one(one, tmp_path):
     assert ours.keys() == exported.keys()
     for name, value in exported.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-    files = sorted(p.name for p in (tmp_path / f"checkpoints/{STEPS}/data").glob("*.json"))
-    assert files == ["stream_0-of-2.json", "stream_1-of-2.json"]
-    for file in files:  # each stream stands where it does in one process: the same records
-        place = f"checkpoints/{STEPS}/data/{file}"
-        assert (tmp_path / place).read_text() == (one / place).read_text()
+    assert_same_place(tmp_path, one, STEPS)
 
 
 def test_what_stops_one_stops_both_and_a_restart_goes_on(one, tmp_path):
@@ -122,15 +129,16 @@ def test_what_stops_one_stops_both_and_a_restart_goes_on(one, tmp_path):
     assert "another process has ended" in out[0] or "another task died" in out[0], out
     # One process alone can go on.
     stood = saved_steps(tmp_path)[-1]
-    codes, out = finish(start(tmp_path, 1, [f"steps={stood + EVERY}"]))
+    codes, out = finish(start(tmp_path, 1, [f"steps={stood + EVERY}", KEEP]))
     assert codes == [0] and f"continuing at step {stood}" in out[0], out
     mine, theirs = losses(tmp_path), losses(one)
     assert {step: mine[step] for step in theirs} == pytest.approx(theirs, rel=1e-5)
+    assert_same_place(tmp_path, one, EVERY)
 
 
 def endless():
     """Arguments of a run that only a signal ends."""
-    return [f"steps={10**6}", "checkpoint.keep=100"]
+    return [f"steps={10**6}", KEEP]
 
 
 def test_processes_that_differ_are_told_apart_before_anything_is_made(tmp_path):

@@ -42,7 +42,13 @@ def saved(tmp_path_factory):
         return workdir, parameters, next_loss(fn, train, frozen, mesh)
 
 
-@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {}], ids=["2x2x2", "1"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({}, id="1"),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="2x2x2", marks=pytest.mark.heavy),
+    ],
+)
 def test_another_mesh_goes_on_with_the_same_loss(saved, shape):
     workdir, parameters, loss = saved
     devices = jax.devices()[: int(np.prod(list(shape.values()) or [1]))]

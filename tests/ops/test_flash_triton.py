@@ -190,7 +190,10 @@ def test_a_length_of_zero_gives_zeros(t, s, implementation):
         assert not np.asarray(got).any()
 
 
-@pytest.mark.parametrize("rows", [4, 1], ids=["rows_divide", "one_row"])
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param(4, id="rows_divide"), pytest.param(1, marks=pytest.mark.heavy, id="one_row")],
+)
 def test_a_mesh_gives_what_xla_gives_and_gathers_nothing(rows):
     q, k, v, grad = jax.device_get(arrays(b=rows, t=32, s=32))
     start, end, _ = (np.asarray(x) for x in masks("packed", rows, 32, 32))

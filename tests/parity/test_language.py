@@ -80,7 +80,7 @@ PEERS = {
 }  # fmt: skip
 
 
-IN_SHORT = {"llama_tied_gqa", "mpt", "neox_parallel", "opt", "phi"}  # answers of a kind each
+IN_SHORT = {"llama_tied_gqa", "mpt", "opt"}  # rotary positions, ALiBi, learned positions
 ANSWERING = [
     pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.heavy) for name in PEERS
 ]

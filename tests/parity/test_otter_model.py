@@ -19,7 +19,7 @@ from mmjax.weights.writer import Arrays
 from tests.parity import backward, forward, otter_golden
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = ("mpt", "llama", pytest.param("mosaic1b", marks=pytest.mark.heavy))
+MODELS = ("mpt", *(pytest.param(lm, marks=pytest.mark.heavy) for lm in ("llama", "mosaic1b")))
 
 
 @pytest.fixture(scope="module", params=MODELS)

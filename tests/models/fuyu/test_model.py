@@ -89,7 +89,7 @@ def test_flops_are_those_the_compiler_counts():
     np.testing.assert_allclose(want, cost["flops"], rtol=0.1)
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.heavy), 3])
 def test_states_at_asked_positions_are_those_of_the_whole(layers, monkeypatch):
     """The last layer trimmed or not, packed rows, an index twice, gradients too."""
     config = dataclasses.replace(
