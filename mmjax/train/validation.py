@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mmjax.data.limits import spread
 from mmjax.data.packing import BatchBuilder, BatchShape, Origin
 from mmjax.data.templates import get_template
-from mmjax.evals.tasks import Task, answers_of, ask, open_source
+from mmjax.evals.tasks import Task, answers_of, ask, chosen, open_source
 from mmjax.models.api import Processor
 from mmjax.parallel.sharding import process_rows, put_batch
 from mmjax.train.loss import loss_by_source
@@ -71,7 +70,7 @@ class ValidationLoss:
         for number, task in enumerate(self.tasks):
             source = open_source(task.source)
             limit = min(self._settings.eval.limit, task.limit or self._settings.eval.limit)
-            for index in spread(len(source), limit):
+            for index in chosen(source, limit):
                 record = _answered(task, source, index)
                 if record is None:
                     continue
