@@ -198,13 +198,18 @@ def _ask_batch(
     records: dict[int, Record] = {}
     asked: list[Record] = []
     for index in batch:
+        record = None
         try:
             record = source[index]
             rows[index] = _row(task, index, record, resolution)
             laid = ask(task, record)
             laid = laid if demos is None else demos.before(laid, index)
         except MMJaxError as e:  # unreadable, or without a question, or an answer to score with
-            rows.setdefault(index, _row(task, index, None, resolution))["error"] = str(e)
+            if index not in rows:
+                meta = getattr(e, "meta", {}) if record is None else record.meta
+                rows[index] = _row(task, index, None, resolution)
+                rows[index]["id"] = str(meta.get("id", index))
+            rows[index]["error"] = str(e)
             continue
         records[index] = record
         asked.append(_at_resolution(laid, resolution) if task.enlarge else laid)

@@ -156,8 +156,19 @@ class Broken(list):
 
     def __getitem__(self, i):
         if i in (0, 40):
-            raise BadSample("corrupt_image", "x.png is cut off")
+            raise BadSample("corrupt_image", "x.png is cut off", {"id": f"own{i}"})
         return record(i, "Q?", "red")
+
+
+def test_what_cannot_be_asked_is_listed_by_its_own_id(tmp_path):
+    """By its number it had the id of another question, where ids are numbers."""
+    bare = dataclasses.replace(record(1, "Q?", "red"), messages=record(1, "Q?", "red").messages[:1])
+    bare = dataclasses.replace(bare, meta={"id": "bare"})
+    run([vqa("t", [bare, record(2, "Q?", "red")])], str(tmp_path))
+    run([vqa("u", Broken(range(2)))], str(tmp_path))
+    for name, wanted in (("t", "bare"), ("u", "own0")):
+        rows = (tmp_path / "predictions" / f"{name}.jsonl").read_text().splitlines()
+        assert json.loads(rows[0])["id"] == wanted and "error" in json.loads(rows[0])
 
 
 def test_an_unreadable_record_counts_as_wrong():
