@@ -241,13 +241,6 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     return grid.transpose(0, 2, 1, 3, 4).reshape(-1, patch * patch * channels)
 
 
-def unpatchify(patches: np.ndarray, rows: int, cols: int, patch: int) -> np.ndarray:
-    """Put patches [p, pixels] of a rows x cols grid back together into [h,w,c]."""
-    channels = patches.shape[-1] // (patch * patch)
-    grid = patches.reshape(rows, cols, patch, patch, channels)
-    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * patch, cols * patch, channels)
-
-
 def _open_encoded(source: Any, name: str) -> Image.Image:
     """Read the header of a file or of bytes, turning Pillow's many errors into BadSample."""
     if isinstance(source, str | os.PathLike):

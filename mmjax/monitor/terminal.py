@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -134,17 +133,6 @@ class LiveLine:
             self._live.stop()
         elif self._last is not None:
             self._print_last(self._clock())
-
-    @contextlib.contextmanager
-    def hidden(self) -> Iterator[None]:
-        """Take the line away while something else draws, such as a progress bar."""
-        if self._live is not None:
-            self._live.stop()
-        try:
-            yield
-        finally:
-            if self._live is not None:
-                self._live.start()
 
     def _print_last(self, now: float) -> None:
         assert self._last is not None

@@ -26,15 +26,6 @@ def from_segments(segment_ids: Array) -> tuple[Array, Array]:
     return jnp.where(real, start, 0), jnp.where(real, end, 0)
 
 
-def from_lengths(lengths: Array, t: int) -> tuple[Array, Array]:
-    """Return the ranges of right-padded rows: every query sees keys ``[0, length)``.
-
-    lengths: int32[b]; t: number of queries. Returns k_start, k_end int32[b, t].
-    """
-    end = jnp.broadcast_to(lengths[:, None], (lengths.shape[0], t)).astype(jnp.int32)
-    return jnp.zeros_like(end), end
-
-
 def in_window(k_start: Array | None, b: int, t: int, window: int) -> Array:
     """Return k_start, int32[b, t], so that each query sees at most ``window`` keys, its own last.
 

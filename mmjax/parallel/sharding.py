@@ -95,11 +95,6 @@ def batch_sharding(mesh: jax.sharding.Mesh, name: str | None = None) -> NamedSha
     return NamedSharding(mesh, spec(*axes))
 
 
-def batch_shardings(mesh: jax.sharding.Mesh, batch) -> dict[str, NamedSharding]:
-    """Return the sharding of every array of a batch, by name."""
-    return {name: batch_sharding(mesh, name) for name in batch}
-
-
 def process_rows(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
     """Return which rows of a global batch the devices of this process hold, in order.
 

@@ -59,8 +59,6 @@ def test_live_line_on_a_terminal():
     out = console(force_terminal=True)
     line = terminal.LiveLine(10, console=out)
     line.update(4, VALUES, eta=5)
-    with line.hidden():
-        pass
     line.close()
     assert "step 4/10" in out.file.getvalue() and "eta 5s" in out.file.getvalue()
 

@@ -13,7 +13,7 @@ from mmjax.ops import ranges
 from mmjax.ops.attention import attention
 from mmjax.parallel.context import take_on_length
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.parallel.sharding import batch_shardings, constrain, put_batch
+from mmjax.parallel.sharding import batch_sharding, constrain, put_batch
 from mmjax.train.loss import loss_sum
 from tests import tiny
 
@@ -120,8 +120,8 @@ def compiled(shape, t):
         graphdef, params = nnx.split(nnx.eval_shape(tiny.model))
         batch = packed(t)
         batch = {
-            k: jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype, sharding=s)
-            for k, s in batch_shardings(mesh, batch).items()
+            k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, k))
+            for k, x in batch.items()
         }
         grad = jax.jit(jax.grad(lambda p, b: loss_sum(nnx.merge(graphdef, p), b)[0]))
         return grad.lower(params, batch).compile()

@@ -58,8 +58,7 @@ def masks(kind, b, t, s):
         segments = np.sort(rng.integers(0, 5, (b, t)), axis=1)[:, ::-1].copy()
         return *(np.asarray(x) for x in ranges.from_segments(jnp.asarray(segments))), True
     if kind == "padded":
-        lengths = jnp.asarray(rng.integers(1, s, b), jnp.int32)
-        return *(np.asarray(x) for x in ranges.from_lengths(lengths, t)), True
+        return zero, rng.integers(1, s, b)[:, None] + zero, True
     if kind == "window":
         return np.maximum(np.arange(t)[None] - 6 + zero, 0), full, True
     if kind == "media":  # blocks of keys by image, and rows before the first image see nothing
