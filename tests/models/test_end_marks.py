@@ -51,3 +51,11 @@ def test_a_language_model_is_not_trained_on_answers_whose_end_it_lacks(template,
     segments = get_template(template)(Record(turns))
     with pytest.raises(MMJaxError, match=f"no special token '.*{mark}.*another family's"):
         LANGUAGE.encode(segments, ())
+
+
+def test_a_language_model_is_not_trained_without_an_end_that_its_tokenizer_lacks():
+    tokenizer = build_word_tokenizer(WORDS)
+    tokenizer.eos_token = None
+    turns = (Message("user", "what is it"), Message("assistant", "red"))
+    with pytest.raises(MMJaxError, match="eos_token, and it has none; name one"):
+        LanguageProcessor(tokenizer).encode(get_template("plain")(Record(turns)), ())

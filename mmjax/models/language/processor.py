@@ -73,7 +73,8 @@ class LanguageProcessor:
         """Encode text segments; raises BadSample: image_count, too_long, end_mark.
 
         Text runs between special tokens are tokenised whole; ``answer`` and ``cut`` marks stand for
-        nothing. Raises MMJaxError for a special token of another family's template.
+        nothing. Raises MMJaxError for a special token of another family's template, and for an
+        end that the tokenizer lacks.
         """
         if images or any(s.kind == "image" for s in segments):
             raise BadSample("image_count", f"{len(images)} image(s) for a model of text alone")
@@ -91,6 +92,11 @@ class LanguageProcessor:
                     "another family's; choose one that ends answers with 'eos', such as 'plain'"
                 )
             token = marks[str(segment.value)]
+            if token is None and segment.value == "eos":
+                raise MMJaxError(
+                    "the template ends answers with the tokenizer's eos_token, and it has none; "
+                    "name one in tokenizer_config.json"
+                )
             stream.add([] if token is None else [token], segment.loss)
         tokens, loss, _ = stream.arrays()
         check_length(len(tokens), max_tokens)
