@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mmjax.evals.tasks import answers_of
+from mmjax.evals.tasks import Task, answers_of, ask, open_source
 from mmjax.types import Message, MMJaxError, Record
 
 
@@ -104,3 +104,15 @@ def _marked(record: Record) -> Record:
     first, *rest = record.messages
     marked = dataclasses.replace(first, text="<image>" * len(record.images) + first.text)
     return dataclasses.replace(record, messages=(marked, *rest))
+
+
+def demonstrations(task: Task) -> Demonstrations | None:
+    """Return the examples that stand before a task's questions, None without."""
+    if task.demos is None:
+        return None
+    return Demonstrations(
+        open_source(task.demos),
+        task.shots or task.text_shots,
+        text_only=task.text_shots > 0,
+        lay_out=functools.partial(ask, task),
+    )

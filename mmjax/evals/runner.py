@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from mmjax.data.limits import spread
 from mmjax.data.resizing import at_resolution
 from mmjax.evals.benchmarks import source_settings
 from mmjax.evals.cuts import get_cut
-from mmjax.evals.few_shot import Demonstrations
+from mmjax.evals.few_shot import Demonstrations, demonstrations
 from mmjax.evals.pictures import picture_size, save_pictures
 from mmjax.evals.results import (
     blind_baselines,
@@ -70,8 +69,22 @@ def evaluate(
         )
     console = console or Console()
     results: dict[str, dict[str, Any]] = {}
+    facts = {**(asked or {}), **({} if step is None else {"step": step})}
+
+    def watch(batches: list[list[int]], label: str) -> Iterator[list[int]]:
+        total = sum(map(len, batches))
+        return track(batches, total, label, size=len, enabled=progress, console=console)
+
     for task in tasks:
-        done = _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop, asked)
+        done = _run_task(
+            task,
+            generate_fn,
+            batch_size=batch_size,
+            limit=limit,
+            facts=facts,
+            watch=watch,
+            stop=stop,
+        )
         if done is None:
             break
         entries, rows, source = done
@@ -116,48 +129,37 @@ def as_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return out
 
 
-def _run_task(task, generate_fn, batch_size, limit, step, progress, console, stop, asked):
-    """Ask one task at all its resolutions; returns (results, rows, source), None when stopped."""
+def _run_task(
+    task: Task,
+    generate_fn: Generate,
+    *,
+    batch_size: int,
+    limit: int | None,
+    facts: Mapping[str, Any],
+    watch: Callable[[list[list[int]], str], Iterator[list[int]]],
+    stop: Callable[[], bool],
+) -> tuple[dict[str, Any], list[dict[str, Any]], Sequence[Record]] | None:
+    """Ask one task at all its resolutions; returns (results, rows, source), None when stopped.
+
+    facts: kept with each result. watch: shows how far the batches of a label have come.
+    """
     source = open_source(task.source)
-    limits = [n for n in (limit, task.limit) if n is not None]
-    most = min(limits, default=None)
+    most = min((n for n in (limit, task.limit) if n is not None), default=None)
     indices = chosen(source, most)
     if not indices:
         raise MMJaxError(f"task {task.name}: its source holds no records")
     # Enough to know sizes; a source may be large.
     native = picture_size(_readable(source, indices[:32]))
+    facts = _facts(task, source, indices, blind=limit is None) | {"limit": most, **facts}
+    demos = demonstrations(task)
     entries: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    shared: dict[str, Any] = {"split": task.split, "scorer": task.scorer, "summary": task.summary}
-    shared |= {"prompt": task.prompt, "cut": task.cut, "max_new_tokens": task.max_new_tokens}
-    shared |= {"limit": most, "source": source_settings(task.source), **(asked or {})}
-    if step is not None:
-        shared["step"] = step
-    if task.train is not None and limit is None:
-        train = open_source(task.train)
-        known = _readable(train, spread(len(train), task.train_limit))
-        shared["blind"] = blind_baselines(task, _readable(source, indices), known)
-    chance = chance_level(task, _readable(source, indices[:1000]))
-    if chance is not None:
-        shared["chance"] = chance
-    demos = None
-    if task.demos is not None:
-        shots = task.shots or task.text_shots
-        demos = Demonstrations(
-            open_source(task.demos),
-            shots,
-            text_only=task.text_shots > 0,
-            lay_out=functools.partial(ask, task),
-        )
-        shared |= {"shots": task.shots, "text_shots": task.text_shots}
     for resolution in task.resolutions:
         start = time.perf_counter()
         key = task.result_key(resolution)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         mine: list[dict[str, Any]] = []
-        label = task.name if key == task.split else f"{task.name} at {key}"
-        watched = track(batches, len(indices), label, size=len, enabled=progress, console=console)
-        for batch in watched:
+        for batch in watch(batches, task.name if key == task.split else f"{task.name} at {key}"):
             if stop():
                 return None
             mine += _ask_batch(task, source, batch, resolution, generate_fn, demos)
@@ -168,13 +170,35 @@ def _run_task(task, generate_fn, batch_size, limit, step, progress, console, sto
         unreadable = sum("error" in r for r in mine)
         entries[key] = {
             **summarise(mine, task.summariser),
-            **shared,
+            **facts,
             "resolution": resolution,
             "longest_side": side,
             "seconds": round(time.perf_counter() - start, 3),
             **({"unreadable": unreadable} if unreadable else {}),
         }
     return entries, rows, source
+
+
+def _facts(
+    task: Task, source: Sequence[Record], indices: Sequence[int], *, blind: bool
+) -> dict[str, Any]:
+    """Return what is kept with each result of a task: how it is asked, what a guess would reach.
+
+    blind: work out, where the task has training records, what needs no picture.
+    """
+    facts: dict[str, Any] = {"split": task.split, "scorer": task.scorer, "summary": task.summary}
+    facts |= {"prompt": task.prompt, "cut": task.cut, "max_new_tokens": task.max_new_tokens}
+    facts |= {"source": source_settings(task.source)}
+    if task.train is not None and blind:
+        train = open_source(task.train)
+        known = _readable(train, spread(len(train), task.train_limit))
+        facts["blind"] = blind_baselines(task, _readable(source, indices), known)
+    chance = chance_level(task, _readable(source, indices[:1000]))
+    if chance is not None:
+        facts["chance"] = chance
+    if task.demos is not None:
+        facts |= {"shots": task.shots, "text_shots": task.text_shots}
+    return facts
 
 
 def _readable(source: Sequence[Record], indices: Sequence[int]) -> Iterator[Record]:

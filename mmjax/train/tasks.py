@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmjax.data.benchmarks.files import read_json
 from mmjax.data.templates import asking, get_template
-from mmjax.evals.few_shot import Demonstrations
+from mmjax.evals.few_shot import demonstrations
 from mmjax.evals.scorers import get_scorer
 from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
 from mmjax.generate.beam import Beams
@@ -109,9 +109,7 @@ def _check_sources(task: Task) -> None:
     for name, records in (("source", source), ("demos", task.demos), ("train", task.train)):
         if records is not None and not len(open_source(records)):
             raise MMJaxError(f"task {task.name}: its {name} holds no records")
-    demos = None
-    if task.demos is not None:
-        demos = Demonstrations(open_source(task.demos), task.shots or task.text_shots)
+    demos = demonstrations(task)
     with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
         first = ask(task, source[0])
         if not first.meta.get("unscored"):
