@@ -102,7 +102,7 @@ def load_index(path: Path, index_dir: str | os.PathLike | None = None) -> np.nda
     """Return int64[n,3] (first byte, end byte, line) of each record, from the cache if it holds."""
 
     def build() -> dict[str, np.ndarray]:
-        return {"index": index_array(path) if path.suffix == ".json" else index_lines(path)}
+        return {"index": index_array(path) if path.suffix.lower() == ".json" else index_lines(path)}
 
     return cached_index(path, [path], "records", build, index_dir)["index"]
 

@@ -42,6 +42,7 @@ def test_json_array_and_jsonl_give_the_same_records(tmp_path):
     )
     a, b = JsonSource(array, image_root=tmp_path), JsonSource(lines, image_root=tmp_path)
     assert len(a) == len(b) == 5
+    assert len(JsonSource(write(tmp_path / "A.JSON", array.read_text("utf-8")))) == 5
     for i in (4, 0, 2):
         assert a[i].messages == b[i].messages
         assert a[i].messages == (
