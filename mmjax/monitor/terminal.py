@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,11 +78,20 @@ def startup_table(
     return Group(facts, table)
 
 
+class _Pipe(Console):
+    """A console that raises where the reader of a pipe has gone; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class LiveLine:
     """Show the state of a training run: one live line on a terminal, plain lines elsewhere.
 
     enabled: False on every process but the first. alone: False where other processes may print to
     the same terminal; a line that is drawn anew would mix with theirs.
+    What cannot be written, to a full disk or a terminal that is closed, is lost and ends no run.
+    reader_gone: called where the reader of a pipe has ended.
     """
 
     def __init__(
@@ -95,14 +105,16 @@ class LiveLine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total_steps, self.enabled = total_steps, enabled
-        self.console = console or Console()
+        self.console = console or _Pipe()
+        self.reader_gone: Callable[[], None] = lambda: None
         self._plain_every, self._clock = plain_every, clock
         self._printed_at: float | None = None
         self._last: tuple[int, str] | None = None
         self._live: Live | None = None
         if enabled and alone and self.console.is_terminal:
             self._live = Live(console=self.console, refresh_per_second=8, transient=False)
-            self._live.start()
+            with self._telling():
+                self._live.start()
 
     def update(self, step: int, values: Mapping[str, float], eta: float | None = None) -> None:
         """Show the newest scalars, by their metric names (``train/loss``, ``perf/tok_s``)."""
@@ -110,7 +122,8 @@ class LiveLine:
             return
         line = status_line(step, self.total_steps, values, eta)
         if self._live is not None:
-            self._live.update(self._bar(step, line))
+            with self._telling():
+                self._live.update(self._bar(step, line))
             return
         now, self._last = self._clock(), (step, line)
         due = self._printed_at is None or now - self._printed_at >= self._plain_every
@@ -121,23 +134,37 @@ class LiveLine:
         """Print above the live line (an evaluation's table, a warning); text as it stands."""
         if self.enabled:
             shown = [Text(one) if isinstance(one, str) else one for one in what]
-            self.console.print(*shown, soft_wrap=all(isinstance(one, Text) for one in shown))
+            with self._telling():
+                self.console.print(*shown, soft_wrap=all(isinstance(one, Text) for one in shown))
 
     def warn(self, text: str) -> None:
         """Print a warning above the live line, from any process, on one line for a log file."""
-        self.console.print(Text(text, style="yellow"), soft_wrap=True)
+        with self._telling():
+            self.console.print(Text(text, style="yellow"), soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last line standing."""
         if self._live is not None:
-            self._live.stop()
+            with self._telling():
+                self._live.stop()
         elif self._last is not None:
             self._print_last(self._clock())
 
     def _print_last(self, now: float) -> None:
         assert self._last is not None
-        print(self._last[1], file=self.console.file, flush=True)
+        with self._telling():
+            print(self._last[1], file=self.console.file, flush=True)
         self._printed_at, self._last = now, None
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Write within the block; what cannot be written is lost."""
+        try:
+            yield
+        except BrokenPipeError:
+            self.reader_gone()
+        except OSError:  # a full disk, or a terminal that is closed
+            pass
 
     def _bar(self, step: int, line: str) -> RenderableType:
         grid = Table.grid(padding=(0, 1))

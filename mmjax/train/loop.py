@@ -37,7 +37,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
     Writes into the workdir, which one run at a time may have: config.json, metrics.jsonl, events
     (TensorBoard), skipped.jsonl, samples.jsonl, checkpoints/, and at the end model/, predictions/,
     results.json and report.html.
-    SIGTERM saves and returns; starting again continues with the very next batch.
+    SIGTERM or SIGHUP saves and returns; starting again continues with the very next batch.
     """
     workdir = Path(workdir)
     check_numbers(settings)
@@ -115,6 +115,7 @@ class Training:
             design, workdir, mesh, graphdef=graphdef, batches=self._batches,
             checkpoints=self.checkpoints, first=self.first,
         )  # fmt: skip
+        self.reports.line.reader_gone = stop.ask
         self._tasks = tasks.tasks_of(settings.eval)
         if settings.eval.every:
             self._tasks = tasks.opened(self._tasks)

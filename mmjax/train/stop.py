@@ -8,19 +8,24 @@ from jax.experimental import multihost_utils
 
 
 class StopFlag:
-    """True once SIGTERM or SIGINT has arrived; a second SIGINT interrupts at once.
+    """True once SIGTERM, SIGINT or SIGHUP has arrived; a second SIGINT interrupts at once.
 
     Several processes have to stop after the same step: there JAX's preemption service hears a
-    SIGTERM in any of them, and ``agreed`` tells all of them when. SIGINT interrupts at once.
+    SIGTERM in any of them, and ``agreed`` tells all of them when. SIGINT interrupts at once. A
+    SIGHUP, which a terminal sends that is closed, counts as SIGTERM, unless ``nohup`` ignores it.
     """
 
     def __init__(self):
         self.signal: str | None = None
         self._previous: dict[int, object] = {}
+        self._several = jax.process_count() > 1
 
     def __enter__(self) -> "StopFlag":
         # A handler of ours would take SIGTERM away from the preemption service.
-        for number in () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT):
+        numbers = () if self._several else (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers += (signal.SIGHUP,)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -33,11 +38,18 @@ class StopFlag:
 
     def agreed(self, step: int) -> bool:
         """Tell whether to stop after this step, the same in every process; ask at every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM.name
         return bool(self)
 
+    def ask(self) -> None:
+        """Stop as on a SIGTERM."""
+        signal.raise_signal(signal.SIGTERM)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._several:
+            self.ask()
+            return
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name

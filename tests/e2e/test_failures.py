@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -150,6 +152,22 @@ def test_bad_steps_are_skipped_counted_and_limited_over_restarts(quiet):
     with pytest.raises(MMJaxError, match=r"at step 7 .*Stopped after 6 skipped.*step 6"):
         loop.run(plain, workdir)
     assert [row["step"] for row in listed(workdir)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_whose_reader_has_ended_saves(quiet, monkeypatch):
+    plain, workdir = quiet
+    plain = dataclasses.replace(plain, steps=9, checkpoint=CheckpointSettings(export=False))
+    monkeypatch.setattr(loop.startup, "print_startup", lambda *_: None)
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = open(writer, "w")  # noqa: SIM115 - closed below
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        loop.run(plain, workdir)
+    with contextlib.suppress(BrokenPipeError):
+        file.close()
+    (stood,) = faults.saved_steps(workdir)
+    assert 0 < stood < 9
 
 
 def test_settings_of_bad_steps_are_checked():

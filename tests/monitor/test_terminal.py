@@ -1,4 +1,7 @@
+import contextlib
 import io
+import os
+import sys
 
 import pytest
 from rich.console import Console
@@ -44,6 +47,27 @@ def test_what_is_printed_stands_as_it_is_on_one_line():
     out = Console(file=io.StringIO(), width=40)
     terminal.LiveLine(9, console=out).print("step 3: vqa[/] 91.0% (24: 3.0%), captions[a] 12.0%")
     assert out.file.getvalue() == "step 3: vqa[/] 91.0% (24: 3.0%), captions[a] 12.0%\n"
+
+
+@pytest.mark.parametrize("terminals", [False, True])
+def test_what_cannot_be_written_ends_nothing_and_a_reader_that_is_gone_is_told(
+    terminals, monkeypatch
+):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for file, gone in ((open("/dev/full", "w"), 0), (open(writer, "w"), 1)):  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminals else "0")
+        told = []
+        line = terminal.LiveLine(10)
+        line.reader_gone = lambda told=told: told.append("gone")
+        line.update(1, VALUES)
+        line.print("step 1: vqa 91.0%")
+        line.warn("a warning")
+        line.close()
+        assert bool(told) == gone
+        with contextlib.suppress(OSError):  # what is left in its buffer cannot be written either
+            file.close()
 
 
 def test_other_processes_are_silent():
