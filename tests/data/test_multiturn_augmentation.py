@@ -65,6 +65,8 @@ def test_a_joined_record_is_one_conversation_with_every_image_at_its_own_questio
         *(("user", "<image>qd"), ("assistant", "ad")),
     ]
     assert len(joined.images) == 4 and joined.meta == first.meta
+    talk = Record(record("b").messages + record("c").messages, (PIXEL,))  # two turns, no mark
+    assert [m.text for m in join([first, talk]).messages][3:] == ["<image>qb", "ab", "qc", "ac"]
     alone = record("a", 1)
     assert join([alone]) is alone
     unanswered = Record((Message("user", "q"),))

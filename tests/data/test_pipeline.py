@@ -272,6 +272,7 @@ def test_too_many_bad_samples_end_the_run():
 def test_skip_log_checks_its_share():
     with pytest.raises(MMJaxError, match="max_bad_share 5"):
         SkipLog(max_bad_share=5)
+    SkipLog(max_bad_share=0.0).add(1000, ())  # none is no more than none
     log = SkipLog()
     log.restore({"seen": 10, "counts": {"x": 2}})
     assert (log.bad, log.seen, log.state()) == (2, 10, {"seen": 10, "counts": {"x": 2}})

@@ -90,6 +90,8 @@ def test_a_changed_picture_leaves_no_numbers_behind():
     for change in AUGMENTS:
         skip = loader({"a": One(asked)}, augment={"a": (change,)})((0, 0, 0))
         assert skip.reason == "coordinates" and text in skip.message
+    pointed = talk(SQUARE, question="what is at <point>1, 2</point>?")
+    assert loader(One(pointed), augment=("flip",))((0, 0, 0)).reason == "coordinates"
     both = loader({"a": One(asked), "b": One(talk(SQUARE))}, augment={"b": ("flip",)})
     assert text_of(both((0, 0, 0))["tokens"]).endswith("<box>1, 2, 3, 4</box>")
     loose = talk(SQUARE, answer="a <box> of 3 points")
@@ -104,6 +106,11 @@ def test_drawing_a_resolution_is_not_moved_by_augmentation():
     )
     counts = [len(plain((0, i, 0))["patches"]) for i in range(16)]
     assert counts == [len(both((0, i, 0))["patches"]) for i in range(16)] and len(set(counts)) == 4
+    # Nor does one tell of the other, or a record of that of the same number in another source.
+    pairs = [(plain((0, i, 0))["patches"], both((0, i, 0))["patches"]) for i in range(64)]
+    assert len({(len(a), np.array_equal(a, b)) for a, b in pairs}) == 8
+    two = loader({"a": One(talk(big)), "b": One(talk(big))}, **sides)
+    assert [len(two((1, i, 0))["patches"]) for i in range(16)] != counts
 
 
 def test_changes_and_templates_may_differ_by_source():

@@ -122,6 +122,15 @@ def test_formats_do_without_images_and_take_a_system_message(name):
     assert joined.startswith("Be brief.\n") and system.count(IMAGE) == 1
 
 
+def test_bunnys_unmarked_images_stand_once_and_a_system_message_is_the_records_own():
+    talk = record(("s", "Be brief."), ("u", "q"), ("a", "b"), ("u", "c"), ("a", "d"), images=2)
+    end = ("special", "<|endoftext|>")
+    assert flat(TEMPLATES["bunny_chat"](talk)) == [
+        *(BOS, "Be brief. USER: ", IMAGE, ("image", 1), "\nq ASSISTANT:", " b", end),
+        *("USER: c ASSISTANT:", " d", end),
+    ]
+
+
 def test_the_legacy_template_is_the_right_one_for_a_single_turn():
     one = record(("u", "<image>\nWhat?"), ("a", " A cat "), images=1)
     assert fuyu_legacy_otter(one) == fuyu_chat(one)

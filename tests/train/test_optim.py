@@ -202,12 +202,12 @@ def test_an_unknown_optimizer_is_named():
 
 
 def test_lion_moves_by_the_sign():
-    tx = make_optimizer(settings(name="lion", b1=0.5, b2=0.5), 10)
+    tx = make_optimizer(settings(name="lion", b1=0.5, b2=0.25), 10)
     params = {"kernel": jnp.ones(2)}
     state = tx.init(params)
     first, state = tx.update({"kernel": jnp.array([3.0, -1.0])}, state, params)
     np.testing.assert_allclose(first["kernel"], [-0.1, 0.1], rtol=1e-6)
-    # The momentum is (1.5, -0.5) by now: a small gradient against it does not turn the sign.
+    # The momentum is (2.25, -0.75) by now: a small gradient against it does not turn the sign.
     second, _ = tx.update({"kernel": jnp.array([-1.0, -1.0])}, state, params)
     np.testing.assert_allclose(second["kernel"], [-0.09, 0.09], rtol=1e-5)
 

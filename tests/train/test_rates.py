@@ -39,21 +39,26 @@ def start():
 
 def gradients():
     rng = np.random.default_rng(1)
-    return [{n: rng.normal(size=x.shape).astype(np.float32) for n, x in start().items()}] * STEPS
+    return [
+        {n: rng.normal(size=x.shape).astype(np.float32) for n, x in start().items()}
+        for _ in range(STEPS)
+    ]
 
 
 def test_groups_move_as_torchs_adamw_moves_them():
     settings = OptimSettings(
-        lr=2e-2, rates=RATES, warmup=2, weight_decay=0.5, decay=("*",), clip_norm=0.0
-    )
+        lr=2e-2, rates=RATES, warmup=2, weight_decay=0.5, decay=("*",), clip_norm=0.0, b1=0.8,
+        b2=0.95, eps=1e-2,
+    )  # fmt: skip
     tx, rate = make_optimizer(settings, STEPS), schedule(settings, STEPS)
     params = {name: jnp.asarray(x) for name, x in start().items()}
     theirs = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start().items()}
     own = [theirs[name] for name in theirs if name.startswith("projector.")]
     rest = [theirs[name] for name in theirs if not name.startswith("projector.")]
     peer = torch.optim.AdamW(
-        [{"params": rest}, {"params": own, "lr": 2e-3}], lr=2e-2, weight_decay=0.5
-    )
+        [{"params": rest}, {"params": own, "lr": 2e-3}], lr=2e-2, weight_decay=0.5,
+        betas=(0.8, 0.95), eps=1e-2,
+    )  # fmt: skip
     # A warm-up of two steps, then half a cosine over the other three.
     shape = [0.5, 1.0, *(0.5 * (1 + np.cos(np.pi * i / 3)) for i in range(3))]
     along = torch.optim.lr_scheduler.LambdaLR(peer, lambda step: shape[min(step, 4)])
