@@ -131,12 +131,12 @@ class Generator:
         numbers[: len(examples)] = range(len(examples)) if places is None else places
         room = room_for(batch["tokens"].shape[1], max_new_tokens)
         ranking = self.beams.ranking(room)
-        # What ``ranking`` holds must not compile anew.
-        shape = dataclasses.replace(self.beams, length_penalty=1.0, early_stopping=False)
+        # What ``ranking`` and the numbers of ``sampling`` say must not compile anew.
+        beams = dataclasses.replace(self.beams, length_penalty=1.0, early_stopping=False)
         tokens, counts = _generate(
-            dataclasses.replace(self, beams=shape), room, params, batch, lengths,
-            (jax.random.key(seed), numbers), ranking, jnp.int32(max_new_tokens),
-            jnp.int32(len(examples)),
+            dataclasses.replace(self, beams=beams, sampling=self.sampling.shape()), room, params,
+            batch, lengths, (jax.random.key(seed), numbers, self.sampling.numbers()), ranking,
+            jnp.int32(max_new_tokens), jnp.int32(len(examples)),
         )  # fmt: skip
         tokens, counts = jax.device_get((tokens, counts))
         rows = [
@@ -150,7 +150,8 @@ class Generator:
 def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
     """Return (tokens [b, r, room - t], counts [b, r]) of a right-padded batch, r answers a row.
 
-    how: a Generator. draws: (key, places int32[b]). real: rows from here on are padding.
+    how: a Generator. draws: (key, places int32[b], what ``Sampling.numbers`` returns). real: rows
+    from here on are padding.
     """
     model = nnx.merge(how.graphdef, params)
     b, t = batch["tokens"].shape
@@ -212,12 +213,13 @@ def _draw(
 ):
     """Choose one token a row and step; returns (rows int32[b, 1, w], counts int32[b, 1])."""
     rows = jnp.arange(history.shape[0])
-    key, places = draws
+    key, places, numbers = draws
     keys = jax.vmap(partial(jax.random.fold_in, key))(places)
 
     def choose(logits, history, step):
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys)
-        return sampling(constraints(logits, history, lengths + step, step, ends), step_keys)
+        logits = constraints(logits, history, lengths + step, step, ends)
+        return sampling(logits, step_keys, numbers)
 
     def take(step, logits, done, counts, history):
         token = choose(logits, history, step)

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mmjax.types import MMJaxError
@@ -30,18 +31,30 @@ class Sampling:
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
             )
 
-    def __call__(self, logits: Array, keys: Array) -> Array:
-        """Choose int32[b] from float32 logits [b, v]; keys: one PRNG key a row."""
+    def numbers(self) -> np.ndarray:
+        """Return temperature and top_p, float32[2], which a program may be handed."""
+        return np.float32([self.temperature, self.top_p])
+
+    def shape(self) -> Sampling:
+        """Return one of the same program: only whether the two numbers do something is kept."""
+        return Sampling(float(self.temperature > 0), self.top_k, 0.5 if self.top_p < 1 else 1.0)
+
+    def __call__(self, logits: Array, keys: Array, numbers: Array | None = None) -> Array:
+        """Choose int32[b] from float32 logits [b, v]; keys: one PRNG key a row.
+
+        numbers: float32[2], temperature and top_p in place of this one's own.
+        """
         if self.temperature == 0:
             return _argmax(logits)
-        logits = logits / self.temperature
+        temperature, top_p = self.numbers() if numbers is None else numbers
+        logits = logits / temperature
         if self.top_k:
             kth = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
             logits = jnp.where(logits < kth, -jnp.inf, logits)
         if self.top_p < 1:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-            last = jnp.sum(before < self.top_p, axis=-1, keepdims=True) - 1
+            last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
             threshold = jnp.take_along_axis(ordered, last, axis=-1)
             logits = jnp.where(logits < threshold, -jnp.inf, logits)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

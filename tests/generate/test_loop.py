@@ -73,7 +73,7 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
     batch, lengths = pad_batch(examples()[:rows])
     room = room_for(batch["tokens"].shape[1], 4)
     how = Generator(graphdef, eos=(), cache_dtype=dtype)
-    draws = jax.random.key(0), np.zeros(rows, np.int32)
+    draws = jax.random.key(0), np.zeros(rows, np.int32), how.sampling.numbers()
     some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(4), jnp.int32(rows)
     text = _generate.lower(how, room, params, *some).compile().as_text()
     c = model.config.decoder
@@ -148,6 +148,19 @@ def test_sampling_is_seeded_and_narrows(model):
         assert [x.tolist() for x in tokens] == [x.tolist() for x in greedy]
     with pytest.raises(MMJaxError, match="top_p"):
         Sampling(top_p=0.0)
+
+
+def test_other_temperatures_and_shares_compile_nothing_anew(model):
+    graphdef, params = nnx.split(model)
+    answers, programs = [], []
+    for temperature, top_p in ((0.7, 0.9), (1.5, 0.9), (1.5, 1e-6), (0.7, 0.9)):
+        generate = Generator(graphdef, eos=(), sampling=Sampling(temperature, top_p=top_p))
+        answers.append([x.tolist() for x in generate(params, examples(), 8, seed=3)])
+        programs.append(_generate._cache_size())
+    assert len(set(programs)) == 1
+    greedy = Generator(graphdef, eos=())(params, examples(), 8)
+    assert answers[2] == [x.tolist() for x in greedy]
+    assert answers[0] == answers[3] and answers[0] != answers[1] != answers[2]
 
 
 def test_draws_obey_the_constraints(model):
