@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from mmjax.data.turns import IMAGE_MARK
 from mmjax.evals.tasks import Task, answers_of, ask, open_source
 from mmjax.types import Message, MMJaxError, Record
 
@@ -79,7 +80,7 @@ class Demonstrations:
         if not self.text_only:
             return record
         messages = tuple(
-            dataclasses.replace(m, text=m.text.replace("<image>", "")) for m in record.messages
+            dataclasses.replace(m, text=m.text.replace(IMAGE_MARK, "")) for m in record.messages
         )
         return dataclasses.replace(record, messages=messages, images=())
 
@@ -99,10 +100,10 @@ def join(records: Sequence[Record]) -> Record:
 
 
 def _marked(record: Record) -> Record:
-    if not record.images or any("<image>" in m.text for m in record.messages):
+    if not record.images or any(IMAGE_MARK in m.text for m in record.messages):
         return record
     first, *rest = record.messages
-    marked = dataclasses.replace(first, text="<image>" * len(record.images) + first.text)
+    marked = dataclasses.replace(first, text=IMAGE_MARK * len(record.images) + first.text)
     return dataclasses.replace(record, messages=(marked, *rest))
 
 

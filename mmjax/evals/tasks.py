@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmjax.data.limits import spread
+from mmjax.data.turns import IMAGE_MARK
 from mmjax.evals.benchmarks import expand
 from mmjax.evals.cuts import get_cut
 from mmjax.evals.scorers import get_scorer
@@ -176,7 +177,7 @@ def ask(task: Task, record: Record) -> Record:
 def question_of(record: Record) -> str:
     """Return the last question of a record, without its image marks."""
     texts = [m.text for m in record.messages if m.role == "user"]
-    return texts[-1].replace("<image>", "").strip() if texts else ""
+    return texts[-1].replace(IMAGE_MARK, "").strip() if texts else ""
 
 
 def choices_of(record: Record) -> list[str]:

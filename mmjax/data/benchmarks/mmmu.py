@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mmjax.data.benchmarks.asking import ONE_LETTER, ONE_PHRASE
 from mmjax.data.benchmarks.files import field, need_path, read_json, unique
 from mmjax.data.benchmarks.tables import Table, text_of
+from mmjax.data.turns import IMAGE_MARK
 from mmjax.types import Message, MMJaxError, Record
 
 DISCIPLINES = {
@@ -180,12 +181,12 @@ def _interleave(text: str, pictures: Sequence[bytes]) -> tuple[str, list[bytes]]
         if number in shown:
             return found[0]
         shown.append(number)
-        return "<image>"
+        return IMAGE_MARK
 
     text = _MARK.sub(mark, text)
     named = [pictures[n - 1] if 1 <= n <= len(pictures) else b"" for n in shown]
     rest = [p for n, p in enumerate(pictures, 1) if p and n not in shown]
-    return "<image>" * len(rest) + text, rest + named
+    return IMAGE_MARK * len(rest) + text, rest + named
 
 
 def _read_annotations(path: str | os.PathLike) -> Mapping[str, Any]:

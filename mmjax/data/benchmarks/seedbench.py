@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mmjax.data.benchmarks.files import field, need_pictures, read_json, unique
+from mmjax.data.turns import IMAGE_MARK
 from mmjax.types import Message, MMJaxError, Record
 
 VIDEO = (
@@ -111,7 +112,7 @@ def _read(question: Mapping[str, Any], kinds: Mapping[Any, str], where: str) -> 
     """Return id, text with its options, choices, answer and question type of a question."""
     text = field(question, "question", where)
     for mark in ("<img>", "[img]"):  # its description has the one, its code the other
-        text = text.replace(mark, "<image>")
+        text = text.replace(mark, IMAGE_MARK)
     given = (question.get(f"choice_{letter.lower()}") for letter in LETTERS)
     choices = [str(one) for one in given if one is not None]
     answer = field(question, "answer", where)
