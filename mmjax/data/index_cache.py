@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -117,5 +118,7 @@ def _write_cache(cache: Path, arrays: Arrays) -> bool:
             np.savez(file, **arrays)
         os.replace(temporary, cache)
     except OSError:
+        with contextlib.suppress(OSError):  # where the disk is full, half a file takes room
+            temporary.unlink(missing_ok=True)
         return False
     return True

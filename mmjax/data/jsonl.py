@@ -95,6 +95,8 @@ def need_file(path: Path) -> None:
     """Raise MMJaxError where a data source is no file."""
     if not path.is_file():
         found = "is a folder; name the file in it" if path.is_dir() else "no such file"
+        if not path.is_absolute():
+            found += f" (looked for from {Path.cwd()})"
         raise MMJaxError(f"{path}: {found}; check the path of this data source")
 
 

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mmjax.data import jsonl
+from mmjax.data import index_cache, jsonl
 from mmjax.data.easyvqa import ANSWERS, EasyVQASource
 from mmjax.data.skips import Skip
 from mmjax.data.sources import JsonSource, TfdsSource
@@ -323,9 +324,25 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_record(tmp_pat
     assert len(JsonSource(lines)) == 2
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(MMJaxError, match="no such file"):
+def test_missing_file(tmp_path, monkeypatch):
+    with pytest.raises(MMJaxError, match="none.json: no such file; check the path"):
         JsonSource(tmp_path / "none.json")
+    monkeypatch.chdir(tmp_path)  # a recipe's relative path is one of the working directory
+    with pytest.raises(MMJaxError) as error:
+        JsonSource("data/none.json")
+    assert f"data/none.json: no such file (looked for from {tmp_path}); check" in str(error.value)
+
+
+def test_an_index_that_finds_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", '{"question": "a"}\n')
+
+    def full(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(index_cache.np, "savez", full)
+    assert len(JsonSource(path, index_dir=tmp_path / "index")) == 1
+    assert list((tmp_path / "index").iterdir()) == []
 
 
 def test_easy_vqa_as_published():
