@@ -36,6 +36,7 @@ class IndexedJson:
     def __init__(self, path: str | os.PathLike, index_dir: str | os.PathLike | None = None):
         self.path = Path(path)
         need_file(self.path)
+        self._stamp = _stamp(self.path)
         self._index = load_index(self.path, index_dir)
         # An array is often written as one long line, which then names none of its records.
         self._numbered = bool((np.diff(self._index[:, 2]) == 0).any())
@@ -58,6 +59,16 @@ class IndexedJson:
         return f"{self.path}:{self.line(i)}{number}"
 
     def __getitem__(self, i: int) -> tuple[int, dict[str, Any]]:
+        try:
+            return self._read(i)
+        except BadSample as e:
+            if _stamp(self.path) == self._stamp:
+                raise
+            # Its records stand elsewhere now; each of them would be taken for a broken one.
+            says = f"{e}; the file has changed since it was opened: start again with the new one"
+            raise BadSample(e.reason, says) from e
+
+    def _read(self, i: int) -> tuple[int, dict[str, Any]]:
         start, end, line = (int(x) for x in self._index[i])
         if self._fd is None:
             self._fd = os.open(self.path, os.O_RDONLY)
@@ -89,6 +100,15 @@ class IndexedJson:
     def __del__(self, close=os.close):  # at a program's end modules and builtins may be gone
         if (fd := self.__dict__.get("_fd")) is not None:
             close(fd)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file's versions apart, None where it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def need_file(path: Path) -> None:

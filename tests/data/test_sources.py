@@ -324,6 +324,20 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_record(tmp_pat
     assert len(JsonSource(lines)) == 2
 
 
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path):
+    """Its records were called broken, one by one, until the run ended."""
+    path = write(tmp_path / "a.jsonl", '{"question": "a"}\n{"question": "b"}\n{\n')
+    source = pickle.loads(pickle.dumps(JsonSource(path)))  # a worker opens it later
+    with pytest.raises(BadSample) as error:
+        source[2]
+    assert "has changed" not in str(error.value)
+    write(tmp_path / "b.jsonl", '{"question": "longer"}\n').replace(path)
+    worker = pickle.loads(pickle.dumps(source))
+    with pytest.raises(BadSample, match=r"a.jsonl:1: not JSON .*; the file has changed since it"):
+        worker[0]
+    assert source[1].messages[0].text == "b"  # what is open stays the old one
+
+
 def test_missing_file(tmp_path, monkeypatch):
     with pytest.raises(MMJaxError, match="none.json: no such file; check the path"):
         JsonSource(tmp_path / "none.json")
