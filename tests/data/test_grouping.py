@@ -127,6 +127,21 @@ def test_no_record_comes_twice_before_each_came_once():
     assert sorted(draw[1] for step in steps[:25] for draw in step) == sorted([*range(50)] * 2)
 
 
+def test_what_fills_no_batch_of_every_worker_comes_at_the_end():
+    draws = draw_records(Mixture.of(Mixed(12)), 0, 1, rows=4, streams=1, workers=2)
+    assert sorted(draws[i][1] for i in range(12)) == list(range(12))
+
+
+def test_the_order_of_batches_is_another_in_every_window():
+    class Alike(Mixed):
+        def __getitem__(self, i):
+            return super().__getitem__(1)
+
+    grouped = Grouped(lambda place: (0, place, 0), (Alike(128),), None, 0, rows=1)
+    first, second = ([grouped(i)[1] % 64 for i in range(at, at + 64)] for at in (0, 64))
+    assert sorted(first) == sorted(second) == list(range(64)) and first != second
+
+
 def test_a_bad_sample_leaves_its_row_empty_and_streams_stay_together():
     bad = {7, 9}  # sorted as texts without words: 13 samples with a picture, 27 without
     whole = train(Mixed(40, bad), max_bad_share=1.0)

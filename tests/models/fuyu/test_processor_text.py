@@ -11,7 +11,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 from tokenizers import normalizers
 
 from mmjax.data.resizing import at_resolution
-from mmjax.data.tokenize import load_tokenizer, supervised_tokens, token_id
+from mmjax.data.tokenize import load_tokenizer, opening_ids, supervised_tokens, token_id
 from mmjax.data.tokenizers_small import UNDERSCORE, build_word_tokenizer
 from mmjax.models.fuyu.coordinates import split_coordinates, to_pixels, to_steps
 from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
@@ -169,6 +169,16 @@ def test_supervised_tokens_need_their_whole_span():
     assert supervised_tokens(np.int32([[4, 7], [8, 8]]), pieces).all()
     assert not supervised_tokens(np.int32([[8, 8]]), [*pieces[:1], ("efg ", False)]).any()
     assert supervised_tokens(np.zeros((0, 2), np.int32), []).tolist() == []
+
+
+@pytest.mark.parametrize("before, behind", [((), ()), ((1,), ()), ((1,), (2,)), ((), (2,))])
+def test_a_prompt_opens_with_what_the_tokenizer_puts_before_a_text(before, behind):
+    """What it puts behind one, as some do with </s>, opens nothing."""
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [*before, 7, *behind] if add_special_tokens else [7]}
+
+    assert opening_ids(tokenizer, None) == list(before)
 
 
 def test_word_tokenizer_knows_its_words_and_spells_the_rest():
