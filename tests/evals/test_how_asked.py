@@ -9,8 +9,9 @@ from mmjax.evals import compare, cuts, report, runner
 from mmjax.evals.benchmarks import BENCHMARKS
 from mmjax.evals.scorers import READERS
 from mmjax.evals.tasks import Task, ask, question_of
+from mmjax.generate.beam import Beams
 from mmjax.train.settings import EvalSettings, RunSettings
-from mmjax.train.tasks import check_tasks, with_tasks
+from mmjax.train.tasks import beams_of, check_tasks, with_tasks
 from mmjax.types import Message, MMJaxError, Record
 
 
@@ -104,6 +105,10 @@ def test_mistakes_are_named_before_a_model_is_loaded():
         Task("t", records(), submission="vqa2")
     with pytest.raises(MMJaxError, match="num_beams is 0; give at least 1"):
         check_tasks(RunSettings(eval=EvalSettings(num_beams=0)))
+
+
+def test_beams_are_those_of_the_settings():
+    assert beams_of(EvalSettings(num_beams=3, length_penalty=0.0)) == Beams(3, 0.0)
 
 
 def test_the_page_has_every_name():

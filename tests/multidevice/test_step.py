@@ -162,6 +162,26 @@ def test_masks_are_drawn_anew_for_each_seed_step_and_microbatch():
     assert len(losses) == len(set(losses)) == 8
 
 
+class Steep(Dropped):
+    """A model whose loss is a number and whose gradient is none: a root at 0."""
+
+    def logits(self, hidden):
+        return hidden @ jnp.sqrt(0 * self.head[...])
+
+
+def test_a_gradient_that_is_no_number_makes_a_bad_step_of_a_good_loss():
+    graphdef, params = nnx.split(Steep())
+    one, tx = np.ones((1, 2), np.int32), optax.sgd(1.0)
+    batch = dict(tokens=one, segment_ids=one, target_index=one[:, :1])
+    fn = jax.jit(step.make_train_step(graphdef, tx, lambda _: 1.0, skip_bad=True))
+    train = state.TrainState(jnp.int32(0), params, tx.init(params))
+    after, metrics = fn(train, nnx.State({}), batch)
+    np.testing.assert_allclose(metrics["loss"], np.log(4), rtol=1e-6)
+    assert metrics["bad"] and not np.isfinite(metrics["grad_norm"])
+    for old, new in zip(*(jax.tree.leaves(t.params) for t in (train, after)), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def moved(train):
     """All that a step moves but the count of the schedule, which goes on."""
     opt = jax.tree.map(

@@ -17,19 +17,22 @@ from mmjax.types import Message, Record
 SIZES = dict(
     hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, patch_size=8
 )
+TEMPLATES = {"vqa": "fuyu_chat", "hard": "plain"}  # of sources; a task may be called as one is
 SETTINGS = RunSettings(
     model=ModelSettings(
         config=SIZES, words=("what is it? red green blue", "User: Assistant:"), dtype="float32",
         frozen_dtype="float32",
     ),
-    data=DataSettings(seq_len=48, max_patches=24, max_targets=8, batch_size=2),
+    data=DataSettings(
+        seq_len=48, max_patches=24, max_targets=8, batch_size=2, template=dict(TEMPLATES)
+    ),
     eval=EvalSettings(limit=4),
 )  # fmt: skip
 
 
-def record(number, answer, side=16, in_meta=False):
+def record(number, answer, side=16, in_meta=False, question="what is it?"):
     pixels = np.random.default_rng(number).integers(0, 256, (side, 16, 3), np.uint8)
-    messages = (Message("user", "what is it?"), Message("assistant", answer))
+    messages = (Message("user", question), Message("assistant", answer))
     if in_meta:
         return Record(messages[:1], (pixels,), {"answers": [answer, "other"]})
     return Record(messages, (pixels,))
@@ -48,7 +51,10 @@ def test_each_task_has_the_mean_loss_of_its_records():
     hard = Pairs(record(i, "green blue", in_meta=True) for i in range(8))
     closed = Record(easy[0].messages[:1], easy[0].images, {"unscored": True})  # of a test split
     untold = Record(easy[0].messages[:1], easy[0].images, {})  # as where it is asked, passed over
-    tasks = [Task("easy", easy), Task("none", [record(1, " "), closed, untold])]
+    tasks = [
+        Task("easy", easy, prompt="{question} green"),
+        Task("none", [record(1, " "), closed, untold]),
+    ]
     tasks.append(Task("hard", hard, limit=2))
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
         plan = blueprint(SETTINGS.model, SETTINGS.lora, 0)
@@ -57,10 +63,11 @@ def test_each_task_has_the_mean_loss_of_its_records():
         validation = ValidationLoss(tasks, SETTINGS, plan.processor, graphdef, mesh)
         got = validation(params, frozen)
         want = {}
-        for name, records in (("easy", easy[:3]), ("hard", hard[:2])):
+        asked = [record(i, "red", question="what is it? green") for i in range(3)]
+        for name, records in (("easy", asked), ("hard", hard[:2])):
             sums = np.zeros(2)
             for one in records:
-                segments = get_template("fuyu_chat")(with_answer(one))
+                segments = get_template(TEMPLATES.get(name, "fuyu_chat"))(with_answer(one))
                 example = plan.processor.encode(segments, one.images)
                 sums += np.array(loss_sum(model, pack([example], BatchShape(2, 48, 24, 8))))
             want[f"eval/{name}/loss"] = sums[0] / sums[1]
