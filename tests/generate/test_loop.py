@@ -14,7 +14,7 @@ from mmjax.generate.loop import Generator, _generate, bucket, pad_batch, room_fo
 from mmjax.generate.sampling import Sampling
 from mmjax.parallel.mesh import make_mesh
 from mmjax.types import MMJaxError
-from tests import tiny
+from tests import compiler_options, tiny
 
 
 def greedy_without_cache(model, example, steps):
@@ -75,10 +75,8 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
     how = Generator(graphdef, eos=(), cache_dtype=dtype)
     draws = jax.random.key(0), np.zeros(rows, np.int32), how.sampling.numbers()
     some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(4), jnp.int32(rows)
-    # Matmuls in a library's programs, as they are unless a test run says otherwise (conftest.py).
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     lowered = _generate.lower(how, room, params, *some)
-    text = lowered.compile(compiler_options=options).as_text()
+    text = lowered.compile(compiler_options=compiler_options.MATMULS).as_text()
     c = model.config.decoder
     sizes = f"1,{rows},{c.num_kv_heads},{room}"
     buffers = [rf"f32\[{sizes},{c.head_dim}\]"]

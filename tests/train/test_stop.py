@@ -10,6 +10,7 @@ from mmjax.train.stop import StopFlag
 @pytest.fixture(autouse=True)
 def as_they_were():
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
