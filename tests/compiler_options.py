@@ -1,4 +1,5 @@
-"""XLA's options of programs that tests measure: as users have them, where conftest.py has others."""
+"""XLA's options of programs that tests measure: users' own, where conftest.py has others."""
 
-MATMULS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-"""A library makes a program of each matmul; without it some operands are copied first."""
+_KINDS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE"
+LIBRARY = {"xla_cpu_experimental_ynn_fusion_type": ",".join(_KINDS)}
+"""A library computes matmuls and sums; without it some operands are copied first."""

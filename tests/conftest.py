@@ -8,10 +8,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Many small programs take longer to compile than to run: they are left unoptimised and in one piece
-# (XLA would give each to several threads), and no library makes a program of its own of a matmul;
-# those of the processes that tests start too. The older emitters of fused loops compile in half the
-# time of today's, which is all that later XLAs have. Flags that are given count; `make parity`
-# optimises.
+# (XLA would give each to several threads), without the library that makes programs of its own of
+# matmuls and sums (compiler_options.py); those of the processes that tests start too. The older
+# emitters of fused loops compile in half the time of today's, which is all that later XLAs have.
+# Flags that are given count; `make parity` optimises.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"

@@ -73,5 +73,5 @@ def test_the_logits_of_all_rows_never_exist():
         return xent.chunked_nll(lambda x: x @ kernel, hidden, ones.astype(int), ones, chunk=256)
 
     lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes)
-    compiled = lowered.compile(compiler_options=compiler_options.MATMULS)
+    compiled = lowered.compile(compiler_options=compiler_options.LIBRARY)
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 256 * v * 4  # one chunk's
