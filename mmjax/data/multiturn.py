@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from mmjax.data.mixture import Mixture
-from mmjax.data.turns import IMAGE_MARK, Template, need_answer
+from mmjax.data.turns import Template, marked, need_answer
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 
@@ -82,20 +82,7 @@ def join(records: list[Record]) -> Record:
     need_answer(records[0])
     messages: list[Message] = []
     for number, record in enumerate(records):
-        turns = [m for m in _marked(record) if number == 0 or m.role != "system"]
+        turns = [m for m in marked(record) if number == 0 or m.role != "system"]
         messages += turns
     images = tuple(image for record in records for image in record.images)
     return dataclasses.replace(records[0], messages=tuple(messages), images=images)
-
-
-def _marked(record: Record) -> list[Message]:
-    """Return the messages with a mark for each image, where there are images and no mark."""
-    messages = list(record.messages)
-    if not record.images or any(IMAGE_MARK in m.text for m in messages):
-        return messages
-    at = next((i for i, m in enumerate(messages) if m.role == "user"), None)
-    if at is None:
-        return [Message("user", IMAGE_MARK * len(record.images)), *messages]
-    text = IMAGE_MARK * len(record.images) + messages[at].text
-    messages[at] = dataclasses.replace(messages[at], text=text)
-    return messages

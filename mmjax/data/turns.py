@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from mmjax.types import BadSample, Message, Record, Segment
@@ -55,6 +56,22 @@ def answer(
         )
     text = space + (message.text.strip() if strip else message.text)
     return [Segment("text", text, supervised), Segment("special", end, supervised)]
+
+
+def marked(record: Record) -> tuple[Message, ...]:
+    """Return the turns; where no image has a mark, with all marks before the first question.
+
+    Joined with those of other records, images without marks would all stand in front.
+    """
+    messages = list(record.messages)
+    if not record.images or any(IMAGE_MARK in m.text for m in messages):
+        return record.messages
+    marks = IMAGE_MARK * len(record.images)
+    at = next((i for i, m in enumerate(messages) if m.role == "user"), None)
+    if at is None:
+        return (Message("user", marks), *messages)
+    messages[at] = dataclasses.replace(messages[at], text=marks + messages[at].text)
+    return tuple(messages)
 
 
 def count_marks(record: Record) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mmjax.data.turns import IMAGE_MARK
+from mmjax.data.turns import IMAGE_MARK, marked
 from mmjax.evals.tasks import Task, answers_of, ask, open_source
 from mmjax.types import Message, MMJaxError, Record
 
@@ -86,25 +86,12 @@ class Demonstrations:
 
 
 def join(records: Sequence[Record]) -> Record:
-    """Return one conversation of several, with the meta of the last.
-
-    A record whose images have no marks gets them before its first turn: joined, they would
-    otherwise all stand in front.
-    """
-    parts = [_marked(record) for record in records]
+    """Return one conversation of several, with the meta of the last."""
     return dataclasses.replace(
-        parts[-1],
-        messages=tuple(m for part in parts for m in part.messages),
-        images=tuple(image for part in parts for image in part.images),
+        records[-1],
+        messages=tuple(m for record in records for m in marked(record)),
+        images=tuple(image for record in records for image in record.images),
     )
-
-
-def _marked(record: Record) -> Record:
-    if not record.images or any(IMAGE_MARK in m.text for m in record.messages):
-        return record
-    first, *rest = record.messages
-    marked = dataclasses.replace(first, text=IMAGE_MARK * len(record.images) + first.text)
-    return dataclasses.replace(record, messages=(marked, *rest))
 
 
 def demonstrations(task: Task) -> Demonstrations | None:

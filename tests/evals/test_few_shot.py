@@ -52,6 +52,10 @@ def test_examples_without_pictures_and_pictures_without_marks():
     assert [m.text for m in joined.messages if m.role == "user"] == [
         "<image>What is 1?", "<image>What is 2?"
     ]  # fmt: skip
+    told = dataclasses.replace(
+        solved(1, marked=False), messages=(Message("system", "Look."), Message("user", "What?"))
+    )
+    assert [m.text for m in join([told]).messages] == ["Look.", "<image>What?"]
 
 
 def test_a_task_asks_with_shots_and_says_so():
