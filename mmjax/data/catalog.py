@@ -12,7 +12,7 @@ from mmjax.types import MMJaxError, nearest
 
 KINDS = {
     "json": "mmjax.data.sources:JsonSource",
-    "tfds": "mmjax.data.sources:TfdsSource",
+    "tfds": "mmjax.data.tfds_source:TfdsSource",
     "tfds_interleaved": "mmjax.data.tfds_pretraining:TfdsInterleaved",
     "tfds_pairs": "mmjax.data.tfds_pretraining:TfdsPairs",
     "mimicit": "mmjax.data.mimicit:MimicitSource",

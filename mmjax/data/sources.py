@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from mmjax.data.jsonl import IndexedJson
 from mmjax.data.templates import IMAGE_MARK
-from mmjax.data.tfds_files import TfdsFiles, as_text
 from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
 
 
@@ -148,50 +147,6 @@ def parse_record(
     if messages[-1].role == "assistant":
         meta.setdefault("answers", [messages[-1].text])
     return Record(messages, images, meta)
-
-
-class TfdsSource:
-    """Records of a TFDS dataset stored as ArrayRecord, read without TensorFlow.
-
-    name: a registered name (``"vqa/1.0.0"``) or the folder of a prepared dataset. fields: which
-    feature plays which part: ``question`` and ``answer`` are wanted, ``image`` is optional; a dot
-    walks into nested features (``{"answer": "answers.0"}`` takes the first of a sequence).
-    """
-
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        fields: Mapping[str, str] | None = None,
-        data_dir: str | os.PathLike | None = None,
-    ):
-        default = {"image": "image", "question": "question", "answer": "answer"}
-        self.fields = dict(default if fields is None else fields)
-        unknown = sorted(set(self.fields) - set(default))
-        if unknown or "question" not in self.fields:
-            raise MMJaxError(
-                f"TfdsSource fields {self.fields}: want 'question', 'answer' and, if there are "
-                f"pictures, 'image'; unknown: {unknown}"
-            )
-        self._files = TfdsFiles(name, split, data_dir)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Record:
-        element, where = self._files[index], self._files.where(index)
-        found = {part: self._files.take(element, p, where) for part, p in self.fields.items()}
-        question, answer = as_text(found["question"], where), found.get("answer")
-        messages = [Message("user", question)]
-        answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
-        answers = [as_text(one, where) for one in answers]
-        if answers:
-            messages.append(Message("assistant", answers[0]))
-        images = () if found.get("image") is None else (found["image"],)
-        meta = {"id": f"{self._files.split}/{index}", "source": self._files.name, "line": index}
-        if answers:
-            meta["answers"] = answers
-        return Record(tuple(messages), images, meta)
 
 
 def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:

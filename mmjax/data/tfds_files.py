@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,20 @@ class TfdsFiles:
                 f"TFDS {self.name!r}: {'; '.join(wrong)}. The features are {there or 'none'}"
             )
         return found
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise MMJaxError for dotted paths that lead to no feature, naming those there are."""
+        absent = []
+        for path in paths:
+            name = ".".join(key for key in path.split(".") if not _is_number(key))
+            if not any(f"{known}.".startswith(f"{name}.") for known in self.features):
+                absent.append(repr(path))
+        if absent:
+            there = ", ".join(f"{n}: {_show(*what)}" for n, what in self.features.items())
+            raise MMJaxError(
+                f"TFDS {self.name!r}: there is no feature {' or '.join(absent)}; say with fields "
+                f"which feature plays which part. The features are {there or 'none'}"
+            )
 
     def take(self, element: Any, path: str, where: str) -> Any:
         """Follow a dotted path into an element; a number takes one of a sequence."""

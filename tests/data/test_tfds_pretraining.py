@@ -14,7 +14,7 @@ from test_check import printed
 from test_check_shards import MODEL, settings
 from test_mmc4 import write
 from test_pipeline import assert_equal
-from test_sources import write_tfds
+from test_tfds_source import write_tfds
 from test_webdataset import pairs, picture, write_tar
 
 from mmjax.config import resolve_recipe
