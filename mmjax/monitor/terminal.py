@@ -176,8 +176,11 @@ class LiveLine:
 def status_line(
     step: int, total: int, values: Mapping[str, float], eta: float | None = None
 ) -> str:
-    """Write step, loss, lr, gradient norm, tokens/s, MFU, data wait and ETA in one line."""
-    parts = [f"step {step}/{total}"]
+    """Write step, ETA, loss, lr, gradient norm, tokens/s, MFU and data wait in one line.
+
+    A narrow terminal cuts its end off, so that what is looked for most stands first.
+    """
+    parts = [f"step {step}/{total}", f"eta {human_time(eta)}"]
     for label, name, form in (
         ("loss", "train/loss", "{:.4f}"),
         ("lr", "train/lr", "{:.2e}"),
@@ -193,7 +196,6 @@ def status_line(
         step_s = values.get("perf/step_s", 0.0)
         share = values["perf/data_wait_s"] / step_s if step_s else 0.0
         parts.append(f"data wait {share:.0%}")
-    parts.append(f"eta {human_time(eta)}")
     return "  ".join(parts)
 
 

@@ -25,8 +25,8 @@ def console(**options):
 def test_status_line_shows_a_dash_for_an_unknown_mfu():
     line = terminal.status_line(20, 100, VALUES, eta=3723)
     assert line == (
-        "step 20/100  loss 1.2500  lr 3.00e-04  grad 0.5  12.3k tok/s  mfu -  data wait 2%"
-        "  eta 1:02:03"
+        "step 20/100  eta 1:02:03  loss 1.2500  lr 3.00e-04  grad 0.5  12.3k tok/s  mfu -"
+        "  data wait 2%"
     )
     assert "mfu 41.0%" in terminal.status_line(1, 2, VALUES | {"perf/mfu": 0.41})
 
