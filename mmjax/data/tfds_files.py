@@ -181,7 +181,8 @@ class TfdsFiles:
                 f"{absent[0]}: no such file ({len(absent)} of the {len(files)} files of TFDS "
                 f"{self.name!r} split {self.split!r} are missing); fetch or prepare them again"
             )
-        self.features = {name: what for name, *what in _features(described, tfds)}
+        # Sorted: TFDS reads them in another order in every process.
+        self.features = {name: tuple(what) for name, *what in sorted(_features(described, tfds))}
         self._data = data
         return data
 
