@@ -25,7 +25,7 @@ quickstart: .venv/installed  ## learn to read tiny digits in photographs, in min
 	@echo "Open runs/quickstart/report.html in a browser."
 
 # In the order of the files: xdist's own puts those with few tests last, and they are the longest.
-# Compilers allocate and free much: malloc keeps what it has, which saves a tenth of the time.
+# Compilers allocate and free much: malloc keeps what it has, and the tests take less time.
 MALLOC := MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
