@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from bench import environment, ours, report
-from mmjax.models import checkpoints, registry
+from mmjax.models import pretrained, registry
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules, writer
 from mmjax.weights.reader import open_reader
@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, **decoder: int) -> int:
     config = fuyu.Config()
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **decoder))
     with use():
-        abstract = checkpoints.abstract_params(fuyu, config)
+        abstract = pretrained.abstract_params(fuyu, config)
     source = RandomWeights({name: tuple(leaf.shape) for name, leaf in abstract.items()})
     tensors = rules.export(fuyu.weights.rules(config), source)
     folder.mkdir()

@@ -2,7 +2,7 @@
 
 python -m convert_weights.average --out DST SRC:WEIGHT SRC:WEIGHT [...] [--dtype keep] [--overwrite]
 
-Each SRC is what to_jax reads: a converted folder, a checkpoint in any layout, or an adapter (then
+Each SRC is what to_jax reads: a converted folder, a model in any layout, or an adapter (then
 --base is the model it belongs to); all are of one architecture. Adapters are merged first. The
 weights are above 0 and sum to 1: a:0.3 b:0.7. The sum is taken in float32, piece by piece: the
 memory needed grows neither with the models nor with their number. Tokenizer and processor files
@@ -15,7 +15,7 @@ import sys
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_parts, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import averages, checkpoints, converted
+from mmjax.models import averages, converted, pretrained
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 
@@ -37,11 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     averages.check_weights([weight for _, weight in given])
     models = [(open_source(args, source), weight) for source, weight in given]
     with use():
-        ckpt = averages.averaged(models)
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
-    plan = converted.plan_conversion(ckpt, abstract, args.dtype)
-    with bar(f"{ckpt.family.name}, average of {len(models)}", plan.nbytes) as progress:
-        converted.write_converted(ckpt, plan, args.out, overwrite=args.overwrite, progress=progress)
+        opened = averages.averaged(models)
+        abstract = pretrained.abstract_params(opened.family, opened.config)
+    plan = converted.plan_conversion(opened, abstract, args.dtype)
+    with bar(f"{opened.family.name}, average of {len(models)}", plan.nbytes) as progress:
+        converted.write_converted(
+            opened, plan, args.out, overwrite=args.overwrite, progress=progress
+        )
     print(f"{args.out}: {len(abstract)} parameters, {gigabytes(plan.nbytes)}")
 
 

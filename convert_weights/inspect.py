@@ -1,4 +1,4 @@
-"""Say what a checkpoint is, without loading it.
+"""Say what a model is, without loading it.
 
 python -m convert_weights.inspect SRC [--base DIR] [--lm DIR] [--vision FILE_OR_DIR] ...
 """
@@ -18,7 +18,7 @@ from rich.text import Text
 from convert_weights.progress import gigabytes
 from convert_weights.sources import add_source, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import checkpoints
+from mmjax.models import pretrained
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules as R
 
@@ -31,47 +31,47 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_source(parser)
     args = parser.parse_args(argv)
-    ckpt = open_source(args)
+    opened = open_source(args)
     with use():
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
+        abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     try:
-        R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+        R.check(opened.rules, shapes, opened.reader, opened.ignore)
         verdict = "every key is claimed by a rule, every parameter has its key"
     except R.WeightsMismatch as error:
         verdict = str(error)
-    table = _table(ckpt, shapes, verdict)
+    table = _table(opened, shapes, verdict)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     return 0 if verdict.startswith("every") else 2
 
 
-def _table(ckpt: checkpoints.Checkpoint, shapes: Mapping[str, R.Shape], verdict: str) -> Table:
+def _table(opened: pretrained.Pretrained, shapes: Mapping[str, R.Shape], verdict: str) -> Table:
     rows: list[tuple[str, str]] = []
     kinds: collections.Counter = collections.Counter()
     size = 0
-    for key in ckpt.reader.keys():  # noqa: SIM118
-        count, dtype = math.prod(ckpt.reader.shape(key)), ckpt.reader.dtype(key)
+    for key in opened.reader.keys():  # noqa: SIM118
+        count, dtype = math.prod(opened.reader.shape(key)), opened.reader.dtype(key)
         kinds[str(dtype)] += count
         size += count * dtype.itemsize
-    files = list(dict.fromkeys(ckpt.reader.files))
+    files = list(dict.fromkeys(opened.reader.files))
     alone = len({f.parent for f in files}) == 1
     files = [f.name if alone else f"{f.parent.name}/{f.name}" for f in files]
     parts: collections.Counter = collections.Counter()
     for name, shape in shapes.items():
         parts[name.split(".")[0]] += math.prod(shape)
-    rows.append(("family, layout", f"{ckpt.family.name}, {ckpt.kind}"))
+    rows.append(("family, layout", f"{opened.family.name}, {opened.kind}"))
     rows.append(("files", ", ".join(files[:4]) + (f" ... {len(files)}" if len(files) > 4 else "")))
     rows.append(("numbers", f"{sum(kinds.values()):,} in {gigabytes(size)}"))
     rows.append(("parameters", ", ".join(f"{k} {n:,}" for k, n in parts.items())))
     rows.append(("dtypes", ", ".join(f"{k} {n:,}" for k, n in kinds.most_common())))
-    if ckpt.lora is not None:
-        lora = ckpt.lora
+    if opened.lora is not None:
+        lora = opened.lora
         rows.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}: {', '.join(lora.targets)}"))
-    for name, value in ckpt.config.__dict__.items():
+    for name, value in opened.config.__dict__.items():
         rows.append((name, _settings(value) if dataclasses.is_dataclass(value) else str(value)))
-    rows.append(("rope_theta", _theta(ckpt, ckpt.config.decoder.rope_theta)))
+    rows.append(("rope_theta", _theta(opened, opened.config.decoder.rope_theta)))
     rows.append(("keys", verdict))
-    table = Table(title=Text(str(ckpt.path)), show_header=False, title_justify="left")
+    table = Table(title=Text(str(opened.path)), show_header=False, title_justify="left")
     for name, value in rows:
         table.add_row(name, Text(value))  # brackets in names are no markup
     return table
@@ -88,12 +88,12 @@ def _settings(config: Any) -> str:
     return ", ".join(told)
 
 
-def _theta(ckpt: checkpoints.Checkpoint, value: float) -> str:
+def _theta(opened: pretrained.Pretrained, value: float) -> str:
     """Say which theta is used and why: a wrong one in config.json is a known trap."""
-    if ckpt.family.name != "fuyu":  # the others have published models of more than one, or none
-        return f"{value:g}" if ckpt.config.decoder.position == "rope" else "none"
-    text = f"{value:g} (config.json says {_stated_theta(ckpt.hf_config)})"
-    own = type(ckpt.config)().decoder.rope_theta
+    if opened.family.name != "fuyu":  # the others have published models of more than one, or none
+        return f"{value:g}" if opened.config.decoder.position == "rope" else "none"
+    text = f"{value:g} (config.json says {_stated_theta(opened.hf_config)})"
+    own = type(opened.config)().decoder.rope_theta
     if value != own:
         text += f"; the published models have {own:g}: correct config.json if this is one of them"
     return text

@@ -13,7 +13,7 @@ import sys
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_overwrite, add_source, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import checkpoints, converted
+from mmjax.models import converted, pretrained
 from mmjax.parallel.mesh import use
 
 
@@ -28,14 +28,14 @@ def main(argv: list[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_args(argv)
 
-    ckpt = open_source(args)
+    opened = open_source(args)
     with use():
-        ckpt = checkpoints.merged(ckpt)
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
-    plan = converted.plan_conversion(ckpt, abstract)
-    with bar(f"{ckpt.family.name}, merged", plan.nbytes) as progress:
+        opened = pretrained.merged(opened)
+        abstract = pretrained.abstract_params(opened.family, opened.config)
+    plan = converted.plan_conversion(opened, abstract)
+    with bar(f"{opened.family.name}, merged", plan.nbytes) as progress:
         converted.write_converted(
-            ckpt, plan, args.destination, overwrite=args.overwrite, progress=progress
+            opened, plan, args.destination, overwrite=args.overwrite, progress=progress
         )
     print(f"{args.destination}: {len(abstract)} parameters, {gigabytes(plan.nbytes)}")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from mmjax.models import checkpoints, opening
+from mmjax.models import opening, pretrained
 
 PARTS = {
     "lm": (
         "DIR",
-        "a checkpoint without its language model: that one's folder, as on Hugging Face",
+        "a model without its language model: that one's folder, as on Hugging Face",
     ),
     "vision": (
         "FILE_OR_DIR",
@@ -22,7 +22,7 @@ PARTS = {
         "(with QuickGELU, as OpenAI's weights need), timm's name of a SigLIP, or a JSON file of "
         "open_clip, timm or transformers",
     ),
-    "tuning_config": ("FILE", "JSON with lora_r and lora_alpha of a checkpoint with LoRA weights"),
+    "tuning_config": ("FILE", "JSON with lora_r and lora_alpha of a file with LoRA weights"),
 }
 
 
@@ -33,7 +33,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
-    """Add the options for what a checkpoint leaves out."""
+    """Add the options for what a model leaves out."""
     parser.add_argument(
         "--base",
         metavar="DIR",
@@ -55,7 +55,7 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help=text)
 
 
-def open_source(args: argparse.Namespace, source: str | None = None) -> checkpoints.Checkpoint:
-    """Open the checkpoint that the options name; source: another than SRC."""
+def open_source(args: argparse.Namespace, source: str | None = None) -> pretrained.Pretrained:
+    """Open the model that the options name; source: another than SRC."""
     parts = {name: getattr(args, name) for name in PARTS}
-    return opening.open_checkpoint(source or args.source, base=args.base, **parts)
+    return opening.open_pretrained(source or args.source, base=args.base, **parts)

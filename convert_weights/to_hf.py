@@ -2,7 +2,7 @@
 
 python -m convert_weights.to_hf SRC DST [--layout NAME] [--dtype keep] [--adapter] [--whole]
 
-SRC is a converted folder (or any checkpoint that to_jax reads, then this changes its layout). A
+SRC is a converted folder (or any model that to_jax reads, then this changes its layout). A
 model with a LoRA adapter is written merged, or with --adapter as the adapter alone. A Flamingo is
 written as Otter's folders are, or with --layout openflamingo as checkpoint.pt: what OpenFlamingo
 trains, and the kernels that an adapter was merged into. A Bunny is written as its merged models
@@ -15,7 +15,7 @@ import sys
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import checkpoints, exports
+from mmjax.models import exports, pretrained
 from mmjax.parallel.mesh import use
 
 
@@ -42,22 +42,22 @@ def main(argv: list[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_args(argv)
 
-    ckpt = open_source(args)
+    opened = open_source(args)
     with use():
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
-    layout = exports.choose_layout(ckpt.family, args.layout, adapter=args.adapter)
+        abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)
+    layout = exports.choose_layout(opened.family, args.layout, adapter=args.adapter)
     tensors, files = exports.plan_export(
-        ckpt, abstract, layout=layout, dtype=args.dtype, adapter=args.adapter, whole=args.whole
+        opened, abstract, layout=layout, dtype=args.dtype, adapter=args.adapter, whole=args.whole
     )
     beside = [t for content in files.values() if not isinstance(content, dict) for t in content]
     total = sum(tensor.nbytes for tensor in (*tensors, *beside))
-    with bar(f"{ckpt.family.name} -> {layout}", total) as progress:
+    with bar(f"{opened.family.name} -> {layout}", total) as progress:
         exports.write_export(
             args.destination,
             tensors,
             files,
-            form=exports.partial_form(ckpt.family, layout),
-            folders=ckpt.folders,
+            form=exports.partial_form(opened.family, layout),
+            folders=opened.folders,
             overwrite=args.overwrite,
             progress=progress,
         )

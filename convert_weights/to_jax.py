@@ -4,7 +4,7 @@ python -m convert_weights.to_jax SRC DST [--dtype bfloat16|float32|keep] [--base
     [--lm DIR] [--vision FILE_OR_DIR] [--vision-config NAME_OR_JSON] [--tuning-config FILE]
 
 SRC is a folder or a file in any layout of a supported family, a PEFT adapter (then --base is the
-model it belongs to), or a checkpoint of trained parts, OpenFlamingo's or a Bunny's projector (then
+model it belongs to), or a file of trained parts, OpenFlamingo's or a Bunny's projector (then
 --lm and --vision are the rest); several files, a.pt,b.pt, are loaded in order. DST gets the
 parameters, config.json, tokenizer and processor files, and appears only when it is whole. The
 memory needed does not grow with the model.
@@ -16,7 +16,7 @@ import sys
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
 from mmjax.cli import run_guarded
-from mmjax.models import checkpoints, converted
+from mmjax.models import converted, pretrained
 from mmjax.parallel.mesh import use
 
 
@@ -32,13 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_args(argv)
 
-    ckpt = open_source(args)
+    opened = open_source(args)
     with use():
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
-    plan = converted.plan_conversion(ckpt, abstract, args.dtype)
-    with bar(f"{ckpt.family.name} ({ckpt.kind})", plan.nbytes) as progress:
+        abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)
+    plan = converted.plan_conversion(opened, abstract, args.dtype)
+    with bar(f"{opened.family.name} ({opened.kind})", plan.nbytes) as progress:
         converted.write_converted(
-            ckpt, plan, args.destination, overwrite=args.overwrite, progress=progress
+            opened, plan, args.destination, overwrite=args.overwrite, progress=progress
         )
     print(f"{args.destination}: {len(abstract)} parameters, {gigabytes(plan.nbytes)}")
 

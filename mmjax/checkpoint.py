@@ -43,7 +43,7 @@ class CheckpointSettings:
     export: bool = True
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one workdir; saving goes on in the background.
 
     A save that cannot be written, because the disk is full or fails, is told to ``warn`` and

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.loaded import LoadedModel
-from mmjax.models import checkpoints, opening, registry
+from mmjax.models import opening, pretrained, registry
 from mmjax.models.api import Processor
 from mmjax.models.companions import stated_ends
 from mmjax.nn import paths, quantized
@@ -33,7 +33,7 @@ def load(
 ) -> LoadedModel:
     """Load a converted folder or a PyTorch checkpoint, ready to answer.
 
-    path: a folder of ``convert_weights.to_jax`` or ``train.py``, a checkpoint folder or file in
+    path: a folder of ``convert_weights.to_jax`` or ``train.py``, a model folder or file in
         any layout the family publishes, or a PEFT adapter; or several files ``a.pt,b.pt`` of one
         model, loaded in order.
     dtype: of weights and computation; default bfloat16 on accelerators, float32 on CPUs, where
@@ -44,7 +44,7 @@ def load(
         bits a weight, see ``mmjax.nn.nf4``; the loss is larger, and decoding no faster.
     processor: settings that replace those of the folder, as ``model.processor`` of a run does, such
         as ``{"frames": 16}`` for a video model.
-    parts: ``lm=``, ``vision=`` and so on, where a checkpoint of the trained parts leaves out the
+    parts: ``lm=``, ``vision=`` and so on, where a file of the trained parts leaves out the
         others; see ``mmjax.models.parts.Parts``.
     Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family, and
     for a mesh that does not divide the model.
@@ -54,8 +54,8 @@ def load(
     if weights is not None and weights not in quantized.KINDS:
         known = " or ".join(f'"{kind}"' for kind in quantized.KINDS)
         raise MMJaxError(f"weights is {weights!r}; give {known}, or None to keep them in {dtype}")
-    opened = opening.open_checkpoint(path, base=base, **parts)
-    checkpoints.require_trained(opened)
+    opened = opening.open_pretrained(path, base=base, **parts)
+    pretrained.require_trained(opened)
     family, config = opened.family, opened.config
     own = first_processor(family, opened).with_options(**(processor or {}))
     own.check(config)
@@ -76,7 +76,7 @@ def load(
         each = None
         if weights is not None:
             wanted, each = quantized.while_loading(abstract, wanted, dtype)
-        values = checkpoints.read_params(opened, wanted, each=each)
+        values = pretrained.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
     ends = stated_ends(opened.folders, config.vocab_size)
     return LoadedModel(family.name, config, model, own, mesh, ends)
@@ -91,8 +91,8 @@ def _check_dtype(dtype: str) -> None:
         raise MMJaxError(f'dtype is {dtype!r}; give "float32", "bfloat16" or "float16"')
 
 
-def first_processor(family: registry.Family, opened: checkpoints.Checkpoint) -> Processor:
-    """Read a checkpoint's processor from the nearest of its folders that has tokenizer files.
+def first_processor(family: registry.Family, opened: pretrained.Pretrained) -> Processor:
+    """Read a model's processor from the nearest of its folders that has tokenizer files.
 
     An adapter's folder may hold none: then the base model's serve. Without any, the base's
     config.json still tells the patch size and the ids.

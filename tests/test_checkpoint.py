@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.checkpoint import FOLDER, Checkpoints, CheckpointSettings, find_step, load_params
+from mmjax.checkpoint import FOLDER, CheckpointManager, CheckpointSettings, find_step, load_params
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import optim, state
@@ -40,7 +40,7 @@ def build(mesh, config=tiny.CONFIG):
 
 
 def opened(workdir, **kwargs):
-    return Checkpoints(workdir, CheckpointSettings(**kwargs), about={"name": "test"})
+    return CheckpointManager(workdir, CheckpointSettings(**kwargs), about={"name": "test"})
 
 
 def steps(workdir):

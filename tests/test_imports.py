@@ -33,7 +33,7 @@ FAMILY_FREE = (
     "train", "data/pipeline.py", "data/examples.py", "generate", "parallel", "weights", "nn", "ops",
     "monitor", "loading.py", "loaded.py", "checkpoint.py", "config.py", "schema.py", "cli.py",
     "models/decoder.py", "models/causal.py", "models/api.py", "models/processor.py",
-    "models/checkpoints.py", "models/opening.py", "models/converted.py", "models/averages.py",
+    "models/pretrained.py", "models/opening.py", "models/converted.py", "models/averages.py",
 )  # fmt: skip
 FAMILIES = {p.name for p in (ROOT / "mmjax/models").iterdir() if (p / "model.py").exists()}
 # These import on a bare accelerator machine.

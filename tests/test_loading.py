@@ -426,7 +426,7 @@ def test_a_tokenizer_of_another_model_is_refused(bare, tmp_path):
     FuyuProcessor(ProcessorConfig(patch_size=4), build_tiny_tokenizer()).save_pretrained(tmp_path)
     for file in bare[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(MMJaxError, match=r"vocab_size is 96.*different checkpoints"):
+    with pytest.raises(MMJaxError, match=r"vocab_size is 96.*different models"):
         mmjax.load(tmp_path)
 
 

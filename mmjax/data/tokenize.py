@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Any | None:
-    """Load the tokenizer of a checkpoint folder; None when the folder holds no tokenizer file.
+    """Load the tokenizer of a model folder; None when the folder holds no tokenizer file.
 
     Raises MMJaxError naming the file when it is there but cannot be read; tokenizer.model alone
     needs sentencepiece.
@@ -28,7 +28,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Any | None:
     if present[0] == "tokenizer.model" and not any(map(importlib.util.find_spec, readers)):
         raise MMJaxError(
             f"{os.path.join(folder, present[0])}: a SentencePiece model, and sentencepiece is not "
-            "installed; put the tokenizer.json of the same checkpoint beside it, or run "
+            "installed; put the tokenizer.json of the same model beside it, or run "
             "pip install sentencepiece"
         )
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -41,7 +41,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Any | None:
     except Exception as error:  # transformers, tokenizers and sentencepiece share no error type
         raise MMJaxError(
             f"{os.path.join(folder, present[0])}: cannot be read as a tokenizer ({error}); copy it "
-            "anew from the original checkpoint"
+            "anew from the original model"
         ) from error
 
 

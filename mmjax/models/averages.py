@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmjax.models import checkpoints
-from mmjax.models.checkpoints import Checkpoint
+from mmjax.models import pretrained
+from mmjax.models.pretrained import Pretrained
 from mmjax.models.views import Averaged, Canonical
 from mmjax.types import MMJaxError
 from mmjax.weights import rules as R
@@ -35,7 +35,7 @@ def check_weights(weights: Sequence[float]) -> None:
         )
 
 
-def averaged(models: Sequence[tuple[Checkpoint, float]]) -> Checkpoint:
+def averaged(models: Sequence[tuple[Pretrained, float]]) -> Pretrained:
     """Return the weighted average of models, computed piece by piece as it is read.
 
     The adapters of each are merged into it first. Sums are float32; a parameter is then in the
@@ -48,9 +48,9 @@ def averaged(models: Sequence[tuple[Checkpoint, float]]) -> Checkpoint:
     first = models[0][0]
     for other, _ in models[1:]:
         _check_alike(first, other)
-    readers = [_whole(ckpt) for ckpt, _ in models]
+    readers = [_whole(opened) for opened, _ in models]
     reader = Averaged(readers, weights)
-    folders = dict.fromkeys(folder for ckpt, _ in models for folder in ckpt.folders)
+    folders = dict.fromkeys(folder for opened, _ in models for folder in opened.folders)
     return dataclasses.replace(
         first,
         reader=reader,
@@ -61,17 +61,17 @@ def averaged(models: Sequence[tuple[Checkpoint, float]]) -> Checkpoint:
     )
 
 
-def _whole(ckpt: Checkpoint) -> Any:
-    """Return a reader of a checkpoint's parameters by our names, without adapters."""
-    if ckpt.lora is not None:
-        return checkpoints.merged(ckpt).reader
-    abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
+def _whole(opened: Pretrained) -> Any:
+    """Return a reader of a model's parameters by our names, without adapters."""
+    if opened.lora is not None:
+        return pretrained.merged(opened).reader
+    abstract = pretrained.abstract_params(opened.family, opened.config)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
-    return Canonical(ckpt.reader, ckpt.rules, shapes)
+    R.check(opened.rules, shapes, opened.reader, opened.ignore)
+    return Canonical(opened.reader, opened.rules, shapes)
 
 
-def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
+def _check_alike(first: Pretrained, other: Pretrained) -> None:
     if first.family.name != other.family.name:
         found = ("family", first.family.name, other.family.name)
     else:

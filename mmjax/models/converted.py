@@ -13,8 +13,8 @@ import numpy as np
 
 import mmjax
 from mmjax.models import registry
-from mmjax.models.checkpoints import Checkpoint, check
 from mmjax.models.companions import copy_companions
+from mmjax.models.pretrained import Pretrained, check
 from mmjax.models.views import is_lora
 from mmjax.nn.linear import LoRA
 from mmjax.types import MMJaxError
@@ -32,7 +32,7 @@ def is_converted(path: Path, hf: Mapping[str, Any]) -> bool:
     return path.is_dir() and ("mmjax" in hf or (path / PARAMS).is_dir())
 
 
-def open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
+def open_converted(path: Path, hf: dict[str, Any]) -> Pretrained:
     """Open such a folder; raises MMJaxError for one that is half-written, or too new."""
     about = hf.get("mmjax")
     if about is None:
@@ -52,7 +52,7 @@ def open_converted(path: Path, hf: dict[str, Any]) -> Checkpoint:
     same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
     config = family.Config.from_hf(hf)
     noted = tuple(about.get("trained", ()))
-    return Checkpoint(
+    return Pretrained(
         path, "mmjax", family, hf, config, reader, same, (), lora, (path,), trained=noted
     )
 
@@ -69,24 +69,24 @@ class Plan:
 
 
 def plan_conversion(
-    ckpt: Checkpoint, abstract: Mapping[str, jax.ShapeDtypeStruct], dtype: str = "keep"
+    opened: Pretrained, abstract: Mapping[str, jax.ShapeDtypeStruct], dtype: str = "keep"
 ) -> Plan:
-    """Check a checkpoint against the model and lay out the converted folder.
+    """Check an opened model against its parameters and lay out the converted folder.
 
     dtype: ``bfloat16``, ``float32`` or ``keep``; LoRA leaves stay float32, they are trained.
     """
-    shapes, arrays = check(ckpt, abstract), {}
-    for name, rule in R.by_ours(ckpt.rules, shapes).items():
+    shapes, arrays = check(opened, abstract), {}
+    for name, rule in R.by_ours(opened.rules, shapes).items():
         kind = np.dtype(np.float32)
         if not is_lora(name):
-            own = ckpt.reader.dtype(rule.keys(shapes[name])[0])
+            own = opened.reader.dtype(rule.keys(shapes[name])[0])
             kind = np.dtype(own if dtype == "keep" else dtype)
         arrays[name] = (shapes[name], kind, rule.chunk(shapes[name], kind.itemsize))
     return Plan(arrays)
 
 
 def write_converted(
-    ckpt: Checkpoint,
+    opened: Pretrained,
     plan: Plan,
     destination: str | Path,
     *,
@@ -97,15 +97,15 @@ def write_converted(
     with atomic_folder(destination, overwrite=overwrite) as folder:
         store = StoreWriter(folder / PARAMS, plan.arrays)
         for name, (shape, dtype, chunk) in plan.arrays.items():
-            rule = R.by_ours(ckpt.rules, [name])[name]
+            rule = R.by_ours(opened.rules, [name])[name]
             for index in R.grid(tuple(slice(0, n) for n in shape), chunk):
-                block = R.read_piece(rule, ckpt.reader, shape, index, dtype)
+                block = R.read_piece(rule, opened.reader, shape, index, dtype)
                 store.write(name, index, block)
                 if progress is not None:
                     progress(block.nbytes)
         store.close()
-        copy_companions(ckpt.folders, folder)
-        _write_config(folder, ckpt.family, ckpt.config, ckpt.lora, ckpt.trained)
+        copy_companions(opened.folders, folder)
+        _write_config(folder, opened.family, opened.config, opened.lora, opened.trained)
 
 
 def save_model(
@@ -122,7 +122,7 @@ def save_model(
     """Write parameters in memory, by dotted name, as a folder that ``mmjax.load`` reads.
 
     params: the arrays, or what reads them slice by slice, as ``views.MultipliedOut``.
-    trained: see ``Checkpoint``. folders: where to copy tokenizer and processor files from; the
+    trained: see ``Pretrained``. folders: where to copy tokenizer and processor files from; the
     first that has one wins.
     Of several processes all must call it: they bring the slices together, and the first writes.
     """

@@ -14,9 +14,9 @@ import jax
 
 from mmjax.models import registry
 from mmjax.models.adapter_files import partial_adapter
-from mmjax.models.checkpoints import Checkpoint, check
 from mmjax.models.companions import copy_companions
 from mmjax.models.parts import Partial
+from mmjax.models.pretrained import Pretrained, check
 from mmjax.models.views import Canonical, Merged, Subset, is_lora
 from mmjax.types import MMJaxError
 from mmjax.weights import peft
@@ -52,7 +52,7 @@ def partial_form(family: registry.Family, layout: str) -> Partial | None:
 
 
 def plan_export(
-    ckpt: Checkpoint,
+    opened: Pretrained,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
     layout: str | None = None,
@@ -68,47 +68,47 @@ def plan_export(
     """
     if adapter and dtype != "keep":
         raise MMJaxError(f"--dtype {dtype}: an adapter keeps its own; leave --dtype away")
-    shapes = check(ckpt, abstract)
-    source = Canonical(ckpt.reader, ckpt.rules, shapes)
-    layout = choose_layout(ckpt.family, layout, adapter=adapter)
+    shapes = check(opened, abstract)
+    source = Canonical(opened.reader, opened.rules, shapes)
+    layout = choose_layout(opened.family, layout, adapter=adapter)
     if adapter:
-        return _adapter(ckpt, source, layout)
-    return _model(ckpt, source, layout, None if dtype == "keep" else dtype, whole)
+        return _adapter(opened, source, layout)
+    return _model(opened, source, layout, None if dtype == "keep" else dtype, whole)
 
 
 def _adapter(
-    ckpt: Checkpoint, source: Reader, layout: str
+    opened: Pretrained, source: Reader, layout: str
 ) -> tuple[list[R.Tensor], dict[str, File]]:
     """Return the adapter of a model, and what its family's adapters have beside them."""
-    if ckpt.lora is None:
-        raise MMJaxError(f"{ckpt.path}: holds no adapter; leave --adapter away")
-    weights, names = ckpt.family.weights, list(source.keys())
-    table = weights.rules(ckpt.config, layout)
+    if opened.lora is None:
+        raise MMJaxError(f"{opened.path}: holds no adapter; leave --adapter away")
+    weights, names = opened.family.weights, list(source.keys())
+    table = weights.rules(opened.config, layout)
     tensors, about = peft.export_adapter(
         table,
         Subset(source, [name for name in names if is_lora(name)]),
-        rank=ckpt.lora.rank,
-        alpha=ckpt.lora.alpha,
-        rslora=ckpt.lora.rslora,
-        dropout=ckpt.lora.dropout,
+        rank=opened.lora.rank,
+        alpha=opened.lora.alpha,
+        rslora=opened.lora.rslora,
+        dropout=opened.lora.dropout,
         rename=lambda key: weights.from_hub(key, layout),
         task=getattr(weights, "ADAPTER_TASK", "CAUSAL_LM"),
     )
     files: dict[str, File] = {"adapter_config.json": about}
-    beside = partial_adapter(ckpt.family)
-    _tell_left_out(ckpt, table, [name for name in names if not is_lora(name)], beside)
+    beside = partial_adapter(opened.family)
+    _tell_left_out(opened, table, [name for name in names if not is_lora(name)], beside)
     if beside is not None:
-        files["config.json"] = ckpt.config.to_hf()
+        files["config.json"] = opened.config.to_hf()
         files[beside.file] = [
             dataclasses.replace(t, key=peft.PREFIX + weights.from_hub(t.key, layout))
             for t in R.export(table, Subset(source, [n for n in names if not is_lora(n)]))
-            if beside.keeps(t.key, ckpt.config)
+            if beside.keeps(t.key, opened.config)
         ]
     return tensors, files
 
 
 def _tell_left_out(
-    ckpt: Checkpoint, table: Sequence[R.Rule], names: Sequence[str], beside: Partial | None
+    opened: Pretrained, table: Sequence[R.Rule], names: Sequence[str], beside: Partial | None
 ) -> None:
     """Warn of what was trained with an adapter and is no part of its files.
 
@@ -117,39 +117,39 @@ def _tell_left_out(
     kept = {
         name
         for name, rule in R.by_ours(table, names).items()
-        if beside is not None and beside.keeps(rule.theirs, ckpt.config)
+        if beside is not None and beside.keeps(rule.theirs, opened.config)
     }
-    lost = [p for p in ckpt.trained if set(fnmatch.filter(names, p)) - kept]
+    lost = [p for p in opened.trained if set(fnmatch.filter(names, p)) - kept]
     if lost:
         log.warning(
             "%s: an adapter leaves out %s, which was trained with it; write the whole model "
             "(no --adapter) to keep that",
-            *(ckpt.path, ", ".join(lost)),
+            *(opened.path, ", ".join(lost)),
         )
 
 
 def _model(
-    ckpt: Checkpoint, source: Reader, layout: str, dtype: str | None, whole: bool
+    opened: Pretrained, source: Reader, layout: str, dtype: str | None, whole: bool
 ) -> tuple[list[R.Tensor], dict[str, File]]:
     """Return the tensors of a model, adapters merged, or of its trained part, and config.json."""
-    weights = ckpt.family.weights
-    table = weights.rules(ckpt.config, layout)
+    weights = opened.family.weights
+    table = weights.rules(opened.config, layout)
     adapted: set[str] = set()
-    if ckpt.lora is not None:
-        source = Merged(source, ckpt.lora)
+    if opened.lora is not None:
+        source = Merged(source, opened.lora)
         merged = R.by_ours(table, source.adapted)
         adapted = {key for name, rule in merged.items() for key in rule.keys(source.shape(name))}
     tensors = R.export(table, source, dtype)
-    form = partial_form(ckpt.family, layout)
+    form = partial_form(opened.family, layout)
     if form is not None and not whole:
-        tensors = [t for t in tensors if form.keeps(t.key, ckpt.config) or t.key in adapted]
+        tensors = [t for t in tensors if form.keeps(t.key, opened.config) or t.key in adapted]
     tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
     kinds = {str(t.dtype) for t in tensors}
-    hf = {**ckpt.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}
+    hf = {**opened.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}
     if form is not None:
-        hf |= form.says(ckpt.config)
+        hf |= form.says(opened.config)
     elif hasattr(weights, "completed"):
-        more, says = weights.completed(ckpt.config, hf["dtype"])
+        more, says = weights.completed(opened.config, hf["dtype"])
         tensors, hf = [*tensors, *more], {**hf, **says}
     return tensors, {"config.json": hf}
 

@@ -16,9 +16,9 @@ from mmjax.models.adapter_files import (
     refuse_untied,
     without_config,
 )
-from mmjax.models.checkpoints import Checkpoint, abstract_params
 from mmjax.models.json_files import read_json
 from mmjax.models.parts import Assembled, Parts, differing, split_chain
+from mmjax.models.pretrained import Pretrained, abstract_params
 from mmjax.models.views import Subset, is_lora
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
@@ -27,17 +27,17 @@ from mmjax.weights.reader import Overlay, Reader, Renamed, open_reader
 from mmjax.weights.writer import refuse_incomplete
 
 
-def open_checkpoint(
+def open_pretrained(
     path: str | Path, *, base: str | Path | None = None, **parts: str | Path | None
-) -> Checkpoint:
+) -> Pretrained:
     """Open a converted folder, a PyTorch checkpoint (folder or file) or a PEFT adapter.
 
-    path: several files separated by commas are one checkpoint: of a tensor in more than one of
+    path: several files separated by commas are one model: of a tensor in more than one of
         them, the last counts.
     base: folder of the model an adapter belongs to; by default the local folder that its
         adapter_config.json names. Where the adapter's own config.json tells a whole model, this
         may be the language model alone, as ``lm`` is.
-    parts: where the parts lie that the checkpoint leaves out; see ``Parts``.
+    parts: where the parts lie that it leaves out; see ``Parts``.
     Raises MMJaxError for what is missing, half-written, damaged or of no known family.
     """
     given, chain = Parts.of(parts), split_chain(path)
@@ -74,7 +74,7 @@ def open_checkpoint(
 
 def open_parts(
     family: registry.Family, hf: Mapping[str, Any], **parts: str | Path | None
-) -> Checkpoint:
+) -> Pretrained:
     """Put a model together from published parts alone; what stands between them is ``fresh``.
 
     hf: what config.json shall say beside what the parts tell. Raises MMJaxError for a family that
@@ -96,7 +96,7 @@ def _assemble(
     hf: dict[str, Any],
     folders: tuple[Path, ...],
     given: Parts,
-) -> Checkpoint:
+) -> Pretrained:
     """Let a family make a model of some files, and of the parts that they leave out."""
     readers = [Renamed(one, lambda key: family.weights.to_hub(key, layout)) for one in raw]
     assemble = getattr(family.weights, "assemble", None)
@@ -111,7 +111,7 @@ def _assemble(
         reader = readers[0] if len(readers) == 1 else Overlay(*readers)
         made = Assembled(hf or family.weights.guess_config(reader), reader, layout)
     config = family.Config.from_hf(made.hf)
-    opened = Checkpoint(
+    opened = Pretrained(
         path,
         layout,
         family,
@@ -132,7 +132,7 @@ def _assemble(
     return dataclasses.replace(opened, reader=pairs, rules=(*opened.rules, *rules), lora=lora)
 
 
-def _adapted(under: Checkpoint, reader: Reader, about: Mapping[str, Any]):
+def _adapted(under: Pretrained, reader: Reader, about: Mapping[str, Any]):
     """Return ``adapter_pairs`` of the adapters in a reader that belong to a model."""
     with use():
         abstract = abstract_params(under.family, under.config)
@@ -150,7 +150,7 @@ def _open_adapter(
     base: str | Path | None,
     parts: Mapping[str, Any],
     hf: Mapping[str, Any],
-) -> Checkpoint:
+) -> Pretrained:
     about = adapter_config(folder)
     named = about.get("base_model_name_or_path")
     base = base or parts.get("lm") or (named if named and Path(named).is_dir() else None)
@@ -174,7 +174,7 @@ def _open_adapter(
             "is converted; give what it was converted from"
         )
     if beside is None:
-        under = open_checkpoint(base, **parts)
+        under = open_pretrained(base, **parts)
     else:
         under = _base_and_beside(folder, folder / beside.file, family, base, parts, hf)
     if under.lora is not None:
@@ -202,7 +202,7 @@ def _base_and_beside(
     base: str | Path,
     parts: Mapping[str, Any],
     hf: dict[str, Any],
-) -> Checkpoint:
+) -> Pretrained:
     """Return what lies under an adapter: its base, with the whole tensors saved beside it.
 
     base: a model of the family, or its language model alone. hf: the adapter's own config.json,
@@ -232,7 +232,7 @@ def _base_and_beside(
     return _assemble(folder, family, layout, raw, {**own, **hf}, (folder, Path(base)), given)
 
 
-def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Checkpoint:
+def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Pretrained:
     """Open the adapters alone of a PEFT folder or of a converted folder that has some.
 
     family, config: of the model they stand beside; its own weights are not needed.
@@ -249,6 +249,6 @@ def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Che
     refuse_incomplete(path)
     raw, folder = open_reader(path), path if path.is_dir() else path.parent
     table = tuple(family.weights.rules(config))
-    alone = Checkpoint(path, "peft", family, {}, config, raw, table, (), None, (folder,))
+    alone = Pretrained(path, "peft", family, {}, config, raw, table, (), None, (folder,))
     pairs, rules, lora = _adapted(alone, peft_names(raw, family), adapter_config(folder))
     return dataclasses.replace(alone, reader=pairs, rules=tuple(rules), lora=lora)

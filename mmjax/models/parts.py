@@ -1,4 +1,4 @@
-"""Checkpoints that hold a part of a model: what else is given, and what a family makes of it."""
+"""Files that hold a part of a model: what else is given, and what a family makes of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mmjax.weights.reader import Reader
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Where the parts lie that a checkpoint leaves out.
+    """Where the parts lie that a model folder or file leaves out.
 
     lm: folder of its language model. vision: file or folder of its vision tower. vision_config: the
     tower's sizes: the name of a published tower, or a JSON file. tuning_config: JSON file with the
-    scale of the adapters that a checkpoint of a training run holds.
+    scale of the adapters that a peer's training file holds.
     """
 
     lm: str | Path | None = None
@@ -96,7 +96,7 @@ def split_chain(path: str | Path) -> list[Path]:
         chain = [part.strip() for part in text.split(",")]
     if not all(chain):
         raise MMJaxError(
-            f"the chain of checkpoints {text!r} has an empty place; give files separated by single "
+            f"the chain of files {text!r} has an empty place; give files separated by single "
             "commas, the first to be loaded first: a.pt,b.pt"
         )
     return [Path(part) for part in chain]

@@ -11,7 +11,7 @@ from mmjax.types import MMJaxError, nearest
 
 
 class FolderProcessor:
-    """A processor that is read from a checkpoint folder and written into one.
+    """A processor that is read from a model folder and written into one.
 
     A family derives from it, names the class of its settings, and adds ``for_words``, ``encode``,
     ``encode_prompt``, ``decode``, ``token_ids`` and ``check``; see ``mmjax.models.api.Processor``.
@@ -26,7 +26,7 @@ class FolderProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> Self:
-        """Read a checkpoint folder; tokenizer files are optional until a string must be encoded.
+        """Read a model folder; tokenizer files are optional until a string must be encoded.
 
         options: settings that count before those of the folder.
         """

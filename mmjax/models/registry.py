@@ -89,7 +89,7 @@ def nearest_type(hf_config: Mapping[str, Any]) -> str | None:
 
 
 def detect(hf_config: Mapping[str, Any], keys: Iterable[str]) -> tuple[Family, str]:
-    """Tell the family and the layout of a checkpoint from its config.json and its keys.
+    """Tell the family and the layout of a model from its config.json and its keys.
 
     The keys decide which layout it is; ``model_type`` decides between families, where it is given.
     Raises MMJaxError when no family claims it.
@@ -106,6 +106,6 @@ def detect(hf_config: Mapping[str, Any], keys: Iterable[str]) -> tuple[Family, s
     if near := nearest_type(hf_config):
         raise MMJaxError(f"{says}, which no family of mmjax has; did you mean {near!r}?")
     raise MMJaxError(
-        f"no family of mmjax ({', '.join(FAMILIES)}) knows this checkpoint: {says} and the "
+        f"no family of mmjax ({', '.join(FAMILIES)}) knows this model: {says} and the "
         f"{len(keys)} keys begin with {shown}. Give the folder of a supported model"
     )

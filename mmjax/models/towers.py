@@ -84,9 +84,9 @@ def tower_in(
     asked: str | Path | None = None,
     stated: Mapping[str, Any] | None = None,
 ) -> Tower:
-    """Return the tower among the tensors of a checkpoint.
+    """Return the tower among the tensors of a model.
 
-    where: the checkpoint's name in errors. root: its tensors' keys begin so, maybe with more behind
+    where: the model's name in errors. root: its tensors' keys begin so, maybe with more behind
     it. feature_layer: whose output is wanted, counted from the end, -1, of the tower as published:
     layers behind it may be missing. stated: a ``vision_config``, or a JSON file of transformers,
     open_clip or timm. asked: a published name or a JSON file, which counts before ``stated``. Sizes

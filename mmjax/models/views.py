@@ -22,7 +22,7 @@ def is_lora(name: str) -> bool:
 
 
 class Canonical:
-    """A checkpoint's parameters by our names, read through its rules."""
+    """A model's parameters by our names, read through its rules."""
 
     def __init__(self, reader: Reader, rules: Sequence[R.Rule], shapes: Mapping[str, R.Shape]):
         self.reader, self.shapes, self.files = reader, dict(shapes), reader.files

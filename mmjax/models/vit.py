@@ -33,7 +33,7 @@ class ViTConfig(LayerConfig):
     learned table, or none. rope_grid: patches turn by rows and columns as well, counted as on a
     grid of so many a side (EVA-02); None: they do not. pre_norm: a norm before the first layer.
     patch_bias: of the patch map. feature_layer: the layer whose output is returned, counted from
-    the end as -1. final_norm: ``applied`` to that output; or ``kept``: checkpoints carry it,
+    the end as -1. final_norm: ``applied`` to that output; or ``kept``: files carry it,
     features are taken before it; or ``none``.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mmjax import checkpoint
-from mmjax.models import checkpoints, opening, registry
+from mmjax.models import opening, pretrained, registry
 from mmjax.models.adapter_files import partial_adapter
 from mmjax.nn.linear import LoRA
 from mmjax.schema import to_dataclass
@@ -133,7 +133,7 @@ def read(
         _refuse_more(path, [beside.file], "what convert_weights.to_jax makes of it and its base")
     _refuse_more(path, opened.trained, folder)
     check_continues(opened.lora, run, f"lora.init {path}")
-    return checkpoints.read_params(opened, _only(opened.lora, wanted))
+    return pretrained.read_params(opened, _only(opened.lora, wanted))
 
 
 def _refuse_more(path: str, whole: Sequence[str], start: Path | str) -> None:

@@ -21,7 +21,7 @@ from mmjax.data.pipeline import TrainIterator, make_train_iterator
 from mmjax.data.streams import Streams, share_streams
 from mmjax.data.survey import fingerprint, require_some_good
 from mmjax.loading import first_processor
-from mmjax.models import checkpoints, opening, registry
+from mmjax.models import opening, pretrained, registry
 from mmjax.models.api import Config, Processor
 from mmjax.models.parts import split_chain
 from mmjax.models.views import is_lora
@@ -52,7 +52,7 @@ class Blueprint:
     family: str
     config: Config
     processor: Processor
-    source: checkpoints.Checkpoint | None
+    source: pretrained.Pretrained | None
     make: Callable[[], nnx.Module]
     lora: LoRA | None = None
     lora_init: str | None = None
@@ -145,7 +145,7 @@ def _exists(path: str) -> bool:
     return all(one.exists() for one in split_chain(path))
 
 
-def open_init(settings: ModelSettings) -> checkpoints.Checkpoint | None:
+def open_init(settings: ModelSettings) -> pretrained.Pretrained | None:
     """Open what a run starts from; None where that is random weights alone."""
     if not settings.init:
         if not settings.parts:
@@ -153,7 +153,7 @@ def open_init(settings: ModelSettings) -> checkpoints.Checkpoint | None:
         family = registry.family(settings.family)
         source = opening.open_parts(family, settings.config, **settings.parts)
     else:
-        source = opening.open_checkpoint(settings.init, **settings.parts)
+        source = opening.open_pretrained(settings.init, **settings.parts)
         if source.family.name != settings.family:
             raise MMJaxError(
                 f"model.init {settings.init} holds a {source.family.name!r} model and "

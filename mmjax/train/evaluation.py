@@ -130,7 +130,7 @@ def open_model(
     """
     path = Path(path)
     if not _is_run(path):
-        holds = opening.open_checkpoint(path).family.name
+        holds = opening.open_pretrained(path).family.name
         if settings.model.processor and holds != settings.model.family:
             raise MMJaxError(
                 f"--checkpoint {path} holds a {holds} model, and --config is a recipe of "

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from mmjax import runtime
-from mmjax.checkpoint import Checkpoints
+from mmjax.checkpoint import CheckpointManager
 from mmjax.loaded import LoadedModel
 from mmjax.monitor.profile import ProfileWindow
 from mmjax.monitor.writers import require_wandb
@@ -84,7 +84,9 @@ class Training:
         self._workdir, self._mesh, self._stop = workdir, mesh, stop
         self._batches = train_iterator(settings, plan.processor, workdir)
         weights = source_weights(settings.data.loss_weights, self._batches.source_names)
-        self.checkpoints = Checkpoints(workdir, settings.checkpoint, about={"name": settings.name})
+        self.checkpoints = CheckpointManager(
+            workdir, settings.checkpoint, about={"name": settings.name}
+        )
         self._graphdef = graphdef = outline.graphdef
         changes: dict[str, str] = {}
         if self.checkpoints.latest is None:

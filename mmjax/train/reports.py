@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from rich.text import Text
 
-from mmjax.checkpoint import Checkpoints
+from mmjax.checkpoint import CheckpointManager
 from mmjax.data.skips import left_out
 from mmjax.data.streams import Streams
 from mmjax.monitor.flops import find_peak
@@ -42,7 +42,7 @@ class Reports:
         *,
         graphdef: nnx.GraphDef,
         batches: Streams,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointManager,
         first: int,
     ):
         settings, plan, outline = design.settings, design.plan, design.outline

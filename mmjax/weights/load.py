@@ -1,4 +1,4 @@
-"""Bring a checkpoint onto devices, piece by piece."""
+"""Bring a model's tensors onto devices, piece by piece."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open checkpoint files and folders lazily: names, shapes and dtypes first, numbers when asked.
+"""Open weight files and folders lazily: names, shapes and dtypes first, numbers when asked.
 
 A reader is anything with ``keys()``, ``shape(key)``, ``dtype(key)`` and ``read(key, index)``.
 """
@@ -123,7 +123,7 @@ class Overlay:
 
 
 def open_reader(path: str | Path) -> FileReader:
-    """Open a checkpoint file or a folder of them: ``.safetensors``, ``.bin``, ``.pt``, ``.pth``.
+    """Open a weight file or a folder of them: ``.safetensors``, ``.bin``, ``.pt``, ``.pth``.
 
     In a folder an index file says which shards belong together; without one, numbered shards must
     be complete. safetensors win over pickles, and the usual names over those of variants, as in
@@ -140,7 +140,7 @@ def open_reader(path: str | Path) -> FileReader:
             if key in tensors:
                 raise MMJaxError(
                     f"{path}: {key!r} stands in both {tensors[key].file.name} and {file.name}; "
-                    "keep the shards of one checkpoint only"
+                    "keep the shards of one model only"
                 )
             tensors[key] = info
     return FileReader(tensors)
@@ -180,7 +180,7 @@ def _weight_files(folder: Path) -> list[Path]:
             for file in sorted(folder.iterdir())
             if file.suffix in suffixes and not _NOT_WEIGHTS.search(file.name)
         ]
-        # An adapter stored beside a whole model is another checkpoint.
+        # An adapter may lie beside a whole model: it is no part of it.
         whole = [file for file in files if not file.name.startswith("adapter_model")]
         files = whole or files
         if files:
@@ -195,7 +195,7 @@ def _index(folder: Path, usual: str) -> Path | None:
     found = sorted(folder.glob(f"*{usual[usual.index('.') :]}"))
     if len(found) > 1 and folder / usual not in found:
         raise MMJaxError(
-            f"{folder}: {', '.join(f.name for f in found[:4])}: which one is the checkpoint? "
+            f"{folder}: {', '.join(f.name for f in found[:4])}: which one is the model? "
             "Leave one in the folder"
         )
     return folder / usual if folder / usual in found else next(iter(found), None)
@@ -228,8 +228,8 @@ def _complete_shards(folder: Path, files: list[Path]) -> list[Path]:
         match = re.fullmatch(r"(.*?)-?(\d+)-of-(\d+)", file.stem)
         if match is None:
             raise MMJaxError(
-                f"{folder}: {', '.join(f.name for f in files[:4])}: which one is the checkpoint? "
-                "Give the file itself, or leave one checkpoint in the folder"
+                f"{folder}: {', '.join(f.name for f in files[:4])}: which one is the model? "
+                "Give the file itself, or leave one model in the folder"
             )
         found.setdefault(match[1] + "#" + match[3], set()).add(int(match[2]))
     (group, numbers), *others = found.items()

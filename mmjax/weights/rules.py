@@ -1,7 +1,7 @@
-"""Tables that say which of our parameters is which tensor of a published checkpoint.
+"""Tables that say which of our parameters is which tensor of a published model.
 
 A rule pairs names and says by an operation how the numbers lie. Here a table is checked against a
-checkpoint, read piece by piece, and written.
+model, read piece by piece, and written.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Rule:
 
 
 class WeightsMismatch(MMJaxError):
-    """A checkpoint does not hold exactly the parameters of the model; lists every difference."""
+    """A model's files do not hold exactly the parameters of the model; lists every difference."""
 
 
 def by_ours(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
@@ -89,7 +89,7 @@ def by_ours(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
 
 
 def expected(rules: Sequence[Rule], ours: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Return every key and shape that a checkpoint of parameters ``ours`` has."""
+    """Return every key and shape that a file of parameters ``ours`` has."""
     table = by_ours(rules, ours)
     return {
         key: rule.op.theirs_shape(rule.inner(ours[path]))
@@ -120,7 +120,7 @@ def check(
     if not (missing or unexpected or misshapen):
         return
     folders = list(dict.fromkeys(str(file.parent) for file in reader.files))
-    where = ", ".join(folders[:3]) or "checkpoint"
+    where = ", ".join(folders[:3]) or "model"
     lines = [f"{where}: its tensors are not those of the model:"]
     for name, keys in (
         ("missing", missing),
@@ -135,7 +135,7 @@ def check(
 
 def _advice(missing: list, unexpected: list, misshapen: list) -> str:
     if misshapen and not missing and not unexpected:
-        return "Make config.json state the sizes the checkpoint was trained with."
+        return "Make config.json state the sizes the model was trained with."
     if missing and not unexpected:
         return (
             "Download the missing shards, or lower num_hidden_layers in config.json if the model "

@@ -1,4 +1,4 @@
-"""Write checkpoints: safetensors shards with an index, into a folder that appears whole or not."""
+"""Write models: safetensors shards with an index, into a folder that appears whole or not."""
 
 from __future__ import annotations
 

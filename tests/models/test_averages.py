@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convert_weights import average
-from mmjax.models import averages, checkpoints, converted, exports, opening, registry
+from mmjax.models import averages, converted, exports, opening, pretrained, registry
 from mmjax.models.views import is_lora
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import use
@@ -22,7 +22,7 @@ ADAPTER = LoRA(2, 6.0, ("attn.q", "head"))
 def random_params(seed, config=tiny.CONFIG, lora=None, dtype=np.float32):
     rng = np.random.default_rng(seed)
     with use():
-        abstract = checkpoints.abstract_params(FAMILY, config, lora=lora)
+        abstract = pretrained.abstract_params(FAMILY, config, lora=lora)
     return {
         name: rng.normal(size=leaf.shape).astype(np.float32 if is_lora(name) else dtype)
         for name, leaf in abstract.items()
@@ -36,9 +36,9 @@ def save(folder, params, config=tiny.CONFIG, lora=None):
 
 def read(folder):
     """Every parameter of a converted folder, as stored."""
-    ckpt = opening.open_checkpoint(folder)
-    assert ckpt.lora is None
-    return {key: ckpt.reader.read(key) for key in ckpt.reader.keys()}  # noqa: SIM118
+    opened = opening.open_pretrained(folder)
+    assert opened.lora is None
+    return {key: opened.reader.read(key) for key in opened.reader.keys()}  # noqa: SIM118
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,11 @@ def test_weights_that_are_no_average_are_refused(one, tmp_path, given, says):
 
 
 def test_models_that_differ_are_refused_by_the_first_difference(one, tmp_path):
-    ours = opening.open_checkpoint(one[0])
+    ours = opening.open_pretrained(one[0])
     longer = dataclasses.replace(
         tiny.CONFIG, decoder=dataclasses.replace(tiny.CONFIG.decoder, num_layers=1)
     )
-    other = opening.open_checkpoint(save(tmp_path / "short", random_params(1, longer), longer))
+    other = opening.open_pretrained(save(tmp_path / "short", random_params(1, longer), longer))
     with pytest.raises(MMJaxError, match=r"hub and .*short .*: decoder.num_layers is 2 and 1"):
         averages.averaged([(ours, 0.5), (other, 0.5)])
     alien = dataclasses.replace(ours, family=registry.family("language"))

@@ -10,7 +10,7 @@ import transformers as T
 from flax import nnx
 
 from mmjax.loaded import LoadedModel
-from mmjax.models import checkpoints, exports, opening, registry
+from mmjax.models import exports, opening, pretrained, registry
 from mmjax.models.flamingo.config import FlamingoConfig
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
 from mmjax.models.language.processor import LanguageProcessor
@@ -161,8 +161,10 @@ def test_bunny_drops_the_bias_of_phis_head_and_transformers_takes_zeros(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     torch.save(state, tmp_path / "pytorch_model.bin")
     again = T.PhiForCausalLM.from_pretrained(tmp_path).eval()
-    ckpt = opening.open_checkpoint(tmp_path)
-    tensors, _ = exports.plan_export(ckpt, checkpoints.abstract_params(ckpt.family, ckpt.config))
+    opened = opening.open_pretrained(tmp_path)
+    tensors, _ = exports.plan_export(
+        opened, pretrained.abstract_params(opened.family, opened.config)
+    )
     assert {t.key for t in tensors} == set(state)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():

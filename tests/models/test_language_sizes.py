@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mmjax.models import checkpoints, registry
+from mmjax.models import pretrained, registry
 from mmjax.models.language.architectures import ARCHITECTURES, architecture
 
 
@@ -72,7 +72,7 @@ def test_a_published_config_has_the_published_parameters(name):
     hf, published = PUBLISHED[name]
     family = registry.family("language")
     config = family.Config.from_hf(hf)
-    params = checkpoints.abstract_params(family, config)
+    params = pretrained.abstract_params(family, config)
     assert sum(math.prod(leaf.shape) for leaf in params.values()) == published
     assert family.Config.from_hf(config.to_hf()) == config
 

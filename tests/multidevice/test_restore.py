@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from test_step import build
 
-from mmjax.checkpoint import Checkpoints, CheckpointSettings
+from mmjax.checkpoint import CheckpointManager, CheckpointSettings
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
@@ -20,7 +20,7 @@ def numbers():
 
 
 def opened(workdir):
-    return Checkpoints(workdir, CheckpointSettings(), about={"name": "test"})
+    return CheckpointManager(workdir, CheckpointSettings(), about={"name": "test"})
 
 
 def next_loss(fn, train, frozen, mesh):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.models import checkpoints, converted, opening, registry
+from mmjax.models import converted, opening, pretrained, registry
 from mmjax.models.views import Merged
 from mmjax.nn import paths, stack
 from mmjax.nn.dropout import dropout_key
@@ -197,11 +197,11 @@ def test_a_folder_remembers_what_its_adapters_mean(tmp_path, adapted):
     converted.save_model(
         tmp_path / "x", paths.flatten(adapted[1]), family=family, config=tiny.CONFIG, lora=lora
     )
-    opened = opening.open_checkpoint(tmp_path / "x")
+    opened = opening.open_pretrained(tmp_path / "x")
     assert opened.lora == lora
     alone = opening.open_adapters(tmp_path / "x", family, tiny.CONFIG)
     assert alone.lora == lora and all(".lora_" in rule.ours for rule in alone.rules)
-    whole = checkpoints.merged(opened)
+    whole = pretrained.merged(opened)
     assert whole.lora is None and not any(".lora_" in rule.ours for rule in whole.rules)
     update = np.einsum(
         "dr,rv->dv",

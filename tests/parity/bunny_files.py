@@ -143,7 +143,7 @@ class Files:
         self.sizes = bunny_examples.tower_json(self.golden, folder)
         self.tower = bunny_golden.write_tower(self.golden, folder)
         self.lm = write_language_model(self.golden, folder / "lm", bias=3.0)
-        self.ckpt, self.params = read_all(self.merged, vision_config=self.sizes)
+        self.opened, self.params = read_all(self.merged, vision_config=self.sizes)
 
     @property
     def parts(self):
@@ -152,6 +152,6 @@ class Files:
 
     def same(self, path, **parts):
         """Fail unless a checkpoint is this model."""
-        ckpt, params = read_all(path, **parts)
-        assert ckpt.config == self.ckpt.config
+        opened, params = read_all(path, **parts)
+        assert opened.config == self.opened.config
         assert_same(params, self.params)

@@ -2,20 +2,20 @@
 
 import numpy as np
 
-from mmjax.models import checkpoints, opening
+from mmjax.models import opening, pretrained
 from mmjax.models.views import Canonical
 from mmjax.parallel.mesh import use
 
 
 def read_all(path, **parts):
-    """Return a checkpoint, opened, and all its parameters by our names, adapters unmerged."""
-    ckpt = opening.open_checkpoint(path, **parts)
+    """Return an opened model and all its parameters by our names, adapters unmerged."""
+    opened = opening.open_pretrained(path, **parts)
     with use():
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
+        abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    checkpoints.R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
-    view = Canonical(ckpt.reader, ckpt.rules, shapes)
-    return ckpt, {name: view.read(name) for name in shapes}
+    pretrained.R.check(opened.rules, shapes, opened.reader, opened.ignore)
+    view = Canonical(opened.reader, opened.rules, shapes)
+    return opened, {name: view.read(name) for name in shapes}
 
 
 def assert_same(got, want):

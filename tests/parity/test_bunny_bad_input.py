@@ -12,7 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 import mmjax
 from convert_weights import to_jax
 from mmjax.data.tokenizers_small import build_word_tokenizer
-from mmjax.models import checkpoints, opening, registry
+from mmjax.models import opening, pretrained, registry
 from mmjax.models.parts import Parts
 from mmjax.train import build
 from mmjax.train.settings import ModelSettings
@@ -56,7 +56,7 @@ def nothing_is_read(monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("a tensor is read")
 
-    monkeypatch.setattr(checkpoints, "load_params", read)
+    monkeypatch.setattr(pretrained, "load_params", read)
 
 
 def refused(match, path, **parts):
@@ -93,11 +93,11 @@ def test_a_tower_that_does_not_fit_the_projector(phi, stablelm, stage1, tmp_path
             changed(phi.merged, tmp_path, use_s2=True), **sizes)  # fmt: skip
     refused("s2_scales is '384,big'; give sides in pixels",
             changed(phi.merged, tmp_path, use_s2=True, s2_scales="384,big"), **sizes)  # fmt: skip
-    inside = opening.open_checkpoint(phi.merged, vision=stablelm.tower, **sizes)
-    assert inside.config == phi.ckpt.config
+    inside = opening.open_pretrained(phi.merged, vision=stablelm.tower, **sizes)
+    assert inside.config == phi.opened.config
     assert "holds a vision tower of its own" in caplog.text and "is not used" in caplog.text
     # Of the same width, but another kind: the name in config.json is all that tells.
-    opening.open_checkpoint(stage1, lm=phi.lm, vision=stablelm.tower)
+    opening.open_pretrained(stage1, lm=phi.lm, vision=stablelm.tower)
     assert "names the vision tower siglip-tiny, and" in caplog.text
     assert "is a clip_vision_model; the projector was hardly trained with that" in caplog.text
 
@@ -227,7 +227,7 @@ def test_the_end_of_an_answer_comes_from_the_tokenizer_or_is_asked_for(phi, tmp_
             folder, vision_config=phi.sizes)  # fmt: skip
     tokenizer = build_word_tokenizer(["a b c"])
     tokenizer.save_pretrained(folder)
-    config = opening.open_checkpoint(folder, vision_config=phi.sizes).config
+    config = opening.open_pretrained(folder, vision_config=phi.sizes).config
     assert config.end_token_ids == (tokenizer.eos_token_id,) != (0,)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionMode
 import mmjax
 from convert_weights import average, inspect, merge, to_hf, to_jax
 from mmjax.generate.loop import pad_batch
-from mmjax.models import checkpoints, opening
+from mmjax.models import opening, pretrained
 from mmjax.parallel.mesh import use
 from mmjax.train import adapters
 from mmjax.train.export import export_model
@@ -101,8 +101,8 @@ def test_a_siglip_of_the_first_release_lacks_its_last_layer_and_its_head(phi, tm
     gone = re.compile(r"encoder\.layers\.2\.|\.head\.")
     state = {k: v for k, v in phi.golden.weights.items() if not gone.search(k)}
     folder = bunny_files.write(state, tmp_path / "a", phi.golden.config)
-    ckpt, params = read_all(folder, vision_config=phi.sizes)
-    assert (ckpt.config.vision.num_layers, ckpt.config.vision.feature_layer) == (2, -1)
+    opened, params = read_all(folder, vision_config=phi.sizes)
+    assert (opened.config.vision.num_layers, opened.config.vision.feature_layer) == (2, -1)
     cut = {k: v[:2] if k.startswith("vision.layers.") else v for k, v in phi.params.items()}
     assert_same(params, cut)
     to_hf.main([str(folder), str(tmp_path / "hf"), "--vision-config", str(phi.sizes)])
@@ -122,9 +122,9 @@ def test_every_golden_is_its_parts(path, tmp_path):
 def test_a_projector_without_its_config_is_told_by_its_tensors(phi, tmp_path):
     state = bunny_files.part(phi.golden, PROJECTOR)
     bunny_files.write(state, tmp_path, None, "mm_projector.bin")
-    ckpt, params = read_all(tmp_path / "mm_projector.bin", **phi.parts)
+    opened, params = read_all(tmp_path / "mm_projector.bin", **phi.parts)
     assert_same(params, phi.params)
-    kind, square = ckpt.config.projector.kind, ckpt.config.image_aspect_ratio
+    kind, square = opened.config.projector.kind, opened.config.image_aspect_ratio
     assert (kind, square) == ("mlp2x_gelu", "square")  # as the peer reads a config without it
 
 
@@ -161,8 +161,8 @@ def test_rows_of_the_vocabulary_are_those_of_the_checkpoint(phi, tmp_path):
     for stated in (120, 128):
         config = phi.golden.config | {"vocab_size": stated, "eos_token_id": 119}
         folder = bunny_files.write(state, tmp_path / str(stated), config)
-        ckpt, params = read_all(folder, vision_config=phi.sizes)
-        assert ckpt.config.vocab_size == 120
+        opened, params = read_all(folder, vision_config=phi.sizes)
+        assert opened.config.vocab_size == 120
         assert params["decoder.embed.embedding"].shape == (120, 32)
 
 
@@ -259,9 +259,9 @@ def test_an_adapter_of_phi_with_one_map_for_q_k_and_v(phi, tmp_path):
     bunny_files.write(pairs, tmp_path / "lora", golden.config, "adapter_model.bin")
     about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(about))
-    ckpt = opening.open_checkpoint(tmp_path / "lora", base=base, vision_config=phi.sizes)
+    opened = opening.open_pretrained(tmp_path / "lora", base=base, vision_config=phi.sizes)
     with use():
-        whole = checkpoints.merged(ckpt)
+        whole = pretrained.merged(opened)
     want = read_all(bunny_files.write(weights, tmp_path / "merged", golden.config),
                     vision_config=phi.sizes)[1]  # fmt: skip
     for name in ("q", "k", "v"):
@@ -301,7 +301,7 @@ def test_adapters_alone_are_not_read_without_the_projector_trained_with_them(phi
     run = adapters.make_lora(LoRASettings(rank=8, alpha=16.0), ["attn.q", "mlp.up"])
     says = "non_lora_trainables.bin was trained with its adapters.*convert_weights.to_jax makes"
     with pytest.raises(MMJaxError, match=says):
-        adapters.read(str(lora[0]), run, "bunny", phi.ckpt.config, {})
+        adapters.read(str(lora[0]), run, "bunny", phi.opened.config, {})
 
 
 def test_recipes_are_averaged_with_their_adapters_merged_first(phi, lora, tmp_path):
@@ -316,8 +316,8 @@ def test_recipes_are_averaged_with_their_adapters_merged_first(phi, lora, tmp_pa
         for name, value in read_all(tmp_path / str(weight))[1].items():
             sums[name] = sums.get(name, 0) + np.float32(weight) * value
     average.main(["--out", str(tmp_path / "x"), f"{folder}:0.3", f"{other}:0.7", *options(parts)])
-    ckpt, params = read_all(tmp_path / "x")
-    assert ckpt.config == phi.ckpt.config and params.keys() == sums.keys()
+    opened, params = read_all(tmp_path / "x")
+    assert opened.config == phi.opened.config and params.keys() == sums.keys()
     for name, value in sums.items():
         np.testing.assert_allclose(params[name], value, atol=1e-6, err_msg=name)
 

@@ -157,7 +157,7 @@ def test_the_last_file_of_a_chain_counts(mpt, whole, tmp_path):
     assert_same(got, want)
     for chain in ("", ",", f"{folder / 'checkpoint.pt'},"):
         with pytest.raises(MMJaxError, match=r"an empty place.*a\.pt,b\.pt"):
-            opening.open_checkpoint(chain, **parts)
+            opening.open_pretrained(chain, **parts)
 
 
 def test_clip_comes_in_any_of_its_files(mpt, whole, tmp_path):
@@ -190,8 +190,8 @@ def test_a_table_that_only_the_language_model_has_is_cut_to_the_tokenizer(mpt, t
     }
     (lm / "tokenizer.json").write_text(json.dumps(tokenizer))
     (lm / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w1", "unk_token": "w0"}))
-    ckpt, values = read_all(tmp_path / "frozen.pt", **{**parts, "lm": lm})
-    c = ckpt.config
+    opened, values = read_all(tmp_path / "frozen.pt", **{**parts, "lm": lm})
+    c = opened.config
     assert (c.vocab_size, c.eoc_token_id, c.media_token_id, c.pad_token_id) == (261, 258, 259, 260)
     assert (c.eos_token_id, values[EMBED].shape) == (1, (261, 32))
     assert (values[EMBED] == 7.0).all()  # the hub's rows, none of them lost or new
@@ -233,11 +233,11 @@ def test_otters_folder_holds_the_same(request, tmp_path, lm):
     config = {**flamingo_peer.config_json(golden), "model_type": "otter"}
     config["text_config"] = {**config["text_config"], "vocab_size": 258}  # stale there
     (otter / "config.json").write_text(json.dumps(config))
-    ckpt, got = read_all(otter)
-    assert (ckpt.config.vocab_size, ckpt.config.answer_token_id) == (261, 260)
+    opened, got = read_all(otter)
+    assert (opened.config.vocab_size, opened.config.answer_token_id) == (261, 260)
     want = read_all(flamingo_peer.write_folder(golden, tmp_path / "peer"))[1]
     if lm == "mpt":
-        assert ckpt.config.perceiver.max_frames == 8
+        assert opened.config.perceiver.max_frames == 8
         want["perceiver.frame_embed"] = frames
     assert_same(got, want)
     later = {k: v + 1 for k, v in state.items() if k.startswith("perceiver.layers.")}
@@ -247,7 +247,7 @@ def test_otters_folder_holds_the_same(request, tmp_path, lm):
     to_hf.main([str(otter), str(tmp_path / "out")])
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert_same(written, state)
-    assert read_all(tmp_path / "out")[0].config == ckpt.config
+    assert read_all(tmp_path / "out")[0].config == opened.config
 
 
 def test_what_is_exported_for_openflamingo_is_what_it_saves(mpt, llama, tmp_path, whole):
@@ -266,7 +266,7 @@ def test_what_is_exported_for_openflamingo_is_what_it_saves(mpt, llama, tmp_path
     assert_same(again[1], whole[1])
     assert again[0].config == whole[0].config
     with pytest.raises(MMJaxError, match="--lm DIR.*--vision FILE_OR_DIR"):
-        opening.open_checkpoint(tmp_path / "mpt")
+        opening.open_pretrained(tmp_path / "mpt")
     to_hf.main([str(mpt[1] / "checkpoint.pt"), str(tmp_path / "all"), *options(mpt[2]),
                 "--layout", "openflamingo", "--whole"])  # fmt: skip
     assert_same(read_all(tmp_path / "all")[1], whole[1])
@@ -276,7 +276,7 @@ def test_a_language_model_that_no_flamingo_has_is_named_with_its_folder(mpt, tmp
     (tmp_path / "config.json").write_text('{"model_type": "phi"}')
     says = f"--lm {tmp_path}: config.json says model_type 'phi', no language .*those are llama, mpt"
     with pytest.raises(MMJaxError, match=says):
-        opening.open_checkpoint(mpt[1] / "checkpoint.pt", **{**mpt[2], "lm": tmp_path})
+        opening.open_pretrained(mpt[1] / "checkpoint.pt", **{**mpt[2], "lm": tmp_path})
 
 
 def test_a_layout_that_a_family_lacks_is_refused(mpt, tmp_path):
@@ -302,7 +302,7 @@ def instruct(mpt, tmp_path_factory):
 def test_lora_answers_as_peft_does_merged_or_not(mpt, instruct, tmp_path):
     chain, parts, want, _ = instruct
     ours = mmjax.load(chain, **parts)
-    lora = opening.open_checkpoint(chain, **parts).lora
+    lora = opening.open_pretrained(chain, **parts).lora
     assert (lora.rank, lora.alpha, lora.scale) == (4, 2, 0.5)
     decoder = {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"}
     assert set(lora.targets) == decoder | {f"cross.{name}" for name in decoder}
@@ -359,8 +359,8 @@ def test_names_of_newer_and_older_peft_are_taken(instruct, mpt, tmp_path):
         name = name.replace("lang_encoder.", "lang_encoder.base_model.model.")
         torch.save(flamingo_parts.tensors({**state, name: value}), tmp_path / "b.pt")
         first = chain.split(",")[0]
-        ckpt = opening.open_checkpoint(f"{first},{tmp_path / 'b.pt'}", **parts)
-        np.testing.assert_array_equal(ckpt.reader.read(f"{kernel}.weight"), value)
+        opened = opening.open_pretrained(f"{first},{tmp_path / 'b.pt'}", **parts)
+        np.testing.assert_array_equal(opened.reader.read(f"{kernel}.weight"), value)
 
 
 def test_lora_without_its_scale_or_with_anothers_is_refused(instruct, tmp_path):
@@ -369,12 +369,12 @@ def test_lora_without_its_scale_or_with_anothers_is_refused(instruct, tmp_path):
     with pytest.raises(
         MMJaxError, match=r"rank 4.*--tuning-config FILE.*r 64 with alpha 64.*r 128"
     ):
-        opening.open_checkpoint(chain, **bare)
+        opening.open_pretrained(chain, **bare)
     (tmp_path / "t.json").write_text(json.dumps({"lora": True, "lora_r": 64, "lora_alpha": 64}))
     with pytest.raises(MMJaxError, match="have rank 4, and .*t.json says 64"):
-        opening.open_checkpoint(chain, **bare, tuning_config=tmp_path / "t.json")
+        opening.open_pretrained(chain, **bare, tuning_config=tmp_path / "t.json")
     with pytest.raises(MMJaxError, match="holds no LoRA weights"):
-        opening.open_checkpoint(chain.split(",")[0], **parts)
+        opening.open_pretrained(chain.split(",")[0], **parts)
     # Otter's config.json says it itself.
     first, second = chain.split(",")
     for name, file in (("a.pt", first), ("b.pt", second)):
@@ -382,10 +382,10 @@ def test_lora_without_its_scale_or_with_anothers_is_refused(instruct, tmp_path):
     config = json.loads((Path(first).parent / "config.json").read_text())
     config["lora_config"] = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    opened = opening.open_checkpoint(f"{tmp_path}/a.pt,{tmp_path}/b.pt", **bare)
+    opened = opening.open_pretrained(f"{tmp_path}/a.pt,{tmp_path}/b.pt", **bare)
     assert (opened.lora.scale, opened.lora.dropout) == (3.0, 0.1)
     with pytest.raises(MMJaxError, match="FIRST.pt,SECOND.pt"):
-        opening.open_checkpoint(chain.split(",")[1], **parts)
+        opening.open_pretrained(chain.split(",")[1], **parts)
 
 
 def changed_gates(golden, change):
@@ -438,7 +438,7 @@ def test_parts_that_do_not_fit_are_told_with_the_fix(mpt, llama, tmp_path):
 
 def test_a_family_without_parts_says_so(llama):
     with pytest.raises(MMJaxError, match="a language model has no --vision"):
-        opening.open_checkpoint(llama[2]["lm"], vision=llama[2]["vision"])
+        opening.open_pretrained(llama[2]["lm"], vision=llama[2]["vision"])
 
 
 def test_inspect_shows_the_sizes_and_that_all_keys_are_claimed(mpt, capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import FuyuConfig, FuyuForCausalLM
 
 from convert_weights import inspect, to_hf, to_jax
-from mmjax.models import checkpoints, converted, opening
+from mmjax.models import converted, opening, pretrained
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
@@ -76,9 +76,9 @@ def copy_config(published, folder):
 
 
 def read_all(path, **kwargs):
-    ckpt = opening.open_checkpoint(path, **kwargs)
-    abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora)
-    return ckpt, checkpoints.read_params(ckpt, abstract)
+    opened = opening.open_pretrained(path, **kwargs)
+    abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)
+    return opened, pretrained.read_params(opened, abstract)
 
 
 def assert_same(a, b):
@@ -166,8 +166,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_and_format_reads_the_same(published, tmp_path, layout):
     write_layout(published, tmp_path / "x", layout)
-    ckpt, params = read_all(tmp_path / "x")
-    assert (ckpt.kind, ckpt.family.name) == (LAYOUTS[layout], "fuyu")
+    opened, params = read_all(tmp_path / "x")
+    assert (opened.kind, opened.family.name) == (LAYOUTS[layout], "fuyu")
     assert_same(params, read_all(published[0])[1])
 
 
@@ -187,9 +187,9 @@ def test_rules_put_every_number_where_the_model_expects_it(published):
 def test_a_checkpoint_without_config_is_measured(published, tmp_path):
     write_layout(published, tmp_path / "x", "megatron")
     (tmp_path / "x" / "config.json").unlink()
-    ckpt = opening.open_checkpoint(tmp_path / "x" / "model_optim_rng.pt")
-    assert (ckpt.config.decoder.num_layers, ckpt.config.decoder.d_mlp) == (2, 48)
-    assert (ckpt.config.patch_size, ckpt.config.decoder.rope_theta) == (4, 25000.0)
+    opened = opening.open_pretrained(tmp_path / "x" / "model_optim_rng.pt")
+    assert (opened.config.decoder.num_layers, opened.config.decoder.d_mlp) == (2, 48)
+    assert (opened.config.patch_size, opened.config.decoder.rope_theta) == (4, 25000.0)
 
 
 @pytest.mark.parametrize("layout", ["hub", "transformers5"])
@@ -231,9 +231,9 @@ def adapter(published, tmp_path_factory):
 
 def test_adapter_merges_to_the_same_logits(published, adapter, tmp_path):
     to_jax.main([str(adapter[0]), str(tmp_path / "jax"), "--base", str(published[0])])
-    ckpt = opening.open_checkpoint(tmp_path / "jax")
-    assert (ckpt.kind, ckpt.lora.rank, ckpt.lora.alpha) == ("mmjax", 4, 8.0)
-    assert set(ckpt.lora.targets) == {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "head"}
+    opened = opening.open_pretrained(tmp_path / "jax")
+    assert (opened.kind, opened.lora.rank, opened.lora.alpha) == ("mmjax", 4, 8.0)
+    assert set(opened.lora.targets) == {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "head"}
     to_hf.main([str(tmp_path / "jax"), str(tmp_path / "hf")])
     merged = FuyuForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
     want = logits(adapter[1])
@@ -290,14 +290,14 @@ def test_inspect_lists_what_does_not_fit(published, tmp_path, capsys):
 
 
 def test_trained_adapter_with_three_different_a_exports_exactly(published, tmp_path):
-    ckpt, params = read_all(published[0])
+    opened, params = read_all(published[0])
     lora = LoRA(2, 6.0, ("attn.q", "attn.k", "attn.v", "mlp.down"))
-    abstract = checkpoints.abstract_params(ckpt.family, ckpt.config, lora=lora)
+    abstract = pretrained.abstract_params(opened.family, opened.config, lora=lora)
     for i, (name, leaf) in enumerate(abstract.items()):
         if "lora" in name:
             params[name] = 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
     converted.save_model(
-        tmp_path / "jax", params, family=ckpt.family, config=ckpt.config, lora=lora
+        tmp_path / "jax", params, family=opened.family, config=opened.config, lora=lora
     )
     to_hf.main([str(tmp_path / "jax"), str(tmp_path / "peft"), "--adapter"])
     about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -319,8 +319,8 @@ def test_trained_adapter_with_three_different_a_exports_exactly(published, tmp_p
 
 
 def test_adapter_without_its_base_says_so(adapter):
-    with pytest.raises(checkpoints.MMJaxError, match="--base DIR"):
-        opening.open_checkpoint(adapter[0])
+    with pytest.raises(pretrained.MMJaxError, match="--base DIR"):
+        opening.open_pretrained(adapter[0])
 
 
 def test_all_differences_stand_in_one_error(published, tmp_path):
@@ -330,7 +330,7 @@ def test_all_differences_stand_in_one_error(published, tmp_path):
     tensors["language_model.lm_head.weight"] = torch.zeros(80, 32)
     copy_config(published, tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(checkpoints.R.WeightsMismatch) as error:
+    with pytest.raises(pretrained.R.WeightsMismatch) as error:
         read_all(tmp_path)
     text = str(error.value)
     assert "1 missing: language_model.model.final_layernorm.weight" in text

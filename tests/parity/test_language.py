@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
 import mmjax
-from mmjax.models import checkpoints, exports, opening
+from mmjax.models import exports, opening, pretrained
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 
@@ -129,10 +129,10 @@ def test_greedy_tokens_are_the_same_alone_and_in_a_batch(pair):
 
 def test_an_export_is_read_by_transformers(pair, tmp_path):
     peer, _, folder = pair
-    ckpt = opening.open_checkpoint(folder)
+    opened = opening.open_pretrained(folder)
     with use():
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
-    tensors, files = exports.plan_export(ckpt, abstract)
+        abstract = pretrained.abstract_params(opened.family, opened.config)
+    tensors, files = exports.plan_export(opened, abstract)
     exports.write_export(tmp_path / "out", tensors, files)
     again = type(peer).from_pretrained(tmp_path / "out").eval()
     ids = torch.from_numpy(PROMPTS[0])[None]

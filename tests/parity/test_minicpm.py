@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax.models import checkpoints, exports, opening
+from mmjax.models import exports, opening, pretrained
 from mmjax.weights.rules import Tensor
 from mmjax.weights.writer import write_shards
 
@@ -32,9 +32,9 @@ def test_logits_and_greedy_tokens_are_bunnys(folder):
 
 
 def test_an_export_is_the_file_it_came_from(folder):
-    ckpt = opening.open_checkpoint(folder)
+    opened = opening.open_pretrained(folder)
     tensors, files = exports.plan_export(
-        ckpt, checkpoints.abstract_params(ckpt.family, ckpt.config)
+        opened, pretrained.abstract_params(opened.family, opened.config)
     )
     assert {t.key for t in tensors} == set(TENSORS)
     for tensor in tensors:

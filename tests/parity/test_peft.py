@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import FuyuForCausalLM
 
 from convert_weights import merge, to_hf
-from mmjax.models import checkpoints, converted, opening, registry
+from mmjax.models import converted, opening, pretrained, registry
 from mmjax.models.fuyu.model import Fuyu, FuyuConfig
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
@@ -32,11 +32,11 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "hub"
     peer.tiny_fuyu().save_pretrained(folder)
     with use():
-        ckpt = opening.open_checkpoint(folder)
-        params = checkpoints.read_params(
-            ckpt, checkpoints.abstract_params(FAMILY, ckpt.config, lora=None)
+        opened = opening.open_pretrained(folder)
+        params = pretrained.read_params(
+            opened, pretrained.abstract_params(FAMILY, opened.config, lora=None)
         )
-    return folder, ckpt.config, params
+    return folder, opened.config, params
 
 
 def torch_logits(model):
@@ -61,7 +61,7 @@ def our_logits(params, config: FuyuConfig, lora):
 def trained(base, lora, seed=0):
     """All parameters, the adapters as far from their start as training takes them."""
     _, config, params = base
-    abstract = checkpoints.abstract_params(FAMILY, config, lora=lora)
+    abstract = pretrained.abstract_params(FAMILY, config, lora=lora)
     keys = jax.random.split(jax.random.key(seed), len(abstract))
     new = {
         name: 0.1 * jax.random.normal(key, leaf.shape)
@@ -100,9 +100,9 @@ def test_an_export_answers_in_peft_as_it_does_here(base, tmp_path, case):
     assert_alike(ours, torch_logits(adapted.merge_and_unload()))
     # Merged here, the same numbers: as a folder of ours and as transformers' model.
     merge.main([str(tmp_path / "x"), str(tmp_path / "merged")])
-    opened = opening.open_checkpoint(tmp_path / "merged")
+    opened = opening.open_pretrained(tmp_path / "merged")
     assert opened.lora is None
-    values = checkpoints.read_params(opened, checkpoints.abstract_params(FAMILY, base[1]))
+    values = pretrained.read_params(opened, pretrained.abstract_params(FAMILY, base[1]))
     assert_alike(our_logits(values, base[1], None), ours, atol=1e-5)
     to_hf.main([str(tmp_path / "merged"), str(tmp_path / "hf")])
     whole = FuyuForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
@@ -148,9 +148,9 @@ def test_an_alpha_pattern_speaks_of_modules_by_pefts_own_names(base, tmp_path):
     model = get_peft_model(peer.tiny_fuyu(), config)
     draw_adapters(model, 2)
     model.save_pretrained(tmp_path)
-    opened = opening.open_checkpoint(tmp_path, base=base[0])
-    abstract = checkpoints.abstract_params(FAMILY, base[1], lora=opened.lora)
-    params = checkpoints.read_params(opened, abstract)
+    opened = opening.open_pretrained(tmp_path, base=base[0])
+    abstract = pretrained.abstract_params(FAMILY, base[1], lora=opened.lora)
+    params = pretrained.read_params(opened, abstract)
     assert_alike(our_logits(params, base[1], opened.lora), torch_logits(model))
 
 
@@ -173,7 +173,7 @@ def test_what_is_more_than_a_pair_beside_its_base_is_refused(base, theirs, tmp_p
     with pytest.raises(
         MMJaxError, match=f"adapter_config.json (says|sets) {name}.*merge_and_unload"
     ):
-        opening.open_checkpoint(tmp_path, base=base[0])
+        opening.open_pretrained(tmp_path, base=base[0])
 
 
 THEIRS = LoRA(
@@ -182,10 +182,10 @@ THEIRS = LoRA(
 
 
 def test_an_adapter_of_peft_answers_here_as_it_does_there(base, theirs):
-    opened = opening.open_checkpoint(theirs[0], base=base[0])
+    opened = opening.open_pretrained(theirs[0], base=base[0])
     assert opened.lora == THEIRS
-    abstract = checkpoints.abstract_params(FAMILY, base[1], lora=opened.lora)
-    params = checkpoints.read_params(opened, abstract)
+    abstract = pretrained.abstract_params(FAMILY, base[1], lora=opened.lora)
+    params = pretrained.read_params(opened, abstract)
     assert_alike(our_logits(params, base[1], opened.lora), torch_logits(theirs[1]))
     # q, k and v are three maps here and one there: each begins with a copy of its A.
     a = [params[f"decoder.layers.attn.{name}.lora_a"] for name in "qkv"]
@@ -196,7 +196,7 @@ def test_an_adapter_of_peft_answers_here_as_it_does_there(base, theirs):
 def test_training_goes_on_from_an_adapter_of_peft(base, theirs):
     """Its maps begin with its numbers, and a map that it does not have is left to begin fresh."""
     lora = LoRA(4, 6.0, (*THEIRS.targets, "mlp.down"), rslora=True)
-    wanted = checkpoints.abstract_params(FAMILY, base[1], lora=lora)
+    wanted = pretrained.abstract_params(FAMILY, base[1], lora=lora)
     got = adapters.read(str(theirs[0]), lora, "fuyu", base[1], wanted)
     assert got.keys() == {n for n in wanted if ".lora_" in n and ".mlp.down." not in n}
     tensors = load_file(theirs[0] / "adapter_model.safetensors")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.checkpoint import Checkpoints, CheckpointSettings
+from mmjax.checkpoint import CheckpointManager, CheckpointSettings
 from mmjax.data import check
 from mmjax.models import converted, opening, registry
 from mmjax.nn import paths
@@ -82,7 +82,7 @@ def earlier(tmp_path_factory):
     workdir.mkdir()
     settings = dataclasses.asdict(RunSettings(model=MODEL, lora=ADAPTER))
     (workdir / "config.json").write_text(json.dumps(settings))
-    saver = Checkpoints(workdir, CheckpointSettings(), about={"name": "test"})
+    saver = CheckpointManager(workdir, CheckpointSettings(), about={"name": "test"})
     saver.save(7, train, iter(grain.MapDataset.range(3).to_iter_dataset()), {})
     saver.close()
     plan.processor.save_pretrained(root / "processor")
@@ -174,10 +174,10 @@ def test_a_workdir_in_place_of_a_model_is_told(earlier, tmp_path):
     (tmp_path / "config.json").write_text(text)
     says = f"{tmp_path}: a workdir of train.py, not a model; its model is {tmp_path}/model"
     with pytest.raises(MMJaxError, match=f"{says}, which it writes when it ends"):
-        opening.open_checkpoint(tmp_path)
+        opening.open_pretrained(tmp_path)
     (tmp_path / "model").mkdir()
     with pytest.raises(MMJaxError, match=f"{says}$"):
-        opening.open_checkpoint(tmp_path)
+        opening.open_pretrained(tmp_path)
 
 
 def test_full_training_of_a_model_with_adapters_says_to_merge_them(earlier):

@@ -103,7 +103,7 @@ def test_a_model_folder_is_asked_on_the_mesh_and_with_the_processors_settings(
         model=ModelSettings(processor={"frames": 16}), mesh={"tensor": 2, "fsdp": -1}
     )
     held = SimpleNamespace(family=SimpleNamespace(name="fuyu"))
-    monkeypatch.setattr(evaluation.opening, "open_checkpoint", lambda path: held)
+    monkeypatch.setattr(evaluation.opening, "open_pretrained", lambda path: held)
     monkeypatch.setattr(evaluation, "load", lambda path, **options: (path, options))
     ((path, options), step) = evaluation.open_model(tmp_path, given, weights="int8")
     mesh = options.pop("mesh")

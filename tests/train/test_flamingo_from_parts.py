@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import mmjax
 from mmjax.config import resolve_recipe
-from mmjax.models import checkpoints, opening, registry
+from mmjax.models import opening, pretrained, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.schema import to_dataclass
@@ -157,7 +157,7 @@ def test_random_parts_are_neither_frozen_nor_converted(llama):
             build.check_fresh(plan, state.chosen_by(run, plan.names()))
     opened = opening.open_parts(registry.family("flamingo"), SMALL, **llama)
     with pytest.raises(MMJaxError, match=r"nothing holds perceiver\.\*, cross\.\*"):
-        checkpoints.require_trained(opened)
+        pretrained.require_trained(opened)
 
 
 def test_a_part_starts_afresh_where_the_settings_say_so(llama):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax import checkpoint
-from mmjax.checkpoint import Checkpoints, CheckpointSettings
+from mmjax.checkpoint import CheckpointManager, CheckpointSettings
 from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
@@ -87,7 +87,7 @@ def test_going_on_and_answering_hold_what_is_trained_once(tmp_path, monkeypatch)
 
         monkeypatch.setattr(of, name, call)
 
-    counted(Checkpoints, "restore")
+    counted(CheckpointManager, "restore")
     counted(checkpoint, "load_params")
     before = live_bytes()
     with use() as mesh:

@@ -104,7 +104,7 @@ def test_folder_without_weights_and_ambiguous_folder(tmp_path):
         open_reader(tmp_path)
     for name in ("one.safetensors", "two.safetensors"):
         save_file(tensors(), tmp_path / name)
-    with pytest.raises(MMJaxError, match="which one is the checkpoint"):
+    with pytest.raises(MMJaxError, match="which one is the model"):
         open_reader(tmp_path)
     assert set(open_reader(tmp_path / "one.safetensors").keys()) == {"a", "b", "c"}
 

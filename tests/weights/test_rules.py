@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mmjax.models import checkpoints, registry
+from mmjax.models import pretrained, registry
 from mmjax.models.fuyu import weights as fuyu
 from mmjax.models.fuyu.model import FuyuConfig
 from mmjax.models.views import Resized
@@ -180,7 +180,7 @@ def test_every_key_of_fuyu_8b_is_claimed_at_full_size(layout):
     shapes = {fuyu.from_hub(k, layout): s for k, s in published_keys().items()}
     family, found = registry.detect({"model_type": "fuyu"}, shapes)
     assert (family.name, found) == ("fuyu", layout)
-    abstract = checkpoints.abstract_params(family, FuyuConfig())
+    abstract = pretrained.abstract_params(family, FuyuConfig())
     assert sum(math.prod(leaf.shape) for leaf in abstract.values()) == 9_408_238_592
     ours = {name: leaf.shape for name, leaf in abstract.items()}
     hub = Shapes({fuyu.to_hub(k, layout): s for k, s in shapes.items()})

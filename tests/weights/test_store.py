@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from mmjax.models import checkpoints, converted, exports, opening, registry
+from mmjax.models import converted, exports, opening, pretrained, registry
 from mmjax.models.decoder import DecoderConfig
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
@@ -31,7 +31,7 @@ REPO = Path(__file__).parents[2]
 def params():
     family = registry.family("fuyu")
     with use():
-        abstract = checkpoints.abstract_params(family, tiny.CONFIG)
+        abstract = pretrained.abstract_params(family, tiny.CONFIG)
     rng = np.random.default_rng(0)
     return {k: rng.normal(size=v.shape).astype(np.float32) for k, v in abstract.items()}
 
@@ -145,7 +145,7 @@ def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece,
     monkeypatch.setattr(R, "PIECE_BYTES", piece)
     if on_device:  # assemble shards on the device, as on a GPU
         monkeypatch.setattr(load, "_shares_host_memory", lambda device: False)
-    ckpt = opening.open_checkpoint(hub)
+    opened = opening.open_pretrained(hub)
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     specs = {
         "decoder.embed.embedding": ("tensor", "fsdp"),
@@ -159,10 +159,10 @@ def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece,
         for k, v in params.items()
     }
     if piece == 100:  # three of the leaves are enough to go through the small pieces
-        ckpt = dataclasses.replace(ckpt, ignore=(".",))  # the others may stay unread
+        opened = dataclasses.replace(opened, ignore=(".",))  # the others may stay unread
         abstract = {k: abstract[k] for k in specs}
     seen = []
-    got = checkpoints.read_params(ckpt, abstract, progress=seen.append)
+    got = pretrained.read_params(opened, abstract, progress=seen.append)
     for name, leaf in abstract.items():
         assert got[name].sharding == leaf.sharding
         assert np.array_equal(got[name], params[name]), name
@@ -170,22 +170,22 @@ def test_every_shard_is_read_and_only_by_slices(params, hub, monkeypatch, piece,
 
 
 def test_what_is_not_asked_for_is_not_read(params, hub):
-    ckpt, some, seen = opening.open_checkpoint(hub), {"patch_embed.bias"}, []
+    opened, some, seen = opening.open_pretrained(hub), {"patch_embed.bias"}, []
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
-    got = checkpoints.read_params(ckpt, abstract, only=some, progress=seen.append)
+    got = pretrained.read_params(opened, abstract, only=some, progress=seen.append)
     assert got.keys() == some and sum(seen) == params["patch_embed.bias"].nbytes
     np.testing.assert_array_equal(got["patch_embed.bias"], params["patch_embed.bias"])
     short = abstract | {"patch_embed.kernel": jax.ShapeDtypeStruct((1, 1), np.float32)}
     with pytest.raises(MMJaxError, match="patch_embed|embed_tokens"):  # all the same, all must fit
-        checkpoints.read_params(ckpt, short, only=some)
+        pretrained.read_params(opened, short, only=some)
 
 
 def test_progress_counts_every_byte(params, hub, tmp_path):
-    ckpt = opening.open_checkpoint(hub)
+    opened = opening.open_pretrained(hub)
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-    plan = converted.plan_conversion(ckpt, abstract, "bfloat16")
+    plan = converted.plan_conversion(opened, abstract, "bfloat16")
     seen = []
-    converted.write_converted(ckpt, plan, tmp_path / "m", progress=seen.append)
+    converted.write_converted(opened, plan, tmp_path / "m", progress=seen.append)
     assert sum(seen) == plan.nbytes == 2 * sum(v.size for v in params.values())
 
 
@@ -195,7 +195,7 @@ def test_existing_destination_stays_unless_overwritten(params, tmp_path):
         pass
     with pytest.raises(ZeroDivisionError), atomic_folder(folder, overwrite=True):
         raise ZeroDivisionError
-    assert opening.open_checkpoint(folder).kind == "mmjax"
+    assert opening.open_pretrained(folder).kind == "mmjax"
     with atomic_folder(folder, overwrite=True) as partial:
         (partial / "new").touch()
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
@@ -268,7 +268,7 @@ def test_a_destination_that_cannot_be_written_is_named_and_left_as_it_was(params
         atomic_folder(folder, overwrite=True),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert opening.open_checkpoint(folder).kind == "mmjax"
+    assert opening.open_pretrained(folder).kind == "mmjax"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m", "s"]
 
 
@@ -302,13 +302,13 @@ to_jax.main([{str(hub)!r}, {str(tmp_path / "m")!r}])
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith("m.partial-") and any((partial / "params").rglob("c/*"))
     with pytest.raises(MMJaxError, match=r"no such file.*partial.*delete it and run"):
-        opening.open_checkpoint(tmp_path / "m")
+        opening.open_pretrained(tmp_path / "m")
     with pytest.raises(MMJaxError, match=r"half-written conversion.*delete it and run"):
-        opening.open_checkpoint(partial)
+        opening.open_pretrained(partial)
     # Even renamed by hand and without its marker it does not pass for a model.
     (partial / "INCOMPLETE").unlink()
     with pytest.raises(MMJaxError, match="half-written"):
-        opening.open_checkpoint(partial.rename(tmp_path / "m"))
+        opening.open_pretrained(partial.rename(tmp_path / "m"))
 
 
 def test_newer_format_is_refused(params, tmp_path):
@@ -317,17 +317,17 @@ def test_newer_format_is_refused(params, tmp_path):
     config["mmjax"]["format"] = 99
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(MMJaxError, match=r"format 99.*upgrade"):
-        opening.open_checkpoint(folder)
+        opening.open_pretrained(folder)
 
 
 def test_damaged_config_is_named(params, tmp_path):
     folder = written(params, tmp_path / "m")
     text = (folder / "config.json").read_bytes()
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
-    assert opening.open_checkpoint(folder).kind == "mmjax"  # as an editor on Windows saves it
+    assert opening.open_pretrained(folder).kind == "mmjax"  # as an editor on Windows saves it
     (folder / "config.json").write_text("{")
     with pytest.raises(MMJaxError, match=r"config\.json: not a JSON object"):
-        opening.open_checkpoint(folder)
+        opening.open_pretrained(folder)
 
 
 def test_host_memory_does_not_grow_with_the_model(tmp_path):
@@ -339,7 +339,7 @@ def test_host_memory_does_not_grow_with_the_model(tmp_path):
         tiny.CONFIG, decoder=dataclasses.replace(decoder, d_mlp=2048, max_positions=64)
     )
     family = registry.family("fuyu")
-    ours = {k: v.shape for k, v in checkpoints.abstract_params(family, config).items()}
+    ours = {k: v.shape for k, v in pretrained.abstract_params(family, config).items()}
     folder = tmp_path / "hub"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
@@ -356,15 +356,15 @@ def test_host_memory_does_not_grow_with_the_model(tmp_path):
     script = """
 import resource, sys
 from convert_weights import to_hf, to_jax
-from mmjax.models import checkpoints, opening
+from mmjax.models import pretrained, opening
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules
 rules.PIECE_BYTES = 8 * 2**20
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 hub, jax_folder, back = sys.argv[1:]
-ckpt = opening.open_checkpoint(hub)
+opened = opening.open_pretrained(hub)
 with use():
-    checkpoints.abstract_params(ckpt.family, ckpt.config)
+    pretrained.abstract_params(opened.family, opened.config)
 start = peak()
 to_jax.main([hub, jax_folder])
 to_hf.main([jax_folder, back])

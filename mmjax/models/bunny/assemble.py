@@ -59,7 +59,7 @@ def tower_layout(vision: ViTConfig) -> str:
 def assemble(
     readers: Sequence[Reader], layout: str, hf: Mapping[str, Any], parts: Parts
 ) -> Assembled:
-    """Return the whole model that some checkpoints and the other parts make.
+    """Return the whole model that some files and the other parts make.
 
     readers: in the names of ``to_hub``, the last counts; without any, the projector is fresh. hf:
     the config.json beside them, or {}. Raises MMJaxError, before any tensor is read, when parts are

@@ -115,7 +115,7 @@ class BunnyProcessor(FolderProcessor):
         if self.tokenizer is not None and len(self.tokenizer) > config.vocab_size:
             raise MMJaxError(
                 f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocab_size is "
-                f"{config.vocab_size}: they are of different checkpoints; use the tokenizer the "
+                f"{config.vocab_size}: they are of different models; use the tokenizer the "
                 "model was trained with"
             )
         if own.eos_token_id is not None and own.eos_token_id not in config.end_token_ids:

@@ -56,7 +56,7 @@ class ProcessorConfig(SquareImages):
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> ProcessorConfig:
-        """Read a checkpoint folder: the image processor's file, and config.json.
+        """Read a model folder: the image processor's file, and config.json.
 
         What the first leaves open config.json tells: the tower's ``vision_config``,
         ``image_aspect_ratio``, ``tokenizer_model_max_length``, the scales of S2 and, in mmjax's own

@@ -23,7 +23,7 @@ KINDS = (
     "linear", "mlp2x_gelu", "identity", "minigpt", "vanilla", "ldp", "sppv1", "sppv2", "sppv3",
 )  # fmt: skip
 IGNORE = (r"\bmm_projector\.linear_0\.",)
-"""What checkpoints of sppv1 and sppv2 hold and the peer never uses, as regular expressions of keys.
+"""What files of sppv1 and sppv2 hold and the peer never uses, as regular expressions of keys.
 
 Exports leave it out; the peer then draws it anew, to no effect. The table of sppv3 claims it.
 """

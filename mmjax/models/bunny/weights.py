@@ -1,4 +1,4 @@
-"""Bunny's published checkpoints: full and merged models, projectors, and what adapters lie beside.
+"""Bunny's published weights: full and merged models, projectors, and what adapters lie beside.
 
 The table speaks the names of a full model: the language model's own, ``model.mm_projector.`` and
 ``model.vision_tower.vision_tower.``.
@@ -76,7 +76,7 @@ def clean(key: str) -> str:
 
 
 def to_hub(key: str, layout: str) -> str:
-    """Rename a key of a checkpoint to the name that the table speaks."""
+    """Rename a key of a file to the name that the table speaks."""
     return clean(key)
 
 

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 def assemble(
     readers: Sequence[Reader], layout: str, hf: Mapping[str, Any], parts: Parts
 ) -> Assembled:
-    """Return the whole model that some checkpoints and the other parts make.
+    """Return the whole model that some files and the other parts make.
 
     readers: in the names of ``to_hub``, the last counts; without any, resampler and gated blocks
     are fresh. hf: the config.json beside them, or {}. Raises MMJaxError, before any tensor is read,
@@ -166,7 +166,7 @@ def _canonical(reader: Reader, own: Architecture) -> Renamed:
 def _tower(
     parts: Parts, trained: Reader, layout: str, hf: Mapping[str, Any], where: str
 ) -> tuple[towers.Tower | None, str]:
-    """Return the tower, given apart or in the checkpoint, and the layout that has its names."""
+    """Return the tower, given apart or in the model's files, and the layout that has its names."""
     own = [key for key in trained.keys() if key.startswith(VISION)]  # noqa: SIM118
     kind = "otter" if any(".vision_model." in key for key in own) else "openflamingo"
     said = {"stated": hf.get("vision_config") or {}, "asked": parts.vision_config}
@@ -185,7 +185,7 @@ def _tower(
     if not own:
         return given, found
     log.warning(
-        "the checkpoint holds a vision tower of its own, which counts before --vision %s",
+        "the model holds a vision tower of its own, which counts before --vision %s",
         parts.vision,
     )
     if found != kind:
@@ -198,7 +198,7 @@ def _tower(
 def _check_there(
     whole: Reader, trained: Reader, own: Architecture, parts: Parts, where: str
 ) -> None:
-    """Raise MMJaxError naming every part that is neither in the checkpoint nor given."""
+    """Raise MMJaxError naming every part that is neither in the files nor given."""
     keys = list(whole.keys())
     missing = []
     if not any(key.startswith(f"{LANGUAGE}{own.layers}.0.decoder_layer.") for key in keys):

@@ -108,7 +108,7 @@ class FlamingoProcessor(FolderProcessor):
         if own.media_token_id not in (None, config.media_token_id):
             raise MMJaxError(
                 f"the tokenizer puts {own.image_mark} at {own.media_token_id} but the model's "
-                f"media_token_id is {config.media_token_id}: they are of different checkpoints; "
+                f"media_token_id is {config.media_token_id}: they are of different models; "
                 "use the tokenizer the model was trained with, or correct it in config.json"
             )
         own.check_model(config.vision.image_size, config)

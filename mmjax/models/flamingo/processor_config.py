@@ -59,7 +59,7 @@ class ProcessorConfig(SquareImages):
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> ProcessorConfig:
-        """Read a checkpoint folder: the processor's file and, for ids and size, ``config.json``.
+        """Read a model folder: the processor's file and, for ids and size, ``config.json``.
 
         Without a processor's file it is open_clip's transform at the tower's size, of an Otter that
         of CLIPImageProcessor, by which it answers. A model that has ``<answer>`` asks for it,

@@ -1,4 +1,4 @@
-"""Read off its tensors what a Flamingo's checkpoint was trained with: interval and sizes."""
+"""Read off its tensors what a Flamingo was trained with: interval and sizes."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ def rows_of_tables(
 ) -> tuple[int, dict[str, int]]:
     """Return the vocabulary's size, and the rows of tables that have others.
 
-    The checkpoint's embedding decides. Where only the language model has one, OpenFlamingo cuts or
+    The model's own embedding decides. Where only the language model has one, OpenFlamingo cuts or
     extends it to its tokenizer: MPT's 50432 rows to 50280.
     """
     theirs = {rule.ours: LANGUAGE + rule.theirs for rule in own.rules}
     embed, head = theirs["decoder.embed.embedding"], theirs.get("decoder.head.kernel")
     keys, apart = set(whole.keys()), set(whole.keys()) - set(trained.keys())
     if embed not in keys:
-        raise MMJaxError(f"no {embed}, neither in the checkpoint nor in the language model")
+        raise MMJaxError(f"no {embed}, neither in the model's files nor in the language model")
     rows = whole.shape(embed)[0]
     if embed in apart:
         first = TOKENIZER_LENGTHS[own.model_type]

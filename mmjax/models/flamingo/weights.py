@@ -1,4 +1,4 @@
-"""Flamingo's published checkpoints: OpenFlamingo's names, and Otter's.
+"""Flamingo's published weights: OpenFlamingo's names, and Otter's.
 
 The table speaks OpenFlamingo's names of the language model, the resampler and the gated blocks. The
 towers differ by more than names, so there are two tables: ``openflamingo`` with open_clip's tower,

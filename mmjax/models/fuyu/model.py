@@ -58,9 +58,9 @@ class FuyuConfig:
 
         Hub files are flat, some with a stub ``text_config``; transformers 5 nests the decoder's
         sizes there. A stub makes transformers fall back to a rotary theta of 10000, which is wrong
-        for every Fuyu checkpoint: here theta is 25000 unless the file states another. Saved again,
+        for every published Fuyu: here theta is 25000 unless the file states another. Saved again,
         a stub comes back filled with that 10000 and an end token of 2: theta and token ids at the
-        top of the file, where they are the checkpoint's own, win over the nested ones.
+        top of the file, where they are the model's own, win over the nested ones.
         """
         if hf.get("model_type") not in (None, "fuyu"):
             raise MMJaxError(

@@ -103,7 +103,7 @@ class FuyuProcessor(FolderProcessor):
         if self.config.patch_size != config.patch_size:
             raise MMJaxError(
                 f"the processor cuts patches of {self.config.patch_size} pixels and the model "
-                f"takes {config.patch_size}; they are of different checkpoints"
+                f"takes {config.patch_size}; they are of different models"
             )
         for name in ("image_mean", "image_std"):
             mine, models = getattr(self.config, name), getattr(config, name)

@@ -128,7 +128,7 @@ class ProcessorConfig:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> ProcessorConfig:
-        """Read a checkpoint folder: the processor's file and, for ids and patch, ``config.json``.
+        """Read a model folder: the processor's file and, for ids and patch, ``config.json``.
 
         Missing files leave Fuyu-8B's values. Raises MMJaxError naming a file that is not JSON.
         """

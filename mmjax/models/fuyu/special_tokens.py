@@ -30,13 +30,13 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
     if missing:
         raise MMJaxError(
             f"the tokenizer lacks {', '.join(missing)}: it is not Fuyu's; use the tokenizer files "
-            "of the checkpoint, or build one with mmjax.data.tokenizers_small"
+            "of the model, or build one with mmjax.data.tokenizers_small"
         )
     if not _opens_with_underscore(tokenizer):
         raise MMJaxError(
             "the tokenizer begins a text without the underscore that Fuyu's puts before it, so its "
             "tokens would be others: transformers reads the tokenizer.model of a Fuyu so; put the "
-            "tokenizer.json of the checkpoint beside it"
+            "tokenizer.json of the model beside it"
         )
     return ids
 
@@ -57,11 +57,11 @@ def check_vocabulary(processor: Any, vocab_size: int, image_token_id: int) -> No
     if size > vocab_size:
         raise MMJaxError(
             f"the tokenizer has {size} tokens but the model's vocab_size is {vocab_size}: they are "
-            "of different checkpoints; use the tokenizer the model was trained with"
+            "of different models; use the tokenizer the model was trained with"
         )
     if processor.image_token_id != image_token_id:
         raise MMJaxError(
             f"the tokenizer puts |SPEAKER| at {processor.image_token_id} but the model's "
-            f"image_token_id is {image_token_id}: they are of different checkpoints; use the "
+            f"image_token_id is {image_token_id}: they are of different models; use the "
             "tokenizer the model was trained with, or correct image_token_id in config.json"
         )

@@ -1,4 +1,4 @@
-"""Fuyu's published checkpoints: one table of rules, and three ways of naming the same tensors.
+"""Fuyu's published weights: one table of rules, and three ways of naming the same tensors.
 
 ``hub`` is the naming of adept/fuyu-8b, OtterHD-8B and what transformers saves; the table speaks it.
 ``transformers5`` is the naming inside transformers 5, ``megatron`` that of Adept's own release.
@@ -117,7 +117,7 @@ def lora_target(kernel: str) -> str:
 
 
 def guess_config(reader: Reader) -> dict[str, Any]:
-    """Read a model's sizes off its tensors (hub names), for a checkpoint without config.json."""
+    """Read a model's sizes off its tensors (hub names), for a model without config.json."""
     keys = set(reader.keys())
     layers = 0
     while f"{_LAYER.replace('{l}', str(layers))}input_layernorm.weight" in keys:

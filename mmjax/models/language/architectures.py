@@ -40,7 +40,7 @@ def architecture(hf: Mapping[str, Any]) -> Architecture:
 
 
 def told_by(keys: Iterable[str]) -> Architecture | None:
-    """Tell the architecture from a checkpoint's keys, None if it is none of these.
+    """Tell the architecture from a model's keys, None if it is none of these.
 
     Qwen2, MiniCPM and Gemma have LLaMA's names, and are told to be LLaMA.
     """

@@ -49,7 +49,7 @@ class LanguageProcessor:
         if self.tokenizer is not None and len(self.tokenizer) > config.vocab_size:
             raise MMJaxError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens and the model "
-                f"{config.vocab_size}; they are of different checkpoints"
+                f"{config.vocab_size}; they are of different models"
             )
 
     def token_ids(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Checkpoints of language models: Hugging Face's names, a layout for each architecture."""
+"""Published language models: Hugging Face's names, a layout for each architecture."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def lora_target(kernel: str) -> str:
 
 def guess_config(reader: Reader) -> dict[str, Any]:
     """Raise MMJaxError: heads and positions cannot be read off a language model's tensors."""
-    where = reader.files[0].parent if reader.files else "checkpoint"
+    where = reader.files[0].parent if reader.files else "model"
     raise MMJaxError(
         f"{where}: a language model without config.json, which tells its heads and positions; copy "
         "it beside the weights"

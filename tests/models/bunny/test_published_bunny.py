@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mmjax.models import checkpoints, opening
+from mmjax.models import opening, pretrained
 from mmjax.parallel.mesh import use
 from tests.models.published_files import linear, norm, write
 
@@ -141,13 +141,13 @@ PUBLISHED = {
 
 def opened(path, **parts):
     """Open a model; fails unless every key has its parameter and every parameter its key."""
-    ckpt = opening.open_checkpoint(path, **parts)
+    source = opening.open_pretrained(path, **parts)
     with use():
-        abstract = checkpoints.abstract_params(ckpt.family, ckpt.config)
-    shapes = checkpoints.check(ckpt, abstract)
-    c = ckpt.config
+        abstract = pretrained.abstract_params(source.family, source.config)
+    shapes = pretrained.check(source, abstract)
+    c = source.config
     about = (c.vocab_size, c.image_size, c.image_tokens, c.vision.layers_run)
-    return ckpt, total(shapes), about
+    return source, total(shapes), about
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -155,11 +155,11 @@ def test_a_published_model_has_its_size_and_every_key_is_claimed(name, tmp_path)
     shapes, hf, size, about = PUBLISHED[name]
     write(tmp_path / "model.safetensors", shapes)
     (tmp_path / "config.json").write_text(json.dumps(hf))
-    ckpt, count, found = opened(tmp_path)
+    source, count, found = opened(tmp_path)
     assert (count, found) == (size, about)
     head = total({k: v for k, v in shapes.items() if ".vision_model.head." in k})
     assert total(shapes) == size + head and head in (0, 15_238_352)
-    assert ckpt.config.projector.d_vision == hf["mm_hidden_size"]
+    assert source.config.projector.d_vision == hf["mm_hidden_size"]
 
 
 def test_phi_1_5_with_eva_from_their_own_files_and_a_projector(tmp_path):
@@ -171,10 +171,10 @@ def test_phi_1_5_with_eva_from_their_own_files_and_a_projector(tmp_path):
     write(tmp_path / "mm_projector.safetensors", projector(1024, 2048))
     (tmp_path / "config.json").write_text(json.dumps(hf))
     tower = write(tmp_path / "EVA02_CLIP_L_336_psz14_s6B.safetensors", eva())
-    ckpt, count, found = opened(
+    source, count, found = opened(
         tmp_path / "mm_projector.safetensors", lm=tmp_path / "lm", vision=tower
     )
-    assert found == (51200, 336, 576, 23) and ckpt.config.vision.gated
+    assert found == (51200, 336, 576, 23) and source.config.vision.gated
     visual = {k: v for k, v in eva().items() if k.startswith("visual.") and ".rope." not in k}
     assert total(visual) == 304_432_832
     assert count == 1_418_270_720 - 51_200 + 6_295_552 + 304_432_832 - 768 * 1025

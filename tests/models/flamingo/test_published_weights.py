@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mmjax.models import checkpoints, exports, opening
+from mmjax.models import exports, opening, pretrained
 from mmjax.parallel.mesh import use
 from tests.models.published_files import norm, write
 
@@ -155,7 +155,7 @@ def test_every_key_is_claimed_and_the_trained_part_has_the_published_size(name, 
     (tmp_path / "lm").mkdir()
     write(tmp_path / "lm" / "model.safetensors", language)
     (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
-    opened = opening.open_checkpoint(
+    opened = opening.open_pretrained(
         write(tmp_path / "checkpoint.safetensors", trained),
         lm=tmp_path / "lm",
         vision=write(tmp_path / "clip.safetensors", clip()),
@@ -164,7 +164,7 @@ def test_every_key_is_claimed_and_the_trained_part_has_the_published_size(name, 
     assert (c.cross_every, c.vocab_size, c.media_token_id) == (every, rows, media)
     assert (c.vision.num_heads, c.vision.image_size, c.vision.activation) == (16, 224, "quick_gelu")
     with use():
-        abstract = checkpoints.abstract_params(opened.family, c)
+        abstract = pretrained.abstract_params(opened.family, c)
     # Raises unless every key has its parameter and every parameter its key, in its shape.
     tensors, _ = exports.plan_export(opened, abstract, layout="openflamingo")
     counted = {t.key: math.prod(t.shape) for t in tensors}

@@ -1,4 +1,4 @@
-"""An opened checkpoint: what it is, whether it holds all of a model, and its parameters."""
+"""An opened pretrained model: what it is, whether it holds all of a model, and its parameters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _LAYER = re.escape("{l}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that has been opened and told apart; its numbers are still on disk.
+class Pretrained:
+    """A published or converted model that was opened and told apart; its numbers are on disk.
 
     kind: ``mmjax``, ``hub``, ``transformers5``, ``megatron`` or ``peft``. hf_config: config.json as
     it stands, or the sizes read off the tensors. config: the family's own. reader: tensors in the
@@ -55,20 +55,20 @@ class Checkpoint:
     trained: tuple[str, ...] = ()
 
 
-def check(ckpt: Checkpoint, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, R.Shape]:
-    """Return the shapes of a model; raises MMJaxError unless a checkpoint holds all of it."""
-    require_trained(ckpt)
+def check(opened: Pretrained, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, R.Shape]:
+    """Return the shapes of a model; raises MMJaxError unless an opened one holds all of it."""
+    require_trained(opened)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    R.check(ckpt.rules, shapes, ckpt.reader, ckpt.ignore)
+    R.check(opened.rules, shapes, opened.reader, opened.ignore)
     return shapes
 
 
-def require_trained(ckpt: Checkpoint) -> None:
+def require_trained(opened: Pretrained) -> None:
     """Raise MMJaxError for a model a part of which nobody has trained."""
-    if ckpt.fresh:
+    if opened.fresh:
         raise MMJaxError(
-            f"{ckpt.path}: nothing holds {', '.join(ckpt.fresh)}, which would be random numbers; "
-            "give the file that does, or train it first (train.py with model.parts)"
+            f"{opened.path}: nothing holds {', '.join(opened.fresh)}, which would be random "
+            "numbers; give the file that does, or train it first (train.py with model.parts)"
         )
 
 
@@ -89,21 +89,21 @@ def abstract_params(
 
 
 def read_params(
-    ckpt: Checkpoint,
+    opened: Pretrained,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
     only: Collection[str] | None = None,
     progress: Progress | None = None,
     each: Each | None = None,
 ) -> dict[str, jax.Array]:
-    """Load a checkpoint's parameters in the dtypes and onto the shardings of ``abstract``.
+    """Load a model's parameters in the dtypes and onto the shardings of ``abstract``.
 
-    only, each: as for ``load_params``. LoRA leaves that the checkpoint does not have, and what
+    only, each: as for ``load_params``. LoRA leaves that it does not have, and what
     ``fresh`` names, are left out of the result: they start from their own initial values. Raises
     WeightsMismatch when keys or shapes differ otherwise.
     """
-    have = {rule.ours for rule in ckpt.rules} if ckpt.lora else set()
-    fresh = {n for pattern in ckpt.fresh for n in fnmatch.filter(abstract, pattern)}
+    have = {rule.ours for rule in opened.rules} if opened.lora else set()
+    fresh = {n for pattern in opened.fresh for n in fnmatch.filter(abstract, pattern)}
     wanted = {
         name: leaf
         for name, leaf in abstract.items()
@@ -111,23 +111,23 @@ def read_params(
     }
     unread = [
         re.escape(rule.theirs)
-        for rule in ckpt.rules
-        if any(fnmatch.fnmatchcase(rule.ours, pattern) for pattern in ckpt.fresh)
+        for rule in opened.rules
+        if any(fnmatch.fnmatchcase(rule.ours, pattern) for pattern in opened.fresh)
     ]
-    ignore = (*ckpt.ignore, *(f"^{key.replace(_LAYER, '[0-9]+')}$" for key in unread))
+    ignore = (*opened.ignore, *(f"^{key.replace(_LAYER, '[0-9]+')}$" for key in unread))
     return load_params(
-        ckpt.reader, ckpt.rules, wanted, only=only, ignore=ignore, progress=progress, each=each
+        opened.reader, opened.rules, wanted, only=only, ignore=ignore, progress=progress, each=each
     )
 
 
-def merged(ckpt: Checkpoint) -> Checkpoint:
-    """Return a checkpoint whose adapters are added to its kernels, piece by piece as it is read.
+def merged(opened: Pretrained) -> Pretrained:
+    """Return a model whose adapters are added to its kernels, piece by piece as it is read.
 
     Raises MMJaxError when it has none. Call inside a mesh.
     """
-    if ckpt.lora is None:
-        raise MMJaxError(f"{ckpt.path}: holds no adapters to merge")
-    shapes = check(ckpt, abstract_params(ckpt.family, ckpt.config, lora=ckpt.lora))
-    reader = Merged(Canonical(ckpt.reader, ckpt.rules, shapes), ckpt.lora)
+    if opened.lora is None:
+        raise MMJaxError(f"{opened.path}: holds no adapters to merge")
+    shapes = check(opened, abstract_params(opened.family, opened.config, lora=opened.lora))
+    reader = Merged(Canonical(opened.reader, opened.rules, shapes), opened.lora)
     same = tuple(R.Rule(key, key) for key in reader.keys())  # noqa: SIM118
-    return dataclasses.replace(ckpt, reader=reader, rules=same, ignore=(), lora=None)
+    return dataclasses.replace(opened, reader=reader, rules=same, ignore=(), lora=None)
