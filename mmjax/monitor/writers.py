@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -79,8 +79,9 @@ class TensorboardWriter:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        with _without_torch():
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
 
         os.makedirs(folder, exist_ok=True)
         self._summary, self._event = summary, event_pb2.Event
@@ -109,6 +110,23 @@ class TensorboardWriter:
             event = self._event(wall_time=time.time(), step=int(step), summary=one)
             self._writer.write_event(event)
         self._writer.flush()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Import as if there were no torch, unless it is loaded already.
+
+    tensorboardX loads it where it finds it, only to know its tensors: seconds of every start,
+    hundreds of megabytes, and on a GPU a second CUDA and cuDNN beside those of JAX.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class WandbWriter:

@@ -1,5 +1,6 @@
 import json
 import math
+import subprocess
 import sys
 import types
 
@@ -79,6 +80,16 @@ def events(folder):
                 other = value.image.encoded_image_string or text
                 found.append((event.step, value.tag, other or round(value.simple_value, 6)))
     return found
+
+
+def test_tensorboard_files_are_written_without_loading_torch(tmp_path):
+    code = (
+        "import sys; from mmjax.monitor.writers import TensorboardWriter as Writer\n"
+        f"writer = Writer({str(tmp_path)!r}); writer.scalars(2, {{'train/loss': 0.5}})\n"
+        "assert 'torch' not in sys.modules; import torch.version"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert events(tmp_path) == [(2, "train/loss", 0.5)]
 
 
 def test_all_places_get_the_same_names(tmp_path, monkeypatch):
