@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mmjax.data.tokenizer_files import make_readable
 from mmjax.models import registry
 from mmjax.models.adapter_files import partial_adapter
 from mmjax.models.companions import copy_companions
@@ -176,6 +177,7 @@ def write_export(
             stem = "adapter_model" if adapter else "model"
             write_shards(folder, tensors, stem=stem, progress=progress)
         copy_companions(folders, folder)
+        make_readable(folder)
         for name, content in files.items():
             if isinstance(content, Mapping):
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")

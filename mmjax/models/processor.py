@@ -7,6 +7,7 @@ import os
 from typing import Any, ClassVar, Self
 
 from mmjax.data.tokenize import load_tokenizer
+from mmjax.data.tokenizer_files import save_tokenizer
 from mmjax.types import MMJaxError, nearest
 
 
@@ -55,7 +56,7 @@ class FolderProcessor:
         """Write the settings and the tokenizer in files that the peer's own classes load."""
         self.config.save(folder)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(os.fspath(folder))
+            save_tokenizer(self.tokenizer, folder)
 
     @property
     def patch_dim(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.tokenize import load_tokenizer, table_rows
+from mmjax.data.tokenizer_files import save_tokenizer
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.token_stream import (
     TokenStream,
@@ -121,7 +122,7 @@ class LanguageProcessor:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the tokenizer's files."""
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(os.fspath(folder))
+            save_tokenizer(self.tokenizer, folder)
 
     def _needed(self) -> Any:
         if self.tokenizer is None:
