@@ -148,7 +148,7 @@ class Training:
         self._measured = {}
         last = done == self.settings.steps
         evaluating = self._evaluates(done, last)
-        saving, stopping = self.checkpoints.due(done), self._stop.agreed(done)
+        saving, stopping = self.checkpoints.due(done), self._stop.agreed()
         if evaluating or saving or stopping or last:
             jax.block_until_ready(self.state)  # or the pause would swallow steps under way
             self._note(self.reports.watch.settle(last=last))  # no bad step is saved
@@ -188,8 +188,12 @@ class Training:
         if settings.eval.tasks and settings.eval.final:
             got = evaluation.full(
                 self._model(), settings, self._workdir, step=done,
-                checkpoint_name=str(self._workdir), stop=lambda: bool(self._stop),
+                checkpoint_name=str(self._workdir), stop=self._stop.agreed,
             )  # fmt: skip
+            if self._stop:
+                line = f"{self._stop.signal}: the evaluation is not finished; start again for it"
+                self.reports.line.print(line)
+                return
             got |= self._validation(self.state.params, self.frozen)
             self.metrics |= got
             self.reports.writer.scalars(done, got)
@@ -226,9 +230,7 @@ class Training:
         A signal ends it, and what was found until then is dropped: it is owed to the next start.
         """
         with self.reports.meter.pause():
-            got = evaluation.sample(
-                self._model(), self.settings, self._tasks, lambda: bool(self._stop)
-            )
+            got = evaluation.sample(self._model(), self.settings, self._tasks, self._stop.agreed)
             if self._stop:
                 self._owed = True
                 return

@@ -48,8 +48,14 @@ def test_sigterm_saves_and_exits_0_and_a_finished_run_has_nothing_left_to_do(und
     code, out = faults.finish(RECIPE.start(workdir), workdir)
     assert code == 0 and f"continuing at step {stood}" in out, out
     faults.assert_equal_runs(workdir, reference)
+    # All that is left is an evaluation, which a signal leaves unfinished: that is told.
     before = faults.logged(workdir)
-    assert faults.finish(RECIPE.start(workdir), workdir)[0] == 0
+    task = {"name": "long", "source": {"kind": "sums", "split": "test", "size": 10**6}}
+    process = RECIPE.start(workdir, "eval.final=True", f"eval.tasks={[task]}")
+    assert faults.wait_for(lambda: "long  " in faults.log_text(workdir), process)
+    process.send_signal(signal.SIGTERM)
+    code, out = faults.finish(process, workdir)
+    assert code == 0 and "SIGTERM: the evaluation is not finished; start again" in out, out
     assert faults.logged(workdir) == before
 
 

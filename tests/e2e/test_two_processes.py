@@ -22,6 +22,9 @@ SMALL = (
     "model.config.intermediate_size=32",
 )
 
+TASK = {"name": "long", "source": {"kind": "sums", "split": "test", "size": 10**6}}
+LONG = (f"eval.tasks={[TASK]}", f"eval.limit={10**6}", "eval.batch_size=4")
+
 
 def command(workdir, *more):
     settings = (
@@ -71,7 +74,12 @@ def finish(started):
 
 def wait_for_save(started, workdir, step):
     """Wait until a finished checkpoint at or behind ``step`` is on disk."""
-    while not any(s >= step for s in saved_steps(workdir)):
+    wait_for(started, lambda: any(s >= step for s in saved_steps(workdir)))
+
+
+def wait_for(started, happened):
+    """Wait until something has happened, while all processes run."""
+    while not happened():
         for process in started:
             assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)  # polling a real process; nothing is asserted about time
@@ -110,14 +118,14 @@ def test_two_processes_train_like_one(one, tmp_path):
 
 
 def test_what_stops_one_stops_both_and_a_restart_goes_on(one, tmp_path):
-    # SIGTERM in one of them stops both after the same step.
-    started = start(tmp_path, 2, endless(), endless())
-    wait_for_save(started, tmp_path, EVERY)
+    # SIGTERM in one of them stops both at the same place, in an evaluation that would take hours.
+    stood = EVERY + 2
+    started = start(tmp_path, 2, *[[*endless(), f"eval.every={stood}", *LONG]] * 2)
+    wait_for(started, lambda: stood in losses(tmp_path))
     started[1].send_signal(signal.SIGTERM)
     codes, out = finish(started)
-    stood = saved_steps(tmp_path)[-1]
     assert codes == [0, 0] and f"SIGTERM: saved step {stood}" in out[0], out
-    assert max(losses(tmp_path)) == stood
+    assert max(losses(tmp_path)) == saved_steps(tmp_path)[-1] == stood
     # A killed one ends the other, which says so.
     started = start(tmp_path, 2, endless(), endless())
     wait_for_save(started, tmp_path, stood + EVERY)
@@ -138,7 +146,7 @@ def test_what_stops_one_stops_both_and_a_restart_goes_on(one, tmp_path):
 
 def endless():
     """Arguments of a run that only a signal ends."""
-    return [f"steps={10**6}", KEEP]
+    return [f"steps={10**6}", KEEP, "eval.tasks=[]"]
 
 
 def test_processes_that_differ_are_told_apart_before_anything_is_made(tmp_path):
