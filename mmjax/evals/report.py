@@ -40,8 +40,22 @@ def report_workdir(workdir: str | os.PathLike, meta: Mapping[str, Any] | None = 
         predictions += read_predictions(path) if os.path.exists(path) else []
     metrics = read_metrics(os.path.join(workdir, "metrics.jsonl"))
     facts = {"name": os.path.basename(os.path.abspath(workdir)), **(meta or {})}
+    facts = _of_all(results, facts)
     path = os.path.join(workdir, "report.html")
     return write_report(path, results, predictions, metrics, facts)
+
+
+def _of_all(results: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a header, of one checkpoint where every result is that one's.
+
+    A workdir keeps the results of tasks that were asked earlier, maybe of another checkpoint.
+    """
+    told = ("checkpoint", "step")
+    every = [e for entries in results.values() for e in entries.values()]
+    if len({tuple(e.get(k) for k in told) for e in [*every, facts] if "checkpoint" in e}) < 2:
+        return dict(facts)
+    kept = {k: v for k, v in facts.items() if k not in (*told, "parameters")}
+    return {**kept, "checkpoint": "several, named with each task below"}
 
 
 def write_report(

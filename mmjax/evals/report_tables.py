@@ -9,6 +9,8 @@ from typing import Any
 from mmjax.evals.summaries import metric_rows, show_metric
 
 _ASKED = {
+    "checkpoint": "checkpoint",
+    "step": "step",
     "template": "template",
     "source": "source",
     "prompt": "prompt",

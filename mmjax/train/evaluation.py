@@ -73,6 +73,7 @@ def full(
         stop=stop,
         need_some=True,
         asked={
+            "checkpoint": checkpoint_name,
             "template": template_of(settings),
             "num_beams": settings.eval.num_beams,
             "length_penalty": settings.eval.length_penalty,

@@ -44,6 +44,24 @@ def test_results_say_how_a_task_was_asked(tmp_path):
     assert "{question} &lt;b&gt;" in html
 
 
+def test_results_of_several_checkpoints_in_one_workdir_are_told_apart(tmp_path):
+    def asked(name, checkpoint, step):
+        task = Task(name, records())
+        facts = {"checkpoint": checkpoint}
+        runner.evaluate([task], say, workdir=tmp_path, progress=False, step=step, asked=facts)
+        meta = {"checkpoint": checkpoint, "step": step, "parameters": "12,345"}
+        return Path(report.report_workdir(tmp_path, meta)).read_text().split("</dl>")
+
+    header, one, *_ = asked("one", "runs/a", 10)
+    assert "<dd>runs/a</dd>" in header and "<dd>12,345</dd>" in header
+    header, one, two, *_ = asked("two", "runs/b", None)
+    assert "runs/b" not in header and "12,345" not in header and "several" in header
+    assert "<dd>runs/a</dd>" in one and "<dd>10</dd>" in one
+    assert "<dd>runs/b</dd>" in two
+    header, *_ = asked("one", "runs/b", None)  # asked anew: all are of one again
+    assert "<dd>runs/b</dd>" in header
+
+
 def test_the_prompt_is_put_around_the_last_question():
     turns = (("user", "<image>First?"), ("assistant", "a"), ("user", "Last?"))
     asked = ask(
