@@ -14,6 +14,7 @@ from mmjax.loaded import LoadedModel
 from mmjax.models import opening, pretrained, registry
 from mmjax.models.api import Processor
 from mmjax.models.companions import stated_ends
+from mmjax.models.processor import follow
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
@@ -56,8 +57,9 @@ def load(
         raise MMJaxError(f"weights is {weights!r}; give {known}, or None to keep them in {dtype}")
     opened = opening.open_pretrained(path, base=base, **parts)
     pretrained.require_trained(opened)
-    family, config = opened.family, opened.config
+    family = opened.family
     own = first_processor(family, opened).with_options(**(processor or {}))
+    config = follow(opened.config, own, processor or {})
     own.check(config)
     mesh = mesh or make_mesh({}, jax.local_devices()[:1])
     with use(mesh):

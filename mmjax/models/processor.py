@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from mmjax.data.tokenize import load_tokenizer
@@ -19,6 +21,7 @@ class FolderProcessor:
     """
 
     CONFIG: ClassVar[type]
+    IN_CONFIG: ClassVar[tuple[str, ...]] = ()  # settings that a model's config states as well
 
     def __init__(self, config: Any, tokenizer: Any | None):
         self.config = config
@@ -62,3 +65,20 @@ class FolderProcessor:
     def patch_dim(self) -> int:
         """Numbers in one row of the visual stream."""
         return self.config.patch_dim
+
+
+def follow(config: Any, processor: Any, options: Mapping[str, Any]) -> Any:
+    """Return a model's config that says what the options of its processor do.
+
+    options: what was asked of the processor beside its own files; of those that the config states
+    too, one that differs is told.
+    """
+    shared = getattr(processor, "IN_CONFIG", ())
+    changes = {name: x for name, x in options.items() if name in shared}
+    changes = {name: x for name, x in changes.items() if x != getattr(config, name)}
+    for name, value in changes.items():
+        logging.getLogger(__name__).warning(
+            f"the processor's {name} is {value!r}, as was asked; the model's own is "
+            f"{getattr(config, name)!r}"
+        )
+    return dataclasses.replace(config, **changes) if changes else config

@@ -24,6 +24,7 @@ from mmjax.loading import first_processor
 from mmjax.models import opening, pretrained, registry
 from mmjax.models.api import Config, Processor
 from mmjax.models.parts import split_chain
+from mmjax.models.processor import follow
 from mmjax.models.views import is_lora
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes, LoRA
@@ -96,6 +97,8 @@ def blueprint(
         rows, had = source.rows, min(had, source.rows)
     processor = processor.with_options(**settings.processor)
     config, new = vocabulary.with_tokens(config, processor, hf, had)
+    stated = {k: x for k, x in settings.processor.items() if k not in settings.config}
+    config = follow(config, processor, stated)
     processor.check(config)
     make, adapter = maker(settings, lora, config, seed, chosen)
     if source is not None and source.lora is not None:

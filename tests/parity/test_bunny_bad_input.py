@@ -1,5 +1,6 @@
 """Parts of a Bunny that do not fit: each is refused by name, before anything is allocated."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models import opening, pretrained, registry
 from mmjax.models.parts import Parts
 from mmjax.train import build
-from mmjax.train.settings import ModelSettings
+from mmjax.train.settings import LoRASettings, ModelSettings
 from mmjax.types import MMJaxError
 from tests.parity import bunny_files
 from tests.parity.bunny_files import PROJECTOR
 from tests.parity.bunny_golden import TOWER
+
+NO_LORA = LoRASettings()
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +240,17 @@ def test_a_processor_that_contradicts_its_model(phi, tmp_path):
     processor.with_options(image_aspect_ratio="square").save_pretrained(tmp_path / "jax")
     refused("processor's image_aspect_ratio is 'square' and the model's is 'pad'; correct "
             "preprocessor_config.json or config.json", tmp_path / "jax")  # fmt: skip
+    with pytest.raises(MMJaxError, match="processor's image_aspect_ratio is 'square'"):
+        build.blueprint(ModelSettings(family="bunny", init=str(tmp_path / "jax")), NO_LORA, 0)
+
+
+def test_an_option_of_the_processor_alone_counts_for_the_model_too(phi, tmp_path, caplog):
+    """As evaluators that squash a picture need it; a recipe that states both has to agree."""
+    to_jax.main([str(phi.merged), str(tmp_path / "jax"), "--vision-config", str(phi.sizes)])
+    asked = {"image_aspect_ratio": "square"}
+    settings = ModelSettings(family="bunny", init=str(tmp_path / "jax"), processor=asked)
+    assert build.blueprint(settings, NO_LORA, 0).config.image_aspect_ratio == "square"
+    assert "'square', as was asked; the model's own is 'pad'" in caplog.text
+    settings = dataclasses.replace(settings, config={"image_aspect_ratio": "pad"})
+    with pytest.raises(MMJaxError, match="model.processor.image_aspect_ratio and model.config"):
+        build.blueprint(settings, NO_LORA, 0)

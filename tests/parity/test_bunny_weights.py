@@ -166,6 +166,12 @@ def test_rows_of_the_vocabulary_are_those_of_the_checkpoint(phi, tmp_path):
         assert params["decoder.embed.embedding"].shape == (120, 32)
 
 
+def test_a_model_is_asked_with_squashed_pictures_as_its_evaluators_do(phi):
+    asked = {"image_aspect_ratio": "square"}
+    model = mmjax.load(phi.merged, vision_config=phi.sizes, processor=asked)
+    assert model.config.image_aspect_ratio == model.processor.config.image_aspect_ratio == "square"
+
+
 # Adapters.
 
 

@@ -62,6 +62,7 @@ class BunnyProcessor(FolderProcessor):
     """
 
     CONFIG = ProcessorConfig
+    IN_CONFIG = ("image_aspect_ratio",)
 
     def __init__(self, config: ProcessorConfig | None = None, tokenizer: Any | None = None):
         """Take the end token from the config or, where that names none, from the tokenizer.
@@ -130,7 +131,8 @@ class BunnyProcessor(FolderProcessor):
             if getattr(own, name) != getattr(config, name):
                 raise MMJaxError(
                     f"the processor's {name} is {getattr(own, name)!r} and the model's is "
-                    f"{getattr(config, name)!r}; correct preprocessor_config.json or config.json"
+                    f"{getattr(config, name)!r}; correct preprocessor_config.json or config.json, "
+                    f"or of a run model.processor.{name} and model.config.{name}"
                 )
 
     def check_template(self, template: Template) -> None:
