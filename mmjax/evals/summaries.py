@@ -56,7 +56,7 @@ def share(part: float, whole: float) -> dict[str, float]:
 
 
 def show_metric(metric: Mapping[str, float]) -> str:
-    """Write a metric: ``86.0%``, ``1223.4 of 2000``, or the number alone."""
+    """Write a metric: ``86.0%``, ``1,223.4 of 2,000``, or the number alone."""
     value, best = metric["value"], metric.get("of")
     if best == 1:
         return f"{value:.1%}"

@@ -36,12 +36,21 @@ def test_examples_are_a_function_of_the_question_and_never_itself():
     assert all(len(set(images)) == 4 for images in drawn.values())
     other = Demonstrations(POOL, 3, seed=1)
     assert other.before(POOL[0], 0).images != drawn[0]
+    fewer = Demonstrations(POOL, 2)  # more shots stand behind those, before the question
+    assert all(fewer.before(POOL[i], i).images[:2] == drawn[i][:2] for i in range(20))
+    nameless = [dataclasses.replace(r, meta={"answers": ["a"]}) for r in POOL]
+    assert len(Demonstrations(nameless, 3).before(nameless[0], 0).images) == 4
 
 
 def test_a_small_pool_is_drawn_once_for_all():
     demos = Demonstrations(POOL, 2, pool=4)
     seen = {image for i in range(20) for image in demos.before(solved(99), i).images[:-1]}
     assert len(seen) == 4
+    other = Demonstrations(POOL, 2, pool=4, seed=1)
+    assert {image for i in range(20) for image in other.before(solved(99), i).images[:-1]} != seen
+    # One smaller than the shots is as large as it has to be, for a question within it too.
+    least = Demonstrations(POOL, 3, pool=1)
+    assert {len(least.before(record, 0).images) for record in POOL} == {4}
 
 
 def test_examples_without_pictures_and_pictures_without_marks():
@@ -70,9 +79,9 @@ def test_a_task_asks_with_shots_and_says_so():
     assert results["accuracy"] == 1.0 and results["shots"] == 4
     assert [len(r.images) for r in seen] == [5, 5, 5]
     seen.clear()
-    blind = Task("few", [solved(30)], text_shots=2, demos=POOL)
-    assert evaluate([blind], answer, progress=False)["few"]["test"]["text_shots"] == 2
-    assert [(len(r.images), len(r.messages)) for r in seen] == [(1, 6)]
+    blind = Task("few", [solved(30)], text_shots=1, demos=POOL)
+    assert evaluate([blind], answer, progress=False)["few"]["test"]["text_shots"] == 1
+    assert [(len(r.images), len(r.messages)) for r in seen] == [(1, 4)]
 
 
 def test_examples_are_asked_like_the_question():
@@ -90,7 +99,11 @@ def test_examples_are_asked_like_the_question():
 
 
 def test_an_example_without_an_answering_turn_shows_its_first_right_answer():
-    bare = [dataclasses.replace(r, messages=r.messages[:1]) for r in POOL]
+    meta = [r.meta | {"answers": [*r.meta["answers"], "another"]} for r in POOL]
+    bare = [
+        dataclasses.replace(r, messages=r.messages[:1], meta=m)
+        for r, m in zip(POOL, meta, strict=True)
+    ]
     asked = Demonstrations(bare, 2).before(solved(99), 5)
     assert asked == Demonstrations(POOL, 2).before(solved(99), 5)
     untold = [dataclasses.replace(r, meta={"id": "r3"}) for r in bare]
@@ -131,6 +144,7 @@ def test_a_question_costs_the_same_however_many_records_there_are_to_show():
             return solved(i)
 
     demos = Demonstrations(Many(), 2)
+    assert len(demos._among) == 2048  # the peer's query set
     first = demos.before(POOL[0], 0)
     tracemalloc.start()
     try:
