@@ -4,6 +4,7 @@ import pytest
 
 from mmjax.data.templates import TEMPLATES
 from mmjax.data.templates_flamingo import GUANACO_SYSTEM
+from mmjax.data.turns import name_record
 from mmjax.types import BadSample, Message, Record
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
@@ -79,6 +80,9 @@ def test_a_prompt_is_the_training_stream_up_to_the_last_answer(name):
         prompt(record(("s", "Be brief.")))
     with pytest.raises(BadSample, match="nothing to train on"):
         chat(record(("u", "q")))
+    for template, says in ((chat, "nothing to train on"), (prompt, "no question")):
+        with pytest.raises(BadSample, match=says):
+            template(record())
 
 
 def test_without_marks_all_images_open_the_first_question():
@@ -87,6 +91,9 @@ def test_without_marks_all_images_open_the_first_question():
     assert written(otter).startswith("<s><image><image>User: What? GPT:")
     guanaco = TEMPLATES["guanaco_no_prompt_prompt"](record(*bare, images=1))
     assert written(guanaco).startswith("<s>### Human: <image>What?\n### Assistant: ~A cat.</s>\n#")
+    for text in ("  What? ", "What?\n", " "):  # white space without a mark that it belongs to
+        spaced = TEMPLATES["otter_prompt"](record(("u", text)))
+        assert written(spaced) == f"<s>User: {text} GPT:<answer>"
 
 
 def test_marks_inside_a_question_stay_there():
@@ -94,6 +101,10 @@ def test_marks_inside_a_question_stay_there():
     words = "Is it <image> or <image>?"
     assert f"<image>User: {words} GPT:" in written(TEMPLATES["otter_chat"](inside))
     assert f"Human: <image> {words}\n" in written(TEMPLATES["guanaco_chat"](inside))
+    apart = record(("u", "<image> \r\n<image>\nWhat?\n"), images=2)  # nothing but space between
+    assert written(TEMPLATES["otter_prompt"](apart)) == (
+        "<s><image><image>User: What?\n GPT:<answer>"
+    )
     assert "<image><image><image>Output:x" in written(
         TEMPLATES["open_flamingo_caption_chat"](inside)
     )
@@ -119,6 +130,8 @@ def test_laions_targets_are_all_but_the_image():
     assert written(segments, loss=True) == "A cat.<|endofchunk|></s>"
     asked = TEMPLATES["laion_caption"](record(("u", "<image>\nDescribe."), *ONE[1:], images=1))
     assert asked == segments
+    with pytest.raises(BadSample, match="nothing to train on"):
+        TEMPLATES["laion_caption"](record(("u", "<image>\nDescribe."), images=1))
 
 
 def test_an_interleaved_document_learns_what_follows_its_images():
@@ -136,6 +149,7 @@ def test_an_interleaved_document_learns_what_follows_its_images():
     assert written(segments, loss=True) == "a b<|endofchunk|>c<|endofchunk|>"
     unmarked = TEMPLATES["interleaved"](record(("u", "a"), images=1))
     assert written(unmarked) == "<s><image>a<|endofchunk|></s>"
+    assert all(s.value for s in unmarked if s.kind == "text")
 
 
 @pytest.mark.parametrize(
@@ -144,9 +158,12 @@ def test_an_interleaved_document_learns_what_follows_its_images():
         (record(("u", "a")), "image_count", r"0 <image> mark\(s\) for 0 image\(s\)"),
         (record(("u", "<image>a<image>b"), images=1), "image_count", "2 <image>"),
         (record(("u", "a<image> "), images=1), "empty_answer", "no text follows"),
+        (record(("u", "<image>a<image> "), images=2), "empty_answer", "no text follows"),
     ],
 )
 def test_documents_that_teach_nothing_are_bad(bad, reason, says):
     with pytest.raises(BadSample, match=says) as error:
         TEMPLATES["interleaved"](bad)
     assert error.value.reason == reason and "f.json (id 7)" in str(error.value)
+    assert name_record(Record((), (), {"line": 3, "source": "f.json"})) == "f.json:3 (id ?)"
+    assert name_record(Record((), ())) == "record (id ?)"

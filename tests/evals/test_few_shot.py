@@ -65,6 +65,13 @@ def test_examples_without_pictures_and_pictures_without_marks():
         solved(1, marked=False), messages=(Message("system", "Look."), Message("user", "What?"))
     )
     assert [m.text for m in join([told]).messages] == ["Look.", "<image>What?"]
+    both = dataclasses.replace(told, images=("one", "two"))
+    assert [m.text for m in join([both]).messages] == ["Look.", "<image><image>What?"]
+    said = dataclasses.replace(told, messages=(Message("assistant", "A cat."),))
+    asked = [(m.role, m.text) for m in join([said]).messages]
+    assert asked == [("user", "<image>"), ("assistant", "A cat.")]
+    blind = dataclasses.replace(said, images=())
+    assert join([blind]).messages == blind.messages
 
 
 def test_a_task_asks_with_shots_and_says_so():

@@ -44,6 +44,12 @@ def encode(processor, template, one, **options):
     return processor.encode(TEMPLATES[template](one), one.images, **options)
 
 
+def written(segments):
+    """All but <bos> as one string, images as their numbers."""
+    said = [s for s in segments if s.value != "bos"]
+    return "".join(f"<{s.value}>" if s.kind == "image" else s.value for s in said)
+
+
 def ids(processor, text):
     return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -119,15 +125,53 @@ def test_unmarked_images_leading_answers_and_system_messages():
         assert caught.value.reason == "bad_record"
 
 
+@pytest.mark.parametrize(
+    "name, end",
+    [
+        ("bunny", "<|endoftext|>"),
+        ("bunny_phi3", "<|endoftext|>"),
+        ("bunny_minicpm", "</s>"),
+        ("bunny_llama", "<|end_of_text|>"),
+        ("bunny_gemma", "<eos>"),
+    ],
+)
+def test_each_template_is_the_peers_dialogue_with_its_own_end(name, end):
+    two = record(
+        ("u", " What <image>\nis it? <image>"), ("a", " A dog. "), ("u", " <image> "), ("a", "No."),
+        ("u", " Sure? "), ("a", "Yes."), images=3,
+    )  # fmt: skip
+    said = TEMPLATES[f"{name}_chat"](two)
+    assert written(said) == (
+        f"{SYSTEM} USER: <0><1>\nWhat \nis it? ASSISTANT:  A dog. {end}"
+        f"USER: <2> ASSISTANT: No.{end}USER:  Sure?  ASSISTANT: Yes.{end}"
+    )
+    assert written([s for s in said if s.loss]) == f"  A dog. {end} No.{end} Yes.{end}"
+    prompt = TEMPLATES[f"{name}_prompt"](two)
+    assert written(prompt) == written(said[:-2]) and not any(s.loss for s in prompt)
+    front = TEMPLATES[f"{name}_prompt"](record(("u", "a"), ("a", "b"), ("u", "c"), images=2))
+    assert [s.value for s in front[2:5]] == [0, 1, "\na ASSISTANT: b"]
+    for bad, says in ((record(), "not end with"), (record(("s", "b"), ("a", "c")), "alternate")):
+        with pytest.raises(BadSample, match=says):
+            TEMPLATES[f"{name}_chat"](bad)
+    with pytest.raises(BadSample, match="not end with"):
+        TEMPLATES[f"{name}_chat"](record(("u", "a")))
+
+
 def test_pretraining_needs_an_image_and_one_caption():
     example = encode(PHI, "bunny_plain", record(("a", "A dog."), images=1))
     caption = ids(PHI, "A dog.\n")
     assert example["tokens"].tolist() == [0] * 4 + caption
     assert example["loss_mask"].tolist() == [False] * 4 + [True] * len(caption)
+    spaced = TEMPLATES["bunny_plain"](record(("u", "Hm?"), ("a", " A dog. "), images=2))
+    assert [s.value for s in spaced] == ["bos", 0, 1, " A dog. \n"]
+    with pytest.raises(BadSample, match="not end with"):
+        TEMPLATES["bunny_plain"](record(("u", "Hm?"), images=1))
     asked = encode(PHI, "bunny_plain_prompt", record(("u", "Hm?"), ("a", "A dog."), images=1))
     assert asked["tokens"].tolist() == [0] * 4 and not asked["loss_mask"].any()
     with pytest.raises(BadSample, match="needs an image"):
         encode(PHI, "bunny_plain_prompt", record(("u", "Hm?")))
+    with pytest.raises(BadSample, match=r"1 <image> mark\(s\) for 2"):
+        encode(PHI, "bunny_plain_prompt", record(("u", "<image>"), images=2))
     for bad, says in (
         (record(("u", "Hm?"), ("a", "A dog.")), "needs an image"),
         (record(("u", "a"), ("a", "b"), ("u", "a"), ("a", "b"), images=1), "more than one caption"),
