@@ -285,7 +285,10 @@ def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
     if path.name.isdigit() and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
     folder = path / FOLDER
-    found = ocp.training.Checkpointer(folder).checkpoints if folder.is_dir() else ()
+    found = []
+    if folder.is_dir():
+        with ocp.training.Checkpointer(folder) as manager:
+            found = manager.checkpoints
     if not found:
         raise MMJaxError(
             f"{path} holds no finished checkpoint (looked for {folder}/<step>); give a workdir "
@@ -301,15 +304,13 @@ def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
 def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Load a step's parameters alone, by dotted name, onto the shardings of ``abstract``."""
     logging.getLogger("absl").addFilter(_not_from_orbax)
-    manager = ocp.training.Checkpointer(Path(workdir).absolute() / FOLDER)
     want = {"params": dict(abstract)}
-    try:
-        if problem := _misfit(manager.checkpointables_metadata(step).metadata, want):
-            raise ValueError(problem)
-        return manager.load_checkpointables(step, want)["params"]
-    except (ValueError, KeyError) as error:
-        raise MMJaxError(
-            f"checkpoint {step} of {workdir} does not fit the model: {error}"
-        ) from error
-    finally:
-        manager.close()
+    with ocp.training.Checkpointer(Path(workdir).absolute() / FOLDER) as manager:
+        try:
+            if problem := _misfit(manager.checkpointables_metadata(step).metadata, want):
+                raise ValueError(problem)
+            return manager.load_checkpointables(step, want)["params"]
+        except (ValueError, KeyError) as error:
+            raise MMJaxError(
+                f"checkpoint {step} of {workdir} does not fit the model: {error}"
+            ) from error

@@ -154,7 +154,7 @@ class Interleave:
             one = held.get(f"_!_IMAGE{number}_!_")
             if not isinstance(one, dict):
                 raise BadSample(
-                    "image_count", f"{where}: 'image_map' lacks picture {number} of 'example'"
+                    "image_mismatch", f"{where}: 'image_map' lacks picture {number} of 'example'"
                 )
             images.append(_decoded(one.get("base64_image"), f"{where}: picture {number}"))
         return _GPT_MARK.sub(IMAGE_MARK, text), images
@@ -227,7 +227,7 @@ def _decoded(text: Any, where: str) -> bytes:
 
 def _refuse_marks(text: str, where: str) -> None:
     if IMAGE_MARK in text:
-        raise BadSample("image_count", f"{where}: the text itself holds {IMAGE_MARK}")
+        raise BadSample("image_mismatch", f"{where}: the text itself holds {IMAGE_MARK}")
 
 
 def _bad(where: str, message: str) -> BadSample:

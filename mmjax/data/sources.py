@@ -137,7 +137,7 @@ def parse_record(
     texts = "input" if forms[0] == "output" else forms[0]
     if marks not in (0, len(images)):
         raise BadSample(
-            "image_count",
+            "image_mismatch",
             f"{where}: {marks} {IMAGE_MARK} mark(s) in {texts!r} for {len(images)} image(s) in "
             "'image'; write one mark for each image, or none to put them all in front",
         )

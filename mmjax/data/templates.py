@@ -61,7 +61,7 @@ def fuyu_chat(record: Record) -> list[Segment]:
 
     A turn is ``User:{q} Assistant:`` <answer> ``{a}`` <eos>; <bos> stands once, behind the images
     that open the prompt. A system message is a line of its own before the first turn. Raises
-    BadSample ``empty_answer`` (also when there is no answer at all) and ``image_count``.
+    BadSample ``empty_answer`` (also when there is no answer at all) and ``image_mismatch``.
     """
     return _chat(record, FUYU)
 

@@ -41,7 +41,7 @@ def bunny_chat(record: Record) -> list[Segment]:
 
     Answers and their <|endoftext|> are targets. A system message of the record takes the place of
     the peer's. A leading answer is left out, as the peer does. Raises BadSample ``empty_answer``,
-    ``image_count``, and ``bad_record`` where questions and answers do not alternate.
+    ``image_mismatch``, and ``bad_record`` where questions and answers do not alternate.
     """
     return _chat(record, "bunny")
 
@@ -95,7 +95,8 @@ def bunny_plain(record: Record) -> list[Segment]:
     r"""Lay out an image and its caption for pretraining: ``<image>{caption}\n``, no end mark.
 
     Caption and newline are targets; the words of the question are left out. Raises BadSample
-    ``image_count`` without an image, ``empty_answer``, and ``bad_record`` for more than one answer.
+    ``image_mismatch`` without an image, ``empty_answer``, and ``bad_record`` for more than one
+    answer.
     """
     need_answer(record)
     count_marks(record)
@@ -110,7 +111,7 @@ def bunny_plain_prompt(record: Record) -> list[Segment]:
     """Lay out what stands before the caption of ``bunny_plain``: the image, no targets.
 
     A caption has no end mark: generate as many tokens as are wanted. Raises BadSample
-    ``image_count`` without an image.
+    ``image_mismatch`` without an image.
     """
     count_marks(record)
     return [_BOS, *_images(record)]
@@ -126,7 +127,7 @@ TEMPLATES = (
 def _images(record: Record) -> list[Segment]:
     """Return the images that a caption is of."""
     if not record.images:
-        raise BadSample("image_count", f"{name_record(record)}: pretraining needs an image")
+        raise BadSample("image_mismatch", f"{name_record(record)}: pretraining needs an image")
     return [Segment("image", i) for i in range(len(record.images))]
 
 

@@ -82,7 +82,7 @@ def otter_chat(record: Record) -> list[Segment]:
 
     <eos> closes the last turn, a target too. Images stand before the ``User:`` of their turn, so
     in-context examples are earlier turns with images of their own. A system message is a line
-    before the first turn. Raises BadSample ``empty_answer`` and ``image_count``.
+    before the first turn. Raises BadSample ``empty_answer`` and ``image_mismatch``.
     """
     return _chat(record, OTTER)
 
@@ -184,8 +184,8 @@ def interleaved(record: Record) -> list[Segment]:
     before; at the end another, and <eos>. Targets are the texts behind images and their
     <|endofchunk|>: neither what stands before the first image nor the <eos>. Behind an image
     without a text the peer trains the <|endofchunk|> alone, here nothing. Turns are joined by a
-    space; white space that touches a mark is dropped. Raises BadSample ``image_count`` and, where
-    no text follows the last image, ``empty_answer``.
+    space; white space that touches a mark is dropped. Raises BadSample ``image_mismatch`` and,
+    where no text follows the last image, ``empty_answer``.
     """
     name, total = name_record(record), len(record.images)
     text = " ".join(m.text for m in record.messages)
@@ -194,7 +194,7 @@ def interleaved(record: Record) -> list[Segment]:
     first, *pieces = (piece.strip() for piece in text.split(IMAGE_MARK))
     if len(pieces) != total or not total:
         raise BadSample(
-            "image_count",
+            "image_mismatch",
             f"{name}: {len(pieces)} {IMAGE_MARK} mark(s) for {total} image(s); an interleaved "
             "document needs an image, and one mark for each of them",
         )

@@ -50,7 +50,7 @@ def answer(
         raise BadSample("empty_answer", f"{name_record(record)}: an assistant turn is empty")
     if IMAGE_MARK in message.text:
         raise BadSample(
-            "image_count",
+            "image_mismatch",
             f"{name_record(record)}: {IMAGE_MARK} stands in an assistant turn; only system and "
             "user turns may hold images",
         )
@@ -75,11 +75,11 @@ def marked(record: Record) -> tuple[Message, ...]:
 
 
 def count_marks(record: Record) -> int:
-    """Count the marks of a record; raises BadSample ``image_count`` for neither none nor all."""
+    """Count the marks of a record; raises BadSample ``image_mismatch`` for neither none nor all."""
     total = sum(m.text.count(IMAGE_MARK) for m in record.messages)
     if total not in (0, len(record.images)):
         raise BadSample(
-            "image_count",
+            "image_mismatch",
             f"{name_record(record)}: {total} {IMAGE_MARK} mark(s) for {len(record.images)} "
             "image(s); write one mark for each image, or none to put them all in front",
         )

@@ -21,7 +21,7 @@ from mmjax.train.changes import changed
 from mmjax.train.design import Design, make_design
 from mmjax.train.export import export_model
 from mmjax.train.initial import init_frozen, init_state
-from mmjax.train.loss import source_weights
+from mmjax.train.loss import LossOptions, source_weights
 from mmjax.train.reports import Reports
 from mmjax.train.settings import RunSettings, check_numbers
 from mmjax.train.step import compile_step, make_train_step
@@ -83,7 +83,8 @@ class Training:
         self.settings, self._design = settings, design
         self._workdir, self._mesh, self._stop = workdir, mesh, stop
         self._batches = train_iterator(settings, plan.processor, workdir)
-        weights = source_weights(settings.data.loss_weights, self._batches.source_names)
+        names = self._batches.source_names
+        weights = source_weights(settings.data.loss_weights, names)
         self.checkpoints = CheckpointManager(
             workdir, settings.checkpoint, about={"name": settings.name}
         )
@@ -105,11 +106,9 @@ class Training:
         self._step = compile_step(
             make_train_step(
                 graphdef, outline.tx, outline.schedule,
-                accumulate=settings.accumulate, loss_chunk=settings.loss_chunk,
-                seed=settings.seed, num_sources=len(self._batches.source_names),
-                max_loss=settings.bad_steps.max_loss,
-                skip_bad=settings.bad_steps.action == "skip",
-                rows=design.rows, source_weights=weights, rates=optim.shares(settings.optim),
+                loss=LossOptions(len(names), weights, settings.loss_chunk),
+                accumulate=settings.accumulate, seed=settings.seed, rows=design.rows,
+                bad_steps=settings.bad_steps, rates=optim.shares(settings.optim),
             ),
             outline.state,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """The training loss: cross-entropy over supervised positions, and nothing but those."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,21 @@ from mmjax.ops import xent
 from mmjax.parallel.context import take_on_length
 from mmjax.parallel.sharding import constrain
 from mmjax.types import Batch, MMJaxError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """How the loss of a step is made of its targets.
+
+    num_sources: datasets whose losses are told apart, by ``batch["target_source"]``. weights: the
+    loss is then sum_s w_s mean_s, each mean over the targets of its own source in the whole batch,
+    not the mean over all of them; a source without any adds nothing. chunk: targets that the head
+    runs on at a time.
+    """
+
+    num_sources: int = 1
+    weights: Sequence[float] | None = None
+    chunk: int = xent.CHUNK
 
 
 def loss_sum(model: nnx.Module, batch: Batch, *, chunk: int = xent.CHUNK) -> tuple[Array, Array]:

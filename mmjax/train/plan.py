@@ -29,6 +29,7 @@ from mmjax.train import state as train_state
 from mmjax.train.activations import activations
 from mmjax.train.build import absent_files, blueprint, maker
 from mmjax.train.design import Outline, abstract_batch, make_outline
+from mmjax.train.loss import LossOptions
 from mmjax.train.plan_answer import AnswerPlan, plan_answers
 from mmjax.train.settings import RunSettings
 from mmjax.train.step import compile_step, make_train_step
@@ -137,7 +138,7 @@ def _compiled(settings: RunSettings, outline: Outline, batch, rows) -> int:
     """Return the bytes that the compiled step needs on a device, as the compiler counts them."""
     fn = make_train_step(
         outline.graphdef, outline.tx, outline.schedule,
-        accumulate=settings.accumulate, loss_chunk=settings.loss_chunk, rows=rows,
+        loss=LossOptions(chunk=settings.loss_chunk), accumulate=settings.accumulate, rows=rows,
     )  # fmt: skip
     step = compile_step(fn, outline.state)
     with axes_apart():  # the program of other devices, as what it is held beside

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
@@ -13,10 +12,10 @@ from flax import nnx
 from jax import Array
 
 from mmjax.nn.dropout import dropout_key
-from mmjax.ops import xent
-from mmjax.train.loss import loss_by_source, targets_by_source
+from mmjax.train.loss import LossOptions, loss_by_source, targets_by_source
 from mmjax.train.rows import Rows, masked, restored
 from mmjax.train.state import TrainState, shardings
+from mmjax.train.watch import BadStepSettings
 from mmjax.types import Batch
 
 
@@ -25,14 +24,11 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    loss: LossOptions = LossOptions(),  # noqa: B008
     accumulate: int = 1,
-    loss_chunk: int = xent.CHUNK,
     seed: int = 0,
-    num_sources: int = 1,
-    max_loss: float = math.inf,
-    skip_bad: bool = False,
     rows: Mapping[str, Rows] = MappingProxyType({}),
-    source_weights: Sequence[float] | None = None,
+    bad_steps: BadStepSettings = BadStepSettings(),  # noqa: B008
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return step(state, frozen, batch) -> (state, metrics).
@@ -41,35 +37,34 @@ def make_train_step(
         them and divided once by the number of target tokens of the whole batch, so the result
         does not depend on how targets fall into microbatches.
     seed: of the adapters' dropout, whose masks are functions of (seed, step, microbatch, layer).
-    num_sources: datasets whose losses are told apart, by ``batch["target_source"]``.
-    max_loss: a loss above it, or a loss or gradient that is no number, makes a step bad.
-    skip_bad: a bad step leaves parameters and optimizer as they were; its learning rate is gone.
     rows: tables of which some rows alone are trained, by name; see ``mmjax.train.rows``.
-    source_weights: the loss is then sum_s w_s mean_s, each mean over the targets of its own source
-        in the whole batch, not the mean over all of them; a source without any adds nothing.
-    rates: learning rates of some parameters as shares of the schedule's; they are only told.
+    bad_steps: a loss above ``max_loss``, or a loss or gradient that is no number, makes a step bad.
+        With ``skip`` it leaves parameters and optimizer as they were; its learning rate is gone.
+        The caller stops, and counts to ``limit``.
+    schedule, rates: the learning rate, and those of some parameters as shares of it. They are only
+        told: ``tx`` applies its own.
 
     The metrics are scalars, and ``source_loss``, ``source_targets`` float32[sources].
     """
 
-    gradients = _summed_gradients(graphdef, accumulate, loss_chunk, num_sources)
+    gradients = _summed_gradients(graphdef, accumulate, loss)
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        share = _target_weights(batch, source_weights, num_sources)
+        share = _target_weights(batch, loss)
         (total, (totals, counts)), grads = gradients(state.params, frozen, batch, key, share)
         count = counts.sum()
         scale = 1.0 / jnp.maximum(count, 1.0) if share is None else jnp.float32(1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, masked(rows, grads))
         updates, opt = tx.update(grads, state.opt, state.params)
         params = restored(rows, optax.apply_updates(state.params, updates), state.params)
-        loss, norm = total * scale, optax.tree.norm(grads)
-        good = (loss <= max_loss) & jnp.isfinite(loss) & jnp.isfinite(norm)
-        if skip_bad:
+        mean, norm = total * scale, optax.tree.norm(grads)
+        good = (mean <= bad_steps.max_loss) & jnp.isfinite(mean) & jnp.isfinite(norm)
+        if bad_steps.action == "skip":
             params, opt = _unless_bad(good, (params, opt), (state.params, state.opt))
         rate = schedule(state.step)
         metrics = {
-            "loss": loss,
+            "loss": mean,
             "grad_norm": norm,
             "lr": rate,
             **{f"lr/{name}": rate * part for name, part in rates.items()},
@@ -84,9 +79,7 @@ def make_train_step(
     return train_step
 
 
-def _summed_gradients(
-    graphdef: nnx.GraphDef, accumulate: int, loss_chunk: int, num_sources: int
-) -> Callable:
+def _summed_gradients(graphdef: nnx.GraphDef, accumulate: int, loss: LossOptions) -> Callable:
     """Return gradients(params, frozen, batch, key, share) -> ((loss, (losses, targets)), grads).
 
     All of them are sums over the batch: losses and targets float32[sources], the loss that of all
@@ -96,7 +89,7 @@ def _summed_gradients(
     def sums(params, frozen, batch, key, share):
         with dropout_key(key):
             model = nnx.merge(graphdef, params, frozen)
-            totals, counts = loss_by_source(model, batch, num_sources, chunk=loss_chunk)
+            totals, counts = loss_by_source(model, batch, loss.num_sources, chunk=loss.chunk)
         return (totals if share is None else totals * share).sum(), (totals, counts)
 
     of_microbatch = jax.value_and_grad(sums, has_aux=True)
@@ -117,24 +110,22 @@ def _summed_gradients(
         # In float32, whatever the parameters are kept in: bfloat16 has no room for many terms.
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         zero = jnp.zeros((), jnp.float32)
-        each = jnp.zeros(num_sources, jnp.float32)
+        each = jnp.zeros(loss.num_sources, jnp.float32)
         start = ((zero, (each, each)), zeros)
         return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
 
     return accumulated
 
 
-def _target_weights(
-    batch: Batch, source_weights: Sequence[float] | None, num_sources: int
-) -> Array | None:
+def _target_weights(batch: Batch, loss: LossOptions) -> Array | None:
     """Return what a target of each source weighs, float32[sources]; None where all weigh alike.
 
     It is known before any microbatch runs, so the loss of a batch can be summed over them.
     """
-    if source_weights is None:
+    if loss.weights is None:
         return None
-    weights = jnp.asarray(source_weights, jnp.float32)
-    return weights / jnp.maximum(targets_by_source(batch, num_sources), 1.0)
+    weights = jnp.asarray(loss.weights, jnp.float32)
+    return weights / jnp.maximum(targets_by_source(batch, loss.num_sources), 1.0)
 
 
 def _unless_bad(good: Array, new, old):

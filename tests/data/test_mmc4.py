@@ -181,7 +181,7 @@ def spoilt(**changes):
     [
         ([1], "bad_json", "expected an object, got list"),
         (spoilt(text_list="Aa."), "bad_record", "'text_list' is no list"),
-        (spoilt(text_list=["an <image> tag"]), "image_count", "the text itself holds <image>"),
+        (spoilt(text_list=["an <image> tag"]), "image_mismatch", "the text itself holds <image>"),
         (spoilt(image_info={}), "bad_record", "'image_info' is no list"),
         (spoilt(similarity_matrix=[[0.5, 0.2]]), "bad_record", r"shape \[1, 2\].* 1 sentences"),
         (spoilt(similarity_matrix=[[0.5], [0.1]]), "bad_record", "one row for each of 1 pictures"),
@@ -191,7 +191,7 @@ def spoilt(**changes):
         (spoilt(image_info=[{"image_base64": 5}]), "corrupt_image", "picture 0: is int"),
         (spoilt(image_info=[{"image_base64": "!!"}]), "corrupt_image", "picture 0: not base64"),
         ({"is_gpt": 1, "example": "x"}, "bad_record", "'image_map'"),
-        (chat("_!_IMAGE3_!_ x", 2), "image_count", "lacks picture 3"),
+        (chat("_!_IMAGE3_!_ x", 2), "image_mismatch", "lacks picture 3"),
     ],
 )
 def test_a_broken_document_is_a_bad_sample(one, info, reason, says):

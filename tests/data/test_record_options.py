@@ -162,7 +162,7 @@ def test_the_first_images_are_kept_and_the_marks_of_the_others_go(texts, limit, 
 def test_marks_that_do_not_fit_the_images_are_left_to_the_template():
     one = talk(SQUARE, SQUARE, SQUARE, question="<image>a<image>b")
     got = loader(One(one), max_images=1)((0, 0, 0))
-    assert isinstance(got, Skip) and got.reason == "image_count"
+    assert isinstance(got, Skip) and got.reason == "image_mismatch"
     whole = talk(SQUARE, WIDE, question="<image>a<image>b")
     example = loader(One(whole), max_images=1)((0, 0, 0))
     assert len(example["patches"]) == 4 and example["origin"].images == 1

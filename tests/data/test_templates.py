@@ -175,8 +175,8 @@ def test_the_legacy_template_strips_symbols():
     [
         (record(("u", "q"), ("a", " ")), "empty_answer"),
         (record(("u", "q")), "empty_answer"),
-        (record(("u", "<image> <image>"), ("a", "x"), images=1), "image_count"),
-        (record(("u", "q"), ("a", "<image>"), images=1), "image_count"),
+        (record(("u", "<image> <image>"), ("a", "x"), images=1), "image_mismatch"),
+        (record(("u", "q"), ("a", "<image>"), images=1), "image_mismatch"),
     ],
 )
 def test_bad_records_have_a_reason_and_name_the_record(bad, reason):

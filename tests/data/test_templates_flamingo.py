@@ -155,8 +155,8 @@ def test_an_interleaved_document_learns_what_follows_its_images():
 @pytest.mark.parametrize(
     "bad, reason, says",
     [
-        (record(("u", "a")), "image_count", r"0 <image> mark\(s\) for 0 image\(s\)"),
-        (record(("u", "<image>a<image>b"), images=1), "image_count", "2 <image>"),
+        (record(("u", "a")), "image_mismatch", r"0 <image> mark\(s\) for 0 image\(s\)"),
+        (record(("u", "<image>a<image>b"), images=1), "image_mismatch", "2 <image>"),
         (record(("u", "a<image> "), images=1), "empty_answer", "no text follows"),
         (record(("u", "<image>a<image> "), images=2), "empty_answer", "no text follows"),
     ],

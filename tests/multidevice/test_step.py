@@ -16,10 +16,13 @@ from mmjax.nn.linear import DTypes, LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
 from mmjax.train import optim, state, step
+from mmjax.train.loss import LossOptions
+from mmjax.train.watch import BadStepSettings
 from mmjax.types import MMJaxError
 from tests import tiny
 
 SETTINGS = optim.OptimSettings(lr=1e-2, warmup=0, schedule="constant")
+SKIP = BadStepSettings("skip", max_loss=50.0)
 
 
 def build(
@@ -110,7 +113,7 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
 
 def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
-        fn, train, frozen = build(mesh, skip_bad=True, max_loss=50.0)
+        fn, train, frozen = build(mesh, bad_steps=SKIP)
         nan = np.full_like(tiny.batch()["patches"], np.nan, np.float32)
         good, bad = tiny.batch(), tiny.batch() | {"patches": nan}
         train, metrics = fn(train, frozen, bad | {"patches": good["patches"]})
@@ -125,7 +128,7 @@ def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
         np.testing.assert_allclose(metrics["padding"], 0.0)
         kernel = "decoder.layers.mlp.up.kernel"
         assert np.any(paths.flatten(train.params)[kernel] != paths.flatten(before.params)[kernel])
-        strict, train, frozen = build(mesh, max_loss=1.0)
+        strict, train, frozen = build(mesh, bad_steps=BadStepSettings(max_loss=1.0))
         assert strict(train, frozen, good)[1]["bad"]  # exploded: above max_loss
 
 
@@ -151,7 +154,7 @@ def test_masks_are_drawn_anew_for_each_seed_step_and_microbatch():
     tx, found = optax.sgd(0.0), {}
     for seed in (0, 1):
         fn = step.make_train_step(
-            graphdef, tx, lambda _: 0.0, accumulate=2, num_sources=2, seed=seed
+            graphdef, tx, lambda _: 0.0, loss=LossOptions(2), accumulate=2, seed=seed
         )
         fn = jax.jit(fn)
         for number in (0, 1, 0):
@@ -173,7 +176,7 @@ def test_a_gradient_that_is_no_number_makes_a_bad_step_of_a_good_loss():
     graphdef, params = nnx.split(Steep())
     one, tx = np.ones((1, 2), np.int32), optax.sgd(1.0)
     batch = dict(tokens=one, segment_ids=one, target_index=one[:, :1])
-    fn = jax.jit(step.make_train_step(graphdef, tx, lambda _: 1.0, skip_bad=True))
+    fn = jax.jit(step.make_train_step(graphdef, tx, lambda _: 1.0, bad_steps=SKIP))
     train = state.TrainState(jnp.int32(0), params, tx.init(params))
     after, metrics = fn(train, nnx.State({}), batch)
     np.testing.assert_allclose(metrics["loss"], np.log(4), rtol=1e-6)
@@ -198,7 +201,7 @@ def test_the_learning_rate_that_is_logged_is_applied_after_a_skipped_step_too():
     )
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
         fn, train, frozen = build(
-            mesh, skip_bad=True, max_loss=50.0, tx=optim.make_optimizer(linear, 10),
+            mesh, bad_steps=SKIP, tx=optim.make_optimizer(linear, 10),
             schedule=optim.schedule(linear, 10),
         )  # fmt: skip
         bad = tiny.batch()

@@ -10,7 +10,7 @@ import pytest
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import state, step
-from mmjax.train.loss import source_weights
+from mmjax.train.loss import LossOptions, source_weights
 from mmjax.types import MMJaxError
 from tests import tiny
 
@@ -19,6 +19,7 @@ BATCH = tiny.batch()
 SOURCES = np.where(BATCH["target_index"] > 0, np.arange(4) // 3, -1).astype(np.int32)
 SOURCES[2:4] = np.where(SOURCES[2:4] >= 0, 2, -1)  # 15, 4 and 7 targets
 WEIGHTS = (0.2, 1.0, 0.7)
+WEIGHED = LossOptions(3, WEIGHTS)
 
 
 @functools.cache
@@ -58,9 +59,8 @@ def alone():
 )
 def test_the_loss_equals_a_backward_pass_for_each_source(alone, shape, accumulate):
     got, metrics = gradient(
-        BATCH | {"target_source": SOURCES}, shape, accumulate=accumulate, num_sources=3,
-        source_weights=WEIGHTS,
-    )  # fmt: skip
+        BATCH | {"target_source": SOURCES}, shape, accumulate=accumulate, loss=WEIGHED
+    )
     pairs = list(zip(WEIGHTS, alone, strict=True))
     np.testing.assert_allclose(metrics["loss"], sum(w * x for w, (_, x) in pairs), rtol=1e-5)
     np.testing.assert_allclose(metrics["source_loss"], [x for _, x in alone], rtol=1e-5)
@@ -72,7 +72,7 @@ def test_the_loss_equals_a_backward_pass_for_each_source(alone, shape, accumulat
 
 
 def test_without_weights_it_is_one_mean_over_all_targets(alone):
-    _, metrics = gradient(BATCH | {"target_source": SOURCES}, num_sources=3)
+    _, metrics = gradient(BATCH | {"target_source": SOURCES}, loss=LossOptions(3))
     counts = [(i == SOURCES).sum() for i in range(3)]
     assert metrics["source_targets"].tolist() == counts and sum(counts) == 28
     want = sum(n * x for n, (_, x) in zip(counts, alone, strict=True)) / 28
@@ -82,7 +82,7 @@ def test_without_weights_it_is_one_mean_over_all_targets(alone):
 def test_a_source_without_a_target_in_the_batch_adds_nothing(alone):
     index = np.where(SOURCES == 1, BATCH["target_index"], -1)
     batch = BATCH | {"target_index": index, "target_source": np.where(SOURCES == 1, 1, -1)}
-    got, metrics = gradient(batch, num_sources=3, source_weights=WEIGHTS, accumulate=4)
+    got, metrics = gradient(batch, loss=WEIGHED, accumulate=4)
     np.testing.assert_allclose(metrics["loss"], WEIGHTS[1] * alone[1][1], rtol=1e-5)
     for name, value in got.items():
         np.testing.assert_allclose(value, WEIGHTS[1] * alone[1][0][name], atol=2e-6, err_msg=name)

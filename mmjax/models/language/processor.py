@@ -71,14 +71,14 @@ class LanguageProcessor:
         *,
         max_tokens: int | None = None,
     ) -> Example:
-        """Encode text segments; raises BadSample: image_count, too_long, end_mark.
+        """Encode text segments; raises BadSample: image_mismatch, too_long, end_mark.
 
         Text runs between special tokens are tokenised whole; ``answer`` and ``cut`` marks stand for
         nothing. Raises MMJaxError for a special token of another family's template, and for an
         end that the tokenizer lacks.
         """
         if images or any(s.kind == "image" for s in segments):
-            raise BadSample("image_count", f"{len(images)} image(s) for a model of text alone")
+            raise BadSample("image_mismatch", f"{len(images)} image(s) for a model of text alone")
         tokenizer = self._needed()
         marks = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
         marks |= {"answer": None, "cut": None}
