@@ -31,7 +31,8 @@ class LoadedModel:
 
     family: name of its family. config: its sizes. model: the NNX module; call it inside
     ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back. ends: tokens
-    that end an answer beside those of the config, as generation_config.json states them.
+    that end an answer beside those of the config, as generation_config.json states them. beside:
+    bytes that stay on each device beside the model, as an optimizer's state while a run trains.
     """
 
     family: str
@@ -40,6 +41,7 @@ class LoadedModel:
     processor: Processor
     mesh: jax.sharding.Mesh
     ends: tuple[int, ...] = ()
+    beside: int = 0
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -152,7 +154,7 @@ class LoadedModel:
             )
         graphdef, params = self._split
         generator = Generator(
-            graphdef, self.end_tokens(stop), sampling, cache_dtype, beams, constraints
+            graphdef, self.end_tokens(stop), sampling, cache_dtype, beams, constraints, self.beside
         )
         out: list[np.ndarray] = [None] * len(examples)
         rows = min(batch_size, len(examples))

@@ -62,6 +62,20 @@ class Beams:
         )
 
 
+class Prefilled(NamedTuple):
+    """Prompts that are in the cache, and how their answers go on and end."""
+
+    decode: Callable[[Array, Any], tuple[Array, Any]]
+    """(tokens int32[rows of the cache], cache) -> (logits float32[rows, v], cache)."""
+    logits: Array  # float32[b, v], after the prompts
+    cache: Any
+    history: Array  # int32[b, w], the prompts; w is the cache's room
+    lengths: Array  # int32[b]
+    real: Array  # bool[b], rows that are no padding
+    max_new: Array  # int32[]
+    ends: Array  # int32[e], tokens that end an answer
+
+
 class Ranking(NamedTuple):
     """divisors: float32[most], of scores by length - 1. first, longest: the stopping rule."""
 
@@ -100,28 +114,16 @@ class _Candidates(NamedTuple):
 
 
 def search(
-    decode: Callable[[Array, Any], tuple[Array, Any]],
-    logits: Array,
-    cache: Any,
-    history: Array,
-    lengths: Array,
-    real: Array,
-    max_new: Array,
-    ends: Array,
-    beams: Beams,
-    ranking: Ranking,
-    constraints: Constraints,
+    prompts: Prefilled, beams: Beams, ranking: Ranking, constraints: Constraints
 ) -> tuple[Array, Array]:
     """Return (rows int32[b, r, w], counts int32[b, r]): each prompt's r best, and their new tokens.
 
-    decode: (tokens int32[b * n], cache) -> (logits [b * n, v], cache). logits: float32[b, v], after
-    the prompts. cache: filled with the prompts, n rows each. history: int32[b, w], the prompts.
-    real: bool[b], rows that are no padding.
+    The cache of the prompts has ``num_beams`` rows for each of them.
     """
-    b, n = len(history), beams.num_beams
+    b, n, max_new = len(prompts.history), beams.num_beams, prompts.max_new
 
     def advance(state: _State, logits: Array) -> _State:
-        found = _candidates(state, logits, lengths, ends, constraints)
+        found = _candidates(state, logits, prompts.lengths, prompts.ends, constraints)
         step = state.step + 1
         over = found.ends | (step == max_new)
         scores, best = jax.lax.top_k(found.scores + jnp.where(over, NEVER, 0.0), n)
@@ -142,13 +144,14 @@ def search(
     def body(carry):
         state, cache = carry
         cache = cache.take((jnp.arange(b)[:, None] * n + state.parents).reshape(-1))
-        at = (lengths + state.step - 1)[:, None, None]
+        at = (prompts.lengths + state.step - 1)[:, None, None]
         tokens = jnp.take_along_axis(state.running, at, axis=2).reshape(-1)
-        logits, cache = decode(tokens, cache)
+        logits, cache = prompts.decode(tokens, cache)
         return advance(state, logits), cache
 
-    first = advance(_start(history, real, n), jnp.repeat(logits, n, axis=0))
-    state, _ = jax.lax.while_loop(going, body, (first, cache))
+    logits = jnp.repeat(prompts.logits, n, axis=0)
+    first = advance(_start(prompts.history, prompts.real, n), logits)
+    state, _ = jax.lax.while_loop(going, body, (first, prompts.cache))
     r = beams.num_return_sequences
     return state.ended.rows[:, :r], state.ended.counts[:, :r]
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from mmjax.generate import beam
-from mmjax.generate.beam import Beams
+from mmjax.generate.beam import Beams, Prefilled
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.sampling import Sampling
 from mmjax.nn.cache import DTYPES, Cache
@@ -80,7 +81,8 @@ class Generator:
     graphdef: of the model. eos: token ids that end a row. sampling: how tokens are chosen, or
     beams: beam search, which needs temperature 0. constraints: what a row may not say.
     cache_dtype: what keys and values are stored in, one of ``mmjax.nn.cache.DTYPES``; None for the
-    model's compute dtype. Raises MMJaxError for another.
+    model's compute dtype. Raises MMJaxError for another. beside: bytes that stay on the device
+    beside the parameters while it answers, such as an optimizer's.
     """
 
     graphdef: nnx.GraphDef
@@ -89,6 +91,7 @@ class Generator:
     cache_dtype: str | None = None
     beams: Beams = Beams()  # noqa: RUF009
     constraints: Constraints = Constraints()  # noqa: RUF009
+    beside: int = 0
 
     def __post_init__(self):
         if self.cache_dtype not in (None, *DTYPES):
@@ -161,7 +164,7 @@ def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
 
     cache = model.init_cache(b, room, how.cache_dtype)
     layers = None
-    if _taken_apart(params, cache):
+    if _taken_apart(params, cache, how.beside):
         # A scan copies each layer's weights out of their stack for every token, on a CPU its cache
         # too. Taken apart once, before all else, they are read where they lie. No stacked cache
         # ever exists: on a CPU its pages would be new with each call, and cost more than what is
@@ -177,42 +180,45 @@ def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
         hidden, cache = model.decode(tokens, cache, layers)
         return model.logits(hidden), cache
 
-    some = decode, logits, cache, history, lengths, real, max_new, ends
+    prompts = Prefilled(decode, logits, cache, history, lengths, real, max_new, ends)
     if how.beams.num_beams > 1:
-        history, counts = beam.search(*some, how.beams, ranking, how.constraints)
+        history, counts = beam.search(prompts, how.beams, ranking, how.constraints)
     else:
-        history, counts = _draw(*some, draws, how.sampling, how.constraints)
+        history, counts = _draw(prompts, draws, how.sampling, how.constraints)
     new = (lengths[:, None] + jnp.arange(room - t))[:, None]
     tokens = jnp.take_along_axis(history, new, axis=2)
     # Whole on every device: each process of a run reads them.
     return constrain(tokens, None, None, None), constrain(counts, None, None)
 
 
-def _taken_apart(params: nnx.State, cache: Cache) -> bool:
+def _taken_apart(params: nnx.State, cache: Cache, beside: int) -> bool:
     """Tell whether layers and cache are taken apart, which costs a second copy of the weights.
 
-    On a CPU always. On one GPU where it has room for that copy, the cache and half as much again
+    On a CPU always. On one GPU whose memory holds both copies, the cache and half as much again
     for the prefill: compiled for an H200, the scan writes and reads each layer's weights once more
     for every token. Several devices share the weights, and their processes trace one program.
+
+    It goes by the memory that JAX may take, not by what is free at the moment: the two programs
+    may round differently, and a run that goes on must answer as one that was never stopped.
     """
     if jax.default_backend() == "cpu":
         return True
     mesh = jax.sharding.get_abstract_mesh()
     if jax.process_count() > 1 or not (mesh.empty or mesh.size == 1):
         return False
-    stats = jax.local_devices()[0].memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     weights, kept = (
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, cache)
     )
-    return free >= weights + 1.5 * kept
+    return room >= beside + 2 * weights + 1.5 * kept
 
 
 def _draw(
-    decode, logits, cache, history, lengths, real, max_new, ends, draws, sampling, constraints
-):
+    prompts: Prefilled, draws: tuple, sampling: Sampling, constraints: Constraints
+) -> tuple[Array, Array]:
     """Choose one token a row and step; returns (rows int32[b, 1, w], counts int32[b, 1])."""
-    rows = jnp.arange(history.shape[0])
+    lengths, ends = prompts.lengths, prompts.ends
+    rows = jnp.arange(len(lengths))
     key, places, numbers = draws
     keys = jax.vmap(partial(jax.random.fold_in, key))(places)
 
@@ -229,14 +235,16 @@ def _draw(
 
     def going(carry):
         step, _, done, *_ = carry
-        return (step < max_new) & ~jnp.all(done)
+        return (step < prompts.max_new) & ~jnp.all(done)
 
     def body(carry):
         step, token, done, counts, history, cache = carry
-        logits, cache = decode(token, cache)
+        logits, cache = prompts.decode(token, cache)
         return step + 1, *take(step, logits, done, counts, history), cache
 
     # The first token stands outside of the loop: nothing is decoded after the last.
-    first = take(jnp.int32(0), logits, ~real, jnp.zeros_like(lengths), history)
-    _, _, _, counts, history, _ = jax.lax.while_loop(going, body, (jnp.int32(1), *first, cache))
+    none = jnp.zeros_like(lengths)
+    first = take(jnp.int32(0), prompts.logits, ~prompts.real, none, prompts.history)
+    start = (jnp.int32(1), *first, prompts.cache)
+    _, _, _, counts, history, _ = jax.lax.while_loop(going, body, start)
     return history[:, None], counts[:, None]

@@ -112,10 +112,15 @@ def count_parameters(model: LoadedModel) -> int:
     return sum(frozen_part.sizes(nnx.state(model.model)).values())
 
 
-def answering(plan: Blueprint, model: nnx.Module, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """Return a run's model as ``mmjax.load`` would return its export: with the same end tokens."""
+def answering(
+    plan: Blueprint, model: nnx.Module, mesh: jax.sharding.Mesh, beside: int = 0
+) -> LoadedModel:
+    """Return a run's model as ``mmjax.load`` would return its export: with the same end tokens.
+
+    beside: see ``LoadedModel``.
+    """
     ends = () if plan.source is None else stated_ends(plan.source.folders, plan.config.vocab_size)
-    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh, ends)
+    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh, ends, beside)
 
 
 def open_model(

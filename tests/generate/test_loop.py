@@ -94,28 +94,30 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
 def test_a_gpu_takes_layers_apart_where_it_has_room_for_a_second_copy(model, monkeypatch):
     _, params = nnx.split(model)
     cache = model.init_cache(2, 64)
-    assert loop._taken_apart(params, cache)  # a CPU has room
+    assert loop._taken_apart(params, cache, 0)  # a CPU has room
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     kept = sum(x.nbytes for x in jax.tree.leaves(cache))
-    need, used = weights + kept * 3 // 2, 1000
+    need, optimizer = 2 * weights + kept * 3 // 2, 1000
 
     class Device:
-        def __init__(self, free):
-            self.stats = {"bytes_limit": used + free, "bytes_in_use": used}
+        def __init__(self, limit, used=0):
+            self.limit, self.used = limit, used
 
         def memory_stats(self):
-            return self.stats if self.stats["bytes_limit"] > used else None
+            return {"bytes_limit": self.limit, "bytes_in_use": self.used} if self.limit else None
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for free, apart in ((need + 1, True), (need - 1, False), (0, False)):
-        monkeypatch.setattr(jax, "local_devices", lambda free=free: [Device(free)])
-        assert loop._taken_apart(params, cache) is apart
+    for limit, apart in ((need + optimizer, True), (need + optimizer - 1, False), (0, False)):
+        for used in (0, limit):  # at the moment: a run that goes on has to answer alike
+            device = Device(limit, used)
+            monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+            assert loop._taken_apart(params, cache, optimizer) is apart
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(2 * need)])
     with monkeypatch.context() as among:
         among.setattr(jax, "process_count", lambda: 2)
-        assert not loop._taken_apart(params, cache)
+        assert not loop._taken_apart(params, cache, 0)
     with jax.set_mesh(make_mesh({"tensor": 2}, jax.devices()[:2])):
-        assert not loop._taken_apart(params, cache)
+        assert not loop._taken_apart(params, cache, 0)
 
 
 def test_greedy_takes_the_first_of_equals_and_an_index_whatever_comes():
