@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -15,9 +14,9 @@ from typing import Any
 from mmjax.evals.charts import Point, Series, legend, line_chart
 from mmjax.evals.page import filters, page
 from mmjax.evals.pictures import data_uri
+from mmjax.evals.predictions import predictions_path, read_predictions
 from mmjax.evals.report_tables import asked_section, metrics_section, place
 from mmjax.evals.results import (
-    predictions_path,
     read_results,
     right_of,
     write_atomic,
@@ -90,18 +89,6 @@ def write_report(
     html = page(f"{name} - report", header, "\n".join(filter(None, body)), escape(_versions()))
     write_atomic(path, html)
     return path
-
-
-def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read a predictions file, passing over lines that are no JSON."""
-    rows = []
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
 
 
 def _tiles(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -136,11 +135,6 @@ def chance_level(task: Task, records: Iterable[Record]) -> float | None:
             counts.append(len(choices_of(record)))
     shares = [1 / n if n else 0.0 for n in counts if n or task.has_open_questions]
     return sum(shares) / len(shares) if any(shares) else None
-
-
-def predictions_path(workdir: str | os.PathLike, task: str) -> str:
-    """Return where the predictions of a task are kept."""
-    return os.path.join(workdir, "predictions", re.sub(r"[^\w.-]+", "_", task) + ".jsonl")
 
 
 def read_results(path: str | os.PathLike) -> dict[str, dict[str, Any]]:

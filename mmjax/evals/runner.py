@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,18 +14,16 @@ from mmjax.data.resizing import at_resolution
 from mmjax.evals.benchmarks import source_settings
 from mmjax.evals.cuts import get_cut
 from mmjax.evals.few_shot import Demonstrations, demonstrations
-from mmjax.evals.pictures import picture_size, save_pictures
+from mmjax.evals.pictures import picture_size
+from mmjax.evals.predictions import predictions_path, save_predictions
 from mmjax.evals.results import (
     blind_baselines,
     chance_level,
     facts_of,
     judge,
     merge_results,
-    predictions_path,
     summarise,
-    write_atomic,
 )
-from mmjax.evals.submissions import get_submission
 from mmjax.evals.tasks import Task, ask, chosen, open_source
 from mmjax.monitor.terminal import track
 from mmjax.types import BadSample, MMJaxError, Record
@@ -100,7 +97,7 @@ def evaluate(
             console.print(f"{task.name}: a test split has nothing to score; give a workdir")
         if workdir is not None:
             try:
-                written = _keep(task, rows, source, os.fspath(workdir))
+                written = save_predictions(task, rows, source, os.fspath(workdir))
                 if scored:
                     merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
                 for path in written:
@@ -271,46 +268,3 @@ def _row(task: Task, index: int, record: Record | None, resolution: int | None) 
         if record.images and isinstance(record.images[0], str | os.PathLike):
             row["image"] = os.fspath(record.images[0])
     return row | {"prediction": "", "score": 0.0, "correct": False}
-
-
-def _keep(
-    task: Task, rows: list[dict[str, Any]], source: Sequence[Record], workdir: str
-) -> list[str]:
-    """Write the predictions of a task, the pictures that the report will show, and submissions.
-
-    Returns the paths of the submissions, one a resolution.
-    """
-    path = predictions_path(workdir, task.name)
-    shown = {}
-    for index in choose_pictures(rows, task.pictures):
-        stem = os.path.splitext(os.path.basename(path))[0]
-        saved = save_pictures(source[index], os.path.join(workdir, "predictions", stem), index)
-        if saved:
-            shown[index] = [os.path.relpath(one, workdir) for one in saved]
-    lines = []
-    for row in rows:
-        kept = {"pictures": shown[row["index"]]} if row["index"] in shown else {}
-        lines.append(json.dumps(row | kept, ensure_ascii=False, default=str))
-    write_atomic(path, "\n".join(lines) + "\n")
-    if task.submission is None:
-        return []
-    ending, make = get_submission(task.submission)
-    written = []
-    for key in dict.fromkeys(row["key"] for row in rows):
-        written.append(path.removesuffix(".jsonl") + f".{key}{ending}")
-        write_atomic(written[-1], make([row for row in rows if row["key"] == key]))
-    return written
-
-
-def choose_pictures(rows: Sequence[dict[str, Any]], count: int) -> list[int]:
-    """Choose questions to show: half of them answered wrongly at some resolution, if there are."""
-    by_index: dict[int, bool] = {}
-    for row in rows:
-        if "error" not in row:
-            by_index[row["index"]] = by_index.get(row["index"], True) and row["correct"]
-    wrong = [i for i, right in by_index.items() if not right]
-    right = [i for i, good in by_index.items() if good]
-    take = min(len(wrong), max(count // 2, count - len(right)))
-    picked = [wrong[i] for i in spread(len(wrong), take)]
-    picked += [right[i] for i in spread(len(right), count - len(picked))]
-    return sorted(picked)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.evals import compare, cuts, report, runner
+from mmjax.evals import compare, cuts, predictions, report, runner
 from mmjax.evals.benchmarks import BENCHMARKS
 from mmjax.evals.scorers import READERS
 from mmjax.evals.tasks import Task, ask, question_of
@@ -35,7 +35,7 @@ def test_results_say_how_a_task_was_asked(tmp_path):
     told = {"prompt": "{question} <b>", "cut": "open_flamingo_vqa", "max_new_tokens": 16}
     told |= {"limit": 2, "scorer": "exact_match", "summary": None} | asked
     assert {key: entry[key] for key in told} == told
-    rows = report.read_predictions(tmp_path / "predictions/t.jsonl")
+    rows = predictions.read_predictions(tmp_path / "predictions/t.jsonl")
     assert [(r["prediction"], r["generated"], r["score"]) for r in rows] == 2 * [
         ("cat", "cat Question:And", 1.0)
     ]

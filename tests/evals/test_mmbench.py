@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmjax.data.benchmarks.mmbench import MmbenchSource
-from mmjax.evals import report, runner
+from mmjax.evals import runner
 from mmjax.evals.tasks import make_task, question_of
 from mmjax.types import MMJaxError
 
@@ -98,7 +98,7 @@ def test_a_test_split_gives_a_file_for_the_server_and_no_score(tmp_path):
     say = lambda records, *_: ["B. <dog> & co\x00"] * len(records)  # noqa: E731
     found = runner.evaluate([task], say, workdir=tmp_path / "run", progress=False)
     assert found == {} and not (tmp_path / "run/results.json").exists()
-    rows = report.read_predictions(tmp_path / "run/predictions/mmbench.jsonl")
+    rows = predictions.read_predictions(tmp_path / "run/predictions/mmbench.jsonl")
     assert [(r["unscored"], r.get("error"), r["read"]) for r in rows] == 2 * [(True, None, "B")]
     file = zipfile.ZipFile(tmp_path / "run/predictions/mmbench.test.xlsx")
     sheet = ET.fromstring(file.read("xl/worksheets/sheet1.xml"))

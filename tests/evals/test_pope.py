@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mmjax.evals import compare, report, runner, summaries, yes_no
+from mmjax.evals import compare, predictions, report, runner, summaries, yes_no
 from mmjax.evals.table import metric_tables
 from mmjax.evals.tasks import make_task
 from mmjax.types import MMJaxError
@@ -62,7 +62,7 @@ def test_pope_from_its_files_to_the_report(pope, tmp_path):
     assert list(whole["groups"]) == ["adversarial", "random"]
     assert whole["groups"]["random"]["metrics"]["F1"] == {"value": 0.666667, "of": 1}
     assert whole["groups"]["adversarial"]["metrics"]["neither"]["value"] == 1.0
-    rows = report.read_predictions(tmp_path / "run/predictions/pope.jsonl")
+    rows = predictions.read_predictions(tmp_path / "run/predictions/pope.jsonl")
     assert [(r["id"], r["read"]) for r in rows] == [
         ("adversarial/1", None), ("adversarial/2", None),
         ("random/1", "yes"), ("random/2", "no"), ("random/3", "yes"),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mmjax.data.images import open_image
 from mmjax.data.limits import spread
-from mmjax.evals import charts, report, results, runner
+from mmjax.evals import charts, predictions, report, results, runner
 from mmjax.evals.answer import answerer
 from mmjax.evals.table import results_table
 from mmjax.evals.tasks import Task, answers_of, make_task, multiple_choice, question_of, vqa
@@ -72,7 +72,7 @@ def test_a_sweep_is_scored_kept_and_reported(tmp_path):
     assert full["blind"]["majority"]["correct"] == 2
     assert full["blind"]["question_only"]["groups"]["yes/no"]["accuracy"] == 0.0
     assert json.loads((tmp_path / "results.json").read_text()) == found
-    rows = report.read_predictions(results.predictions_path(tmp_path, "colours"))
+    rows = predictions.read_predictions(predictions.predictions_path(tmp_path, "colours"))
     assert len(rows) == 12
     assert rows[7] == {
         "id": "r1",
@@ -247,7 +247,7 @@ def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
         got = runner.evaluate([task], generate, workdir=tmp_path, progress=False)
         (found,) = got["t"].values()
         assert (found["n"], found["correct"], found["unreadable"]) == (2, 1, 1)
-        rows = report.read_predictions(results.predictions_path(tmp_path, "t"))
+        rows = predictions.read_predictions(predictions.predictions_path(tmp_path, "t"))
         assert "/nowhere/a.png" in rows[0]["error"] and rows[0]["prediction"] == ""
         assert "error" not in rows[1] and rows[1]["prediction"] == "red"
     assert "1 / 2, 1 unreadable" in Path(report.report_workdir(tmp_path)).read_text()
@@ -271,7 +271,7 @@ def test_half_a_surrogate_pair_ends_no_evaluation(tmp_path):
     """JSON may hold one as an escape; no encoding has it."""
     odd = record(0, "Which \ud83d?", "red", group="\ud83d")
     run([vqa("t", [odd], group="group")], tmp_path)
-    (row,) = report.read_predictions(results.predictions_path(tmp_path, "t"))
+    (row,) = predictions.read_predictions(predictions.predictions_path(tmp_path, "t"))
     assert row["question"] == "Which \ud83d?" and row["correct"]
     assert list(results.read_results(tmp_path / "results.json")["t"]["test"]["groups"]) == [
         "\ud83d"
