@@ -25,6 +25,7 @@ from pathlib import Path
 
 from bench import environment, report, suites
 from bench.environment import ROOT
+from mmjax.cli import arguments
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "or .venv-flamingo/bin/python, which `make .venv-flamingo/installed` makes",
     )
     parser.add_argument("--report", type=Path, nargs="+", help="only write the document from these")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     args.suites = args.suite.split(",")
     if unknown := [s for s in args.suites if s not in suites.SUITES]:
         parser.error(f"unknown suite {unknown[0]!r}; choose from {', '.join(suites.SUITES)}")

@@ -28,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from bench import environment, ours, report
+from mmjax.cli import arguments
 from mmjax.models import pretrained, registry
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules, writer
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dir", type=Path, help="where the checkpoints go, default a temporary one"
     )
     parser.add_argument("--out", type=Path, help="append the row to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     sizes = {"num_layers": args.layers, **(TINY if args.quick else {})}
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         theirs, converted, back = (Path(folder) / name for name in ("hub", "mmjax", "back"))

@@ -28,6 +28,7 @@ from PIL import Image
 
 from bench import environment, ours, records, report
 from bench.runner import BenchError, parity
+from mmjax.cli import arguments
 
 TARGET = 5.0
 SEED = 0
@@ -133,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few small records: does it run?")
     parser.add_argument("--dir", type=Path, help="where records go, default a temporary folder")
     parser.add_argument("--out", type=Path, help="append the row to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     args.shape, args.sizes, args.compared = SHAPE | {"batch_size": args.rows}, records.Sizes(), 64
     if args.quick:
         args.shape, args.sizes = QUICK_SHAPE, records.QUICK

@@ -14,7 +14,7 @@ import sys
 
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_parts, open_source
-from mmjax.cli import run_guarded
+from mmjax.cli import arguments, run_guarded
 from mmjax.models import averages, converted, pretrained
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     add_parts(parser)
     add_dtype(parser, "keep", "bfloat16", "float32")
     add_overwrite(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
 
     given = [_split(text) for text in args.sources]
     averages.check_weights([weight for _, weight in given])

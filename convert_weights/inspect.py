@@ -17,7 +17,7 @@ from rich.text import Text
 
 from convert_weights.progress import gigabytes
 from convert_weights.sources import add_source, open_source
-from mmjax.cli import run_guarded
+from mmjax.cli import arguments, run_guarded
 from mmjax.models import pretrained
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules as R
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     opened = open_source(args)
     with use():
         abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)

@@ -14,7 +14,7 @@ import sys
 
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
-from mmjax.cli import run_guarded
+from mmjax.cli import arguments, run_guarded
 from mmjax.models import exports, pretrained
 from mmjax.parallel.mesh import use
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         "--whole", action="store_true", help="of a layout of trained parts: all the rest as well"
     )
     add_overwrite(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
 
     opened = open_source(args)
     with use():

@@ -15,7 +15,7 @@ import sys
 
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
-from mmjax.cli import run_guarded
+from mmjax.cli import arguments, run_guarded
 from mmjax.models import converted, pretrained
 from mmjax.parallel.mesh import use
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("destination", help="the folder to write; it appears whole or not at all")
     add_dtype(parser, "keep", "bfloat16", "float32")
     add_overwrite(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
 
     opened = open_source(args)
     with use():

@@ -13,6 +13,7 @@ from absl import flags
 
 from mmjax import runtime
 from mmjax.config import resolve_recipe, split_recipe
+from mmjax.home import in_home
 from mmjax.types import MMJaxError
 
 FLAGS = flags.FLAGS
@@ -41,7 +42,7 @@ def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | Non
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if argv is None:
         runtime.prepare()
-    argv = [with_home(item) for item in (sys.argv if argv is None else argv)]
+    argv = list(map(with_home, sys.argv if argv is None else argv))
     sys.exit(run_guarded(lambda: _run(main, argv)))
 
 
@@ -105,14 +106,14 @@ def parse_args(argv: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def with_home(argument: str) -> str:
-    """Write out the home folder in ``--name=~/x``; a shell does so only where a word begins.
-
-    Taken as it stands, a run would make itself a folder called ``~``.
-    """
+    """Write out the home folder in ``--name=~/x`` and ``a.pt,~/b.pt``; see ``mmjax.home``."""
     name, mark, value = argument.partition("=")
-    if not mark or not name.startswith("-") or not value.startswith("~"):
-        return argument
-    return f"{name}={os.path.expanduser(value)}"
+    return f"{name}={in_home(value)}" if mark else in_home(argument)
+
+
+def arguments(argv: Sequence[str] | None = None) -> list[str]:
+    """Return the arguments of a command, by default the program's, with the home folder in them."""
+    return list(map(with_home, sys.argv[1:] if argv is None else argv))
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

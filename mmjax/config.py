@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mmjax.home import in_home
 from mmjax.schema import is_mapping, to_dataclass
 from mmjax.types import MMJaxError, nearest
 
@@ -67,7 +68,8 @@ def _opened(value: Any) -> Any:
 def resolve_recipe(recipe: str | os.PathLike, overrides: Iterable[str] = ()) -> Any:
     """Load ``configs/x.py`` or ``configs/x.py:arg`` and return its locked ConfigDict.
 
-    overrides: ``optim.lr=3e-5``, also with the ``--config.`` of the command line in front.
+    overrides: ``optim.lr=3e-5``, also with the ``--config.`` of the command line in front. The home
+    folder is written out in every text, ``path="~/data.jsonl"``.
     Raises MMJaxError for a missing file, an argument the recipe does not take, an unknown key or
     a value of the wrong type, with the nearest name.
     """
@@ -85,7 +87,9 @@ def resolve_recipe(recipe: str | os.PathLike, overrides: Iterable[str] = ()) -> 
             raise
         raise MMJaxError(f"{file} does not take the argument {arg!r}: {e}") from e
     config.lock()
-    return apply_overrides(config, overrides)
+    config = apply_overrides(config, overrides)
+    _write_home(config)
+    return config
 
 
 def recipe_options(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
@@ -128,6 +132,15 @@ def split_recipe(recipe: str | os.PathLike) -> tuple[str, str | None]:
     text = os.fspath(recipe)
     file, mark, arg = text.partition(".py:")
     return (f"{file}.py", arg) if mark else (text, None)
+
+
+def _write_home(config: Any) -> None:
+    """Write the home folder out in all texts of a ConfigDict."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _write_home(value)
+        elif (written := in_home(value)) != value:
+            config[name] = written
 
 
 def _load_module(file: str) -> types.ModuleType:

@@ -41,7 +41,7 @@ from mmjax.config import recipe_options
 def get_config(arg=None):
     o = recipe_options(arg, quick=False, size=3)
     return ConfigDict(dict(steps=2 if o.quick else 10, size=o.size, name="x", flag=False, stop=None,
-                           mesh=(1, 2), optim=dict(lr=0.1, schedule="cosine")))
+                           mesh=(1, 2), data={}, optim=dict(lr=0.1, schedule="cosine")))
 '''
 
 
@@ -132,12 +132,17 @@ def test_split_overrides_takes_both_spellings():
     assert rest == ["--config=a.py", "--workdir", "w"]
 
 
-def test_the_home_folder_is_written_out_in_values_alone(monkeypatch):
+def test_the_home_folder_is_written_out_wherever_a_path_is_given(recipe, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert cli.with_home("--config.data.sources.train.path=~/a.json") == (
         "--config.data.sources.train.path=/home/me/a.json"
     )
-    for kept in ("~/a", "a=~/b", "--workdir", "--config.words=a ~/b", "--workdir=runs/~"):
+    assert cli.arguments(["path=~/a", "a.pt,~/b.pt"]) == ["path=/home/me/a", "a.pt,/home/me/b.pt"]
+    overrides = ["name=~/a,~/b", "data={'path': '~/c', 'names': ('~/d', 'a ~/b', '~')}"]
+    made = config.resolve_recipe(recipe, overrides)
+    assert made.name == "/home/me/a,/home/me/b"
+    assert made.data.path == "/home/me/c" and made.data.names == ("/home/me/d", "a ~/b", "~")
+    for kept in ("--workdir", "--config.words=a ~/b", "--workdir=runs/~", "--config.words=~"):
         assert cli.with_home(kept) == kept
 
 

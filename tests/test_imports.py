@@ -17,7 +17,7 @@ ALLOWED = {
     "parallel": {"types"},
     "ops": {"types", "parallel"},
     "nn": {"types", "parallel", "ops"},
-    "data": {"types", "schema", "user_cache"},
+    "data": {"types", "schema", "user_cache", "home"},
     "weights": {"types"},
     "monitor": {"types"},
     "models": {"types", "parallel", "ops", "nn", "data", "weights"},

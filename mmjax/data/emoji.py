@@ -158,7 +158,7 @@ def _names(folder: str) -> tuple[dict, ...]:
     file = Path(folder) / "emoji.json"
     if not file.is_file():
         raise MMJaxError(f"{file} is missing; fetch it with `python -m mmjax.data.emoji`")
-    entries = json.loads(file.read_text())
+    entries = json.loads(file.read_text("utf-8"))
     return tuple(e for e in entries if all(e[f"has_img_{style}"] for style in STYLES))
 
 
@@ -179,9 +179,11 @@ def _drawing(folder: str, style: str, column: int, row: int) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from mmjax.cli import arguments
+
     parser = argparse.ArgumentParser(prog="mmjax.data.emoji", description=__doc__)
     parser.add_argument("--folder", type=Path, default=default_folder())
-    folder = parser.parse_args(argv).folder
+    folder = parser.parse_args(arguments(argv)).folder
     if not (folder / "emoji.json").is_file():
         fetch(folder)
     print(f"{folder}: {len(_names(os.fspath(folder)))} emoji in {len(STYLES)} styles")

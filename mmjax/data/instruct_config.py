@@ -12,6 +12,7 @@ from typing import Any
 
 from mmjax.data.jsonl import IndexedJson
 from mmjax.data.mixture import apportion
+from mmjax.home import in_home
 from mmjax.types import BadSample, MMJaxError, nearest
 
 KEYS = ("dataset_name", "json_path", "img_dir", "ratio")
@@ -49,7 +50,7 @@ def expand_config(
             whole = {"dataset_name": path.stem, "json_path": path.name, "ratio": 1.0}
             datasets = [(1, whole)]
         else:
-            datasets = [rows[i] for i in range(len(rows))]
+            datasets = in_home([rows[i] for i in range(len(rows))])
     except BadSample as error:
         raise MMJaxError(str(error)) from error
     problems: list[str] = []

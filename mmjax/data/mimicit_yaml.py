@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from mmjax.data.mimicit import GROUPS
+from mmjax.home import in_home
 from mmjax.types import MMJaxError, nearest
 
 PATHS = ("mimicit_path", "images_path", "train_config_path")
@@ -46,7 +47,7 @@ def expand_yaml(
             "'mimicit' with mimicit_path in place of path"
         )
     try:
-        groups = yaml.load(path.read_text("utf-8"), _StrictLoader)
+        groups = in_home(yaml.load(path.read_text("utf-8"), _StrictLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise MMJaxError(f"{path}: cannot be read as YAML: {e}") from e
     if not isinstance(groups, Mapping) or not groups:

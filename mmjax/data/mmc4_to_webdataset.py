@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmjax.cli import print_error, run_guarded
+from mmjax.cli import arguments, print_error, run_guarded
 from mmjax.data.webdataset import expand_shards
 from mmjax.monitor.terminal import track
 from mmjax.types import MMJaxError
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("documents", nargs="+", help=".jsonl.zip or .jsonl files, braces allowed")
     parser.add_argument("--images", required=True, help="the folder of the pictures")
     parser.add_argument("--shard_samples", type=int, default=1000, help="documents in a shard")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     out, images = Path(args.out), Path(args.images)
     if out.exists():
         raise MMJaxError(f"{out}: exists already; remove it or choose another folder")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmjax.cli import run_guarded
+from mmjax.cli import arguments, run_guarded
 from mmjax.data.parquet import pyarrow_parquet
 from mmjax.types import MMJaxError
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument("--rows", type=int, default=32, help="rows in each group (default 32)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     count = regroup(args.source, args.target, args.rows)
     print(f"{args.target}: {count:,} rows, {args.rows} in each group")
     return 0

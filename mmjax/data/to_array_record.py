@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mmjax.cli import run_guarded
+from mmjax.cli import arguments, run_guarded
 from mmjax.data.array_record import pack_record, write_array_records
 from mmjax.data.catalog import make_source
 from mmjax.data.sources import Source
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", nargs="+", help="key=value arguments of the source, kind first")
     parser.add_argument("--shard_records", type=int, default=50_000, help="records in a file")
     parser.add_argument("--max_bad_share", type=float, default=0.05)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     source = make_source(parse_source(args.source))
     console = Console(stderr=True)
     bad: collections.Counter[str] = collections.Counter()

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.cli import run_guarded
+from mmjax.cli import arguments, run_guarded
 from mmjax.evals.charts import Point, Series, line_chart, standalone
 from mmjax.evals.page import STYLE
 from mmjax.evals.results import read_results, write_atomic
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir, or name=workdir")
     parser.add_argument("--task", help="which task of the results; needed where there are several")
     parser.add_argument("--out", required=True, help="the Markdown file, such as docs/compare.md")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     runs = read_runs(args.runs, args.task)
     typed = " \\\n    ".join(["python -m mmjax.evals.compare", *args.runs])
     task = f" --task {args.task}" if args.task else ""

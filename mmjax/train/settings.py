@@ -10,7 +10,7 @@ from mmjax.data.multiturn import Multiturn
 from mmjax.nn.cache import DTYPES
 from mmjax.train.optim import OptimSettings
 from mmjax.train.rows import RowSettings
-from mmjax.train.watch import BadStepSettings
+from mmjax.train.step import BadStepSettings
 from mmjax.types import MMJaxError
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,21 @@ from mmjax.nn.dropout import dropout_key
 from mmjax.train.loss import LossOptions, loss_by_source, targets_by_source
 from mmjax.train.rows import Rows, masked, restored
 from mmjax.train.state import TrainState, shardings
-from mmjax.train.watch import BadStepSettings
 from mmjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class BadStepSettings:
+    """What happens at a bad step: its loss or gradient is no number, or its loss explodes.
+
+    action: ``stop`` ends the run and names the step, its records and the last checkpoint; ``skip``
+    leaves parameters and optimizer as they were and goes on, ``limit`` times in a run. max_loss: a
+    mean loss above it has exploded; a uniform guess among 262,144 tokens has 12.5.
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    limit: int = 10
+    max_loss: float = 100.0
 
 
 def make_train_step(
@@ -28,7 +43,7 @@ def make_train_step(
     accumulate: int = 1,
     seed: int = 0,
     rows: Mapping[str, Rows] = MappingProxyType({}),
-    bad_steps: BadStepSettings = BadStepSettings(),  # noqa: B008
+    bad_steps: BadStepSettings = BadStepSettings(),
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
     """Return step(state, frozen, batch) -> (state, metrics).

@@ -13,6 +13,7 @@ from mmjax.evals.few_shot import demonstrations
 from mmjax.evals.scorers import get_scorer
 from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
 from mmjax.generate.beam import Beams
+from mmjax.home import in_home
 from mmjax.models.api import Processor
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.types import BadSample, MMJaxError, nearest
@@ -25,7 +26,7 @@ def tasks_of(settings: EvalSettings) -> list[Task]:
 
 def with_tasks(settings: RunSettings, path: str | Path) -> RunSettings:
     """Return the settings with the tasks of a JSON file: a list of them, or one."""
-    found = read_json(path, 'a JSON file of tasks, such as [{"benchmark": "pope", ...}]')
+    found = in_home(read_json(path, 'a JSON file of tasks, such as [{"benchmark": "pope", ...}]'))
     tasks = found if isinstance(found, list) else [found]
     if not tasks or not all(isinstance(task, dict) for task in tasks):
         raise MMJaxError(f"{path}: expected a list of tasks, each an object of settings")

@@ -9,30 +9,17 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.terminal import LiveLine
 from mmjax.monitor.writers import Writer
+from mmjax.train.step import BadStepSettings
 from mmjax.types import MMJaxError
 
 _NAMED = 8  # records that a message names; the file has all of them
-
-
-@dataclasses.dataclass(frozen=True)
-class BadStepSettings:
-    """What happens at a bad step: its loss or gradient is no number, or its loss explodes.
-
-    action: ``stop`` ends the run and names the step, its records and the last checkpoint; ``skip``
-    leaves parameters and optimizer as they were and goes on, ``limit`` times in a run. max_loss: a
-    mean loss above it has exploded; a uniform guess among 262,144 tokens has 12.5.
-    """
-
-    action: Literal["stop", "skip"] = "stop"
-    limit: int = 10
-    max_loss: float = 100.0
 
 
 @dataclasses.dataclass(frozen=True)

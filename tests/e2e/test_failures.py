@@ -21,7 +21,7 @@ from mmjax.parallel.mesh import make_mesh
 from mmjax.schema import to_dataclass
 from mmjax.train import loop
 from mmjax.train.settings import CheckpointSettings
-from mmjax.train.watch import BadStepSettings
+from mmjax.train.step import BadStepSettings
 from mmjax.types import MMJaxError
 from tests.e2e import faults
 

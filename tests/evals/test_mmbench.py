@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmjax.data.benchmarks.mmbench import MmbenchSource
-from mmjax.evals import runner
+from mmjax.evals import predictions, runner
 from mmjax.evals.tasks import make_task, question_of
 from mmjax.types import MMJaxError
 

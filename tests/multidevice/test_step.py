@@ -17,7 +17,7 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
 from mmjax.train import optim, state, step
 from mmjax.train.loss import LossOptions
-from mmjax.train.watch import BadStepSettings
+from mmjax.train.step import BadStepSettings
 from mmjax.types import MMJaxError
 from tests import tiny
 

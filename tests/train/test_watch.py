@@ -7,7 +7,8 @@ import numpy as np
 
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.writers import MultiWriter
-from mmjax.train.watch import BadStepSettings, StepWatch
+from mmjax.train.step import BadStepSettings
+from mmjax.train.watch import StepWatch
 
 
 def watched(folder, warned):
