@@ -14,8 +14,8 @@ from mmjax.weights import rules
 from mmjax.weights.writer import Arrays
 from tests.parity import backward, flamingo_golden, flamingo_peer, forward
 
-IN_SHORT = ("flamingo_mpt", "flamingo_llama")
-"""With ALiBi and grouped layers, and with rotary positions; the others have neither more."""
+IN_SHORT = ("flamingo_mpt",)
+"""With ALiBi and grouped layers; what else language models have is in test_language.py."""
 GOLDENS = [
     pytest.param(path, marks=() if path.stem in IN_SHORT else pytest.mark.heavy, id=path.stem)
     for path in flamingo_golden.paths()
