@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     document = ROOT / "docs" / "benchmarks.md"
     if args.report:
-        rows = [json.loads(line) for f in args.report for line in f.read_text().splitlines()]
+        rows = [json.loads(line) for f in args.report for line in f.read_text("utf-8").splitlines()]
         raw = "`, `".join(str(_short(file)) for file in args.report)
         report.write(rows, _command(rows), raw, document)
         report.print_table([r for r in rows if r["suite"] in suites.SUITES])

@@ -287,4 +287,4 @@ def _not_measured(rows: Sequence[dict[str, Any]]) -> str:
 
 def write(rows: Sequence[dict[str, Any]], command: str, raw: str, file: Path) -> None:
     """Write docs/benchmarks.md."""
-    file.write_text(markdown(rows, command, raw))
+    file.write_text(markdown(rows, command, raw), "utf-8")

@@ -59,7 +59,7 @@ def run_guarded(call: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # or Python tries, and complains, at its end again
+        with open(os.devnull, "wb") as nowhere:  # or Python tries, and complains, at its end again
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return READER_GONE
     except MMJaxError as e:

@@ -236,8 +236,9 @@ class LoadedModel:
 
         images: of one prompt. Of several the last one counts, as in a text that stands behind them.
         """
-        with contextlib.suppress(AttributeError, MMJaxError):
-            return self.processor.image_scale(images[-1]) if images else 1.0
+        scale = getattr(self.processor, "image_scale", None)  # of a family that speaks in them
+        with contextlib.suppress(MMJaxError):  # numbers that are processed already have no size
+            return scale(images[-1]) if scale is not None and images else 1.0
         return 1.0
 
 

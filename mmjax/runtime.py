@@ -117,7 +117,7 @@ def known_flags(names: Iterable[str]) -> list[str]:
     version = importlib.metadata.version("jaxlib")
     file = user_cache.folder("xla_flags", f"jaxlib-{version}.json")
     try:
-        known = json.loads(file.read_text())
+        known = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         known = {}
     if asked := [name for name in names if name not in known]:
@@ -126,7 +126,7 @@ def known_flags(names: Iterable[str]) -> list[str]:
         part = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(known, indent=1) + "\n")
+            part.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
             part.replace(file)
         except OSError:
             pass  # it is asked again next time
@@ -161,7 +161,7 @@ def _gives_huge_pages() -> bool:
     if libc != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
         return False
     try:
-        return "[madvise]" in _THP.read_text()
+        return "[madvise]" in _THP.read_text("utf-8")
     except OSError:
         return False
 

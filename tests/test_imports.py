@@ -86,6 +86,22 @@ def inside(file, names):
     return any(relative == name or relative.startswith(name + "/") for name in names)
 
 
+def test_text_is_utf_8_whatever_the_locale_says():
+    found = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            said = [ast.unparse(x) for x in (*node.args, *(k.value for k in node.keywords))]
+            text = name in ("read_text", "write_text")
+            if isinstance(node.func, ast.Name) and name == "open":
+                text = not any("b" in mode for mode in said[1:2])
+            if text and not any("utf-8" in one for one in said):
+                found.append(f"{file.name}: {ast.unparse(node)}")
+    assert not found
+
+
 @pytest.mark.parametrize("name", ALLOWED)
 def test_a_layer_imports_only_those_below_it(name):
     wrong = {}

@@ -99,7 +99,8 @@ class EasyVQACaptions:
         if not 0 <= index < len(self):
             raise IndexError(f"easy-VQA captions {self.split}: index {index} of {len(self)}")
         captions = _captions(self.split)
-        image, caption = list(captions.items())[index % len(captions)]
+        image = _captioned(self.split)[index % len(captions)]
+        caption = captions[image]
         meta = {
             "id": f"{self.split}/{image}",
             "source": f"easy-vqa-captions/{self.split}",
@@ -149,6 +150,12 @@ def _captions(split: str) -> dict[int, str]:
         for image, words in sorted(told.items())
         if len(words) == 2
     }
+
+
+@functools.lru_cache(maxsize=2)
+def _captioned(split: str) -> tuple[int, ...]:
+    """Return the pictures of ``_captions`` in their order."""
+    return tuple(_captions(split))
 
 
 @functools.lru_cache(maxsize=16)

@@ -42,7 +42,8 @@ def build_unigram_tokenizer(pieces: Sequence[tuple[str, float]]) -> Any:
 
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *MARKS]
     vocabulary = [(name, 0.0) for name in names]
-    vocabulary += [(piece, score) for piece, score in pieces if piece not in set(names)]
+    own = set(names)
+    vocabulary += [(piece, score) for piece, score in pieces if piece not in own]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend(UNDERSCORE), normalizers.Replace(" ", UNDERSCORE)]

@@ -47,7 +47,7 @@ def stated_ends(folders: Sequence[Path], vocab_size: int) -> tuple[int, ...]:
 def write_ends(ends: Sequence[int], folder: Path) -> None:
     """Write a generation_config.json that states the tokens that end an answer."""
     text = json.dumps({"eos_token_id": list(ends)}, indent=2)
-    (folder / _GENERATION).write_text(text + "\n")
+    (folder / _GENERATION).write_text(text + "\n", "utf-8")
 
 
 def copy_companions(folders: Sequence[Path], destination: Path) -> list[str]:

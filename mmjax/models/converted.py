@@ -154,4 +154,4 @@ def _write_config(
         about["lora"] = dataclasses.asdict(lora)
         about["trained"] = list(trained)
     text = json.dumps({**config.to_hf(), "mmjax": about}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
+    (folder / "config.json").write_text(text + "\n", "utf-8")

@@ -180,6 +180,6 @@ def write_export(
         make_readable(folder)
         for name, content in files.items():
             if isinstance(content, Mapping):
-                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
             else:
                 write_torch(folder / name, content, progress=progress)

@@ -150,7 +150,7 @@ def asked_config(asked: str | Path) -> dict[str, Any]:
             f"{TIMM_SIGLIP}, or a JSON file of its sizes"
         )
     try:
-        return stated_config(json.loads(path.read_text()))
+        return stated_config(json.loads(path.read_text("utf-8-sig")))
     except (ValueError, TypeError, AttributeError) as error:
         raise MMJaxError(f"{path}: not the JSON of a vision tower ({error})") from error
 

@@ -176,11 +176,11 @@ class WandbWriter:
 def _run_id(file: Path) -> str:
     """Return the id of a workdir's W&B run, drawn once and kept in a file."""
     # A kill or a full disk may have left an empty file, and no run has an empty id.
-    found = file.read_text().strip() if file.exists() else ""
+    found = file.read_text("utf-8").strip() if file.exists() else ""
     if not found:
         found = secrets.token_hex(8)
         with contextlib.suppress(OSError):  # told by those that write all the time
-            file.write_text(found)
+            file.write_text(found, "utf-8")
     return found
 
 

@@ -16,7 +16,7 @@ _NOTHING = object()
 def last_started(workdir: Path) -> dict[str, Any]:
     """Read the settings that a workdir was last started with; empty where there are none whole."""
     try:
-        found = json.loads((workdir / "config.json").read_text())
+        found = json.loads((workdir / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -56,7 +56,7 @@ def write_config(settings: RunSettings, workdir: Path) -> None:
     """Write the settings as JSON, for the record and for eval.py's report."""
     part = workdir / "config.json.part"
     with disk_asked(workdir, _FIX):
-        part.write_text(as_json(settings) + "\n")
+        part.write_text(as_json(settings) + "\n", "utf-8")
         part.replace(workdir / "config.json")  # a kill leaves the old file or the new one
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,14 +57,15 @@ class AdapterReader:
                 f"{folder}: an adapter of another model: of its {len(modules)} modules "
                 f"{len(unknown)} are none of this model's, first {unknown[0]}; give its own base"
             )
-        keys = {name: f"{name}.lora_A.weight" for name in modules}
+        # Sorted: a set has another order in every process.
+        keys = {name: f"{name}.lora_A.weight" for name in sorted(modules)}
         ranks = {name: reader.shape(key)[0] for name, key in keys.items()}
         peers = {name: _module((theirs or {}).get(key, key)) for name, key in keys.items()}
         self._scales = {name: _scale(config, peers[name], rank) for name, rank in ranks.items()}
         self.rank = max(ranks.values(), default=int(config.get("r", 8)))
-        # The common scale, so that an ordinary adapter keeps its B as it is.
-        values = list(self._scales.values()) or [1.0]
-        self.scale = max(set(values), key=values.count)
+        # The commonest scale, so that an ordinary adapter keeps its B; of several the first.
+        common = collections.Counter(self._scales.values()).most_common(1)
+        self.scale = common[0][0] if common else 1.0
         self.rslora = bool(config.get("use_rslora"))
         self.dropout = float(config.get("lora_dropout") or 0.0)
         self.alpha = self.scale * (math.sqrt(self.rank) if self.rslora else self.rank)

@@ -151,7 +151,8 @@ def _short_names(
     module = {
         r.theirs: rename(r.theirs.replace("{l}", _LAYER)).removesuffix(".weight") for r in rules
     }
-    others = [name for theirs, name in module.items() if theirs not in set(adapted)]
+    apart = set(adapted)
+    others = [name for theirs, name in module.items() if theirs not in apart]
     short = {}
     for theirs in adapted:
         parts = module[theirs].split(".")

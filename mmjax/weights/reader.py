@@ -203,7 +203,7 @@ def _index(folder: Path, usual: str) -> Path | None:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("its weight_map names no files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

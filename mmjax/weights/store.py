@@ -83,7 +83,7 @@ class StoreWriter:
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
-        (self.folder / ITEM / "_METADATA").write_text(json.dumps(metadata))
+        (self.folder / ITEM / "_METADATA").write_text(json.dumps(metadata), "utf-8")
         checkpoint = {
             "item_handlers": {ITEM: _HANDLER},
             "metrics": {},
@@ -92,7 +92,7 @@ class StoreWriter:
             "commit_timestamp_nsecs": time.time_ns(),
             "custom_metadata": {},
         }
-        (self.folder / "_CHECKPOINT_METADATA").write_text(json.dumps(checkpoint))
+        (self.folder / "_CHECKPOINT_METADATA").write_text(json.dumps(checkpoint), "utf-8")
         (self.folder / "orbax.checkpoint").touch()
 
 
@@ -179,7 +179,7 @@ class StoreReader:
 def _metadata(tree: Path) -> dict[str, Any]:
     """Return what a tree's _METADATA says; raises MMJaxError where it is no JSON."""
     try:
-        return json.loads((tree / "_METADATA").read_text())
+        return json.loads((tree / "_METADATA").read_text("utf-8"))
     except ValueError as error:
         raise MMJaxError(
             f"{tree / '_METADATA'}: not JSON ({error}); the folder is damaged, "

@@ -94,7 +94,9 @@ def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterat
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / MARKER).write_text("This folder is being written or its writer was killed.\n")
+        (partial / MARKER).write_text(
+            "This folder is being written or its writer was killed.\n", "utf-8"
+        )
     except OSError as error:
         raise cannot_write(destination, error) from error
     try:
@@ -191,7 +193,9 @@ def write_shards(
                 t.key: name for name, shard in zip(names, shards, strict=True) for t in shard
             },
         }
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", "utf-8"
+        )
     return names
 
 

@@ -36,7 +36,7 @@ class KarpathySource:
         if not isinstance(listed, list) or not listed:
             raise MMJaxError(f"{path}: holds no list 'images'; give {_WHAT}")
         wanted = ("train", "restval") if split == "train" else (split,)
-        known, names = {}, []
+        known, names, folders = {}, [], {}
         self._rows: list[tuple[str, list[str]]] = []
         for number, image in enumerate(listed):
             where = f"{path}: picture {number}"
@@ -45,7 +45,9 @@ class KarpathySource:
                 continue
             name = field(image, "filename", where)
             inner = image.get("filepath") or ""
-            names.append((name if not Path(images, inner).is_dir() else f"{inner}/{name}", where))
+            if inner not in folders:  # asked once: a network disk takes its time
+                folders[inner] = Path(images, inner).is_dir()
+            names.append((f"{inner}/{name}" if folders[inner] else name, where))
             sentences = field(image, "sentences", where, list)
             captions = [field(one, "raw", where).strip() for one in sentences]
             if not captions:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmjax.data.benchmarks.asking import ONE_LETTER, ONE_PHRASE
 from mmjax.data.benchmarks.files import field, need_path, read_json, unique
@@ -34,7 +34,7 @@ SUBJECTS = {subject: name for name, subjects in DISCIPLINES.items() for subject 
 """Subject -> its discipline."""
 
 Layout = Literal["interleaved", "front", "bunny"]
-_LAYOUTS = ("interleaved", "front", "bunny")
+_LAYOUTS = get_args(Layout)
 _PICTURES = tuple(f"image_{i}" for i in range(1, 8))
 _MARK = re.compile(r"<image (\d+)>")
 _HIDDEN = ("", "?")  # in the place of a test split's answers
