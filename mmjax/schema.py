@@ -62,7 +62,7 @@ def _build(cls: type, config: Any, path: str, problems: list[str]) -> Any:
         return None
     try:
         return cls(**values)
-    except ValueError as e:  # a dataclass that checks itself in __post_init__
+    except (ValueError, MMJaxError) as e:  # a dataclass that checks itself in __post_init__
         problems.append(f"{path}: {e}")
         return None
 

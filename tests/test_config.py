@@ -23,6 +23,15 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checked:
+    n: int = 1
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise MMJaxError(f"n is {self.n}; give 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     steps: int
     optim: Optim = Optim()
@@ -32,6 +41,7 @@ class Run:
     parts: tuple[Optim, ...] = ()
     names: dict[str, float] = dataclasses.field(default_factory=dict)
     free: Any = None
+    checked: Checked | None = None
 
 
 RECIPE = '''"""A recipe."""
@@ -71,11 +81,13 @@ def test_to_dataclass_follows_nested_types():
 
 
 def test_to_dataclass_names_every_problem_at_once():
-    raw = ConfigDict(dict(optim=dict(lrr=1e-3, schedule="cosin"), mesh=(1, 2), stop="x"))
+    raw = ConfigDict(
+        dict(optim=dict(lrr=1e-3, schedule="cosin"), mesh=(1, 2), stop="x", checked=dict(n=0))
+    )
     with pytest.raises(MMJaxError) as error:
         schema.to_dataclass(Run, raw)
     lines = str(error.value).split("\n")
-    assert len(lines) == 5
+    assert len(lines) == 6 and "config.checked: n is 0; give 1 or more" in lines
     assert any("config.optim.lrr; did you mean 'lr'?" in line for line in lines)
     assert any("config.optim.schedule: expected one of 'cosine'" in line for line in lines)
     assert any("config.mesh: expected tuple[int, int, int], 3 values" in line for line in lines)

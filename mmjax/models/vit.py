@@ -20,6 +20,7 @@ from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.norm import make_norm
 from mmjax.nn.stack import scan, stack
 from mmjax.parallel.sharding import constrain
+from mmjax.types import MMJaxError
 
 _ROPE_THETA = 10_000.0
 
@@ -56,13 +57,14 @@ class ViTConfig(LayerConfig):
     final_norm: Literal["none", "kept", "applied"] = "kept"
 
     def __post_init__(self) -> None:
+        """Raise MMJaxError for sizes that no tower has."""
         if not -self.num_layers <= self.feature_layer <= -1:
-            raise ValueError(
+            raise MMJaxError(
                 f"feature_layer is {self.feature_layer}, and the tower has {self.num_layers} "
                 f"layers; set it to -1 for the last, down to {-self.num_layers} for the first"
             )
         if self.patch_size > self.image_size:
-            raise ValueError(
+            raise MMJaxError(
                 f"patch_size {self.patch_size} is above image_size {self.image_size}; lower it"
             )
 

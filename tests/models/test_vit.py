@@ -11,6 +11,7 @@ from flax import nnx
 from mmjax.models.vit import ViT, ViTConfig, normalized, patches_of
 from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
+from mmjax.types import MMJaxError
 
 SMALL = ViTConfig(
     d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_mlp=24, num_layers=2, image_size=6,
@@ -134,9 +135,9 @@ def test_wrong_sizes_are_named_with_the_right_ones():
     module = ViT(SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"shape \(2, 6, 8, 3\); resize them to \[b, 6, 6, 3\]"):
         module(jnp.zeros((2, 6, 8, 3)))
-    with pytest.raises(ValueError, match=r"feature_layer is -3, .* down to -2"):
+    with pytest.raises(MMJaxError, match=r"feature_layer is -3, .* down to -2"):
         dataclasses.replace(SMALL, feature_layer=-3)
-    with pytest.raises(ValueError, match="patch_size 14 is above image_size 6"):
+    with pytest.raises(MMJaxError, match="patch_size 14 is above image_size 6"):
         dataclasses.replace(SMALL, patch_size=14)
 
 

@@ -18,6 +18,7 @@ from mmjax.nn.mlp import MLP
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.stack import scan, stack
 from mmjax.parallel.sharding import constrain
+from mmjax.types import MMJaxError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +104,13 @@ class Perceiver(nnx.Module):
     def __call__(self, media: Array) -> Array:
         """Map the tokens of all media, [b, m, f, v, d], to [b, m, n, d].
 
-        f: frames of a medium; v: tokens of a frame; n: latents. Raises ValueError for more media
+        f: frames of a medium; v: tokens of a frame; n: latents. Raises MMJaxError for more media
         or frames than have embeddings.
         """
         c, (b, m, f, v, d) = self.config, media.shape
         for name, found, limit in (("media", m, c.max_media), ("frames", f, c.max_frames)):
             if limit is not None and found > limit:
-                raise ValueError(
+                raise MMJaxError(
                     f"the perceiver has embeddings of {limit} {name} and was given {found}; give "
                     f"at most {limit}, or set max_{name} to None"
                 )

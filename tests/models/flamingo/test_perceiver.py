@@ -11,6 +11,7 @@ from flax import nnx
 from mmjax.models.flamingo.perceiver import Perceiver, PerceiverConfig
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
+from mmjax.types import MMJaxError
 
 SMALL = PerceiverConfig(
     d_model=8, num_layers=2, num_heads=2, head_dim=4, num_latents=3, init_std=0.5
@@ -57,7 +58,7 @@ def test_more_frames_or_media_than_embeddings_are_refused():
     x = jnp.asarray(media())
     for name, limit in (("frames", 1), ("media", 2)):
         config = dataclasses.replace(SMALL, **{f"max_{name}": limit})
-        with pytest.raises(ValueError, match=f"of {limit} {name} and was given {limit + 1}"):
+        with pytest.raises(MMJaxError, match=f"of {limit} {name} and was given {limit + 1}"):
             Perceiver(config, rngs=nnx.Rngs(0))(x)
 
 
