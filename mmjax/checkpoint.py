@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mmjax.monitor.terminal import human_bytes
 from mmjax.nn import paths
+from mmjax.parallel import distributed
 from mmjax.train.state import TrainState
 from mmjax.types import MMJaxError
 
@@ -47,7 +48,8 @@ class CheckpointManager:
     """The checkpoints of one workdir; saving goes on in the background.
 
     A save that cannot be written, because the disk is full or fails, is told to ``warn`` and
-    dropped; the checkpoints before it stay, and the next save is tried as if nothing had been.
+    dropped; the checkpoints before it stay, and the next save is tried as if nothing had been. Of
+    several processes that holds where all of them find so; one that fails alone ends the run.
     notes: what was saved beside the restored step.
     """
 
@@ -97,6 +99,7 @@ class CheckpointManager:
         self.wait()
         items = {"params": paths.flatten(state.params), "opt": _flat(state.opt), "data": data}
         size = sum(x.nbytes for x in jax.tree.leaves((items["params"], items["opt"])))
+        _ORBAX_LOG.failure = None
         try:
             response = self._manager.save_checkpointables_async(
                 step,
@@ -107,7 +110,9 @@ class CheckpointManager:
             )
             self._saving = (step, size, response)
         except Exception as error:
-            self._drop(step, size, error)
+            self._saving = (step, size, error)
+            if jax.process_count() == 1:  # several find it together, before the next save
+                self.wait()
 
     def check(self) -> None:
         """Report a save that has failed, without waiting for one that is under way."""
@@ -120,11 +125,39 @@ class CheckpointManager:
         if self._saving is None:
             return
         (step, size, response), self._saving = self._saving, None
-        try:
-            response.result()
-            self._manager.wait()
-        except Exception as error:
-            self._drop(step, size, error)
+        reasons: list[str] = []  # why this process could not write it
+
+        def ended(seconds: float | None = None) -> bool | None:
+            try:
+                if isinstance(response, Exception):
+                    raise response
+                if _ORBAX_LOG.failure is not None and seconds is not None:
+                    raise _ORBAX_LOG.failure
+                response.result(seconds)
+                self._manager.wait()
+            except Exception as error:
+                if (reason := disk_trouble(error) or memory_trouble(error)) is not None:
+                    reasons.append(reason)
+                elif seconds is None or not isinstance(error, TimeoutError):
+                    raise
+                else:
+                    return None
+            return not reasons
+
+        told = distributed.outcomes(ended) if jax.process_count() > 1 else [ended()]
+        if all(told):
+            return
+        who = [str(i) for i, done in enumerate(told) if done is False]
+        where = f" in process {', '.join(who)} of {len(told)}" if len(told) > 1 else ""
+        reason = (reasons or ["not written"])[0] + where
+        if None in told:
+            raise MMJaxError(
+                f"step {step} ({human_bytes(size)}) could not be saved to {self.directory}/{step}: "
+                f"{reason}, and the others wait for what is missing; the last good checkpoint is "
+                f"{self._name(self._on_disk())}. Mend the disk or its mount there, and start all "
+                "processes again: the run goes on from there"
+            )
+        self._drop(step, size, reason)
 
     def require(self, step: int) -> None:
         """Wait for the last save; raises MMJaxError if ``step`` is not on disk afterwards."""
@@ -169,7 +202,7 @@ class CheckpointManager:
 
     def _open(self) -> ocp.training.Checkpointer:
         # Each of Orbax's threads logs the traceback of a failure that comes back to us anyway.
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        logging.getLogger("absl").addFilter(_ORBAX_LOG)
         context = ocp.Context()
         context.asynchronous.timeout_secs = _PATIENCE
         # Compressed, numbers as random as these need the host to hold most of the state once more,
@@ -193,11 +226,8 @@ class CheckpointManager:
             cleanup_tmp_directories=True,  # what a killed or failed save left behind
         )
 
-    def _drop(self, step: int, size: int, error: Exception) -> None:
-        """Report a save that the disk did not take, and forget it; raise any other error."""
-        reason = disk_trouble(error)
-        if reason is None:
-            raise error
+    def _drop(self, step: int, size: int, reason: str) -> None:
+        """Report a save that the disk did not take, and forget it."""
         for _ in range(2):  # closing raises the failure of the save once more
             with contextlib.suppress(Exception):
                 self._manager.close()
@@ -205,19 +235,40 @@ class CheckpointManager:
         # takes away the half-written folder, which would keep the room that the next save needs.
         self._manager = self._open()
         disk = shutil.disk_usage(self.directory)
+        room = f"on the disk {human_bytes(disk.free)} of {human_bytes(disk.total)} are free"
         self.warn(
             f"step {step} ({human_bytes(size)}) could not be saved to {self.directory}/{step}: "
-            f"{reason} ({human_bytes(disk.free)} of {human_bytes(disk.total)} are free). The last "
-            f"good checkpoint is {self._name(self.latest)}; training goes on and the next save is "
-            "tried"
+            f"{reason} ({room}). The last good checkpoint is {self._name(self.latest)}; training "
+            "goes on and the next save is tried"
         )
+
+    def _on_disk(self) -> int | None:
+        """Return the newest finished step; the manager counts one that is being saved."""
+        found = (int(p.name) for p in self.directory.glob("*") if p.name.isdigit())
+        return max(found, default=None)
 
     def _name(self, step: int | None) -> str:
         return "none yet" if step is None else f"step {step}"
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+class _OrbaxLog(logging.Filter):
+    """Keep what Orbax logs away, and remember the failure that it told of last.
+
+    Of several processes, one whose save has failed waits in Orbax for the others before it raises,
+    and they for what it should have written: what it logs is all that tells of it meanwhile.
+    """
+
+    failure: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "orbax" not in record.pathname:
+            return True
+        if record.exc_info:
+            self.failure = record.exc_info[1]
+        return False
+
+
+_ORBAX_LOG = _OrbaxLog()
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
@@ -230,6 +281,16 @@ def disk_trouble(error: BaseException | None) -> str | None:
                 return text
         if isinstance(error, OSError) and error.errno is not None:
             return os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def memory_trouble(error: BaseException | None) -> str | None:
+    """Return what to say if a save found no room in the host's memory for its copy, else None."""
+    known = ("RESOURCE_EXHAUSTED", "bad_alloc", "ut of memory")  # JAX's, C++'s, and of both cases
+    while error is not None:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in known):
+            return "the host's memory has no room for the copy that is written"
         error = error.__cause__ or error.__context__
     return None
 
@@ -303,7 +364,7 @@ def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
 
 def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Load a step's parameters alone, by dotted name, onto the shardings of ``abstract``."""
-    logging.getLogger("absl").addFilter(_not_from_orbax)
+    logging.getLogger("absl").addFilter(_ORBAX_LOG)
     want = {"params": dict(abstract)}
     with ocp.training.Checkpointer(Path(workdir).absolute() / FOLDER) as manager:
         try:

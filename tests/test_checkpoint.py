@@ -17,6 +17,7 @@ from flax import nnx
 
 from mmjax.checkpoint import FOLDER, CheckpointManager, CheckpointSettings, find_step, load_params
 from mmjax.nn import paths
+from mmjax.parallel import distributed
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train import optim, state
 from mmjax.types import MMJaxError
@@ -118,6 +119,60 @@ def test_a_save_that_takes_an_hour_by_the_clock_is_a_save(tmp_path, monkeypatch)
         checkpoints.wait()
         checkpoints.close()
     assert data.noticed.is_set() and steps(tmp_path) == [5]
+
+
+class Waiting:
+    """A save that waits for another process."""
+
+    def result(self, seconds):
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    "mine, other, says",
+    [
+        (Waiting(), 2, "not written in process 1 of 2, and the others wait"),
+        (OSError(28, "No space left"), 0, "No space left in process 0 of 2, and the"),
+        (OSError(28, "No space left"), 2, "No space left in process 0, 1 of 2 (on"),
+        (MemoryError(), 2, "the host's memory has no room for the copy that is written in process"),
+    ],
+)
+def test_a_save_that_fails_in_one_process_alone_ends_all(tmp_path, monkeypatch, mine, other, says):
+    told = []
+    checkpoints = CheckpointManager(tmp_path, CheckpointSettings(), about={}, warn=told.append)
+    (checkpoints.directory / "5").mkdir(parents=True)
+    checkpoints._saving = (10, 1000, mine)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "_PAUSE", 0)
+        patch.setattr(distributed.multihost_utils, "process_allgather", lambda x: [x, [other]])
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(checkpoints, "_open", lambda: checkpoints._manager)
+        if "wait" in says or "and the" in says:
+            with pytest.raises(MMJaxError) as error:
+                checkpoints.wait()
+            told = [str(error.value)]
+            assert "the last good checkpoint is step 5. Mend" in told[0]
+        else:
+            checkpoints.wait()
+    assert len(told) == 1 and f"to {checkpoints.directory}/10: {says}" in told[0]
+
+
+def test_a_save_without_memory_for_its_copy_is_told_and_training_goes_on(tmp_path, monkeypatch):
+    told = []
+    checkpoints = CheckpointManager(tmp_path, CheckpointSettings(), about={}, warn=told.append)
+    with use() as mesh:
+        train = build(mesh)[1]
+
+        def full(*_, **__):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(checkpoints._manager), "save_checkpointables_async", full)
+            checkpoints.save(5, train, numbers(), {})
+        checkpoints.save(10, train, numbers(), {})
+        checkpoints.close()
+    assert len(told) == 1 and "the host's memory has no room" in told[0], told
+    assert steps(tmp_path) == [10]
 
 
 def test_due_counts_steps_and_saves_none_twice(saved):

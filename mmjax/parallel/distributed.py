@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mmjax.types import MMJaxError
 
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process counts as dead
 _SHUTDOWN_SECONDS = 60
+_PAUSE, _ROUNDS = 0.5, 120  # seconds between looks at what others do; looks after one has failed
 _SHOWN = 64  # longer values are compared, and shown, by their hash
 
 # What a collective, the checkpoint's barrier or the coordinator say when another process is gone.
@@ -133,6 +135,27 @@ def check_shared(folder: Path, name: str) -> None:
             "in process 0: checkpoints could not be put together from their parts. Choose a folder "
             "on a file system that all hosts see"
         )
+
+
+def outcomes(ended: Callable[[float], bool | None]) -> list[bool | None]:
+    """Return how the same work ended in each process: True, False where it failed, None not yet.
+
+    Returns once it has ended in all of them, or about a minute after it failed in one: what waits
+    for that one would wait on. ended: given seconds to wait at most, tells it of this process; what
+    it raises ends the process. A small collective every half a second, and one where all is done.
+    """
+    mine, pause, left = ended(0), _PAUSE, _ROUNDS
+    while True:
+        # The same numbers in every process, and no clock: all of them leave in the same round.
+        code = 0 if mine is None else 1 if mine else 2
+        told = np.asarray(multihost_utils.process_allgather(np.array([code]))).reshape(-1)
+        left -= int((told == 2).any())
+        if (told > 0).all() or not left:
+            return [(None, True, False)[x] for x in told]
+        if mine is None:
+            mine = ended(pause)
+        else:
+            time.sleep(pause)
 
 
 def compare(told: list[dict[str, str]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Two real processes through jax.distributed: the curve of one, and what ends or parts them."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -142,6 +143,21 @@ def test_what_stops_one_stops_both_and_a_restart_goes_on(one, tmp_path):
     mine, theirs = losses(tmp_path), losses(one)
     assert {step: mine[step] for step in theirs} == pytest.approx(theirs, rel=1e-5)
     assert_same_place(tmp_path, one, EVERY)
+
+
+@pytest.mark.heavy
+def test_a_disk_that_one_process_cannot_write_ends_both(tmp_path):
+    started = start(tmp_path, 2, endless(), endless())
+    wait_for_save(started, tmp_path, EVERY)
+    resource.prlimit(started[1].pid, resource.RLIMIT_FSIZE, (1024, -1))
+    codes, out = finish(started)
+    assert codes == [2, 2], out
+    good = saved_steps(tmp_path)[-1]
+    for text in out:
+        assert "in process 1 of 2, and the others wait for what is missing" in text
+        assert f"the last good checkpoint is step {good}. Mend the disk" in text
+    assert "File too large in process 1 of 2" in out[1]
+    assert finish(start(tmp_path, 2, *[[f"steps={good + 1}", "eval.tasks=[]"]] * 2))[0] == [0, 0]
 
 
 def endless():
