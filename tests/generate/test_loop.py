@@ -1,6 +1,7 @@
 """Generation: with the cache as without, batched as alone."""
 
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.generate import loop
+from mmjax.generate import beam, loop
+from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, _generate, bucket, pad_batch, room_for
 from mmjax.generate.sampling import Sampling
@@ -126,6 +128,62 @@ def test_greedy_takes_the_first_of_equals_and_an_index_whatever_comes():
     logits[2] = -np.inf
     logits[3, 3] = np.nan
     assert Sampling()(logits, None).tolist() == [0, 2, 0, 0]
+    keys = jax.random.split(jax.random.key(0), 2)  # more than there are to keep: all
+    assert Sampling(1e-4, top_k=50)(logits[:2], keys).tolist()[1] in (2, 4)
+
+
+def test_prompts_of_several_lengths_are_padded_on_the_right():
+    bare, rng = examples()[1], np.random.default_rng(1)
+    floats = tiny.example(rng, 9, 5)
+    floats["patches"] = floats["patches"].astype(np.float32)
+    batch, lengths = pad_batch([bare, floats], rows=3)
+    assert lengths.tolist() == [30, 9, 1]  # a row of padding is a prompt of one token
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+        **dict.fromkeys(("tokens", "positions", "visual_index"), ((3, 32), "int32")),
+        "segment_ids": ((3, 32), "int32"),
+        "patches": ((3, 6, 48), "float32"),
+    }
+    for row, (one, n) in enumerate(((bare, 30), (floats, 9))):
+        for name in ("tokens", "visual_index"):
+            assert batch[name][row, :n].tolist() == one[name].tolist()
+        assert batch["segment_ids"][row].tolist() == [1] * n + [0] * (32 - n)
+        assert (batch["visual_index"][row, n:] == -1).all()
+    assert (batch["visual_index"][2] == -1).all() and not batch["segment_ids"][2].any()
+    assert (batch["positions"] == np.arange(32)).all()
+    np.testing.assert_array_equal(batch["patches"][1, :5], floats["patches"])
+    assert not batch["patches"][[0, 2]].any() and not batch["patches"][1, 5:].any()
+    assert "patches" not in pad_batch([bare])[0]
+    with pytest.raises(MMJaxError, match="mixes images given as grey levels"):
+        pad_batch([examples()[0], floats])
+
+
+@pytest.mark.parametrize("beams", [Beams(), Beams(2, early_stopping=True)])
+def test_nothing_is_decoded_once_every_answer_has_ended(beams):
+    """The second row is padding, which never says the end token, 3."""
+    n, calls = beams.num_beams, []
+    says = jnp.repeat(jnp.float32([[0, 1, 2, 9], [0, 9, 1, -99]]), n, axis=0)
+
+    class Nothing(NamedTuple):
+        def take(self, rows):
+            return self
+
+    def decode(tokens, cache):
+        jax.debug.callback(lambda: calls.append(1))
+        return says, cache
+
+    def answer(history, draws, ranking):
+        real, ends, limits = jnp.arange(2) < 1, jnp.int32([3]), Constraints(min_new_tokens=2)
+        lengths, most = jnp.int32([2, 1]), jnp.int32(9)
+        some = decode, says[::n], Nothing(), history, lengths, real, most, ends
+        if n > 1:
+            return beam.search(*some, beams, ranking, limits)
+        return loop._draw(*some, draws, Sampling(), limits)
+
+    draws = jax.random.key(0), np.zeros(2, np.int32), Sampling().numbers()
+    rows, counts = jax.jit(answer)(np.zeros((2, 12), np.int32), draws, beams.ranking(12))
+    jax.effects_barrier()
+    assert counts[0, 0] == 2 and rows[0, 0, 2:5].tolist() == [2, 2, 3]
+    assert len(calls) == 2
 
 
 def test_a_row_stops_at_the_end_token_and_the_others_go_on(model):
@@ -173,9 +231,13 @@ def test_draws_obey_the_constraints(model):
     free = [x.tolist() for x in generate(params, examples(), 12, seed=2)]
     assert any(len(set(x)) < 12 for x in free)
     generate = Generator(graphdef, tuple(range(12)), sampling, constraints=limits)
-    for example, tokens in zip(examples(), generate(params, examples(), 12, seed=2), strict=True):
+    drawn = generate(params, examples(), 12, seed=2)
+    for example, tokens in zip(examples(), drawn, strict=True):
         assert len(tokens) >= 11 and min(tokens[:11]) >= 12
         assert len(set(tokens)) == len(tokens) and not set(tokens) & set(example["tokens"])
+    # As many as the most are a least that can be, and all that may be said.
+    cut = generate(params, examples(), 11, seed=2)
+    assert [x.tolist() for x in cut] == [x[:11].tolist() for x in drawn]
 
 
 def test_buckets_are_few_and_large_enough():

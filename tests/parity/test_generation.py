@@ -159,6 +159,8 @@ def test_scores_are_the_peers_own(n):
     scores = rng.normal(size=(8, 9)).astype(np.float32)
     filled = np.arange(1, 9, dtype=np.int32) + 3 * (np.arange(8) > 5)
     limits = Constraints(1.3, n, min_new_tokens=4)
+    longer = Constraints(no_repeat_ngram_size=13)(scores, history, filled, 3, np.asarray([2]))
+    np.testing.assert_array_equal(longer, scores)  # no row of 12 has such an n-gram
     for step in (3, 4):
         got = np.asarray(limits(scores, history, filled, step, np.asarray([2, 8])))
         for row in range(8):

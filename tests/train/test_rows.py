@@ -131,6 +131,21 @@ def test_rows_are_named_by_id_by_token_and_by_their_name_in_the_config(plan):
     )
     assert found == {TABLE: Rows(0, tuple(sorted((image, eos, 9)))), HEAD: Rows(1, (9,))}
     assert resolve(plan, RowSettings("*.embedding"), new=(62, 63)) == {TABLE: Rows(0, (62, 63))}
+    # Of two settings the rows of both, each once and in order; the token with the id 0 is one.
+    first = plan.processor.tokenizer.convert_ids_to_tokens(0)
+    both = resolve(
+        plan, RowSettings("decoder.*.embedding", (63, 9, 63)), RowSettings(TABLE, (first, 9, 40))
+    )
+    assert both == {TABLE: Rows(0, (0, 9, 40, 63))}
+    assert resolve(plan, RowSettings("decoder.embed", (9,))) == {}  # a pattern is of whole names
+    with pytest.raises(MMJaxError, match=f"no row {plan.config.vocab_size}$"):
+        resolve(plan, RowSettings(TABLE, (plan.config.vocab_size,)))
+    many = trained_rows.describe({TABLE: Rows(0, tuple(range(10)))}, plan.processor)
+    shown = many[f"rows of {TABLE}"]
+    assert shown.count(",") == 7 and shown.endswith(" and 2 more")
+    assert shown.startswith(f"0 {first}, 1 ")
+    eight = trained_rows.describe({TABLE: Rows(0, tuple(range(8)))}, plan.processor)
+    assert eight[f"rows of {TABLE}"] == shown.removesuffix(" and 2 more")
     told = trained_rows.describe(found, plan.processor)
     assert f"{eos} {token}" in told[f"rows of {TABLE}"]
     assert trained_rows.count(found, TABLE, (64, 32)) == 3 * 32
@@ -143,6 +158,7 @@ def test_rows_are_named_by_id_by_token_and_by_their_name_in_the_config(plan):
     [
         (dict(rows=("imag",)), ["'imag' is no token", "did you mean 'image'?"]),
         (dict(rows=(10_000,)), ["no row 10000", TABLE]),
+        (dict(rows=(9, -1)), ["no row -1", TABLE]),
         (dict(rows=()), ["no rows for"]),
         (dict(rows="new"), ["rows='new'", "name the tokens"]),
         (dict(params="*attn.q.kernel", rows=(1,)), ["is no table of the vocabulary", "train"]),

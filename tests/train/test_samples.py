@@ -41,18 +41,20 @@ def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
         placed = put_batch(batch, mesh, 8)
         params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P()))
         text = samples(
-            40, batch, placed, params, nnx.State({}), [[("vqa", "7\ud83d"), ("ocr", "9")]]
+            40, batch, placed, params, nnx.State({}), [[("vqa", "é7\ud83d"), ("ocr", "9")]]
         )
         samples(80, batch, placed, params, nnx.State({}), [[]])
         samples._file = tmp_path  # which cannot be written, as on a full disk
         samples(120, batch, placed, params, nnx.State({}), [[]])
-    first, second = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    text_there = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert '"vqa/é7' in text_there  # as people write it, not escaped
+    first, second = map(json.loads, text_there.splitlines())
     tokens = batch["tokens"][0]
     assert (
         first
         == {
             "step": 40,
-            "record": "vqa/7\\ud83d",  # half a character, which no file holds
+            "record": "vqa/é7\\ud83d",  # half a character, which no file holds
             "input": " ".join(map(str, tokens[:12])),
             "labels": f"{tokens[5]} {tokens[9]}",
             "predicted": " ".join(map(str, shown)),
@@ -63,3 +65,10 @@ def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
     assert sent[0] == (40, "samples", fields) and sent[1][0] == 80
     assert len(sent) == 3 and len(warned) == 1 and "sample of step 120 could not be" in warned[0]
     assert "predicted: " + first["predicted"] in text
+    # No more than the first targets, and never a token that the tokenizer has not.
+    many = {"tokens": np.arange(1000, 1100)[None] % 60, "target_index": np.arange(1, 100)[None]}
+    many["segment_ids"] = np.ones_like(many["tokens"])
+    found = samples._first(many, np.full(64, 60))
+    assert found["labels"].split() == [str(t) for t in many["tokens"][0, 1:65]]
+    assert found["predicted"] == " ".join("0" * 64)
+    assert samples._text(np.arange(58, 62)) == "58 59 0 0"

@@ -149,7 +149,7 @@ def test_each_template_is_the_peers_dialogue_with_its_own_end(name, end):
     prompt = TEMPLATES[f"{name}_prompt"](two)
     assert written(prompt) == written(said[:-2]) and not any(s.loss for s in prompt)
     front = TEMPLATES[f"{name}_prompt"](record(("u", "a"), ("a", "b"), ("u", "c"), images=2))
-    assert [s.value for s in front[2:5]] == [0, 1, "\na ASSISTANT: b"]
+    assert written(front) == f"{SYSTEM} USER: <0><1>\na ASSISTANT: b{end}USER: c ASSISTANT:"
     for bad, says in ((record(), "not end with"), (record(("s", "b"), ("a", "c")), "alternate")):
         with pytest.raises(BadSample, match=says):
             TEMPLATES[f"{name}_chat"](bad)
