@@ -25,6 +25,7 @@ from mmjax.weights.writer import Arrays, atomic_folder
 
 FORMAT = 1
 PARAMS = "params"
+_TRAINING = "_CHECKPOINT_METADATA"  # Orbax writes it, into what train.py saves
 
 
 def is_converted(path: Path, hf: Mapping[str, Any]) -> bool:
@@ -35,6 +36,12 @@ def is_converted(path: Path, hf: Mapping[str, Any]) -> bool:
 def open_converted(path: Path, hf: dict[str, Any]) -> Pretrained:
     """Open such a folder; raises MMJaxError for one that is half-written, or too new."""
     about = hf.get("mmjax")
+    if about is None and (path / _TRAINING).is_file():
+        raise MMJaxError(
+            f"{path}: a checkpoint of a run, which holds what was trained alone, and no model; the "
+            f"run writes one when it ends, {path.parent.parent / 'model'}. eval.py evaluates a "
+            "checkpoint"
+        )
     if about is None:
         raise MMJaxError(
             f"{path}: holds {PARAMS}/ and no finished config.json: a half-written conversion; "

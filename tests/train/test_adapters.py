@@ -180,6 +180,14 @@ def test_a_workdir_in_place_of_a_model_is_told(earlier, tmp_path):
         opening.open_pretrained(tmp_path)
 
 
+def test_a_checkpoint_in_place_of_a_model_is_told_and_not_called_rubbish(earlier):
+    (step,) = (earlier / "workdir" / "checkpoints").iterdir()
+    says = f"{step}: a checkpoint of a run, .*one when it ends, {earlier / 'workdir' / 'model'}"
+    with pytest.raises(MMJaxError, match=says) as error:
+        opening.open_pretrained(step)
+    assert "delete" not in str(error.value)
+
+
 def test_full_training_of_a_model_with_adapters_says_to_merge_them(earlier):
     model = dataclasses.replace(MODEL, init=str(earlier / "model"), config={}, words=())
     with pytest.raises(MMJaxError, match=r"lora\.rank=2 to go on.*convert_weights\.merge"):
