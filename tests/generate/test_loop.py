@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mmjax.generate import beam, loop
-from mmjax.generate.beam import Beams
+from mmjax.generate.beam import Beams, Prefilled
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, _generate, bucket, pad_batch, room_for
 from mmjax.generate.sampling import Sampling
@@ -174,10 +174,10 @@ def test_nothing_is_decoded_once_every_answer_has_ended(beams):
     def answer(history, draws, ranking):
         real, ends, limits = jnp.arange(2) < 1, jnp.int32([3]), Constraints(min_new_tokens=2)
         lengths, most = jnp.int32([2, 1]), jnp.int32(9)
-        some = decode, says[::n], Nothing(), history, lengths, real, most, ends
+        some = Prefilled(decode, says[::n], Nothing(), history, lengths, real, most, ends)
         if n > 1:
-            return beam.search(*some, beams, ranking, limits)
-        return loop._draw(*some, draws, Sampling(), limits)
+            return beam.search(some, beams, ranking, limits)
+        return loop._draw(some, draws, Sampling(), limits)
 
     draws = jax.random.key(0), np.zeros(2, np.int32), Sampling().numbers()
     rows, counts = jax.jit(answer)(np.zeros((2, 12), np.int32), draws, beams.ranking(12))
