@@ -68,11 +68,15 @@ def _packed(
 ) -> Iterator[bytes]:
     """Yield the records that can be read whole; count the others and keep their first message."""
     for index in range(len(source)):
+        record = None
         try:
-            yield pack_record(source[index])
+            record = source[index]
+            yield pack_record(record)
         except BadSample as error:
             bad[error.reason] += 1
-            first.setdefault(error.reason, str(error))
+            # A source names its record itself; an image is read here.
+            name = "" if record is None else f"record {record.meta.get('id', index)}: "
+            first.setdefault(error.reason, f"{name}{error}")
 
 
 if __name__ == "__main__":

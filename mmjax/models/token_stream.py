@@ -5,6 +5,7 @@ numpy only: processors are built on this.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,9 +90,14 @@ def check_answers(segments: Sequence[Segment], *, bare_end: bool = False) -> Non
             continue
         texts = [str(s.value) for s in stretch if s.kind == "text"]
         meant = bare_end and not texts and before is not None and before.kind == "text"
-        if stretch and not meant and not "".join(texts).strip():
+        if stretch and not meant and not any(map(_is_seen, "".join(texts))):
             raise BadSample("empty_answer", "an answer is empty; drop the record or fill it in")
         stretch, before = [], segment
+
+
+def _is_seen(letter: str) -> bool:
+    """Tell a letter from white space and from what has no shape, as a zero-width space."""
+    return not letter.isspace() and unicodedata.category(letter) not in ("Cc", "Cf")
 
 
 def check_targets(segments: Sequence[Segment], loss: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ def changed(settings: RunSettings, workdir: Path) -> dict[str, str]:
     if not was:
         return {}
     return _differing(was, json.loads(as_json(settings)), usual, "config")
+
+
+def about_frozen(changes: Mapping[str, str], frozen: bool) -> list[str]:
+    """Return a line of warning where the frozen part comes from elsewhere than it did.
+
+    changes: of ``changed``. frozen: whether the model has parameters that are not trained. Another
+    model of the same shapes cannot be told from the same one in another place.
+    """
+    keys = ("config.model.init", "config.model.parts")
+    found = [name for name in changes if name.startswith(keys)]
+    if not (frozen and found):
+        return []
+    return [
+        f"warning: what is not trained is read from another place than before ({', '.join(found)}),"
+        " and no checkpoint holds it. Where that is another model, and not the same one moved, "
+        "what was trained does not belong to it: stop now (SIGKILL saves nothing) and set it back"
+    ]
 
 
 def _differing(was: Any, now: Any, usual: Any, name: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import put_batch
 from mmjax.train import adapters, evaluation, lengths, optim, startup, tasks
 from mmjax.train.build import check_attention, train_iterator
-from mmjax.train.changes import changed
+from mmjax.train.changes import about_frozen, changed
 from mmjax.train.design import Design, make_design
 from mmjax.train.export import export_model
 from mmjax.train.initial import init_frozen, init_state
@@ -125,7 +125,8 @@ class Training:
         self._measured: dict[str, float] = {}  # at the step that was made last, for its checkpoint
         self._owed = False  # a signal came where an evaluation was due
         if 0 < self.first < settings.steps:
-            for text in (f"continuing at step {self.first}", *changes.values()):
+            told = about_frozen(changes, bool(jax.tree.leaves(self.frozen)))
+            for text in (f"continuing at step {self.first}", *changes.values(), *told):
                 self.reports.line.print(text)
 
     def catch_up(self) -> bool:

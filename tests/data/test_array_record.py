@@ -188,7 +188,7 @@ def test_the_command_copies_a_source_and_counts_what_it_leaves_out(tmp_path, cap
     assert main([*arguments, "--shard_records=4"]) == 1
     printed = capsys.readouterr().out
     assert "out: 8 of 9 records" in printed and "left out 1 missing_image:" in printed
-    assert "gone.png" in printed
+    assert "record 4: " in printed and "gone.png" in printed
     source = ArrayRecordSource(tmp_path / "out")
     assert [source[i].meta["id"] for i in range(8)] == [0, 1, 2, 3, 5, 6, 7, 8]
     assert load_rgb(source[3].images[0])[0, 0].tolist() == [9, 8, 7]

@@ -75,3 +75,16 @@ def test_what_has_changed_since_is_told_by_name(tmp_path):
     assert list(changes.changed(first, tmp_path)) == ["config.data.lengths"]
     (tmp_path / "config.json").write_text("{")
     assert changes.changed(first, tmp_path) == {}
+
+
+def test_a_frozen_part_from_another_place_is_warned_of(tmp_path):
+    """A checkpoint holds what is trained alone: beside another model it is worth nothing."""
+    first = RunSettings(model=ModelSettings(init="a", parts={"vision": "x"}))
+    (tmp_path / "config.json").write_text(changes.as_json(first))
+    for model in (ModelSettings(init="b"), ModelSettings(init="a", parts={"vision": "y"})):
+        found = changes.changed(dataclasses.replace(first, model=model), tmp_path)
+        (line,) = changes.about_frozen(found, frozen=True)
+        assert line.startswith("warning") and "config.model." in line
+        assert changes.about_frozen(found, frozen=False) == []
+    other = dataclasses.replace(first, steps=7)
+    assert changes.about_frozen(changes.changed(other, tmp_path), frozen=True) == []

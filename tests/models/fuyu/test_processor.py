@@ -257,7 +257,7 @@ def test_too_long_is_told_before_the_pixels_are_read(tmp_path):
 
 
 def test_empty_answers_are_refused():
-    for answer in ("", "  \n"):
+    for answer in ("", "  \n", "\u200b", " \ufeff\u2060\u00ad"):  # nothing that can be seen
         refused("empty_answer", SMALL.encode, turn("what?", answer, [0]), [picture(8, 8)])
     both = [*turn("a?", "b"), *turn("c?", "")]
     refused("empty_answer", SMALL.encode, both, [])
