@@ -71,9 +71,13 @@ class IndexedJson:
     def _read(self, i: int) -> tuple[int, dict[str, Any]]:
         start, end, line = (int(x) for x in self._index[i])
         if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY)
+            self._fd = open_again(self.path)
         where = self.where(i)
-        raw = os.pread(self._fd, end - start, start)
+        try:
+            raw = os.pread(self._fd, end - start, start)
+        except OSError as e:
+            says = f"{where}: cannot be read: {e.strerror}; its disk or mount is failing"
+            raise BadSample("bad_record", says) from e
         try:
             value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_reject_duplicates)
         except UnicodeDecodeError as e:
@@ -118,6 +122,20 @@ def need_file(path: Path) -> None:
         if not path.is_absolute():
             found += f" (looked for from {Path.cwd()})"
         raise MMJaxError(f"{path}: {found}; check the path of this data source")
+
+
+def open_again(path: Path) -> int:
+    """Open a data file whose index was read before; a data worker does so when it starts.
+
+    Raises MMJaxError where it is not there any more: each of its records would be skipped for it.
+    """
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as e:
+        raise MMJaxError(
+            f"{path}: cannot be opened any more: {e.strerror}; it was there when the run began. "
+            "Put it back, or mend its mount, and start again: the run goes on from its checkpoint"
+        ) from e
 
 
 def load_index(path: Path, index_dir: str | os.PathLike | None = None) -> np.ndarray:

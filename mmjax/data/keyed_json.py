@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
-from mmjax.data.jsonl import first_byte, need_file, skip_space
+from mmjax.data.jsonl import first_byte, need_file, open_again, skip_space
 from mmjax.types import BadSample, MMJaxError
 
 Gather = Callable[[list[str], list[Any]], Arrays]
@@ -59,11 +59,11 @@ class KeyedJson:
     def __getitem__(self, i: int) -> tuple[int, str, Any]:
         start, end, line = (int(x) for x in self._rows[i])
         if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY)
-        raw = os.pread(self._fd, end - start, start)
+            self._fd = open_again(self.path)
         try:
+            raw = os.pread(self._fd, end - start, start)
             ((key, value),) = json.loads(b"{" + raw + b"}").items()
-        except (ValueError, RecursionError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             meta = {"id": str(line), "source": str(self.path), "line": line}
             says = f"{self.path}:{line}: cannot be read as JSON: {e}"
             raise BadSample("bad_json", says, meta) from e

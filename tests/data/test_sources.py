@@ -332,6 +332,15 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path):
     with pytest.raises(BadSample, match=r"a.jsonl:1: not JSON .*; the file has changed since it"):
         worker[0]
     assert source[1].messages[0].text == "b"  # what is open stays the old one
+    path.unlink()
+    assert source[0].messages[0].text == "a"
+    with pytest.raises(MMJaxError, match="a.jsonl: cannot be opened any more: No such file") as e:
+        pickle.loads(pickle.dumps(source))[0]
+    assert not isinstance(e.value, BadSample)  # or the rest of a mixture would be trained on alone
+    os.close(source._file._fd)
+    source._file._fd = os.open(tmp_path, os.O_RDONLY)  # a disk that fails: a folder cannot be read
+    with pytest.raises(BadSample, match="a.jsonl:1: cannot be read: Is a directory; its disk or"):
+        source[0]
 
 
 def test_missing_file(tmp_path, monkeypatch):
