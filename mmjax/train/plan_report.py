@@ -68,10 +68,13 @@ def verdict(plan: MemoryPlan, memory: float) -> str:
 
 
 def saving(plan: MemoryPlan) -> str:
-    """Say what checkpoints need on disk; nothing is deleted before another is whole."""
+    """Say what checkpoints need on disk and, over all hosts, in memory.
+
+    Nothing is deleted before another is whole.
+    """
     return (
         f"to save: {_size(plan.saved)} a checkpoint, {_size((plan.stay + 1) * plan.saved)} for the "
-        f"{plan.stay} that stay and the one being written"
+        f"{plan.stay} that stay and the one being written, which the hosts' memory holds too"
     )
 
 

@@ -150,7 +150,8 @@ def test_a_checkpoint_is_what_is_trained_and_its_moments():
     best = dataclasses.replace(run, checkpoint=CheckpointSettings(keep=3, best="eval/a/accuracy"))
     made = dataclasses.replace(plan.make_plan(best, jax.devices()[:1]), saved=2_000_000_000)
     assert plan_report.saving(made) == (
-        "to save: 2.00 GB a checkpoint, 10.00 GB for the 4 that stay and the one being written"
+        "to save: 2.00 GB a checkpoint, 10.00 GB for the 4 that stay and the one being written, "
+        "which the hosts' memory holds too"
     )
 
 
