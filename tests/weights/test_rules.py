@@ -1,6 +1,7 @@
 """Rules: views that go both ways, pieces, and the published sizes of Fuyu-8B."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -58,6 +59,52 @@ def test_pieces_are_of_nearly_one_size(shape):
     assert math.prod(chunk) * 4 <= R.PIECE_BYTES and stored <= 1.05 * math.prod(shape)
 
 
+def test_a_piece_is_layers_or_a_part_of_one_along_their_first_axis():
+    """[3, 6, 4], of which theirs is three of [4, 6], in 4 bytes a number."""
+    rule, shape = R.Rule("w", "l.{l}.w", O.transpose), (3, 6, 4)
+    for limit, chunk in ((288, shape), (287, (2, 6, 4)), (100, (1, 6, 4)), (64, (1, 6, 2))):
+        assert rule.chunk(shape, 4, limit) == chunk
+    assert rule.chunk(shape, 4, 10) == (1, 6, 1)  # a row is the least
+    assert R.Rule("w", "w").chunk((), 4, 1) == ()
+    got = R.grid((slice(5, 13), slice(0, 3)), (4, 3))
+    assert [index[0] for index in got] == [slice(5, 8), slice(8, 12), slice(12, 13)]
+
+
+def test_every_nth_layer_of_theirs_may_be_ours():
+    rule = R.Rule("w", "l.{l}.w", first=3, step=4)
+    assert rule.keys((2, 6)) == ["l.3.w", "l.7.w"]
+    ours = {"w": np.arange(22.0).reshape(11, 2)}
+    tensors = R.export((rule,), Arrays(ours))
+    assert [t.key for t in tensors] == [f"l.{3 + 4 * i}.w" for i in range(11)]
+    assert [t.make()[0] for t in tensors] == [2.0 * i for i in range(11)]
+    assert R.read_piece(
+        rule, Arrays({t.key: t.make() for t in tensors}), (11, 2), (slice(9, 11), slice(1, 2)), "f4"
+    ).tolist() == [[19.0], [21.0]]
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"a": (3, 2)}, ["1 misshapen: a [3, 2] (the model has [2, 2])", "state the sizes"]),
+        ({"a": None}, ["1 missing: a", "Download the missing shards"]),
+        ({"c": (1,)}, ["1 unexpected: c", "Remove those tensors"]),
+        ({"a": None, "b": (9,)}, ["1 missing: a", "1 misshapen: b", "Download the missing"]),
+        ({"b": (9,), "c": (1,)}, ["1 unexpected: c", "1 misshapen: b", "Remove those"]),
+        ({"a": None, "c": (1,)}, ["1 missing: a", "1 unexpected: c", "of different models"]),
+    ],
+)
+def test_what_differs_is_told_with_what_to_do(change, told):
+    rules = (R.Rule("x", "a"), R.Rule("y", "b"))
+    shapes = {"a": (2, 2), "b": (3,), "d.inv_freq": (4,)} | change
+    there = Arrays({k: np.zeros(v) for k, v in shapes.items() if v is not None})
+    with pytest.raises(R.WeightsMismatch) as error:
+        R.check(rules, {"x": (2, 2), "y": (3,)}, there, ignore=("inv_freq$",))
+    for part in told:
+        assert part in str(error.value)
+    with pytest.raises(MMJaxError, match="no rule for z; add it"):
+        R.by_ours(rules, ["x", "z"])
+
+
 def test_export_is_the_inverse_of_reading():
     there, want = exported(), params()
     R.check(RULES, OURS, there)
@@ -74,8 +121,15 @@ def test_a_number_beyond_float16_is_refused():
     tensors = {t.key: t for t in R.export(RULES, Arrays(arrays), "float16")}
     assert np.all(tensors["table"].make() == 65_504)
     arrays["table"][3, 1] = -70_000
-    with pytest.raises(MMJaxError, match="table: holds a number beyond 65504.*bfloat16"):
-        tensors["table"].make()
+    arrays["head"][0, 0] = np.inf  # of the file itself, and kept where the dtype has it
+    for dtype in (None, "bfloat16"):
+        assert np.isinf(
+            {t.key: t for t in R.export(RULES, Arrays(arrays), dtype)}["head"].make()
+        ).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the error says it all
+        with pytest.raises(MMJaxError, match="table: holds a number beyond 65504.*bfloat16"):
+            tensors["table"].make()
 
 
 @pytest.mark.parametrize("limit", [16, 64, 200, 10**6])
@@ -102,11 +156,27 @@ def test_big_transposes_and_casts_are_exact():
         assert np.array_equal(got, x.T[:, 5:].astype(dtype))
 
 
-def test_fused_rows_are_head_major_then_qkv():
-    n, h, d = 2, 3, 4
-    fused = np.arange(n * 3 * h * d).reshape(n * 3 * h, d)
-    v = O.Fused(2).view(fused, (d, n, h))
-    assert v[1, 1, 2] == fused[1 * 3 * h + 2 * h + 2, 1]
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_fused_map_lie_by_head_or_one_after_the_other(parts):
+    n, h, d = 2, 5, 4
+    fused = np.arange(n * parts * h * d).reshape(n * parts * h, d)
+    for i in range(parts):
+        heads, apart = O.Fused(i, parts), O.Fused(i, parts, by_head=False)
+        assert heads.theirs_shape((d, n, h)) == apart.theirs_shape((d, n, h)) == fused.shape
+        assert heads.axis((d, n, h)) == 1 and heads.axis((n, h)) == 0
+        for head, x in ((0, 0), (0, 4), (1, 2)):
+            by_head = fused[head * parts * h + i * h + x]
+            assert heads.view(fused, (d, n, h))[:, head, x].tolist() == by_head.tolist()
+            one_after_the_other = fused[i * n * h + head * h + x]
+            assert apart.view(fused, (d, n, h))[:, head, x].tolist() == one_after_the_other.tolist()
+        chunk = O.Chunk(i, parts)
+        assert chunk.theirs_shape((d, n * h)) == fused.shape and chunk.axis((d, n * h)) == 1
+        assert np.array_equal(chunk.view(fused, (d, n * h)), fused[i * n * h : (i + 1) * n * h].T)
+    assert O.Leading(2).theirs_shape((3, 4)) == (1, 1, 3, 4)
+    assert O.reshape_in(2).axis((n, h, d)) == 2
+    pixel = np.arange(6).reshape(2, 3, 1, 1)  # out, in
+    assert O.conv_pixel.theirs_shape((3, 2)) == pixel.shape
+    assert O.conv_pixel.view(pixel, (3, 2)).tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_a_patch_kernel_is_the_convolution():
@@ -114,6 +184,7 @@ def test_a_patch_kernel_is_the_convolution():
     conv, image = rng.normal(size=(5, 3, 4, 2)), rng.normal(size=(3, 4, 2))
     ours = O.conv_patch.view(conv, (4, 2, 3, 5))
     assert O.conv_patch.theirs_shape(ours.shape) == conv.shape
+    assert O.conv_patch.axis(ours.shape) == 3  # their first, out
     want = (conv * image).sum((1, 2, 3))  # one step of a convolution, channels first
     got = np.einsum("rcx,rcxd->d", image.transpose(1, 2, 0), ours)
     np.testing.assert_allclose(got, want, rtol=1e-12)
