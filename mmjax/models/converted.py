@@ -103,8 +103,9 @@ def write_converted(
     """Write a converted folder, one piece of a parameter at a time; it appears whole or not."""
     with atomic_folder(destination, overwrite=overwrite) as folder:
         store = StoreWriter(folder / PARAMS, plan.arrays)
+        table = R.by_ours(opened.rules, plan.arrays)
         for name, (shape, dtype, chunk) in plan.arrays.items():
-            rule = R.by_ours(opened.rules, [name])[name]
+            rule = table[name]
             for index in R.grid(tuple(slice(0, n) for n in shape), chunk):
                 block = R.read_piece(rule, opened.reader, shape, index, dtype)
                 store.write(name, index, block)

@@ -18,9 +18,8 @@ from mmjax.models.bunny.config import (
     PREFIX,
     BunnyConfig,
     architecture_of,
-    s2_scales,
 )
-from mmjax.models.bunny.processor_config import seen_by_tower
+from mmjax.models.bunny.processor_config import s2_scales, seen_by_tower
 from mmjax.models.json_files import read_json
 from mmjax.models.language import weights as language
 from mmjax.models.language.architecture import Architecture

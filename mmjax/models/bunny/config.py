@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from mmjax.models.bunny.processor_config import seen_by_tower
+from mmjax.models.bunny.processor_config import s2_scales, seen_by_tower
 from mmjax.models.bunny.projector import ProjectorConfig
 from mmjax.models.bunny.s2 import check_scales, num_tiles
 from mmjax.models.decoder import DecoderConfig
@@ -30,7 +30,6 @@ _CLASS_NAMES = {
 }
 MODEL_TYPES = tuple(PREFIX + name for name in _CLASS_NAMES)
 _OLDER = {"bunny-qwen": "qwen2"}
-S2_SCALES = (384, 768, 1152)
 # By the model_type of the tower: its name where it is published, as the peer asks for it.
 _PUBLISHED = {
     "siglip_vision_model": "google/siglip-so400m-patch14-384",
@@ -211,14 +210,3 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
             f"{', '.join(MODEL_TYPES)}{nearest(found, MODEL_TYPES)}"
         )
     return name
-
-
-def s2_scales(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Read the sides of S2 from ``use_s2`` and ``s2_scales``, a string of numbers in the peer's."""
-    if not hf.get("use_s2"):
-        return None
-    stated = hf.get("s2_scales") or S2_SCALES
-    try:
-        return tuple(map(int, stated.split(",") if isinstance(stated, str) else stated))
-    except (ValueError, TypeError) as error:
-        raise MMJaxError(f"s2_scales is {stated!r}; give sides in pixels: 384,768,1152") from error

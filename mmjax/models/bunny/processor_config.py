@@ -13,6 +13,8 @@ from mmjax.models.square_images import Fit, SquareImages, is_own, read_image_fil
 from mmjax.types import MMJaxError
 
 AspectRatio = Literal["pad", "square"]
+S2_SCALES = (384, 768, 1152)
+"""Of S2, where config.json says none: the peer's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +108,17 @@ def _told_by_model(model: Mapping[str, Any]) -> dict[str, Any]:
         told["model_max_length"] = model["tokenizer_model_max_length"]
     if model.get("image_tokens"):
         told["image_tokens"] = model["image_tokens"]
-    if model.get("use_s2") and (scales := model.get("s2_scales", "384,768,1152")):
-        try:
-            each = map(int, scales.split(",") if isinstance(scales, str) else scales)
-            told |= {"image_size": max(each), "shortest_edge": None}
-        except ValueError as error:
-            raise MMJaxError(f"s2_scales = {scales!r}: expected sides such as 384,768") from error
+    if scales := s2_scales(model):
+        told |= {"image_size": max(scales), "shortest_edge": None}
     return told
+
+
+def s2_scales(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Read the sides of S2 from ``use_s2`` and ``s2_scales``, a string of numbers in the peer's."""
+    if not hf.get("use_s2"):
+        return None
+    stated = hf.get("s2_scales") or S2_SCALES
+    try:
+        return tuple(map(int, stated.split(",") if isinstance(stated, str) else stated))
+    except (ValueError, TypeError) as error:
+        raise MMJaxError(f"s2_scales is {stated!r}; give sides in pixels: 384,768,1152") from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmjax.models import towers
 from mmjax.models.flamingo.config import TOKENIZER_LENGTHS, architecture_of
-from mmjax.models.flamingo.processor_config import is_otter
+from mmjax.models.flamingo.processor_config import IDS, is_otter
 from mmjax.models.flamingo.sizes import GATED, LANGUAGE, interval, sizes
 from mmjax.models.flamingo.vocabulary import check_ids, read_ids, rows_of_tables, tell_rows
 from mmjax.models.json_files import read_json
@@ -35,7 +35,6 @@ TOWERS = {  # by our layout: the tower's own, and what its keys begin with
 _ALIAS = re.compile(r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.")
 _FRESH = ("perceiver.*", "cross.*")
 _FRESH_INTERVAL = 1  # the default of open_flamingo/train/train.py
-_IDS = ("media_token_id", "eoc_token_id", "answer_token_id", "eos_token_id", "pad_token_id")
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def assemble(
         fresh=() if readers else _FRESH,
         rows=min(short.values(), default=None),
         folders=tuple(folders),
-        options=options | {k: out[k] for k in _IDS if options and out.get(k) is not None},
+        options=options | {k: out[k] for k in IDS if options and out.get(k) is not None},
     )
 
 

@@ -13,7 +13,7 @@ from mmjax.types import MMJaxError
 
 AttendMode = Literal["previous", "next", "random"]
 
-_IDS = ("media_token_id", "eoc_token_id", "answer_token_id", "eos_token_id", "pad_token_id")
+IDS = ("media_token_id", "eoc_token_id", "answer_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ProcessorConfig(SquareImages):
         if not telling and isinstance(vision.get("image_size"), int):
             changes["image_size"] = vision["image_size"]
         text = model.get("text_config") or {}
-        for key in _IDS:
+        for key in IDS:
             value = model.get(key, text.get(key))
             if isinstance(value, int):
                 changes[key] = value

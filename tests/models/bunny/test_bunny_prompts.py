@@ -289,7 +289,7 @@ def test_settings_come_from_config_json_and_an_image_processors_file(tmp_path):
     own = read(use_s2=True, s2_scales="28,56", image_aspect_ratio="pad")
     assert (own.image_size, own.image_aspect_ratio, own.fit) == (56, "pad", "squash")
     assert own.image_mean == (0.5, 0.5, 0.4)
-    with pytest.raises(MMJaxError, match="s2_scales = '28;56'"):
+    with pytest.raises(MMJaxError, match="s2_scales is '28;56'; give sides in pixels"):
         read(use_s2=True, s2_scales="28;56")
 
 
