@@ -32,8 +32,9 @@ def write_torch(
 ) -> None:
     """Write a dict of tensors that ``torch.load`` reads, with ``weights_only`` too."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(f"{_ROOT}/data.pkl", _pickle(tensors))
-        archive.writestr(f"{_ROOT}/byteorder", b"little")
+        # By ZipInfo, as a bare name takes the time of day into the file.
+        archive.writestr(zipfile.ZipInfo(f"{_ROOT}/data.pkl"), _pickle(tensors))
+        archive.writestr(zipfile.ZipInfo(f"{_ROOT}/byteorder"), b"little")
         for i, tensor in enumerate(tensors):
             member = _member(archive, f"{_ROOT}/data/{i}", tensor.nbytes)
             with archive.open(member, "w") as stream:
@@ -42,7 +43,7 @@ def write_torch(
             del array  # or it would live on while the next one is made
             if progress is not None:
                 progress(tensor.nbytes)
-        archive.writestr(f"{_ROOT}/version", b"3\n")
+        archive.writestr(zipfile.ZipInfo(f"{_ROOT}/version"), b"3\n")
 
 
 def _member(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:

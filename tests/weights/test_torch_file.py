@@ -43,6 +43,13 @@ def test_torch_loads_what_was_written(tmp_path, mmap):
     assert all(t.data_ptr() % 64 == 0 for t in loaded.values() if mmap and t.numel())
 
 
+def test_the_same_tensors_make_the_same_bytes_at_any_time(tmp_path, monkeypatch):
+    write(tmp_path / "a.pt", tensors())
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    write(tmp_path / "b.pt", tensors())
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
 def test_our_own_reader_takes_it(tmp_path):
     arrays = tensors()
     write(tmp_path / "a.pt", arrays)
