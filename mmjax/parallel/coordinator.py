@@ -6,13 +6,20 @@ is ended in C++ without the reason.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from mmjax.types import MMJaxError
 
 REACH_SECONDS = 300  # in which the first process has to answer; a pod's name may come late
+JOIN_SECONDS = 300  # in which all of them have to be there
+_NOTICE_SECONDS = 20  # after which a process says that it waits
 _PAUSE = 0.5
 
 
@@ -49,6 +56,39 @@ def wait_for(coordinator: str, seconds: float = REACH_SECONDS) -> None:
                     "JAX_COORDINATOR_ADDRESS=host:port in all processes names another place"
                 ) from error
         time.sleep(_PAUSE)
+
+
+@contextlib.contextmanager
+def all_expected(index: int, count: int) -> Iterator[None]:
+    """Tell of processes that do not come while a block waits for all ``count`` of them.
+
+    After ``JOIN_SECONDS`` this process, number ``index``, ends with exit code 2. JAX, told to wait
+    longer, would end it in C++ without saying what was missing.
+    """
+    who = f"process {index} of {count}"
+
+    def end() -> None:
+        print(
+            f"error: {who}: not all {count} processes have joined within {JOIN_SECONDS:g} s. See "
+            "whether each was started, with a number of its own (JAX_PROCESS_ID, where no launcher "
+            f"gives it) from 0 to {count - 1}, and what those that are missing say",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(2)  # the main thread waits in C++
+
+    notice = f"{who}: waiting until all have joined, {JOIN_SECONDS:g} s at most"
+    timers = [
+        threading.Timer(_NOTICE_SECONDS, print, (notice,), {"flush": True}),
+        threading.Timer(JOIN_SECONDS, end),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _parts(coordinator: str) -> tuple[str, int]:

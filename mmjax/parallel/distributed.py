@@ -49,15 +49,17 @@ def joined(env: Mapping[str, str] = os.environ) -> Iterator[None]:
             coordinator.check_free(cluster.coordinator)
         else:
             coordinator.wait_for(cluster.coordinator)
-        jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.count,
-            cluster.index,
-            cluster.devices,
-            cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-        )
+        with coordinator.all_expected(cluster.index, cluster.count):
+            jax.distributed.initialize(
+                cluster.coordinator,
+                cluster.count,
+                cluster.index,
+                cluster.devices,
+                initialization_timeout=2 * coordinator.JOIN_SECONDS,
+                cluster_detection_method="deactivate",
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            )
         yield
         jax.distributed.shutdown()
     except BaseException as error:

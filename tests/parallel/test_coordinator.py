@@ -1,6 +1,8 @@
 """Where processes are to meet: a port that is taken, a first process that is not there."""
 
+import os
 import socket
+import threading
 
 import pytest
 
@@ -32,3 +34,19 @@ def test_the_first_process_is_reached_or_the_reason_told(host):
 def test_a_host_without_a_name_is_told():
     with pytest.raises(MMJaxError, match="not reached at no-such-host.invalid:1 within 0 s: "):
         coordinator.wait_for("no-such-host.invalid:1", 0)
+
+
+def test_processes_that_do_not_come_are_told(monkeypatch, capsys):
+    codes, ended = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    with coordinator.all_expected(1, 3):  # they came
+        pass
+    monkeypatch.setattr(coordinator, "JOIN_SECONDS", 0)
+    monkeypatch.setattr(coordinator, "_NOTICE_SECONDS", 0)
+    with coordinator.all_expected(1, 3):
+        assert ended.wait(60)
+    assert codes == [2]
+    out, error = capsys.readouterr()
+    assert "error: process 1 of 3: not all 3 processes have joined within 0 s. See" in error
+    assert "with a number of its own" in error and "from 0 to 2" in error
+    assert out in ("", "process 1 of 3: waiting until all have joined, 0 s at most\n")
