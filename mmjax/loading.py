@@ -21,6 +21,8 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import check_divides, parameter_shardings
 from mmjax.types import MMJaxError
 
+_WHOLE = ("vision.", "projector.")  # what a model sees with is small, and stays unrounded
+
 
 def load(
     path: str | os.PathLike,
@@ -42,7 +44,8 @@ def load(
     base: the model folder of an adapter, when its config names none that is there.
     weights: "int8" keeps the kernels of linear maps as int8 with a scale per output channel: half
         of bfloat16's memory, and what decoding reads, for a small loss of precision. "nf4": in 4.5
-        bits a weight, see ``mmjax.nn.nf4``; the loss is larger, and decoding no faster.
+        bits a weight, see ``mmjax.nn.nf4``; the loss is larger, and decoding no faster. A vision
+        tower and a projector stay in ``dtype``, as Bunny's 4-bit training leaves them.
     processor: settings that replace those of the folder, as ``model.processor`` of a run does, such
         as ``{"frames": 16}`` for a video model.
     parts: ``lm=``, ``vision=`` and so on, where a file of the trained parts leaves out the
@@ -63,7 +66,7 @@ def load(
     own.check(config)
     mesh = mesh or make_mesh({}, jax.local_devices()[:1])
     with use(mesh):
-        dtypes = DTypes(dtype, dtype, kernel=weights)
+        dtypes = DTypes(dtype, dtype, kernel=weights, whole=_WHOLE)
 
         def make() -> nnx.Module:
             return family.Model(config, rngs=nnx.Rngs(0), dtypes=dtypes, lora=opened.lora)

@@ -20,18 +20,20 @@ class DTypes:
     """The dtypes a model is given; softmax, norms, angles and loss are float32 anyway.
 
     kernel: of the kernels of linear maps, None for ``param``, or a kind of ``mmjax.nn.quantized``:
-    int8 or nf4. maps: the maps it is for, by their names in ``LoRA.targets``; None for all.
+    int8 or nf4. maps: the maps it is for, by their names in ``LoRA.targets``; None for all whose
+    names begin as none of ``whole``.
     """
 
     param: str = "float32"
     compute: str = "float32"
     kernel: str | None = None
     maps: tuple[str, ...] | None = None
+    whole: tuple[str, ...] = ()
 
     def quantized(self, name: str) -> str | None:
         """Return the kind that the kernel of a linear map is quantised to, or None."""
-        chosen = self.kernel in quantized.KINDS and (self.maps is None or name in self.maps)
-        return self.kernel if chosen else None
+        chosen = not name.startswith(self.whole) if self.maps is None else name in self.maps
+        return self.kernel if chosen and self.kernel in quantized.KINDS else None
 
 
 @dataclasses.dataclass(frozen=True)

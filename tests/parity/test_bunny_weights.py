@@ -18,6 +18,7 @@ import mmjax
 from convert_weights import average, inspect, merge, to_hf, to_jax
 from mmjax.generate.loop import pad_batch
 from mmjax.models import opening, pretrained
+from mmjax.nn import paths
 from mmjax.parallel.mesh import use
 from mmjax.train import adapters
 from mmjax.train.export import export_model
@@ -170,6 +171,16 @@ def test_a_model_is_asked_with_squashed_pictures_as_its_evaluators_do(phi):
     asked = {"image_aspect_ratio": "square"}
     model = mmjax.load(phi.merged, vision_config=phi.sizes, processor=asked)
     assert model.config.image_aspect_ratio == model.processor.config.image_aspect_ratio == "square"
+
+
+def test_in_fewer_bits_it_sees_with_an_unrounded_tower_and_projector(phi):
+    model = mmjax.load(phi.merged, vision_config=phi.sizes, weights="int8").model
+    params = {k: v for k, v in paths.flatten(nnx.state(model)).items() if k.endswith(".kernel")}
+    rounded = {name.split(".")[0] for name, x in params.items() if x.dtype == np.int8}
+    whole = {name.split(".")[0] for name, x in params.items() if x.dtype == np.float32}
+    assert (rounded, whole) == ({"decoder"}, {"vision", "projector"})
+    name = "vision.layers.attn.q.kernel"
+    np.testing.assert_array_equal(params[name], phi.params[name])
 
 
 # Adapters.
