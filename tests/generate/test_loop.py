@@ -157,6 +157,22 @@ def test_prompts_of_several_lengths_are_padded_on_the_right():
         pad_batch([examples()[0], floats])
 
 
+@pytest.mark.parametrize(
+    "given, first, longest",
+    [
+        ((1.0, False), False, False),
+        ((2.0, True), True, False),
+        ((0.5, "never"), False, True),
+        ((0.0, "never"), False, False),
+        ((-1.0, "never"), False, False),  # the longest answer is then no best one
+    ],
+)
+def test_ended_beams_are_ranked_by_their_length_from_one_on(given, first, longest):
+    divisors, *rule = Beams(3, *given).ranking(4)
+    np.testing.assert_allclose(divisors, [n ** given[0] for n in (1, 2, 3, 4)], rtol=1e-6)
+    assert [bool(x) for x in rule] == [first, longest]
+
+
 @pytest.mark.parametrize("beams", [Beams(), Beams(2, early_stopping=True)])
 def test_nothing_is_decoded_once_every_answer_has_ended(beams):
     """The second row is padding, which never says the end token, 3."""

@@ -42,6 +42,36 @@ def test_weights_that_are_not_there_are_named(tmp_path, name):
         open_reader(tmp_path)
 
 
+def test_what_lies_beside_a_model_is_no_part_of_it(tmp_path):
+    """An adapter, what a trainer saves, and the same tensor in two shards of one index."""
+    want, other = tensors(), {k: v + 1 for k, v in tensors().items()}
+    save_file(other, tmp_path / "adapter_model.safetensors")
+    assert np.array_equal(open_reader(tmp_path).read("a"), other["a"])
+    save_file(want, tmp_path / "model.safetensors")
+    assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    write_torch(tmp_path / "pytorch_model.bin", as_tensors(want))
+    for name in (
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "scaler.pt",
+    ):
+        (tmp_path / name).touch()
+    assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for i in (1, 2):
+        save_file(want, twice / f"model-0000{i}-of-00002.safetensors")
+    with pytest.raises(MMJaxError, match=r"'a' stands in both model-00001.*model-00002.*of one"):
+        open_reader(twice)
+    (twice / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(MMJaxError, match="1 of 2 shards are there"):
+        open_reader(twice)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.int8])
 def test_reads_what_the_safetensors_library_writes(tmp_path, dtype):
     arrays = tensors(dtype)
