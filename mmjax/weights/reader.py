@@ -223,18 +223,14 @@ def _indexed_files(index: Path) -> list[Path]:
 def _complete_shards(folder: Path, files: list[Path]) -> list[Path]:
     if len(files) == 1 and not re.search(r"-of-\d+", files[0].stem):
         return files
-    found: dict[str, set[int]] = {}
-    for file in files:
-        match = re.fullmatch(r"(.*?)-?(\d+)-of-(\d+)", file.stem)
-        if match is None:
-            raise MMJaxError(
-                f"{folder}: {', '.join(f.name for f in files[:4])}: which one is the model? "
-                "Give the file itself, or leave one model in the folder"
-            )
-        found.setdefault(match[1] + "#" + match[3], set()).add(int(match[2]))
-    (group, numbers), *others = found.items()
-    total = int(group.rsplit("#")[-1])
-    if others or len(numbers) != total:
+    matches = [re.fullmatch(r"(.*?)-?(\d+)-of-(\d+)", file.stem) for file in files]
+    if None in matches or len({(match[1], match[3]) for match in matches}) > 1:
+        raise MMJaxError(
+            f"{folder}: {', '.join(f.name for f in files[:4])}: which one is the model? "
+            "Give the file itself, or leave one model in the folder"
+        )
+    numbers, total = {int(match[2]) for match in matches}, int(matches[0][3])
+    if len(numbers) != total:
         raise MMJaxError(
             f"{folder}: {len(numbers)} of {total} shards are there; download the missing ones"
         )

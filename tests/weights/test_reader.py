@@ -70,6 +70,9 @@ def test_what_lies_beside_a_model_is_no_part_of_it(tmp_path):
     (twice / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(MMJaxError, match="1 of 2 shards are there"):
         open_reader(twice)
+    save_file(want, twice / "other-00001-of-00001.safetensors")
+    with pytest.raises(MMJaxError, match=r"model-00001.*other-00001.*which one is the model"):
+        open_reader(twice)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.int8])
