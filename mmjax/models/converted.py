@@ -39,8 +39,8 @@ def open_converted(path: Path, hf: dict[str, Any]) -> Pretrained:
     if about is None and (path / _TRAINING).is_file():
         raise MMJaxError(
             f"{path}: a checkpoint of a run, which holds what was trained alone, and no model; the "
-            f"run writes one when it ends, {path.parent.parent / 'model'}. eval.py evaluates a "
-            "checkpoint"
+            f"run writes one when it ends, {path.parent.parent / 'model'}, and `python -m "
+            f"convert_weights.from_run {path} DST` before. eval.py evaluates a checkpoint"
         )
     if about is None:
         raise MMJaxError(

@@ -20,13 +20,9 @@ from mmjax.evals.tasks import Task
 from mmjax.loaded import LoadedModel
 from mmjax.loading import load
 from mmjax.models import opening
-from mmjax.models.companions import stated_ends
-from mmjax.nn import paths
-from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.mesh import make_mesh
 from mmjax.train import frozen as frozen_part
-from mmjax.train.build import Blueprint
-from mmjax.train.design import make_design
-from mmjax.train.initial import init_frozen
+from mmjax.train.saved import open_step
 from mmjax.train.settings import RunSettings
 from mmjax.train.tasks import beams_of, check_processor, check_tasks, tasks_of, template_of
 from mmjax.train.workdir import as_trained, disk_asked
@@ -112,17 +108,6 @@ def count_parameters(model: LoadedModel) -> int:
     return sum(frozen_part.sizes(nnx.state(model.model)).values())
 
 
-def answering(
-    plan: Blueprint, model: nnx.Module, mesh: jax.sharding.Mesh, beside: int = 0
-) -> LoadedModel:
-    """Return a run's model as ``mmjax.load`` would return its export: with the same end tokens.
-
-    beside: see ``LoadedModel``.
-    """
-    ends = () if plan.source is None else stated_ends(plan.source.folders, plan.config.vocab_size)
-    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh, ends, beside)
-
-
 def open_model(
     path: str | Path, settings: RunSettings, *, weights: str | None = None
 ) -> tuple[LoadedModel, int | None]:
@@ -151,15 +136,7 @@ def open_model(
             "the run exported, WORKDIR/model"
         )
     workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
-    mesh = make_mesh(settings.mesh)
-    with use(mesh):
-        design = make_design(settings, mesh)
-        settings, plan, outline = design.settings, design.plan, design.outline
-        trained = outline.state.params
-        values = checkpoint.load_params(workdir, step, paths.flatten(trained))
-        frozen = init_frozen(plan, settings, outline, mesh)
-        model = nnx.merge(outline.graphdef, paths.replace(trained, values), frozen)
-    return answering(plan, model, mesh), step
+    return open_step(workdir, step, settings, make_mesh(settings.mesh))[1], step
 
 
 def run_eval(

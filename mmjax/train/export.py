@@ -1,4 +1,4 @@
-"""What a finished run leaves for others: its model, as a folder."""
+"""What a run leaves for others: its model, as a folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from mmjax.train import frozen as frozen_part
 
 def export_model(
     model: LoadedModel,
-    workdir: Path,
+    destination: Path,
     lora: LoRA | None,
     trained: set[str],
     earlier: Sequence[str] = (),
+    *,
+    overwrite: bool = True,
 ) -> None:
-    """Write workdir/model, a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read.
+    """Write a folder that ``mmjax.load`` and ``convert_weights.to_hf`` read.
 
     trained: names of what this run trained. earlier: patterns of what runs before it did, beside
     the adapters that it went on with.
@@ -38,12 +40,12 @@ def export_model(
         if set(ends := model.end_tokens()) - set(model.config.end_token_ids):
             write_ends(ends, Path(folder))
         converted.save_model(
-            workdir / "model",
+            destination,
             MultipliedOut(state, frozen_part.REST),
             family=registry.family(model.family),
             config=model.config if after is None else after(trained),
             lora=lora,
             trained=tuple(noted),
             folders=(Path(folder),),
-            overwrite=True,
+            overwrite=overwrite,
         )

@@ -23,6 +23,7 @@ from mmjax.train.export import export_model
 from mmjax.train.initial import init_frozen, init_state
 from mmjax.train.loss import LossOptions, source_weights
 from mmjax.train.reports import Reports
+from mmjax.train.saved import answering
 from mmjax.train.settings import RunSettings, check_numbers
 from mmjax.train.step import compile_step, make_train_step
 from mmjax.train.stop import StopFlag
@@ -184,7 +185,8 @@ class Training:
             with disk_asked(self._workdir / "model", fix):
                 plan, chosen = design.plan, design.outline.chosen
                 before = () if plan.source is None else plan.source.trained
-                export_model(self._model(), self._workdir, plan.lora, chosen, before)
+                folder = self._workdir / "model"
+                export_model(self._model(), folder, plan.lora, chosen, before)
         if settings.eval.tasks and settings.eval.final:
             got = evaluation.full(
                 self._model(), settings, self._workdir, step=done,
@@ -249,4 +251,4 @@ class Training:
         plan = self._design.plan
         model = nnx.merge(self._graphdef, self.state.params, self.frozen)
         beside = sum(x.nbytes for x in jax.tree.leaves(self.state.opt)) // self._mesh.size
-        return evaluation.answering(plan, model, self._mesh, beside)
+        return answering(plan, model, self._mesh, beside)

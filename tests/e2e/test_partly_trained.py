@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import mmjax
-from convert_weights import to_hf
+from convert_weights import from_run, to_hf
 from mmjax.checkpoint import CheckpointSettings
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
@@ -60,9 +60,13 @@ def settings(steps):
     return dataclasses.replace(made, checkpoint=CheckpointSettings(every=2))
 
 
-def weights(workdir):
-    reader = StoreReader(workdir / "model" / "params")
+def weights(model):
+    reader = StoreReader(model / "params")
     return {name: reader.read(name) for name in reader.keys()}  # noqa: SIM118
+
+
+def json_of(model):
+    return json.loads((model / "config.json").read_text())
 
 
 def first_weights(run):
@@ -80,7 +84,7 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog, caps
     loop.run(settings(4), tmp_path / "cut")
     assert "continuing at step 2\nconfig.steps was 2 and is 4\n" in capsys.readouterr().out
     loop.run(settings(4), tmp_path / "whole")
-    got, undisturbed = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    got, undisturbed = (weights(tmp_path / run / "model") for run in ("cut", "whole"))
     for name, value in undisturbed.items():
         assert value.tobytes() == got[name].tobytes(), name
 
@@ -109,6 +113,19 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog, caps
     want = sum({"chat": 0.2, "choice": 1.0}[k] * v for k, v in parts.items())
     np.testing.assert_allclose(last["train/loss"], want, rtol=1e-5)
 
+    # A checkpoint becomes the model that the run wrote at that step.
+    for step, same in {2: False, 4: True}.items():
+        saved, folder = tmp_path / f"cut/checkpoints/{step}", tmp_path / f"at_{step}"
+        from_run.main([str(saved), str(folder)])
+        assert f"{folder}: step {step} of {tmp_path / 'cut'}" in capsys.readouterr().out
+        written = {name: value.tobytes() for name, value in weights(folder).items()}
+        assert (written == {name: x.tobytes() for name, x in got.items()}) is same
+        assert json_of(folder) == json_of(tmp_path / "cut/model")
+    with pytest.raises(MMJaxError, match=r"checkpoints/3 is not there; .*cut has steps 2, 4"):
+        from_run.main([str(tmp_path / "cut/checkpoints/3"), str(tmp_path / "at_3")])
+    with pytest.raises(MMJaxError, match=r"at_4 is no run of train.py: give its workdir"):
+        from_run.main([str(folder), str(tmp_path / "again")])
+
     # Another scale of the adapters is another model, which no checkpoint tells.
     louder = dataclasses.replace(settings(5), lora=LoRASettings(rank=2, alpha=160.0))
     with pytest.raises(MMJaxError, match=r"cut holds adapters .* scale 8, .*lora.alpha=16"):
@@ -128,10 +145,18 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog, caps
         ),
     )
     loop.run(more, tmp_path / "more")
-    noted = json.loads((tmp_path / "more" / "model" / "config.json").read_text())["mmjax"]
-    assert sorted(noted["trained"]) == ["cross.*", TABLE]
+    assert sorted(json_of(tmp_path / "more/model")["mmjax"]["trained"]) == ["cross.*", TABLE]
+    # The frozen part is read from where the run began, wherever that is by now.
+    (tmp_path / "whole/model").rename(tmp_path / "moved")
+    asked = [str(tmp_path / "more"), str(tmp_path / "newest")]
+    with pytest.raises(MMJaxError, match=r"model.init .*whole/model.* not here; .*--init"):
+        from_run.main(asked)
+    from_run.main([*asked, "--init", str(tmp_path / "moved")])
+    newest = weights(tmp_path / "newest")
+    for name, value in weights(tmp_path / "more/model").items():
+        assert newest[name].tobytes() == value.tobytes(), name
 
-    model = mmjax.load(tmp_path / "whole" / "model")
+    model = mmjax.load(tmp_path / "newest")
     picture = np.zeros((8, 8, 3), np.uint8)
     assert isinstance(
         model.generate("<image>User: what is it? GPT:", [picture], max_new_tokens=2)[0], str

@@ -297,7 +297,7 @@ def test_a_run_that_trains_the_tower_says_so_in_what_it_writes(phi, tmp_path):
     for i, (name, told) in enumerate({"vision.embed.kernel": True, "projector.layers.0.bias": False,
                                       "vision.layers.attn.q.lora_a": False}.items()):  # fmt: skip
         export_model(ours, tmp_path / str(i), None, {"decoder.embed.embedding", name})
-        config = json.loads((tmp_path / str(i) / "model" / "config.json").read_text())
+        config = json.loads((tmp_path / str(i) / "config.json").read_text())
         assert config["unfreeze_vision_tower"] is told, name
 
 

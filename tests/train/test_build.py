@@ -13,10 +13,11 @@ from mmjax.loading import load
 from mmjax.models import converted, registry
 from mmjax.nn import paths
 from mmjax.parallel.mesh import use
-from mmjax.train import build, design, evaluation, initial
+from mmjax.train import build, design, initial
 from mmjax.train.design import make_outline
 from mmjax.train.dropout import dropout_line, with_dropout
 from mmjax.train.export import export_model
+from mmjax.train.saved import answering
 from mmjax.train.settings import DataSettings, LoRASettings, ModelSettings, RunSettings
 from mmjax.types import MMJaxError
 
@@ -200,9 +201,9 @@ def test_a_run_asks_its_model_as_its_export_is_asked(folder, tmp_path):
     path = shutil.copytree(folder[0], tmp_path / "model")
     (path / "generation_config.json").write_text('{"eos_token_id": [5, 7, 4000]}')
     plan = build.blueprint(ModelSettings(init=str(path)), NO_LORA, 0)
-    asked = evaluation.answering(plan, None, None)
+    asked = answering(plan, None, None)
     assert asked.end_tokens() == (plan.config.eos_token_id, 5, 7)
-    random = evaluation.answering(build.blueprint(MODEL, NO_LORA, 0), None, None)
+    random = answering(build.blueprint(MODEL, NO_LORA, 0), None, None)
     assert random.ends == ()
 
 
@@ -212,10 +213,10 @@ def test_an_export_ends_its_answers_as_the_run_did(folder, tmp_path):
     (path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     loaded = load(path)
     export_model(loaded, tmp_path / "run", None, set())
-    assert load(tmp_path / "run/model").end_tokens() == loaded.end_tokens()
+    assert load(tmp_path / "run").end_tokens() == loaded.end_tokens()
     assert {5, 7} < set(loaded.end_tokens())
     export_model(load(folder[0]), tmp_path / "plain", None, set())
-    assert not (tmp_path / "plain/model/generation_config.json").exists()
+    assert not (tmp_path / "plain/generation_config.json").exists()
 
 
 def test_batches_come_in_the_shape_the_settings_say(tmp_path):

@@ -1,0 +1,109 @@
+"""A saved step of a run, opened as a model: to be asked, or to be written for others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from mmjax import checkpoint
+from mmjax.loaded import LoadedModel
+from mmjax.models.companions import stated_ends
+from mmjax.nn import paths
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.train.build import Blueprint, absent_files
+from mmjax.train.design import Design, make_design
+from mmjax.train.export import export_model
+from mmjax.train.initial import init_frozen
+from mmjax.train.settings import RunSettings
+from mmjax.train.workdir import read_config
+from mmjax.types import MMJaxError
+
+
+def answering(
+    plan: Blueprint, model: nnx.Module, mesh: jax.sharding.Mesh, beside: int = 0
+) -> LoadedModel:
+    """Return a run's model as ``mmjax.load`` would return its export: with the same end tokens.
+
+    beside: see ``LoadedModel``.
+    """
+    ends = () if plan.source is None else stated_ends(plan.source.folders, plan.config.vocab_size)
+    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh, ends, beside)
+
+
+def open_step(
+    workdir: Path, step: int, settings: RunSettings, mesh: jax.sharding.Mesh
+) -> tuple[Design, LoadedModel]:
+    """Open a saved step of the run that was made with the settings; returns its design too."""
+    with use(mesh):
+        design = make_design(settings, mesh)
+        outline = design.outline
+        trained = outline.state.params
+        values = checkpoint.load_params(workdir, step, paths.flatten(trained))
+        frozen = init_frozen(design.plan, design.settings, outline, mesh)
+        model = nnx.merge(outline.graphdef, paths.replace(trained, values), frozen)
+    return design, answering(design.plan, model, mesh)
+
+
+def export_step(
+    path: str | Path,
+    destination: str | Path,
+    *,
+    init: str | None = None,
+    parts: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> tuple[Path, int]:
+    """Write a saved step as a model folder, as a run writes its last; returns (workdir, step).
+
+    path: a workdir, of which the step that was best by ``checkpoint.best`` is taken, else the
+    newest, or one of its checkpoints. init, parts: where the frozen part is now, when it is not
+    where ``model.init`` and ``model.parts`` of the run say. The model lies on the run's mesh where
+    there are as many devices, else on one. Raises MMJaxError for what is no run, has no such step,
+    or lacks files, before anything is made.
+    """
+    found, settings = _run_of(Path(path))
+    workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
+    if not (saved := workdir / checkpoint.FOLDER / str(step)).is_dir():
+        have = sorted(int(p.name) for p in saved.parent.glob("*") if p.name.isdigit())
+        raise MMJaxError(f"{saved} is not there; {found} has steps {', '.join(map(str, have))}")
+    own = settings.model
+    moved = {"parts": {**own.parts, **(parts or {})}} | ({"init": init} if init else {})
+    # How attention is computed changes no weight, and may be for another machine.
+    model = dataclasses.replace(own, **moved, attention="auto")
+    if absent := absent_files(model):
+        raise MMJaxError(
+            f"the run in {workdir} began with {', '.join(absent)}, which is not here; say where it "
+            "is: --init for model.init, --lm, --vision and so on for model.parts"
+        )
+    settings = dataclasses.replace(settings, model=model)
+    design, loaded = open_step(workdir, step, settings, _mesh(settings))
+    before = () if design.plan.source is None else design.plan.source.trained
+    with use(loaded.mesh):
+        export_model(
+            loaded, Path(destination), design.plan.lora, design.outline.chosen, before,
+            overwrite=overwrite,
+        )  # fmt: skip
+    return workdir, step
+
+
+def _run_of(path: Path) -> tuple[Path, RunSettings]:
+    """Return the workdir that a path is, or is a checkpoint of, and its run's settings."""
+    path = path.absolute()
+    is_step = path.name.isdigit() and path.parent.name == checkpoint.FOLDER
+    workdir = path.parent.parent if is_step else path
+    if (workdir / checkpoint.FOLDER).is_dir() and (settings := read_config(workdir)) is not None:
+        return workdir, settings
+    raise MMJaxError(
+        f"{path} is no run of train.py: give its workdir, which has config.json and "
+        f"{checkpoint.FOLDER}/, or one of its checkpoints, {checkpoint.FOLDER}/STEP"
+    )
+
+
+def _mesh(settings: RunSettings) -> jax.sharding.Mesh:
+    try:
+        return make_mesh(settings.mesh)
+    except MMJaxError:  # of other devices than are here
+        return make_mesh({}, jax.local_devices()[:1])
