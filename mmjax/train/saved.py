@@ -21,6 +21,7 @@ from mmjax.train.initial import init_frozen
 from mmjax.train.settings import RunSettings
 from mmjax.train.workdir import read_config
 from mmjax.types import MMJaxError
+from mmjax.weights.writer import check_destination
 
 
 def answering(
@@ -64,6 +65,7 @@ def export_step(
     there are as many devices, else on one. Raises MMJaxError for what is no run, has no such step,
     or lacks files, before anything is made.
     """
+    check_destination(Path(destination), overwrite)
     found, settings = _run_of(Path(path))
     workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
     if not (saved := workdir / checkpoint.FOLDER / str(step)).is_dir():

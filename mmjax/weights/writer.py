@@ -70,6 +70,20 @@ def _same(x: Any) -> Any:  # one function: jit looks its programs up by it
     return x
 
 
+def check_destination(destination: Path, overwrite: bool) -> Path:
+    """Return the folder that will be written; raises MMJaxError where ``atomic_folder`` would."""
+    if destination.exists() and not overwrite:
+        raise MMJaxError(
+            f"{destination} exists; give another destination, or --overwrite to replace it"
+        )
+    target = Path(os.path.realpath(destination))
+    if os.path.ismount(target):
+        raise MMJaxError(f"{destination}: a mounted disk cannot be replaced; give a folder in it")
+    if target.exists():
+        _refuse_others(destination, target)
+    return target
+
+
 @contextlib.contextmanager
 def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to fill that takes its final name only when the block ends well.
@@ -81,15 +95,7 @@ def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterat
     cannot be written.
     """
     destination = Path(destination)
-    if destination.exists() and not overwrite:
-        raise MMJaxError(
-            f"{destination} exists; give another destination, or --overwrite to replace it"
-        )
-    target = Path(os.path.realpath(destination))
-    if os.path.ismount(target):
-        raise MMJaxError(f"{destination}: a mounted disk cannot be replaced; give a folder in it")
-    if target.exists():
-        _refuse_others(destination, target)
+    target = check_destination(destination, overwrite)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
