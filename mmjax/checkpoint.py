@@ -251,11 +251,15 @@ class CheckpointManager:
         return "none yet" if step is None else f"step {step}"
 
 
+_SAVING = ("futures/future.py", "checkpointers/async_checkpointer.py")  # Orbax's threads that save
+
+
 class _OrbaxLog(logging.Filter):
-    """Keep what Orbax logs away, and remember the failure that it told of last.
+    """Keep what Orbax logs away, and remember the save that it told of last as failed.
 
     Of several processes, one whose save has failed waits in Orbax for the others before it raises,
-    and they for what it should have written: what it logs is all that tells of it meanwhile.
+    and they for what it should have written: what it logs is all that tells of it meanwhile. It
+    logs other errors too that fail nothing, as an old step that cannot be removed.
     """
 
     failure: BaseException | None = None
@@ -263,7 +267,7 @@ class _OrbaxLog(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if "orbax" not in record.pathname:
             return True
-        if record.exc_info:
+        if record.exc_info and record.pathname.endswith(_SAVING):
             self.failure = record.exc_info[1]
         return False
 
