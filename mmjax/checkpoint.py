@@ -341,13 +341,18 @@ def _unflat(like, values: Mapping[str, Any]):
     )
 
 
+def is_step(path: Path) -> bool:
+    """Tell whether a path is one checkpoint's, WORKDIR/checkpoints/STEP, be it there or not."""
+    return path.name.isdigit() and path.parent.name == FOLDER
+
+
 def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
     """Return (workdir, step) of a workdir's checkpoint: the best by a metric, else the newest.
 
     path: a workdir, or one step's folder in it. Raises MMJaxError when there is none.
     """
     path = Path(path).absolute()
-    if path.name.isdigit() and path.parent.name == FOLDER:
+    if is_step(path):
         return path.parent.parent, int(path.name)
     folder = path / FOLDER
     found = []

@@ -170,8 +170,7 @@ def _is_run(path: Path) -> bool:
             f"--checkpoint {path} is where a run keeps its checkpoints; give the run, "
             f"{path.parent}, or one of them, {path}/STEP"
         )
-    is_step = path.name.isdigit() and path.parent.name == checkpoint.FOLDER
-    return is_step or (path / checkpoint.FOLDER).is_dir()
+    return checkpoint.is_step(path) or (path / checkpoint.FOLDER).is_dir()
 
 
 def _results_folder(path: Path, workdir: str | None) -> Path:

@@ -94,8 +94,7 @@ def export_step(
 def _run_of(path: Path) -> tuple[Path, RunSettings]:
     """Return the workdir that a path is, or is a checkpoint of, and its run's settings."""
     path = path.absolute()
-    is_step = path.name.isdigit() and path.parent.name == checkpoint.FOLDER
-    workdir = path.parent.parent if is_step else path
+    workdir = path.parent.parent if checkpoint.is_step(path) else path
     if (workdir / checkpoint.FOLDER).is_dir() and (settings := read_config(workdir)) is not None:
         return workdir, settings
     raise MMJaxError(
