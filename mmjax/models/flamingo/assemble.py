@@ -89,6 +89,7 @@ def assemble(
     if parts.given():  # the processor's folder may be that of a part
         options = {"image_size": tower.config["image_size"]}
         options |= {"answer_token": True} if otter else {}
+        options |= {"max_media": (out.get("perceiver_config") or {}).get("max_media")}
     return Assembled(
         out,
         Resized(whole, resized) if resized else whole,

@@ -104,6 +104,20 @@ def _media_of_samples(visual_index: Array, segment_ids: Array) -> tuple[Array, A
     return jax.vmap(of_row)(visual_index, segment_ids)
 
 
+def media_places(visual_index: Array, segment_ids: Array, m: int) -> Array:
+    """Return each medium's number within its own sample, int32[b, m]; arguments as above.
+
+    Of the padding behind a row's last medium, its number within the row.
+    """
+    first, _ = _media_of_samples(visual_index, segment_ids)
+
+    def of_row(index: Array, first: Array) -> Array:
+        at = jnp.where(index < 0, m, index)
+        return jnp.arange(m) - jnp.zeros(m, first.dtype).at[at].max(first, mode="drop")
+
+    return jax.vmap(of_row)(visual_index, first)
+
+
 def keys_of_next_token(
     k: Array, v: Array, seen: MediaRanges, n: int, *, only_immediate: bool = True
 ) -> tuple[Array, Array, Array]:

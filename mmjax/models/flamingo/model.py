@@ -19,6 +19,7 @@ from mmjax.models.flamingo.cross_attention import (
     GatedCrossAttention,
     MediaRanges,
     keys_of_next_token,
+    media_places,
     media_ranges,
 )
 from mmjax.models.flamingo.perceiver import Perceiver
@@ -106,7 +107,10 @@ class Flamingo(nnx.Module):
         mean, std = self.config.image_mean, self.config.image_std
         tokens = self.vision(normalized(images, mean, std))
         tokens = tokens.reshape(b, m, frames, *tokens.shape[1:])
-        latents = self.perceiver(tokens)
+        places = None
+        if self.perceiver.media_embed is not None:
+            places = media_places(batch["visual_index"], batch["segment_ids"], m)
+        latents = self.perceiver(tokens, places)
         return latents.reshape(b, -1, latents.shape[-1])
 
     def __call__(self, batch: Batch, at: Array | None = None) -> Array:

@@ -26,7 +26,7 @@ class PerceiverConfig:
     """Sizes of a resampler; the defaults are OpenFlamingo's.
 
     d_model: width of the visual tokens and of the latents. ff_mult: width of the MLP over d_model.
-    max_media, max_frames: how many media of a row, or frames of a medium, have an embedding of
+    max_media, max_frames: how many media of a sample, or frames of a medium, have an embedding of
     their own; None for no such embedding, as in every published OpenFlamingo.
     """
 
@@ -101,25 +101,29 @@ class Perceiver(nnx.Module):
         self.layers = stack(make, c.num_layers, rngs)
         self.final_norm = LayerNorm(c.d_model, eps=c.norm_eps, dtypes=dtypes)
 
-    def __call__(self, media: Array) -> Array:
+    def __call__(self, media: Array, places: Array | None = None) -> Array:
         """Map the tokens of all media, [b, m, f, v, d], to [b, m, n, d].
 
-        f: frames of a medium; v: tokens of a frame; n: latents. Raises MMJaxError for more media
-        or frames than have embeddings.
+        f: frames of a medium; v: tokens of a frame; n: latents. places: int32[b, m], each medium's
+        number within its sample, which chooses its embedding; None where a row is one sample. A
+        row may hold more media than have embeddings, a sample not: its processor refuses it. Raises
+        MMJaxError for more frames than have embeddings.
         """
         c, (b, m, f, v, d) = self.config, media.shape
-        for name, found, limit in (("media", m, c.max_media), ("frames", f, c.max_frames)):
-            if limit is not None and found > limit:
-                raise MMJaxError(
-                    f"the perceiver has embeddings of {limit} {name} and was given {found}; give "
-                    f"at most {limit}, or set max_{name} to None"
-                )
+        if c.max_frames is not None and f > c.max_frames:
+            raise MMJaxError(
+                f"the perceiver has embeddings of {c.max_frames} frames and was given {f}; give "
+                f"at most {c.max_frames}, or set max_frames to None"
+            )
         media = media.astype(self.dtype)
         if self.frame_embed is not None:
             media += self.frame_embed[:f][:, None].astype(self.dtype)
         media = media.reshape(b, m, f * v, d)
         if self.media_embed is not None:
-            media += self.media_embed[:m].astype(self.dtype)
+            places = jnp.arange(m)[None] if places is None else places
+            # Padding has places behind the last embedding, and no token sees it.
+            own = jnp.take(self.media_embed[...], places, axis=0, mode="clip")
+            media += own.astype(self.dtype)
         media = constrain(media.reshape(b * m, f * v, d), "batch", None, "embed")
         latents = jnp.broadcast_to(self.latents[...].astype(self.dtype), (b * m, c.num_latents, d))
         latents = scan(

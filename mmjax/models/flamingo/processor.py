@@ -72,6 +72,7 @@ class FlamingoProcessor(FolderProcessor):
             image_size=config.vision.image_size,
             image_mean=tuple(config.image_mean),
             image_std=tuple(config.image_std),
+            max_media=config.perceiver.max_media,
             answer_token=True,
         )
         return cls(options, build_word_tokenizer(words))
@@ -118,6 +119,12 @@ class FlamingoProcessor(FolderProcessor):
                 f"the processor takes media of {own.frames} frames and the model has embeddings of "
                 f"{most}; set the processor's frames to {most} or fewer"
             )
+        most = config.perceiver.max_media
+        if most is not None and (own.max_media is None or own.max_media > most):
+            raise MMJaxError(
+                f"the processor's max_media is {own.max_media} and the model has embeddings of "
+                f"{most} media; set the processor's max_media to {most} or fewer"
+            )
 
     def encode(
         self,
@@ -131,7 +138,7 @@ class FlamingoProcessor(FolderProcessor):
         Special segments: ``bos`` is what the tokenizer begins with, maybe nothing, ``eoc``,
         ``answer``, ``eos``, and ``cut``, behind which the tokenizer starts anew. Raises BadSample:
         empty_answer, end_mark, too_long (before any pixel is read), image_mismatch, frame_count,
-        and those of ``open_image``.
+        too_many_media, and those of ``open_image``.
         """
         check_answers(segments)
         order = image_order(segments, len(images))
@@ -144,6 +151,7 @@ class FlamingoProcessor(FolderProcessor):
                 f"{len(order)} images; take it out of the text",
             )
         check_length(len(tokens), max_tokens)
+        self._check_media(len(order))
         check_targets(segments, loss)
         ends = {"eoc": self.config.eoc_token_id, "eos": self.config.eos_token_id}
         check_ends(segments, tokens, loss, ends)
@@ -190,7 +198,8 @@ class FlamingoProcessor(FolderProcessor):
 
         A string is tokenised as the peer would, with its ``<image>`` marks where the images stand;
         without marks they stand in front. Token ids are used as they are: each ``media_token_id``
-        is an image, in order. Raises MMJaxError when there is not one mark for each image.
+        is an image, in order. Raises MMJaxError when there is not one mark for each image, and
+        for more than ``max_media``.
         """
         config = self.config
         if isinstance(prompt, str):
@@ -204,6 +213,7 @@ class FlamingoProcessor(FolderProcessor):
         media = tokens == config.media_token_id
         if media.sum() != len(images):
             raise mismatch("prompt", int(media.sum()), len(images))
+        self._check_media(len(images))
         rows = media_rows(list(images), config)
         return make_example(tokens, np.zeros(len(tokens), bool), self._look(media), rows)
 
@@ -244,6 +254,15 @@ class FlamingoProcessor(FolderProcessor):
                     "family's; choose one of mmjax/data/templates_flamingo.py"
                 )
         return stream
+
+    def _check_media(self, count: int) -> None:
+        most = self.config.max_media
+        if most is not None and count > most:
+            raise BadSample(
+                "too_many_media",
+                f"the sample has {count} media and the model has embeddings of {most}; set "
+                f"data.max_images to {most}, or give fewer",
+            )
 
     def _require_special(self, name: str) -> None:
         if getattr(self.config, f"{name}_token_id") is None:

@@ -21,6 +21,7 @@ class ProcessorConfig(SquareImages):
     """How Flamingo sees an image, and its token ids where no tokenizer says them.
 
     Fields of ``SquareImages`` and: frames: pictures in one medium, 1 but for video models.
+    max_media: media that a sample may have, as many as the model has embeddings of; None without.
     attend_mode: which medium text looks at: the ``previous`` one, the ``next`` (version 1 with
     attend_previous=False), or in training one of the two for each sample at ``random``, drawn anew
     in every epoch (version 1 with use_media_placement_augmentation); it answers as ``previous``.
@@ -30,6 +31,7 @@ class ProcessorConfig(SquareImages):
     """
 
     frames: int = 1
+    max_media: int | None = None
     attend_mode: AttendMode = "previous"
     bos: bool | None = None
     answer_token: bool = False
@@ -48,7 +50,7 @@ class ProcessorConfig(SquareImages):
         """Raise MMJaxError for settings that no pipeline has."""
         super().__post_init__()
         self.check_word("attend_mode", AttendMode)
-        self.check_counts("frames")
+        self.check_counts("frames", *(["max_media"] if self.max_media is not None else []))
         if not self.image_mark:
             raise MMJaxError("image_mark is empty; give the token that stands for an image")
 
@@ -73,6 +75,7 @@ class ProcessorConfig(SquareImages):
         vision = model.get("vision_config") or {}
         if not telling and isinstance(vision.get("image_size"), int):
             changes["image_size"] = vision["image_size"]
+        changes["max_media"] = (model.get("perceiver_config") or {}).get("max_media")
         text = model.get("text_config") or {}
         for key in IDS:
             value = model.get(key, text.get(key))

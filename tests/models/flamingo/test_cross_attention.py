@@ -124,6 +124,19 @@ def test_all_media_before_are_those_of_the_same_sample():
     assert uniform[0].tolist() == [True, False, False, True, False] + [True] * 4
 
 
+def test_media_are_counted_within_their_own_sample():
+    """Samples of two, none, two (looking ahead, text behind them) and one, then padding."""
+    index = jnp.asarray(
+        [[-1, 0, 0, 1, -1, 2, 2, 3, -1, 4, -1, -1], [-1, -1, -1, 0, 1, 2] + [-1] * 6]
+    )
+    ids = jnp.asarray([[1, 1, 1, 1, 2, 3, 3, 3, 3, 4, 0, 0], [1] * 6 + [0] * 6])
+    places = np.asarray(X.media_places(index, ids, 6))
+    assert places[0, :5].tolist() == [0, 1, 0, 1, 0]
+    assert places[1, :3].tolist() == [0, 1, 2]
+    # One mark more than media: it moves no other.
+    assert np.asarray(X.media_places(index, ids, 4))[0].tolist() == [0, 1, 0, 1]
+
+
 def test_text_before_the_first_medium_passes_attention_untouched():
     graphdef, params = block()
     x, media = inputs()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.models.flamingo.model import Flamingo, FlamingoConfig
 from mmjax.models.flamingo.perceiver import Perceiver, PerceiverConfig
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
 from mmjax.types import MMJaxError
+from tests import small_flamingo
 
 SMALL = PerceiverConfig(
     d_model=8, num_layers=2, num_heads=2, head_dim=4, num_latents=3, init_std=0.5
@@ -27,8 +29,8 @@ def media(frames=2):
 
 
 @jax.jit
-def forward(parts, media):
-    return nnx.merge(*parts)(media)
+def forward(parts, media, places=None):
+    return nnx.merge(*parts)(media, places)
 
 
 def test_media_do_not_see_each_other_and_frames_of_one_do():
@@ -48,18 +50,39 @@ def test_embeddings_of_frames_and_media_are_added_to_their_tokens():
     assert frame.shape == (4, 8) and of_medium.shape == (5, 1, 8)
     plain, plain_params = small()
     same = paths.replace(plain_params, {n: names[n] for n in paths.flatten(plain_params)})
-    moved = x + frame[:2][None, None, :, None] + of_medium[:3][None, :, None]
+    places = np.int32([[0, 1, 0], [0, 1, 2]])  # two samples, the first of two media; one sample
+    moved = x + frame[:2][None, None, :, None] + of_medium[places][:, :, None]
     want = forward((plain, same), moved)
-    np.testing.assert_allclose(forward((graphdef, params), x), want, atol=1e-5)
+    np.testing.assert_allclose(forward((graphdef, params), x, places), want, atol=1e-5)
     assert np.abs(want - forward((plain, same), x)).max() > 0.1
 
 
-def test_more_frames_or_media_than_embeddings_are_refused():
-    x = jnp.asarray(media())
-    for name, limit in (("frames", 1), ("media", 2)):
-        config = dataclasses.replace(SMALL, **{f"max_{name}": limit})
-        with pytest.raises(MMJaxError, match=f"of {limit} {name} and was given {limit + 1}"):
-            Perceiver(config, rngs=nnx.Rngs(0))(x)
+def test_media_of_a_packed_row_are_those_of_its_samples_alone():
+    hf = small_flamingo.hf_config() | dict(media_token_id=1)
+    hf["perceiver_config"] = hf["perceiver_config"] | dict(max_media=2)
+    config, rng = FlamingoConfig.from_hf(hf), np.random.default_rng(0)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Flamingo(config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype), shapes)
+    run = jax.jit(lambda batch: nnx.merge(graphdef, params).media(batch))
+    x = rng.integers(0, 256, (3, 8 * 8 * 3), np.uint8)
+
+    def media_of(index, segment_ids, patches):
+        index, ids = np.int32(index), np.int32(segment_ids)
+        batch = dict(tokens=index, visual_index=index, segment_ids=ids, patches=patches)
+        return run(batch).reshape(-1, 4, 16)
+
+    none = np.zeros_like(x[0])
+    alone = [media_of([[0, 0, -1]], [[1, 1, 0]], np.stack([[x[0], none, none, none]]))[:1]]
+    alone += [media_of([[-1, 0, 1]], [[1, 1, 1]], np.stack([[x[1], x[2], none, none]]))[:2]]
+    # Four places in a row, and embeddings of the two media that a sample may have.
+    packed = media_of([[0, 1, 2]], [[1, 2, 2]], np.stack([[*x, none]]))[:3]
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-5)
+
+
+def test_more_frames_than_embeddings_are_refused():
+    config = dataclasses.replace(SMALL, max_frames=1)
+    with pytest.raises(MMJaxError, match="of 1 frames and was given 2"):
+        Perceiver(config, rngs=nnx.Rngs(0))(jnp.asarray(media()))
 
 
 def test_remat_changes_no_gradient_and_names_run_no_matmul_twice():

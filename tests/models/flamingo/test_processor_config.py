@@ -40,6 +40,14 @@ def test_options_that_no_pipeline_has(options, says):
         ProcessorConfig(**options)
 
 
+def test_a_models_embeddings_of_media_limit_a_sample(tmp_path):
+    says = dict(model_type="flamingo", perceiver_config=dict(max_media=3))
+    (tmp_path / "config.json").write_text(json.dumps(says))
+    assert ProcessorConfig.from_folder(tmp_path).max_media == 3
+    (tmp_path / "config.json").write_text(json.dumps(dict(says, perceiver_config=None)))
+    assert ProcessorConfig.from_folder(tmp_path).max_media is None
+
+
 def test_null_in_a_file_says_nothing():
     """transformers writes it for what an image processor does not have, such as SigLIP's crop."""
     said = {"size": {"height": 8, "width": 8}, "do_center_crop": None, "crop_size": None}

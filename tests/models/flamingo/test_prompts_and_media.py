@@ -326,7 +326,7 @@ def model_config(processor, **changes):
         media_token_id=processor.config.media_token_id,
         answer_token_id=processor.config.answer_token_id,
         vision=SimpleNamespace(image_size=8),
-        perceiver=SimpleNamespace(max_frames=None),
+        perceiver=SimpleNamespace(max_frames=None, max_media=None),
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
     )
@@ -350,10 +350,26 @@ def test_a_model_of_other_files_is_refused(changes, says):
 
 
 def test_media_of_more_frames_than_have_embeddings_are_refused():
-    model = model_config(NEOX, perceiver=SimpleNamespace(max_frames=3))
+    model = model_config(NEOX, perceiver=SimpleNamespace(max_frames=3, max_media=None))
     NEOX.with_options(frames=3).check(model)
     with pytest.raises(MMJaxError, match="media of 4 frames and the model has embeddings of 3"):
         NEOX.with_options(frames=4).check(model)
+
+
+def test_more_media_than_have_embeddings_are_bad():
+    model = model_config(NEOX, perceiver=SimpleNamespace(max_frames=None, max_media=2))
+    with pytest.raises(MMJaxError, match="max_media is None and the model has embeddings of 2"):
+        NEOX.check(model)
+    two, one = NEOX.with_options(max_media=2), NEOX.with_options(max_media=1)
+    two.check(model)
+    assert len(encode(two, "otter_chat", TWO)["patches"]) == 2
+    for use in (
+        lambda: encode(one, "otter_chat", TWO),
+        lambda: one.encode_prompt("<image><image>", TWO.images),
+    ):
+        with pytest.raises(BadSample, match="2 media and the model has embeddings of 1") as caught:
+            use()
+        assert caught.value.reason == "too_many_media"
 
 
 def test_a_model_from_nothing_gets_a_tokenizer_of_its_words():
