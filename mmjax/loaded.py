@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -33,6 +33,8 @@ class LoadedModel:
     ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back. ends: tokens
     that end an answer beside those of the config, as generation_config.json states them. beside:
     bytes that stay on each device beside the model, as an optimizer's state while a run trains.
+    generation: generation_config.json, which an export takes along; of it ``ends`` alone count
+    here.
     """
 
     family: str
@@ -42,6 +44,7 @@ class LoadedModel:
     mesh: jax.sharding.Mesh
     ends: tuple[int, ...] = ()
     beside: int = 0
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:

@@ -13,7 +13,7 @@ from flax import nnx
 from mmjax.loaded import LoadedModel
 from mmjax.models import opening, pretrained, registry
 from mmjax.models.api import Processor
-from mmjax.models.companions import stated_ends
+from mmjax.models.companions import stated_ends, stated_generation
 from mmjax.models.processor import follow
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
@@ -84,7 +84,8 @@ def load(
         values = pretrained.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
     ends = stated_ends(opened.folders, config.vocab_size)
-    return LoadedModel(family.name, config, model, own, mesh, ends)
+    generation = stated_generation(opened.folders)
+    return LoadedModel(family.name, config, model, own, mesh, ends, generation=generation)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmjax.models.json_files import read_json
 
@@ -44,9 +45,26 @@ def stated_ends(folders: Sequence[Path], vocab_size: int) -> tuple[int, ...]:
     return ()
 
 
-def write_ends(ends: Sequence[int], folder: Path) -> None:
-    """Write a generation_config.json that states the tokens that end an answer."""
-    text = json.dumps({"eos_token_id": list(ends)}, indent=2)
+def stated_generation(folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the nearest generation_config.json, which transformers answers by; {} without one.
+
+    Raises MMJaxError for a file that is damaged.
+    """
+    return next((x for f in folders if (x := read_json(f, _GENERATION)) is not None), {})
+
+
+def write_generation(
+    stated: Mapping[str, Any], ends: Sequence[int], ids: Mapping[str, int], folder: Path
+) -> None:
+    """Write what a model's generation_config.json stated, with the tokens that it has now.
+
+    ends: tokens that end an answer. ids: of its tokenizer, of which those that begin a text and
+    fill a row are taken.
+    """
+    # Marked as made from config.json, transformers may make it anew from that, with one end alone.
+    kept = {key: value for key, value in stated.items() if key != "_from_model_config"}
+    own = {key: ids[key] for key in ("bos_token_id", "pad_token_id") if key in ids}
+    text = json.dumps({**kept, **own, "eos_token_id": list(ends)}, indent=2)
     (folder / _GENERATION).write_text(text + "\n", "utf-8")
 
 

@@ -23,6 +23,7 @@ from mmjax.data.survey import fingerprint, require_some_good
 from mmjax.loading import first_processor
 from mmjax.models import opening, pretrained, registry
 from mmjax.models.api import Config, Processor
+from mmjax.models.companions import stated_ends, stated_generation
 from mmjax.models.parts import split_chain
 from mmjax.models.processor import follow
 from mmjax.models.views import is_lora
@@ -47,7 +48,8 @@ class Blueprint:
     source: the opened folder its weights will be read from, or None for a random start.
     lora_init: where its adapters start, or None for fresh ones or those of ``source``. new_rows: of
     the vocabulary, those of tokens that the run adds. source_rows: how many ``source`` has, where
-    the vocabulary grows; None where it does not.
+    the vocabulary grows; None where it does not. ends, generation: of ``source``, see
+    ``LoadedModel``.
     """
 
     family: str
@@ -59,6 +61,8 @@ class Blueprint:
     lora_init: str | None = None
     new_rows: tuple[int, ...] = ()
     source_rows: int | None = None
+    ends: tuple[int, ...] = ()
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Dotted names of all parameters."""
@@ -103,9 +107,11 @@ def blueprint(
     make, adapter = maker(settings, lora, config, seed, chosen)
     if source is not None and source.lora is not None:
         adapters.check_continues(source.lora, adapter, f"model.init {settings.init}")
+    folders = () if source is None else source.folders
     return Blueprint(
         settings.family, config, processor, source, make, adapter, lora.init, new,
         rows if source is not None and rows < config.vocab_size else None,
+        stated_ends(folders, config.vocab_size), stated_generation(folders),
     )  # fmt: skip
 
 

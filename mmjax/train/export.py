@@ -10,7 +10,7 @@ from flax import nnx
 
 from mmjax.loaded import LoadedModel
 from mmjax.models import converted, registry
-from mmjax.models.companions import write_ends
+from mmjax.models.companions import write_generation
 from mmjax.models.views import MultipliedOut, is_lora
 from mmjax.nn import paths
 from mmjax.nn.linear import LoRA
@@ -37,8 +37,10 @@ def export_model(
     after = getattr(model.config, "after_training", None)
     with tempfile.TemporaryDirectory() as folder:
         model.processor.save_pretrained(folder)
-        if set(ends := model.end_tokens()) - set(model.config.end_token_ids):
-            write_ends(ends, Path(folder))
+        ends, said = model.end_tokens(), model.generation
+        if said or set(ends) - set(model.config.end_token_ids):
+            ids = {} if model.processor.tokenizer is None else model.processor.token_ids()
+            write_generation(said, ends, ids, Path(folder))
         converted.save_model(
             destination,
             MultipliedOut(state, frozen_part.REST),

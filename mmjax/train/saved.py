@@ -11,7 +11,6 @@ from flax import nnx
 
 from mmjax import checkpoint
 from mmjax.loaded import LoadedModel
-from mmjax.models.companions import stated_ends
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.train.build import Blueprint, absent_files
@@ -31,8 +30,9 @@ def answering(
 
     beside: see ``LoadedModel``.
     """
-    ends = () if plan.source is None else stated_ends(plan.source.folders, plan.config.vocab_size)
-    return LoadedModel(plan.family, plan.config, model, plan.processor, mesh, ends, beside)
+    return LoadedModel(
+        plan.family, plan.config, model, plan.processor, mesh, plan.ends, beside, plan.generation
+    )
 
 
 def open_step(

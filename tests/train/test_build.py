@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -210,11 +211,20 @@ def test_a_run_asks_its_model_as_its_export_is_asked(folder, tmp_path):
 def test_an_export_ends_its_answers_as_the_run_did(folder, tmp_path):
     """The end of a turn, which config.json cannot state beside the end of a text."""
     path = shutil.copytree(folder[0], tmp_path / "model")
-    (path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    said = {"max_length": 99, "do_sample": True, "temperature": 0.6, "_from_model_config": True}
+    ids = {"bos_token_id": 3, "eos_token_id": [5, 7]}
+    (path / "generation_config.json").write_text(json.dumps(said | ids))
     loaded = load(path)
     export_model(loaded, tmp_path / "run", None, set())
-    assert load(tmp_path / "run").end_tokens() == loaded.end_tokens()
-    assert {5, 7} < set(loaded.end_tokens())
+    again, own = load(tmp_path / "run"), loaded.processor.token_ids()
+    assert again.end_tokens() == loaded.end_tokens() and {5, 7} < set(loaded.end_tokens())
+    assert again.generation == {
+        "max_length": 99, "do_sample": True, "temperature": 0.6,  # what a user in PyTorch gets
+        "bos_token_id": own["bos_token_id"], "pad_token_id": own["pad_token_id"],
+        "eos_token_id": list(loaded.end_tokens()),
+    }  # fmt: skip
+    plan = build.blueprint(ModelSettings(init=str(path)), NO_LORA, 0)
+    assert answering(plan, None, None).generation == said | ids
     export_model(load(folder[0]), tmp_path / "plain", None, set())
     assert not (tmp_path / "plain/generation_config.json").exists()
 
