@@ -80,6 +80,7 @@ grid-template-columns:repeat(var(--columns,1),minmax(0,1fr));grid-auto-rows:minm
 .card .body{padding:10px 12px 12px;font-size:.9rem;overflow-wrap:anywhere}
 .card p{margin:0 0 7px}.card dl{margin:0;display:grid;grid-template-columns:auto 1fr;gap:1px 10px}
 .card dt{color:var(--soft)}.card dd{margin:0;font-weight:600}
+.card p,.card dd,.meta dd{white-space:pre-line}
 .verdict{display:inline-block;border-radius:6px;padding:1px 8px;font-size:.8rem;font-weight:650}
 .right .verdict{color:var(--good);background:var(--goodbg)}
 .wrong .verdict{color:var(--bad);background:var(--badbg)}

@@ -27,12 +27,12 @@ def say(records, *_):
 
 
 def test_results_say_how_a_task_was_asked(tmp_path):
-    task = Task("t", records(), prompt="{question} <b>", cut="open_flamingo_vqa", limit=3)
+    task = Task("t", records(), prompt="{question}\n<b>", cut="open_flamingo_vqa", limit=3)
     asked = {"template": "bunny_prompt", "num_beams": 3, "length_penalty": 0.0}
     found = runner.evaluate([task], say, workdir=tmp_path, progress=False, limit=2, asked=asked)
     entry = json.loads((tmp_path / "results.json").read_text())["t"]["test"]
     assert entry == found["t"]["test"]
-    told = {"prompt": "{question} <b>", "cut": "open_flamingo_vqa", "max_new_tokens": 16}
+    told = {"prompt": "{question}\n<b>", "cut": "open_flamingo_vqa", "max_new_tokens": 16}
     told |= {"limit": 2, "scorer": "exact_match", "summary": None} | asked
     assert {key: entry[key] for key in told} == told
     rows = predictions.read_predictions(tmp_path / "predictions/t.jsonl")
@@ -41,7 +41,9 @@ def test_results_say_how_a_task_was_asked(tmp_path):
     ]
     html = Path(report.report_workdir(tmp_path)).read_text()
     assert "How it was asked" in html and "<dt>beams</dt><dd>3</dd>" in html
-    assert "{question} &lt;b&gt;" in html
+    # Line ends stand in the file, and a browser is told to keep them: options are lines.
+    assert "{question}\n&lt;b&gt;" in html
+    assert ".card p,.card dd,.meta dd{white-space:pre-line}" in html
 
 
 def test_results_of_several_checkpoints_in_one_workdir_are_told_apart(tmp_path):
