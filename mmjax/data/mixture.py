@@ -40,8 +40,8 @@ class Mixture:
 
         weights: a share for each source, ``"sqrt"`` for the square root of its size, or ``"size"``
         (the default): then an epoch is every record once. With shares an epoch draws as many
-        records as there are. counts: draws of each source in an epoch instead; -1 for its size. A
-        source may have a size to count by other than its length, ``draws``.
+        records as there are. counts: draws of each source in an epoch instead; -1 for its size.
+        Empty ones are none. A source may have a size to count by other than its length, ``draws``.
         Raises MMJaxError for an empty source, two of one name, and weights or counts that do not
         match the sources.
         """
@@ -63,8 +63,7 @@ class Mixture:
             if len(source) == 0:
                 raise MMJaxError(f"source {name!r} is empty; remove it or check its path")
         sizes = {name: int(getattr(s, "draws", len(s))) for name, s in named.items()}
-        if counts is not None and weights is not None:
-            raise MMJaxError("weights and counts are both given; keep one of them")
+        weights, counts = check_one_given(weights, counts)
         if counts is not None:
             chosen = _counts(counts, sizes)
             shares = list(map(float, chosen))
@@ -94,6 +93,16 @@ class Mixture:
             place -= before
             rest -= count
         raise AssertionError("the last source takes all that is left")
+
+
+def check_one_given(
+    weights: Weights | None, counts: Mapping[str, int] | None
+) -> tuple[Weights | None, Mapping[str, int] | None]:
+    """Return both, None for an empty one; raises MMJaxError where both say how often to draw."""
+    weights, counts = (None if x is None or not len(x) else x for x in (weights, counts))
+    if weights is not None and counts is not None:
+        raise MMJaxError("data.weights and data.counts are both given; keep one of them")
+    return weights, counts
 
 
 def apportion(shares: Sequence[float], total: int) -> list[int]:

@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any, Literal
 
 from mmjax.checkpoint import CheckpointSettings
+from mmjax.data.grouping import check_group
+from mmjax.data.mixture import check_one_given
 from mmjax.data.multiturn import Multiturn
 from mmjax.nn.cache import DTYPES
 from mmjax.train.optim import OptimSettings
@@ -213,8 +215,10 @@ class RunSettings:
 
 
 def check_numbers(settings: RunSettings) -> None:
-    """Raise MMJaxError for numbers, or dtypes, that cannot work, before anything is built."""
+    """Raise MMJaxError for what cannot work, whatever model and data: before anything is built."""
     data, optim, asked = settings.data, settings.optim, settings.eval
+    check_one_given(data.weights, data.counts)
+    check_group(data.group, data.pack, data.multiturn)
     least: dict[float, dict[str, float]] = {
         1: {
             "steps": settings.steps, "accumulate": settings.accumulate,

@@ -59,6 +59,9 @@ def test_an_epoch_by_size_is_every_record_once():
     "options, counts",
     [
         (dict(weights="sqrt"), None),
+        (dict(weights={}, counts={}), (37, 1000, 4)),  # neither is given
+        (dict(weights={}, counts={"a": 100, "b": 20, "c": -1}), (100, 20, 4)),
+        (dict(weights=[1, 1, 0.001], counts={}), (520, 520, 1)),
         (dict(weights={"c": 2, "a": 1, "b": 1}), (260, 260, 521)),  # by name, in any order
         (dict(weights=[1, 1, 0.001]), (520, 520, 1)),
         (dict(weights=[1, 1, 1e-6]), (520, 520, 1)),  # never none at all

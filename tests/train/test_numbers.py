@@ -38,6 +38,19 @@ def test_float16_is_for_answers_alone(name):
     check_numbers(to_dataclass(RunSettings, {"model": {"frozen_dtype": "float16"}}))
 
 
+def test_shares_and_counts_at_once_are_refused_and_empty_ones_are_none():
+    both = {"weights": {"a": 1.0}, "counts": {"a": 3}}
+    with pytest.raises(MMJaxError, match="data.weights and data.counts are both given"):
+        check_numbers(to_dataclass(RunSettings, {"data": both}))
+    for empty in ("weights", "counts"):
+        check_numbers(to_dataclass(RunSettings, {"data": both | {empty: {}}}))
+
+
+def test_grouping_that_packing_leaves_no_sense_is_refused():
+    with pytest.raises(MMJaxError, match="group='modality' is for rows of one sample"):
+        check_numbers(to_dataclass(RunSettings, {"data": {"group": "modality"}}))
+
+
 def test_numbers_at_their_bounds_are_let_through():
     optim = {"lr": 0.0, "warmup": 0, "clip_norm": 0.0, "b1": 0.0, "weight_decay": 0.0}
     config = {"steps": 1, "optim": optim, "bad_steps": {"max_loss": float("inf")}}
