@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import sys
@@ -14,21 +13,12 @@ from absl import flags
 from mmjax import runtime
 from mmjax.config import resolve_recipe, split_recipe
 from mmjax.home import in_home
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, system_fault
 
 FLAGS = flags.FLAGS
 USER_ERROR = 2
 INTERRUPTED = 130
 READER_GONE = 141  # as a program has that SIGPIPE ends
-_SYSTEM = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-)
 
 
 def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> None:
@@ -66,10 +56,9 @@ def run_guarded(call: Callable[[], int | None]) -> int:
         print_error(str(e))
         return USER_ERROR
     except OSError as e:
-        if e.errno not in _SYSTEM:
+        if (told := system_fault(e)) is None:
             raise
-        place = f"{e.filename}: " if e.filename else ""
-        print_error(f"{place}{e.strerror}; mend its path, rights or disk")
+        print_error(told)
         return USER_ERROR
     except KeyboardInterrupt:
         print("\nstopped by the keyboard", file=sys.stderr)

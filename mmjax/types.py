@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -95,6 +96,20 @@ class BadSample(MMJaxError):
 
     def __reduce__(self):  # its arguments, so that it survives the way back from a data worker
         return (type(self), (self.reason, str(self), self.meta))
+
+
+def system_fault(error: OSError) -> str | None:
+    """Return a line for what a user can mend, a full disk or missing rights; None for all else."""
+    if error.errno not in _SYSTEM:
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; mend its path, rights or disk"
+
+
+_SYSTEM = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

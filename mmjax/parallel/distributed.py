@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 import mmjax
 from mmjax.parallel import coordinator
 from mmjax.parallel.cluster import find_cluster
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, system_fault
 
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process counts as dead
 _SHUTDOWN_SECONDS = 60
@@ -63,30 +63,36 @@ def joined(env: Mapping[str, str] = os.environ) -> Iterator[None]:
         yield
         jax.distributed.shutdown()
     except BaseException as error:
-        code = _report(error, f"process {cluster.index} of {cluster.count}")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(error, f"process {cluster.index} of {cluster.count}")
 
 
-def _report(error: BaseException, who: str) -> int:
-    """Print why a process ends; returns its exit code."""
-    if isinstance(error, MMJaxError):
-        print(f"error: {who}: {error}", file=sys.stderr)
-        return 2
+def leave(error: BaseException, who: str) -> None:
+    """End this process at once, saying why as ``mmjax.cli.run_guarded`` does, by its exit codes."""
+    code, told = _ending(error, who)
+    # On a full disk, or where the reader of a pipe has gone: it has to end nevertheless.
+    for print_it in (lambda: sys.stderr.write(told), sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError):
+            print_it()
+    os._exit(code)
+
+
+def _ending(error: BaseException, who: str) -> tuple[int, str]:
+    """Return a process's exit code, and what it prints."""
+    fault = system_fault(error) if isinstance(error, OSError) else None
+    if isinstance(error, MMJaxError) or fault is not None:
+        return 2, f"error: {who}: {fault or error}\n"
     if isinstance(error, KeyboardInterrupt):
-        print(f"\n{who}: stopped by the keyboard", file=sys.stderr)
-        return 130
-    traceback.print_exception(error)
+        return 130, f"\n{who}: stopped by the keyboard\n"
+    if isinstance(error, BrokenPipeError):
+        return 141, ""
+    trace = "".join(traceback.format_exception(error))
     if isinstance(error, RuntimeError | ValueError) and any(w in str(error) for w in _LOST):
-        print(
-            f"error: {who}: another process has ended, and the run cannot go on without it. Its "
-            "own output says why. Start all processes again: the run continues from the last "
-            "checkpoint in its workdir",
-            file=sys.stderr,
+        return 3, (
+            f"{trace}error: {who}: another process has ended, and the run cannot go on without it. "
+            "Its own output says why. Start all processes again: the run continues from the last "
+            "checkpoint in its workdir\n"
         )
-        return 3
-    return 1
+    return 1, trace
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

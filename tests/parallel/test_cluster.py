@@ -1,7 +1,12 @@
 """What a launcher's environment says, and what half of one is answered with."""
 
+import contextlib
+import errno
+import os
+
 import pytest
 
+from mmjax.parallel import distributed
 from mmjax.parallel.cluster import Cluster, find_cluster
 from mmjax.parallel.distributed import check_same, compare, facts_of, joined
 from mmjax.types import MMJaxError
@@ -180,3 +185,60 @@ def test_facts_are_config_code_versions_and_data():
     assert facts["records of data.sources.vqa"] == 12
     assert facts["the hash of some records of vqa"] == "3f"
     assert {"the code of mmjax", "versions", "devices"} <= set(facts)
+
+
+class Ended(BaseException):
+    """Stands for the end of this process."""
+
+
+def end_with(monkeypatch, error):
+    """Leave as a process of several does on an error; returns its exit code."""
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended) as ended:
+        distributed.leave(error, "process 1 of 3")
+    return ended.value.args[0]
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (MMJaxError("no such mesh"), 2, "error: process 1 of 3: no such mesh\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/x"),
+            *(2, "error: process 1 of 3: /data/x: No space left on device; mend its path, rights"),
+        ),
+        (OSError(errno.EIO, "Input/output error"), 2, "error: process 1 of 3: Input/output error;"),
+        (KeyboardInterrupt(), 130, "\nprocess 1 of 3: stopped by the keyboard\n"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+    ],
+)
+def test_what_a_user_can_mend_is_a_line_in_every_process(monkeypatch, capsys, error, code, says):
+    assert end_with(monkeypatch, error) == code
+    told = capsys.readouterr().err
+    assert told.startswith(says) and "Traceback" not in told
+
+
+def test_other_errors_keep_their_traceback_and_a_lost_process_is_explained(monkeypatch, capsys):
+    try:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+    except FileNotFoundError as error:
+        assert end_with(monkeypatch, error) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert end_with(monkeypatch, RuntimeError("Gloo: peer closed")) == 3
+    assert "another process has ended" in capsys.readouterr().err
+
+
+def test_a_process_ends_where_nothing_can_be_printed_any_more(monkeypatch):
+    with open("/dev/full", "w") as full, open("/dev/full", "w") as errors:
+        monkeypatch.setattr("sys.stdout", full)
+        monkeypatch.setattr("sys.stderr", errors)
+        print("some words that wait in the buffer")
+        assert end_with(monkeypatch, MMJaxError("no such mesh")) == 2
+        monkeypatch.undo()
+        for file in (full, errors):
+            with contextlib.suppress(OSError):
+                file.close()
