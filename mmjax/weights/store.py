@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ class StoreWriter:
     def _create(self, path: str, shape: Shape, dtype: np.dtype, chunk: Shape):
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{self.folder / ITEM / path}/"},
+            "kvstore": _files(self.folder / ITEM / path),
             "metadata": {
                 "shape": list(shape),
                 "data_type": np.dtype(dtype).name,
@@ -152,10 +153,9 @@ class StoreReader:
         if key not in self._stores:
             name = self._names[key]
             if self._ocdbt:
-                base = {"driver": "file", "path": f"{self.folder}/"}
-                kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+                kvstore = {"driver": "ocdbt", "base": _files(self.folder), "path": f"{name}/"}
             else:
-                kvstore = {"driver": "file", "path": f"{self.folder / name}/"}
+                kvstore = _files(self.folder / name)
             context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
             spec = {
                 "driver": self._driver,
@@ -174,6 +174,11 @@ class StoreReader:
             f"{self.folder}: the array {self._names[key]!r} cannot be read; the folder is damaged, "
             f"copy it anew or make it again ({str(error)[:200]})"
         )
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Return where a folder is, for tensorstore, which refuses a path that has .. in it."""
+    return {"driver": "file", "path": f"{os.path.realpath(folder)}/"}
 
 
 def _metadata(tree: Path) -> dict[str, Any]:

@@ -70,6 +70,22 @@ def test_orbax_restores_what_is_streamed(params, tmp_path):
     assert all(np.array_equal(flat[k], params[k]) for k in params)
 
 
+def test_a_folder_is_found_under_any_path_that_leads_there(params, tmp_path, monkeypatch):
+    """With .. in it, behind a link too, where it leads elsewhere than its text says."""
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/down")
+    written(params, tmp_path / "deep" / "m")
+    monkeypatch.chdir(tmp_path / "deep")
+    name = min(params)
+    for path in ("m", "../deep/m", "../link/../m", f"{tmp_path}/deep/../deep/m"):
+        reader = opening.open_pretrained(path).reader
+        np.testing.assert_array_equal(reader.read(name, ...), params[name])
+    writer = store.StoreWriter(Path("../s"), {"a": ((2,), np.dtype(np.float32), (2,))})
+    writer.write("a", (slice(0, 2),), np.float32([1, 2]))
+    writer.close()
+    assert store.StoreReader("down/../../s").read("a").tolist() == [1, 2]
+
+
 def test_orbax_restores_onto_a_mesh(tmp_path):
     x = np.random.default_rng(0).normal(size=(4, 8, 6)).astype("bfloat16")
     writer = store.StoreWriter(tmp_path / "s", {"a.b": (x.shape, x.dtype, (1, 8, 6))})
