@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,13 @@ from mmjax.data.resizing import (
     squash_first,
 )
 from mmjax.data.skips import Skip
-from mmjax.data.templates import Template, fuyu_chat, fuyu_legacy_otter, get_template
+from mmjax.data.templates import (
+    TEMPLATES,
+    Template,
+    fuyu_chat,
+    fuyu_legacy_otter,
+    get_template,
+)
 from mmjax.types import BadSample, Example, MMJaxError, Record
 
 _MULTITURN, _AUGMENT, _PROCESSOR = 1, 2, 3  # kinds of draws
@@ -82,14 +88,15 @@ def make_loader(
 ) -> LoadExample:
     """Make what turns a draw into an example; arguments as in ``make_train_iterator``.
 
-    Raises MMJaxError for a template that is not one for the processor's tokenizer, a resolution
-    that it never shows, a seed below 0.
+    Raises MMJaxError for a template that is not one for the processor's tokenizer or for a source,
+    a resolution that is never shown, a seed below 0.
     """
     if seed < 0:
         raise MMJaxError(f"seed is {seed}; give a whole number from 0 up")
     sides = list_resolutions(options.resolutions)
     each = by_source("template", template, mixture.names)
     templates = tuple(get_template(one) for one in each)
+    _check_documents(mixture, templates)
     resize = functools.partial(at_resolution, max_pixels=pixel_limit(processor))
     if options.legacy_otter:
         templates, (resize, *_) = zip(*(legacy_loading(t, sides) for t in templates), strict=True)
@@ -101,6 +108,25 @@ def make_loader(
         for side in filter(None, sides or ()):
             check(side)
     return LoadExample(mixture, templates, processor, shape, seed, options, sides, resize, augments)
+
+
+def _check_documents(mixture: Mixture, templates: Sequence[Template]) -> None:
+    """Raise MMJaxError where a source of documents meets a template of ours that wants answers.
+
+    Such a source names the one that lays its records out, ``TEMPLATE``; functions of others pass.
+    """
+    given = [getattr(template, "__name__", "") for template in templates]
+    right = [
+        getattr(source, "TEMPLATE", own) for source, own in zip(mixture.sources, given, strict=True)
+    ]
+    for name, own, wanted in zip(mixture.names, given, right, strict=True):
+        if own != wanted and own in TEMPLATES:
+            fix = wanted if len(set(right)) == 1 else dict(zip(mixture.names, right, strict=True))
+            raise MMJaxError(
+                f"source {name!r} holds documents, which have no answers, and template {own!r} "
+                f"trains on answers: every one of them would be skipped; set data.template to "
+                f"{fix!r}"
+            )
 
 
 def legacy_loading(

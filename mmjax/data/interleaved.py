@@ -21,6 +21,7 @@ from mmjax.data.parquet import decode_base64
 from mmjax.data.turns import IMAGE_MARK
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
+TEMPLATE = "interleaved"  # no other lays out documents
 ASSIGNMENTS = ("argmax", "one_to_one", "matched")
 _GPT_MARK = re.compile(r"_!_IMAGE(\d+)_!_")
 

@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any
 
-from mmjax.data.interleaved import Interleave
+from mmjax.data.interleaved import TEMPLATE, Interleave
 from mmjax.data.skips import listed_as
 from mmjax.data.webdataset import Sample, ShardPaths, Shards
 from mmjax.schema import to_dataclass
@@ -22,6 +22,8 @@ class Mmc4Source:
 
     path, damaged, index_dir: see ``Shards``. options: see ``Interleave``.
     """
+
+    TEMPLATE = TEMPLATE
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.interleaved import Interleave
+from mmjax.data.interleaved import TEMPLATE, Interleave
 from mmjax.data.tfds_files import Part, TfdsFiles, as_text
 from mmjax.data.webdataset import pair_record
 from mmjax.schema import to_dataclass
@@ -46,6 +46,8 @@ class TfdsInterleaved:
     is one that could not be downloaded. ``id``, if it is there, names the document. options: see
     ``Interleave``.
     """
+
+    TEMPLATE = TEMPLATE
 
     def __init__(
         self,

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stub_processor import StubProcessor
 from test_webdataset import write_tar
 
 from mmjax.data.catalog import make_source
+from mmjax.data.examples import make_loader
 from mmjax.data.images import load_rgb
+from mmjax.data.mixture import Mixture
 from mmjax.data.mmc4 import Mmc4Source
 from mmjax.data.mmc4_to_webdataset import main as convert
+from mmjax.data.packing import BatchShape
+from mmjax.data.sums import SumsSource
 from mmjax.data.templates import TEMPLATES
 from mmjax.types import BadSample, MMJaxError
 
@@ -271,6 +276,24 @@ def test_documents_and_pictures_become_shards(downloaded, capsys):
     assert "no picture was found" in capsys.readouterr().err
     with pytest.raises(MMJaxError, match="out: exists already"):
         convert([str(out), *arguments])
+
+
+def test_documents_under_a_template_of_answers_are_refused_before_one_is_read(tmp_path):
+    write(tmp_path / "one.tar", {"d": {}})  # would be a bad record
+    one, words = Mmc4Source(tmp_path / "one.tar"), SumsSource("train")
+
+    def load(sources, template):
+        return make_loader(Mixture.of(sources), template, StubProcessor(), BatchShape(1, 8, 0, 1))
+
+    with pytest.raises(
+        MMJaxError, match="'mmc4' .* 'otter_chat' .* data.template to 'interleaved'"
+    ):
+        load({"mmc4": one}, "otter_chat")
+    fix = "set data.template to {'mmc4': 'interleaved', 'vqa': 'fuyu_chat'}"
+    with pytest.raises(MMJaxError, match=re.escape(fix)):
+        load({"mmc4": one, "vqa": words}, "fuyu_chat")
+    load({"mmc4": one, "vqa": words}, {"mmc4": "interleaved", "vqa": "fuyu_chat"})
+    load({"mmc4": one}, lambda record: [])  # of one's own
 
 
 def test_a_damaged_archive_is_named(downloaded):
