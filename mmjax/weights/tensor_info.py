@@ -42,9 +42,11 @@ class TensorInfo:
                 data = archive.read(self.member)
             raw = np.frombuffer(data, np.uint8, size, self.offset)
         # A plain ndarray: np.memmap's own bookkeeping on every slice is slow.
-        flat = np.asarray(raw).view(np.ndarray).view(self.dtype)
+        # As whole numbers until it has its shape: numpy can stride no float8_e5m2.
+        flat = np.asarray(raw).view(np.ndarray).view(f"u{self.dtype.itemsize}")
         steps = tuple(s * self.dtype.itemsize for s in strides)
-        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
+        shaped = np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
+        return shaped.view(self.dtype)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -96,6 +96,21 @@ def test_the_scale_is_not_rounded_to_bfloat16(decoding):
     assert abs(ratio.mean() - 1) < 5e-3
 
 
+def decoded(q, k, v, length, scale=8**-0.5, alibi_slopes=None, window=None):
+    """The definition, one head of one row after the other."""
+    q, k, v = (np.float64(x) for x in (q, k, v))
+    out, group = np.zeros(q.shape), q.shape[1] // k.shape[1]
+    for row, head in np.ndindex(q.shape[:2]):
+        end, start = length[row], max(0, length[row] - (window or length[row]))
+        keys, values = (x[row, head // group, start:end] for x in (k, v))
+        scores = keys @ q[row, head] * scale
+        if alibi_slopes is not None:
+            scores += np.float64(alibi_slopes[head]) * np.arange(start + 1 - end, 1)
+        weights = np.exp(scores - scores.max())
+        out[row, head] = weights @ values / weights.sum()
+    return out
+
+
 def test_decoding_from_codes_and_scales_equals_the_keys_they_stand_for():
     b, s, n, kv, h = 3, 20, 4, 2, 8
     rng = np.random.default_rng(0)
@@ -105,11 +120,12 @@ def test_decoding_from_codes_and_scales_equals_the_keys_they_stand_for():
         jnp.asarray(rng.uniform(0.002, 0.03, (b, kv, s)), jnp.float32) for _ in "kv"
     )
     whole = (k * k_scale[..., None], v * v_scale[..., None])
-    slopes, length = jnp.asarray([0.5, 0.25, 0.1, 0.05]), jnp.array([20, 1, 7])
-    for options in (dict(alibi_slopes=slopes), dict(window=5)):
+    slopes, length = np.float32([0.5, 0.25, 0.1, 0.05]), jnp.array([20, 1, 7])
+    for options in (dict(alibi_slopes=slopes), dict(window=5, scale=0.3)):
         got = decode_attention(q, k, v, length, k_scale=k_scale, v_scale=v_scale, **options)
         want = decode_attention(q, *whole, length, **options)
         np.testing.assert_allclose(got, want, atol=1e-6)
+        np.testing.assert_allclose(want, decoded(q, *whole, (20, 1, 7), **options), atol=1e-6)
 
 
 def test_scales_of_values_lose_nothing_in_float16():

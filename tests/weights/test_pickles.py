@@ -4,8 +4,8 @@ import collections
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,6 +13,11 @@ import torch
 from mmjax.types import MMJaxError
 from mmjax.weights import pickles
 from mmjax.weights.torch_archive import read_torch
+
+DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int16, torch.bool,
+    torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 
 
 class Evil:
@@ -24,9 +29,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_equal_those_of_torch(tmp_path, dtype, zipped):
     x = (torch.arange(24).reshape(2, 3, 4) % 5).to(dtype)
     file = tmp_path / "a.pt"
@@ -36,8 +39,7 @@ def test_tensors_equal_those_of_torch(tmp_path, dtype, zipped):
     for name, want in tree.items():
         got = infos[name].read()
         assert got.shape == tuple(want.shape)
-        expected = ml_dtypes.bfloat16 if dtype == torch.bfloat16 else want.numpy().dtype
-        assert got.dtype == expected
+        assert str(got.dtype) == str(dtype).removeprefix("torch.")
         assert np.array_equal(got.astype(np.float64), want.double().numpy()), name
         assert not got.flags.writeable
 
@@ -89,6 +91,23 @@ def test_training_checkpoints_give_their_model(tmp_path):
         tmp_path / "a.pt",
     )
     assert set(read_torch(tmp_path / "a.pt")) == {"a", "part.b"}
+
+
+def test_of_a_tree_the_model_is_taken_and_nothing_of_it_left_out(tmp_path):
+    one, two = {"a": torch.ones(1)}, {"b": torch.ones(1)}
+    for tree, want in (
+        ({"module.a": one["a"], "b": two["b"]}, {"module.a", "b"}),  # no wrapper's prefix then
+        ({"module.module.a": one["a"]}, {"a"}),
+        ({"model_state_dict": one, "epoch": 3}, {"a"}),
+        ({"model": two, "state_dict": one, "ema": two}, {"a"}),
+        ({"model": one, "ema": two, "lr_scheduler": two, "args": two}, {"a"}),
+        ({"model": one, "module": two}, {"model.a", "module.b"}),  # two parts of a model
+        ({"model": one, "norm": two["b"]}, {"model.a", "norm"}),
+        ({"state_dict": one, "norm": two["b"]}, {"state_dict.a", "norm"}),
+        ({"state_dict": {"model": one}}, {"a"}),
+    ):
+        torch.save(tree, tmp_path / "a.pt")
+        assert set(read_torch(tmp_path / "a.pt")) == want
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -144,6 +163,32 @@ def test_tensor_beyond_its_storage_is_refused(tmp_path):
             target.writestr(member.filename, data[:8] if "/data/" in member.filename else data)
     with pytest.raises(MMJaxError, match="'w' needs 16 bytes of a storage of 8"):
         read_torch(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(offset=-1),
+        dict(shape=(-2,)),
+        dict(strides=(-1,)),
+        dict(strides=(1, 1)),
+        dict(shape=(2.0,)),
+        dict(key="1"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused_before_it_is_mapped(change):
+    """Numbers of a pickle, by which memory beside the file would be read."""
+
+    def located(key="0", offset=1, shape=(3,), strides=(1,)):
+        storage = pickles._Storage(np.dtype("f4"), 4, key, {"0": (64, 16, None)})
+        tensor = pickles.PickledTensor(storage, offset, shape, strides, storage.dtype)
+        return tensor.locate(Path("a.pt"), "w")
+
+    assert located().offset == 68
+    with pytest.raises(MMJaxError, match="a.pt: tensor 'w' has no storage in the file"):
+        located(**change)
+    with pytest.raises(MMJaxError, match="'w' needs 20 bytes of a storage of 16"):
+        located(offset=2)
 
 
 def test_compressed_members_are_read(tmp_path):

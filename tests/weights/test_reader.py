@@ -75,7 +75,13 @@ def test_what_lies_beside_a_model_is_no_part_of_it(tmp_path):
         open_reader(twice)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.int8])
+DTYPES = (
+    np.float32, ml_dtypes.bfloat16, np.float16, np.int8, np.uint16, ml_dtypes.float8_e4m3fn,
+    ml_dtypes.float8_e5m2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_what_the_safetensors_library_writes(tmp_path, dtype):
     arrays = tensors(dtype)
     save_file(arrays, tmp_path / "model.safetensors")
@@ -98,6 +104,14 @@ def test_shards_are_bounded_and_indexed(tmp_path):
     assert all(np.array_equal(reader.read(k), v) for k, v in arrays.items())
     (tmp_path / "model.safetensors.index.json").unlink()
     assert set(open_reader(tmp_path).keys()) == set(arrays)
+    # A tensor beyond the limit stands alone, and each shard is filled anew.
+    for limit, want in ((47, ["a", "b", "c", "d"]), (100, ["ab", "cd"])):
+        (folder := tmp_path / str(limit)).mkdir()
+        four = as_tensors(arrays | {"d": arrays["a"]})
+        files = [folder / name for name in write_shards(folder, four, shard_bytes=limit)]
+        assert ["".join(open_reader(file).keys()) for file in files] == want
+        lengths = [int.from_bytes(file.read_bytes()[:8], "little") for file in files]
+        assert not any(n % 8 for n in lengths)  # numbers of eight bytes can be mapped
 
 
 def test_missing_shard_is_named(tmp_path):

@@ -269,10 +269,15 @@ def test_unknown_families_are_refused_by_name():
 
 @pytest.mark.parametrize("rows", [3, 7, 5])
 def test_a_resized_table_is_cut_or_ends_in_zeros(rows):
+    class Bounded(Arrays):  # as a stored array, which has nothing beyond its end
+        def piece(self, key, index):
+            assert index is ... or index[0].stop <= len(self.arrays[key])
+            return super().piece(key, index)
+
     table, other = np.arange(10.0).reshape(5, 2) + 1, np.ones(4)
-    there = Resized(Arrays({"t": table, "o": other}), {"t": rows} if rows != 5 else {})
+    there = Resized(Bounded({"t": table, "o": other}), {"t": rows} if rows != 5 else {})
     want = np.concatenate([table, np.zeros((2, 2))])[:rows]
     assert there.shape("t") == want.shape and there.shape("o") == (4,)
     assert np.array_equal(there.read("t"), want) and np.array_equal(there.read("o"), other)
-    for part in (slice(0, 1), slice(2, rows), slice(rows - 1, rows), slice(6, 7)):
+    for part in (slice(0, 1), slice(2, rows), slice(rows - 1, rows), slice(min(6, rows), rows)):
         assert np.array_equal(there.read("t", (part, slice(1, 2))), want[part, 1:])
