@@ -8,8 +8,9 @@ COMMAND
 The checkpoint has frame embeddings (max_num_frames 128); 32 frames are taken from a video at even
 distances, and what has fewer repeats some: every entry then makes media of as many frames as the
 model takes. For another number set model.processor.frames and data.sources.train.frames alike.
-Training is that of configs/otter_9b.py, and of the head. Not measured: the authors have not run
-this on GPUs.
+Training is that of configs/otter_9b.py, and of the head; an MPT's head is its embedding, and is
+trained with that one: --config.train="('perceiver.*', 'cross.*', 'decoder.embed.*')". Not
+measured: the authors have not run this on GPUs.
 """
 
 from ml_collections import ConfigDict

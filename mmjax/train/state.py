@@ -30,6 +30,9 @@ class TrainState:
     opt: Any
 
 
+_TABLE, _HEAD = "decoder.embed.embedding", "decoder.head.kernel"
+
+
 def trainable_names(
     names: Sequence[str],
     freeze: Sequence[str],
@@ -48,6 +51,12 @@ def trainable_names(
     for what, patterns in (("freeze", freeze), ("train", train), ("train_rows", rows)):
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
+                if _TABLE in names and fnmatch.fnmatchcase(_HEAD, pattern):
+                    raise MMJaxError(
+                        f"{what} pattern {pattern!r} matches no parameter: this model's head is "
+                        f"its embedding table, {_TABLE} (tie_word_embeddings); take the pattern "
+                        f"out of {what}, and name the table where it is meant"
+                    )
                 raise MMJaxError(
                     f"{what} pattern {pattern!r} matches no parameter; names look like "
                     f"{', '.join(list(names)[:4])}{nearest(pattern, names)}"

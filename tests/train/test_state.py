@@ -46,6 +46,18 @@ def test_what_train_names_is_trained_beside_adapters_and_rows(train, rows, freez
     assert state.trainable_names(NAMES, freeze, lora, train, rows) == expected
 
 
+def test_a_head_that_is_the_embedding_is_said_to_be_that():
+    """As in a recipe for LLaMA that is given an MPT: the nearest name would be no help."""
+    names = ["decoder.embed.embedding", "decoder.layers.attn.q.kernel"]
+    for what in ("train", "freeze"):
+        given = {"freeze": (), "lora": False} | {what: ("decoder.head.*",)}
+        says = rf"{what} pattern 'decoder\.head\.\*' .*head is its embedding table, {names[0]}"
+        with pytest.raises(MMJaxError, match=says):
+            state.trainable_names(names, **given)
+    both = [*names, "decoder.head.kernel"]
+    assert state.trainable_names(both, (), False, ("decoder.head.*",)) == {both[-1]}
+
+
 @pytest.mark.parametrize(
     "train, rows, freeze, says",
     [
