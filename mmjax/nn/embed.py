@@ -20,9 +20,7 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """Return [b, t, d] for int32[b, t]."""
-        # Bring fsdp's shares together first: a look-up in a table cut on d would reshard twice.
-        table = constrain(self.embedding[...], "vocab", "embed")
-        return constrain(table[tokens].astype(self.dtype), "batch", "length", "embed")
+        return _look_up(self.embedding[...], tokens, self.dtype)
 
     def attend(self, x: Array) -> Array:
         """Return [..., v], the product of [..., d] with every row: a head tied to the table."""
@@ -41,5 +39,15 @@ class PositionEmbed(nnx.Module):
 
     def __call__(self, positions: Array) -> Array:
         """Return [b, t, d] for int32[b, t]."""
-        table = constrain(self.embedding[...], None, "embed")
-        return constrain(table[positions].astype(self.dtype), "batch", "length", "embed")
+        return _look_up(self.embedding[...], positions, self.dtype)
+
+
+def _look_up(table: Array, rows: Array, dtype: str) -> Array:
+    """Return [b, t, d] for int32[b, t], of a table [v, d].
+
+    Where fsdp cuts the table on d, every device looks the tokens of all up in its columns, and the
+    columns of its own tokens travel: neither the table nor its gradient does, which are larger.
+    """
+    rows = constrain(rows, "replica", "length")
+    found = constrain(table[rows].astype(dtype), "replica", "length", "columns")
+    return constrain(found, "batch", "length", "embed")

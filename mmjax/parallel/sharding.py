@@ -32,8 +32,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 ``targets`` are rows of the loss: supervised positions of all samples, one behind the other.
 """
 
-# An activation's model axis is whole on every device: fsdp already cuts its batch axis.
-_ACTIVATION_RULES = {**dict(RULES), "embed": None}
+# An activation's model axis is whole on every device: fsdp already cuts its batch axis. Only where
+# a table is looked up is it the other way round: ``columns`` are cut by fsdp, rows are not.
+_ACTIVATION_RULES = {**dict(RULES), "embed": None, "replica": "data", "columns": "fsdp"}
 
 ON_LENGTH = ("tokens", "positions", "visual_index", "segment_ids")
 """The arrays of a batch whose second axis is the length; patches and targets are not cut on it."""
