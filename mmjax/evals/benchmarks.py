@@ -33,7 +33,8 @@ UNANSWERABLE = (
 
 _CAPTION = dict(scorer="word_f1", summary="cider", max_new_tokens=20)
 _LETTER = dict(prompt=LETTER, scorer="multiple_choice", max_new_tokens=16)
-_VQA = dict(prompt=SHORT, scorer="vqa_accuracy", submission="vqa", max_new_tokens=16)
+_VQA = dict(prompt=SHORT, scorer="vqa_accuracy", submission="vqa", max_new_tokens=16, cut="evalai")
+_TEXT = _VQA | dict(scorer="vqa_accuracy_evalai")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +63,12 @@ BENCHMARKS: dict[str, Preset] = {
     "gqa": Preset("gqa", dict(prompt=SHORT, scorer="gqa", summary="gqa", submission="gqa")),
     "vqav2": Preset("vqa", _VQA),
     "okvqa": Preset("vqa", _VQA),
-    "textvqa": Preset("vqa", _VQA),
-    "vizwiz": Preset("vqa", _VQA | dict(prompt=UNANSWERABLE, submission="vizwiz")),
+    "textvqa": Preset("vqa", _TEXT),
+    "vizwiz": Preset("vqa", _TEXT | dict(prompt=UNANSWERABLE, submission="vizwiz")),
     "chartqa": Preset("chartqa", dict(prompt=SHORT, scorer="relaxed_accuracy", max_new_tokens=16)),
-    "docvqa": Preset("vqa", _VQA | dict(scorer="anls", submission="docvqa", max_new_tokens=32)),
+    "docvqa": Preset(
+        "vqa", dict(prompt=SHORT, scorer="anls", submission="docvqa", max_new_tokens=32)
+    ),
     "pope": Preset(
         "pope", dict(prompt=SHORT, scorer="yes_no", summary="yes_no", max_new_tokens=16)
     ),

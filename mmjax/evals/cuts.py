@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from mmjax.evals import normalise
 from mmjax.types import MMJaxError, nearest
 
 
@@ -25,13 +26,22 @@ def open_flamingo_caption(text: str) -> str:
     return text.split("Output", 1)[0].replace('"', "").strip()
 
 
+def evalai(text: str) -> str:
+    """Keep the words of an answer: without capitals, articles and marks, number words as digits.
+
+    LLaVA and Bunny, whose models answer "Yes", do so before they send an answer to EvalAI: VQA's
+    rule compares it as it stands where all humans agree.
+    """
+    return normalise.evalai(text)
+
+
 def first_line(text: str) -> str:
     """Keep the first line."""
     return text.strip().split("\n", 1)[0].strip()
 
 
 CUTS: dict[str, Callable[[str], str]] = {
-    f.__name__: f for f in (first_line, open_flamingo_caption, open_flamingo_vqa)
+    f.__name__: f for f in (evalai, first_line, open_flamingo_caption, open_flamingo_vqa)
 }
 
 

@@ -1,7 +1,8 @@
-"""Two ways to bring an answer into a form that can be compared.
+"""Ways to bring an answer into a form that can be compared.
 
 ``plain`` is ours; ``official`` reproduces the VQA evaluation code (vqaEval.py of GT-Vision-Lab/VQA,
-Antol et al. 2015), with its particularities, so that accuracies can be set beside published ones.
+Antol et al. 2015), with its particularities, and ``evalai`` what peers do to an answer before that,
+so that accuracies can be set beside published ones.
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ def one_line(text: str) -> str:
 def official(text: str) -> str:
     """Normalise an answer as the VQA evaluation does: punctuation, digits, articles."""
     return _official_words(_official_punctuation(one_line(text)))
+
+
+def evalai(text: str) -> str:
+    """Bring an answer into the form in which LLaVA and Bunny send it to EvalAI.
+
+    In small letters, without commas and question marks, the s of an apostrophe a word of its own,
+    and then as ``official``: MMF's EvalAIAnswerProcessor.
+    """
+    return official(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def _official_punctuation(text: str) -> str:

@@ -66,14 +66,30 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], choices: Sequence[str]
     2015, normalised otherwise. Raises MMJaxError below four answers, where even a perfect one
     fails.
     """
-    if len(answers) < 4:
-        raise MMJaxError(
-            f"vqa_accuracy needs several human answers to a question (10 in VQAv2), got "
-            f"{len(answers)}: {list(answers)}; score single answers with exact_match"
-        )
     found, *humans = (normalise.one_line(text) for text in (prediction, *answers))
     if len(set(humans)) > 1:
         found, *humans = (normalise.official(text) for text in (found, *humans))
+    return _agreement(found, humans)
+
+
+def vqa_accuracy_evalai(
+    prediction: str, answers: Sequence[str], choices: Sequence[str] = ()
+) -> float:
+    """Return the VQA accuracy with both sides in the form ``normalise.evalai``, always.
+
+    TextVQA's accuracy as MMF, LLaVA and Bunny compute it. VizWiz's own code normalises what is said
+    alone: its human answers are in such a form. Raises MMJaxError below four answers.
+    """
+    return _agreement(normalise.evalai(prediction), [normalise.evalai(a) for a in answers])
+
+
+def _agreement(found: str, humans: Sequence[str]) -> float:
+    """Return the mean over leaving each human out of min(1, equal answers / 3)."""
+    if len(humans) < 4:
+        raise MMJaxError(
+            f"vqa_accuracy needs several human answers to a question (10 in VQAv2), got "
+            f"{len(humans)}: {list(humans)}; score single answers with exact_match"
+        )
     equal = [a == found for a in humans]
     total = sum(equal)
     return sum(min(1.0, (total - mine) / 3) for mine in equal) / len(humans)
@@ -142,6 +158,7 @@ SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
     "exact_match_strict": exact_match_strict,
     "vqa_accuracy": vqa_accuracy,
+    "vqa_accuracy_evalai": vqa_accuracy_evalai,
     "gqa": gqa,
     "anls": anls,
     "relaxed_accuracy": relaxed_accuracy,

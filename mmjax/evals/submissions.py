@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
+from mmjax.evals import normalise
 from mmjax.types import MMJaxError, nearest
 
 Row = Mapping[str, Any]
@@ -25,13 +26,26 @@ def mmbench(rows: Sequence[Row]) -> bytes:
 
 
 def vqa(rows: Sequence[Row]) -> bytes:
-    """Return JSON ``[{"question_id", "answer"}]``, as EvalAI takes for VQAv2 and TextVQA."""
-    return _json([{"question_id": _number(r["id"]), "answer": r["prediction"]} for r in rows])
+    """Return JSON ``[{"question_id", "answer"}]``, as EvalAI takes for VQAv2 and TextVQA.
+
+    Answers are normalised as the peers normalise them: where all humans agree the server does not.
+    """
+    return _json(
+        [
+            {"question_id": _number(r["id"]), "answer": normalise.official(r["prediction"])}
+            for r in rows
+        ]
+    )
 
 
 def vizwiz(rows: Sequence[Row]) -> bytes:
     """Return JSON ``[{"image", "answer"}]``, the picture's file name, for VizWiz on EvalAI."""
-    return _json([{"image": os.path.basename(r["image"]), "answer": r["prediction"]} for r in rows])
+    return _json(
+        [
+            {"image": os.path.basename(r["image"]), "answer": normalise.official(r["prediction"])}
+            for r in rows
+        ]
+    )
 
 
 def gqa(rows: Sequence[Row]) -> bytes:

@@ -1,6 +1,6 @@
 import pytest
 
-from mmjax.evals import normalise, scorers
+from mmjax.evals import cuts, normalise, scorers
 from mmjax.types import BadSample, MMJaxError
 
 
@@ -64,6 +64,21 @@ def test_exact_match_and_its_strict_variant():
 )
 def test_official_normalisation(text, expected):
     assert normalise.official(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes.", "yes"),
+        ("The Dog's bowl?", "dog 's bowl"),
+        ("1,000 km", "1000 km"),
+        ("red, white", "red white"),
+        ("Two\nt-shirts", "2 t shirts"),
+        ("none", "0"),
+    ],
+)
+def test_the_form_that_is_sent_to_evalai(text, expected):
+    assert normalise.evalai(text) == cuts.get_cut("evalai")(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,41 @@ def test_the_official_pair(pair, tmp_path):
     assert {k: g["accuracy"] for k, g in whole["groups"].items()} == {"number": 1.0, "other": 0.9}
     sent = json.loads((tmp_path / "run/predictions/vqav2.test.json").read_text())
     assert sent == [
-        {"question_id": 10, "answer": "two"}, {"question_id": 11, "answer": "cat"}
+        {"question_id": 10, "answer": "2"}, {"question_id": 11, "answer": "cat"}
     ]  # fmt: skip
+
+
+def test_answers_are_scored_and_sent_as_llava_and_bunny_send_them(pair, tmp_path):
+    """VQA's rule compares texts as they stand where all humans agree, and "Yes." is not "yes"."""
+    said = {"yes": "Yes.", "coca-cola": "The Coca-Cola", "unanswerable": "Unanswerable"}
+
+    def scored(settings, **changes):
+        say = lambda records, *_: [said[r.meta["answers"][0]] for r in records]  # noqa: E731
+        task = make_task(settings | changes)
+        found = runner.evaluate([task], say, workdir=tmp_path / "run", progress=False)[task.name]
+        return found["test"]["accuracy"]
+
+    def sent(name):
+        rows = json.loads((tmp_path / f"run/predictions/{name}.test.json").read_text())
+        return [row["answer"] for row in rows]
+
+    listed = [{"question_id": i, "answers": humans(*["yes"] * 10)} for i in (10, 11)]
+    vqav2 = pair | {"annotations": save(tmp_path / "y.json", {"annotations": listed})}
+    assert scored(vqav2) == 1.0 and sent("vqav2") == ["yes", "yes"]
+    rows = (tmp_path / "run/predictions/vqav2.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["generated"] == "Yes."
+    # OpenFlamingo scores what is said, and normalises what it sends.
+    assert scored(vqav2, cut=None) == 0.0 and sent("vqav2") == ["yes", "yes"]
+    rows = [{"question_id": 3, "image_id": "0a1", "question": "?", "answers": ["coca-cola"] * 10}]
+    textvqa = {
+        "benchmark": "textvqa",
+        "path": save(tmp_path / "t.json", {"data": rows}),
+        "images": pictures(tmp_path / "i", "0a1.jpg", "v.jpg"),
+    }
+    assert scored(textvqa) == 1.0 and scored(textvqa, scorer="vqa_accuracy") == 0.0
+    rows = [{"image": "v.jpg", "question": "?", "answers": humans(*["unanswerable"] * 10)}]
+    vizwiz = textvqa | {"benchmark": "vizwiz", "path": save(tmp_path / "v.json", rows)}
+    assert scored(vizwiz) == 1.0 and sent("vizwiz") == ["unanswerable"]
 
 
 def test_a_test_split_has_no_annotations(pair, tmp_path):
