@@ -11,8 +11,8 @@ def anls(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -
     """Return the nearest answer's normalised Levenshtein similarity, 0 where it is below a half.
 
     1 - edits / letters of the longer; case and runs of white space do not count (Biten et al. 2019,
-    arXiv 1905.13648; the mean over the questions is ANLS). An answer at exactly half of its letters
-    is 0: the paper's threshold is on the distance, which has to be below it.
+    arXiv 1905.13648; the mean over the questions is ANLS). A similarity of exactly a half counts
+    in the code of the competition's server, MMF, Qwen-VL and lmms-eval, though not in the paper.
     """
     found = " ".join(prediction.lower().split())
     return max(_similarity(found, " ".join(answer.lower().split())) for answer in answers)
@@ -21,7 +21,7 @@ def anls(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -
 def _similarity(one: str, other: str) -> float:
     longer = max(len(one), len(other))
     distance = edits(one, other) / longer if longer else 0.0
-    return 1 - distance if distance < _THRESHOLD else 0.0
+    return 1 - distance if distance <= _THRESHOLD else 0.0
 
 
 def edits(one: str, other: str) -> int:

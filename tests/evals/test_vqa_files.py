@@ -171,7 +171,8 @@ def test_textvqa_in_llavas_words(tmp_path):
 
 @pytest.mark.parametrize(
     ("said", "right", "score"),
-    [("Paris", ["paris "], 1.0), ("parsi", ["paris"], 0.6), ("", ["a"], 0.0), ("ab", ["a"], 0.0),
+    [("Paris", ["paris "], 1.0), ("parsi", ["paris"], 0.6), ("", ["a"], 0.0), ("ab", ["a"], 0.5),
+     ("abc", ["a"], 0.0), ("12", ["13", "12345"], 0.5),
      ("abc", ["abd", "xyz"], 2 / 3), ("", [""], 1.0)],
 )  # fmt: skip
 def test_anls_by_hand(said, right, score):
