@@ -50,14 +50,12 @@ def averaged(models: Sequence[tuple[Pretrained, float]]) -> Pretrained:
         _check_alike(first, other)
     readers = [_whole(opened) for opened, _ in models]
     reader = Averaged(readers, weights)
-    folders = dict.fromkeys(folder for opened, _ in models for folder in opened.folders)
     return dataclasses.replace(
         first,
         reader=reader,
         rules=tuple(R.Rule(key, key) for key in reader.keys()),  # noqa: SIM118
         ignore=(),
         lora=None,
-        folders=tuple(folders),
     )
 
 

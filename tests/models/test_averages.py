@@ -58,7 +58,8 @@ def test_average_of_layouts_dtypes_and_adapters(one, tmp_path):
     second, third = random_params(1), random_params(2, lora=ADAPTER)
     sources = (hub, save(tmp_path / "b:2", second), save(tmp_path / "c", third, lora=ADAPTER))
     named = [f"{path}:{share}" for path, share in zip(sources, (0.5, 0.2, 0.3), strict=True)]
-    (tmp_path / "c" / "tokenizer_config.json").write_text('{"of": "c"}')
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        (tmp_path / "c" / name).write_text('{"of": "c"}')
     average.main([*named, "--out", str(tmp_path / "out")])
     got = read(tmp_path / "out")
 
@@ -73,6 +74,7 @@ def test_average_of_layouts_dtypes_and_adapters(one, tmp_path):
         assert value.dtype == np.float32  # the widest of bfloat16 and float32
         np.testing.assert_allclose(value, want, atol=1e-6, err_msg=name)
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"of": "one"}'
+    assert not (tmp_path / "out" / "added_tokens.json").exists()  # no tokenizer is of two models
 
 
 def test_dtype_is_kept_or_the_one_asked_for(one, tmp_path):
