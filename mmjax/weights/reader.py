@@ -125,9 +125,10 @@ class Overlay:
 def open_reader(path: str | Path) -> FileReader:
     """Open a weight file or a folder of them: ``.safetensors``, ``.bin``, ``.pt``, ``.pth``.
 
-    In a folder an index file says which shards belong together; without one, numbered shards must
-    be complete. safetensors win over pickles, and the usual names over those of variants, as in
-    transformers. Raises MMJaxError naming the file and the fix.
+    In a folder, as in transformers, ``model.safetensors`` is taken, else the shards that its index
+    names, else the same of ``pytorch_model.bin``: before variants and whatever lies beside them.
+    Other names have to leave no choice; without an index, numbered shards must be complete, and
+    safetensors win over pickles. Raises MMJaxError naming the file and the fix.
     """
     path = Path(path)
     if path.is_file():
@@ -169,11 +170,11 @@ def partial_hint(path: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = _index(folder, "model.safetensors.index.json")
-    if index is None and not (folder / "model.safetensors").is_file():
-        index = _index(folder, "pytorch_model.bin.index.json")
-    if index is not None:
-        return _indexed_files(index)
+    for usual in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / usual).is_file():
+            return [folder / usual]
+        if (index := _index(folder, f"{usual}.index.json")) is not None:
+            return _indexed_files(index)
     for suffixes in ((".safetensors",), _TORCH_SUFFIXES):
         files = [
             file

@@ -184,6 +184,18 @@ def test_safetensors_win_over_pickles_and_usual_names_over_variants(tmp_path):
         open_reader(tmp_path)
     indexed(tmp_path, "model", "safetensors", want)
     assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
+    # A whole file goes before shards, which may be older, and before variants of it.
+    for variant in ("model.fp16.safetensors", "model-00001-of-00001.safetensors"):
+        save_file(other, tmp_path / variant)
+    save_file(want, tmp_path / "model.safetensors")
+    assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "model.fp16.safetensors"])
+def test_a_pickle_of_the_usual_name_is_the_model_whatever_lies_beside_it(tmp_path, name):
+    save_file({k: v + 1 for k, v in tensors().items()}, tmp_path / name)
+    write_torch(tmp_path / "pytorch_model.bin", as_tensors(tensors()))
+    assert np.array_equal(open_reader(tmp_path).read("a"), tensors()["a"])
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])
