@@ -1,6 +1,7 @@
 """Pickled checkpoints: read without torch, and nothing in them is run."""
 
 import collections
+import io
 import os
 import pickle
 import zipfile
@@ -154,15 +155,26 @@ def test_hostile_pickles_end_and_change_nothing(tmp_path, name):
     assert pickles._rebuild_tensor.__defaults__ is None
 
 
-def test_tensor_beyond_its_storage_is_refused(tmp_path):
+def test_numbers_that_are_cut_off_or_turned_round_are_refused(tmp_path):
     file = tmp_path / "a.pt"
     torch.save({"w": torch.arange(4.0)}, file)
-    with zipfile.ZipFile(file) as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:
-        for member in source.infolist():
-            data = source.read(member)
-            target.writestr(member.filename, data[:8] if "/data/" in member.filename else data)
-    with pytest.raises(MMJaxError, match="'w' needs 16 bytes of a storage of 8"):
-        read_torch(tmp_path / "b.pt")
+
+    def refused(part, change, says):
+        with zipfile.ZipFile(file) as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:
+            for member in source.infolist():
+                data = source.read(member)
+                target.writestr(member.filename, change(data) if part in member.filename else data)
+        with pytest.raises(MMJaxError, match=says):
+            read_torch(tmp_path / "b.pt")
+
+    refused("/data/", lambda x: x[:8], "'w' needs 16 bytes of a storage of 8")
+    refused("/byteorder", lambda x: b"big", "big-endian torch files are not supported")
+    raw = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as source:  # what says where the numbers of a member begin
+        raw[source.getinfo("a/data/0").header_offset] = 0
+    file.write_bytes(raw)
+    with pytest.raises(MMJaxError, match="damaged zip, no header at a/data/0"):
+        read_torch(file)
 
 
 @pytest.mark.parametrize(
@@ -189,17 +201,29 @@ def test_a_tensor_that_cannot_be_is_refused_before_it_is_mapped(change):
         located(**change)
     with pytest.raises(MMJaxError, match="'w' needs 20 bytes of a storage of 16"):
         located(offset=2)
+    reader = pickles.Unpickler(io.BytesIO(), Path("a.pt"), {})
+    assert reader.persistent_load(("storage", "HalfStorage", "0", "cpu", 4, None)).numel == 4
+    for kind, name, view in (
+        ("storage", "HalfStorage", ("1", 2, 4)),  # a part of another, as torch once wrote
+        ("storage", "QInt8Storage", None),
+        ("module", "HalfStorage", None),
+    ):
+        with pytest.raises(MMJaxError, match="a storage of an unknown kind"):
+            reader.persistent_load((kind, name, "0", "cpu", 4, view))
 
 
 def test_compressed_members_are_read(tmp_path):
-    torch.save({"w": torch.arange(6.0)}, tmp_path / "a.pt")
+    w = torch.arange(6.0)
+    torch.save({"w": w, "tail": w[4:]}, tmp_path / "a.pt")
     with (
         zipfile.ZipFile(tmp_path / "a.pt") as source,
         zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as target,
     ):
         for member in source.infolist():
             target.writestr(member.filename, source.read(member))
-    assert read_torch(tmp_path / "b.pt")["w"].read().tolist() == [0, 1, 2, 3, 4, 5]
+    infos = read_torch(tmp_path / "b.pt")
+    assert infos["w"].read().tolist() == [0, 1, 2, 3, 4, 5]
+    assert infos["tail"].read().tolist() == [4, 5]
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -191,6 +191,7 @@ def test_what_is_not_asked_for_is_not_read(params, hub):
     got = pretrained.read_params(opened, abstract, only=some, progress=seen.append)
     assert got.keys() == some and sum(seen) == params["patch_embed.bias"].nbytes
     np.testing.assert_array_equal(got["patch_embed.bias"], params["patch_embed.bias"])
+    assert pretrained.read_params(opened, abstract, only=()) == {}
     short = abstract | {"patch_embed.kernel": jax.ShapeDtypeStruct((1, 1), np.float32)}
     with pytest.raises(MMJaxError, match="patch_embed|embed_tokens"):  # all the same, all must fit
         pretrained.read_params(opened, short, only=some)
