@@ -4,6 +4,8 @@ The alternative to packing where every sample has a row of its own. The shuffled
 taken a window of batches at a time; its draws are sorted by kind and by words of their raw records
 (no image is decoded, nothing tokenised), cut into batches, and the batches are shuffled. Window and
 batches are those of all processes together, so that each of them finds the same order by itself.
+Kind and words of a record are found once, and kept in four bytes; a source that has ``outlines``
+does not read its pictures for them.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ class Grouped:
     streams: int = 1
     workers: int = 1
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
+    # Of each source, int32[records]: 2 * words + (has images), -1 for one not looked at yet.
+    _known: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
     def __call__(self, place: int, _: int = 0) -> Draw:
         block = self.rows * self.workers
@@ -132,7 +136,30 @@ class Grouped:
         return order
 
     def _kind(self, draw: Draw) -> tuple[bool, int]:
-        try:
-            return kind_of(self.sources[draw[0]][draw[1]])
-        except BadSample:  # its row stays empty, in whichever batch
-            return False, 0
+        number, index, _ = draw
+        source = self.sources[number]
+        if number not in self._known:
+            self._known[number] = np.full(len(source), -1, np.int32)
+        known = self._known[number]
+        if known[index] < 0:
+            first, found = _outlines(source, index)
+            known[first : first + len(found)] = [_code(record) for record in found]
+        words, images = divmod(int(known[index]), 2)
+        return images > 0, words
+
+
+def _outlines(source: Source, index: int) -> tuple[int, Sequence[Record | BadSample]]:
+    """Return what ``Source`` calls outlines; of a source without them, the record itself."""
+    try:
+        if (outlines := getattr(source, "outlines", None)) is not None:
+            return outlines(index)
+        return index, [source[index]]
+    except BadSample as error:
+        return index, [error]
+
+
+def _code(record: Record | BadSample) -> int:
+    if isinstance(record, BadSample):  # its row stays empty, in whichever batch
+        return 0
+    images, words = kind_of(record)
+    return 2 * words + images

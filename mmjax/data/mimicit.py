@@ -113,6 +113,13 @@ class MimicitSource:
         return len(self._entries) if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, index: int) -> Record:
+        return self._get(index)
+
+    def outlines(self, index: int) -> tuple[int, list[Record]]:
+        """Return the record alone without its pictures, see ``Source``."""
+        return index, [self._get(index, show=False)]
+
+    def _get(self, index: int, show: bool = True) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = index if self._chosen is None else int(self._chosen[index])
@@ -120,10 +127,10 @@ class MimicitSource:
         where = f"{self.path}:{line} (id {name})"
         meta = {"id": name, "source": str(self.path), "line": line}
         with listed_as(meta):
-            return self._record(place, name, entry, where, meta)
+            return self._record(place, name, entry, where, meta, show)
 
     def _record(
-        self, place: int, name: str, entry: Any, where: str, meta: dict[str, Any]
+        self, place: int, name: str, entry: Any, where: str, meta: dict[str, Any], show: bool
     ) -> Record:
         related = [self._entry(i, where) for i in self._related_ids(name, entry, where)]
         related.append((where, entry))
@@ -142,7 +149,7 @@ class MimicitSource:
             rng = np.random.default_rng((self.seed, place))
             line_of_task = self.task_description[int(rng.integers(len(self.task_description)))]
             messages.insert(0, Message("system", line_of_task))
-        images = tuple(image for ids in groups for image in self._grouped(ids, where))
+        images = tuple(image for ids in groups for image in self._grouped(ids, where, show))
         image_ids = [i for ids in groups for i in ids]
         meta = {**meta, "answers": [messages[-1].text], "image_ids": image_ids}
         return Record(tuple(messages), images, meta)
@@ -160,9 +167,9 @@ class MimicitSource:
         """Return how many images of the record these become."""
         return min(1, len(ids)) if self.frames_as == "medium" else len(ids)
 
-    def _grouped(self, ids: list[str], where: str) -> tuple[ImageSource, ...]:
+    def _grouped(self, ids: list[str], where: str, show: bool) -> tuple[ImageSource, ...]:
         """Read an entry's images, each for itself or as the frames of one."""
-        images = self._read_images(ids, where)
+        images = self._read_images(ids, where, show)
         return (images,) if self.frames_as == "medium" and len(images) > 1 else images
 
     def _entry(self, name: str, where: str) -> tuple[str, Any]:
@@ -191,7 +198,8 @@ class MimicitSource:
         text = text if self.keep_symbols else strip_symbols(text)
         return text.replace("\r\n", "\n") if field == "answer" else text
 
-    def _read_images(self, names: list[str], where: str) -> tuple[bytes, ...]:
+    def _read_images(self, names: list[str], where: str, show: bool) -> tuple[bytes, ...]:
+        """Read images by their ids; without ``show`` only find them."""
         if not names:
             return ()
         if self._images is None:
@@ -202,7 +210,7 @@ class MimicitSource:
                 raise BadSample(
                     "missing_image", f"{where}: image {name!r} is not in {self._images.path}"
                 )
-        return tuple(self._images[int(place)] for place in places)
+        return tuple(self._images[int(place)] if show else b"" for place in places)
 
     def _check_images(self) -> None:
         """Raise MMJaxError when an image id of any entry has no image."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
+from mmjax.data.parquet_outlines import read_outlines
 from mmjax.data.skips import listed_as
 from mmjax.data.sources import image_folder, parse_record
 from mmjax.data.splits import check_one_split
@@ -135,11 +136,8 @@ class ParquetFiles:
 
     def read(self, row: int, columns: Sequence[str]) -> tuple[str, dict[str, Any]]:
         """Return (file:row, values) of one row."""
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        place = int(np.searchsorted(self._ends, row, side="right"))
-        file, group, rows = (int(x) for x in self._groups[place])
-        inside = row - int(self._ends[place]) + rows
+        file, group, first = self._place(row)
+        inside = row - first
         with self._lock:
             table = self._group(file, group, tuple(columns))
         where, values = f"{self.files[file]}:{row}", {}
@@ -149,6 +147,26 @@ class ParquetFiles:
             except UnicodeDecodeError as e:  # pyarrow looks at text when it is asked for
                 raise BadSample("bad_record", f"{where}: {name!r} is not UTF-8 ({e})") from e
         return where, values
+
+    def group_of(self, row: int) -> tuple[int, Any]:
+        """Return the first row of the row group that holds a row, and what the file says of it."""
+        file, group, first = self._place(row)
+        with self._lock:
+            return first, self.file(file).metadata.row_group(group)
+
+    def read_group(self, row: int, columns: Sequence[str]) -> Any:
+        """Read columns of the whole row group that holds a row; ``image.path`` is a part of one."""
+        file, group, _ = self._place(row)
+        with self._lock:
+            return self._read(file, group, tuple(columns))
+
+    def _place(self, row: int) -> tuple[int, int, int]:
+        """Return a row's file, its row group in it, and the first row of that group."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        place = int(np.searchsorted(self._ends, row, side="right"))
+        file, group, rows = (int(x) for x in self._groups[place])
+        return file, group, int(self._ends[place]) - rows
 
     def forget(self) -> None:
         """Let go of the row groups that are kept for the rows beside those that were read."""
@@ -263,7 +281,22 @@ class ParquetSource:
 
     def __getitem__(self, index: int) -> Record:
         where, found = self._files.read(index, list(self.fields.values()))
-        value = {name: found[column] for name, column in self.fields.items()}
+        return self._made({name: found[column] for name, column in self.fields.items()}, where)
+
+    def outlines(self, index: int) -> tuple[int, list[Record | BadSample]]:
+        """Return the records of a record's row group, see ``Source``."""
+        first, rows = read_outlines(self._files, index, self.fields)
+        found: list[Record | BadSample] = []
+        for row, value in enumerate(rows, first):
+            try:
+                if isinstance(value, BadSample):
+                    raise value
+                found.append(self._made(value, f"{self.path}:{row}"))
+            except BadSample as error:
+                found.append(error)
+        return first, found
+
+    def _made(self, value: dict[str, Any], where: str) -> Record:
         value = {k: v for k, v in value.items() if v is not None}
         name, _, row = where.rpartition(":")
         value.setdefault("id", row)

@@ -20,7 +20,12 @@ from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
 
 @runtime_checkable
 class Source(Protocol):
-    """What the pipeline needs of a source."""
+    """What the pipeline needs of a source.
+
+    One whose pictures cost to read may have ``outlines(index) -> (first, records)``: the records
+    from ``first`` on that it reads together with this one, a BadSample for one that is none. They
+    have as many images as the records themselves, but these show nothing.
+    """
 
     def __len__(self) -> int: ...
 

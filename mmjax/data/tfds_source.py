@@ -35,13 +35,24 @@ class TfdsSource:
             )
         self._files = TfdsFiles(name, split, data_dir)
         self._files.check(self.fields.values())
+        self._undecoded: TfdsFiles | None = None
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        element, where = self._files[index], self._files.where(index)
-        found = {part: self._files.take(element, p, where) for part, p in self.fields.items()}
+        return self._record(self._files, index)
+
+    def outlines(self, index: int) -> tuple[int, list[Record]]:
+        """Return the record alone, its picture as it is kept, see ``Source``."""
+        if self._undecoded is None:
+            plain = self._files
+            self._undecoded = TfdsFiles(plain.name, plain.split, plain.data_dir, encoded=True)
+        return index, [self._record(self._undecoded, index)]
+
+    def _record(self, files: TfdsFiles, index: int) -> Record:
+        element, where = files[index], files.where(index)
+        found = {part: files.take(element, p, where) for part, p in self.fields.items()}
         question, answer = as_text(found["question"], where), found.get("answer")
         messages = [Message("user", question)]
         answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
@@ -49,7 +60,7 @@ class TfdsSource:
         if answers:
             messages.append(Message("assistant", answers[0]))
         images = () if found.get("image") is None else (found["image"],)
-        meta = {"id": f"{self._files.split}/{index}", "source": self._files.name, "line": index}
+        meta = {"id": f"{files.split}/{index}", "source": files.name, "line": index}
         if answers:
             meta["answers"] = answers
         return Record(tuple(messages), images, meta)

@@ -132,6 +132,34 @@ def test_what_fills_no_batch_of_every_worker_comes_at_the_end():
     assert sorted(draws[i][1] for i in range(12)) == list(range(12))
 
 
+def test_each_record_is_looked_at_once_and_its_picture_never():
+    asked = []
+
+    class Outlined(Mixed):
+        def outlines(self, i):
+            asked.append(i // 8)
+            first = i // 8 * 8
+            return first, [Mixed.__getitem__(self, k) for k in range(first, first + 8)]
+
+        def __getitem__(self, i):
+            raise AssertionError(f"reads record {i}")
+
+    class Counted(Mixed):  # one that has nothing smaller to read
+        def __getitem__(self, i):
+            asked.append(i)
+            return super().__getitem__(i)
+
+    def order(source):
+        draws = draw_records(Mixture.of(source), 0, 2, rows=4, streams=1, workers=1)
+        return [draws[i] for i in range(96)]
+
+    want = order(Mixed(48))
+    assert order(Outlined(48)) == want and sorted(asked) == list(range(6))
+    asked.clear()
+    order(Counted(48, bad={5}))
+    assert sorted(asked) == list(range(48))
+
+
 def test_the_order_of_batches_is_another_in_every_window():
     class Alike(Mixed):
         def __getitem__(self, i):

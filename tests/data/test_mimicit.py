@@ -337,6 +337,19 @@ def test_one_bad_entry_is_a_bad_sample(folder):
         source[1]
 
 
+def test_an_outline_has_the_texts_and_as_many_images_and_opens_none(folder):
+    source = MimicitSource(folder / "ins.json", folder / "images.parquet", populate_rel_ins=True)
+    want = [source[i] for i in range(5)]
+    (folder / "images.parquet").unlink()
+    source = pickle.loads(pickle.dumps(source))
+    with pytest.raises(MMJaxError):
+        source[4]
+    for i in range(5):
+        first, (found,) = source.outlines(i)
+        assert first == i and (found.messages, found.meta) == (want[i].messages, want[i].meta)
+        assert len(found.images) == len(want[i].images) > 0
+
+
 def test_an_entry_that_is_not_utf8_is_a_bad_sample(folder):
     """It ended the run with a traceback, before anything of the file was read."""
     path = instructions(folder / "ins.json", {"A": entry(1, answer="caf\u00e9"), "B": entry(2)})

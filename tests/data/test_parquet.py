@@ -98,6 +98,58 @@ def test_only_the_row_groups_that_are_asked_for_are_read(tmp_path, monkeypatch):
     assert {len(t) for t in source._files._kept.values()} == {2, 1}
 
 
+def scrub(path, column):
+    """Destroy the bytes of a column in a file."""
+    metadata, data = pq.ParquetFile(path).metadata, bytearray(path.read_bytes())
+    for group in range(metadata.num_row_groups):
+        parts = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+        (part,) = (part for part in parts if part.path_in_schema == column)
+        start, size = part.data_page_offset, part.total_compressed_size
+        data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "pictures, scrubbed, counts",
+    [
+        ({"image": [{"bytes": b"x" * 99, "path": p} for p in ("a", None, "b")]}, True, [1, 1, 1]),
+        ({"image": [{"bytes": b"x" * 99, "path": None}, None, None]}, True, [1, 0, 0]),
+        (
+            {"images": [[], [{"bytes": b"x" * 99, "path": "a"}] * 2, None]},
+            *("images.list.element.bytes", [0, 2, 0]),
+        ),
+        ({"image": [b"x" * 99] * 3}, "image", [1, 1, 1]),
+        ({"image": [b"x" * 99, None, b"y"]}, None, [1, 0, 1]),
+    ],
+)
+def test_outlines_count_pictures_that_they_do_not_read(tmp_path, pictures, scrubbed, counts):
+    path, texts = tmp_path / "a.parquet", {n: v[:3] for n, v in vqa(3).items() if n != "image"}
+    table = pa.table({**texts, **pictures})
+    pq.write_table(table, path, compression="NONE", use_dictionary=False)
+    if scrubbed:
+        scrub(path, "image.bytes" if scrubbed is True else scrubbed)
+    source = ParquetSource(path)
+    if scrubbed:
+        with pytest.raises(BadSample):
+            source[0]
+    first, found = source.outlines(2)
+    assert first == 0 and [len(record.images) for record in found] == counts
+    assert [record.messages[0].text for record in found] == ["q0?", "q1?", "q2?"]
+
+
+def test_outlines_are_of_a_records_own_row_group(tmp_path):
+    write(tmp_path / "a.parquet", vqa(3))
+    turns = [{"role": "user", "content": "<image>" * (i > 3)} for i in range(7)]
+    chat = {"image": vqa()["image"], "messages": [[t] for t in turns], "id": list("abcdefg")}
+    source = ParquetSource(write(tmp_path / "b.parquet", chat, group=5))
+    first, found = source.outlines(6)
+    assert first == 5 and [record.meta["id"] for record in found] == ["f", "g"]
+    chat["messages"][1] = [{"role": "user", "content": "<image><image>"}]
+    first, (good, bad, *_) = ParquetSource(write(tmp_path / "c.parquet", chat, 5)).outlines(3)
+    assert first == 0 and good.meta["id"] == "a"
+    assert isinstance(bad, BadSample) and bad.reason == "image_mismatch" and bad.meta["id"] == "b"
+
+
 def test_threads_read_what_they_ask_for(tmp_path):
     source = ParquetSource(write(tmp_path / "a.parquet", vqa(40), group=3))
     order = np.random.default_rng(0).integers(0, 40, 200).tolist()

@@ -57,6 +57,9 @@ def test_tfds_is_read_from_array_record_without_tensorflow(tmp_path):
     record = source[found[2][1]]
     assert record.messages[1].text == "a2" and record.meta["answers"] == ["a2", "b"]
     np.testing.assert_array_equal(record.images[0], pictures[2])
+    first, (outline,) = source.outlines(found[2][1])
+    assert first == found[2][1] and outline.images == (examples[2]["image"],)  # not decoded
+    assert (outline.messages, outline.meta) == (record.messages, record.meta)
     unanswered = source[found[0][1]]
     assert len(unanswered.messages) == 1 and "answers" not in unanswered.meta
     first = TfdsSource(str(tmp_path), "train", {"question": "question", "answer": "answers.0"})
