@@ -101,7 +101,7 @@ def write_converted(
     progress: Progress | None = None,
 ) -> None:
     """Write a converted folder, one piece of a parameter at a time; it appears whole or not."""
-    with atomic_folder(destination, overwrite=overwrite) as folder:
+    with atomic_folder(destination, overwrite=overwrite, nbytes=plan.nbytes) as folder:
         store = StoreWriter(folder / PARAMS, plan.arrays)
         table = R.by_ours(opened.rules, plan.arrays)
         for name, (shape, dtype, chunk) in plan.arrays.items():
@@ -145,7 +145,8 @@ def save_model(
         for name, index in slices:
             source.read(name, index)
         return
-    with atomic_folder(destination, overwrite=overwrite) as folder:
+    nbytes = Plan(arrays).nbytes
+    with atomic_folder(destination, overwrite=overwrite, nbytes=nbytes) as folder:
         store = StoreWriter(folder / PARAMS, arrays)
         for name, index in slices:
             store.write(name, index, source.read(name, index))

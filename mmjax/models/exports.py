@@ -170,7 +170,8 @@ def write_export(
     form: one file of torch.save, as ``partial_form`` tells; None for shards of safetensors.
     """
     adapter = "adapter_config.json" in files
-    with atomic_folder(destination, overwrite=overwrite) as folder:
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    with atomic_folder(destination, overwrite=overwrite, nbytes=nbytes) as folder:
         if form is not None and not adapter:
             write_torch(folder / form.file, tensors, progress=progress)
         else:

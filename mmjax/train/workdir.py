@@ -110,9 +110,8 @@ def disk_asked(path: Path, fix: str) -> Iterator[None]:
     """Turn what the disk refuses within a block into an MMJaxError. path: what is written."""
     try:
         yield
-    except MMJaxError:
-        raise
     except Exception as error:
-        if (reason := disk_trouble(error)) is None:
+        told = isinstance(error, MMJaxError)  # by a writer that does not know this fix
+        if (reason := disk_trouble(error.__cause__ if told else error)) is None:
             raise
         raise MMJaxError(f"{path} cannot be written: {reason}; {fix}") from error

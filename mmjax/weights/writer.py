@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -85,34 +87,45 @@ def check_destination(destination: Path, overwrite: bool) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    destination: str | Path, *, overwrite: bool = False, nbytes: int = 0
+) -> Iterator[Path]:
     """Give a folder to fill that takes its final name only when the block ends well.
 
-    A killed process leaves ``NAME.partial-PID`` with a marker inside, which nothing loads. A
-    destination that is a link stays one: what it points to is written.
+    A killed process leaves ``NAME.partial-PID`` with a marker inside, which nothing loads and the
+    next writer of NAME removes. A destination that is a link stays one: what it points to is
+    written. nbytes: what is going to be written, as far as known.
     Raises MMJaxError when the destination exists, unless ``overwrite``: then the old folder stays
-    until the new one is whole, and has to be a model's or empty; and when the disk is full or
-    cannot be written.
+    until the new one is whole, and has to be a model's or empty; and when the disk has no room for
+    it, is full or cannot be written.
     """
     destination = Path(destination)
     target = check_destination(destination, overwrite)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        (partial / MARKER).write_text(
-            "This folder is being written or its writer was killed.\n", "utf-8"
-        )
-    except OSError as error:
-        raise cannot_write(destination, error) from error
-    try:
-        yield partial
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
+    _remove_abandoned(target)
+    with contextlib.ExitStack() as held:
+        try:
+            partial.mkdir(parents=True)
+            marker = held.enter_context(open(partial / MARKER, "w", encoding="utf-8"))
+            with contextlib.suppress(OSError):  # no locks here
+                fcntl.lockf(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            marker.write("This folder is being written or its writer was killed.\n")
+            marker.flush()
+            _require_room(partial, nbytes)
+        except OSError as error:
+            held.close()  # on NFS a folder with an open file stays
+            shutil.rmtree(partial, ignore_errors=True)
             raise cannot_write(destination, error) from error
-        raise
-    (partial / MARKER).unlink()
+        try:
+            yield partial
+        except BaseException as error:
+            held.close()
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise cannot_write(destination, error) from error
+            raise
+        (partial / MARKER).unlink()
     if target.exists():
         old = target.with_name(f"{target.name}.old-{os.getpid()}")
         os.rename(target, old)
@@ -120,6 +133,26 @@ def atomic_folder(destination: str | Path, *, overwrite: bool = False) -> Iterat
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     else:
         os.rename(partial, target)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed writers of a folder left; each as large as the model, and nobody looks.
+
+    The system's lock on the marker tells: it is gone with its process. Without locks all stays.
+    """
+    for left in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
+        with contextlib.suppress(OSError):
+            with open(left / MARKER, "r+b") as marker:
+                fcntl.lockf(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _require_room(folder: Path, nbytes: int) -> None:
+    """Raise OSError where so many bytes do not fit, rather than when most of them are written."""
+    disk = shutil.disk_usage(folder)
+    if disk.total and nbytes > disk.free:  # some network file systems say nothing
+        need, free = (f"{n / 1e9:.3g} GB" for n in (nbytes, disk.free))
+        raise OSError(errno.ENOSPC, f"it takes {need}, and {free} are free on its disk")
 
 
 def _refuse_others(destination: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from mmjax.parallel.mesh import make_mesh
 from mmjax.train import loop
 from mmjax.train.settings import EvalSettings
 from mmjax.types import MMJaxError
+from mmjax.weights.writer import atomic_folder
 from tests.e2e.faults import saved_steps
 
 BEST = "eval/vqa/accuracy"
@@ -73,12 +74,14 @@ def test_an_evaluation_that_a_signal_ends_is_made_at_the_next_start(tmp_path, mo
 
 def test_a_model_that_finds_no_room_is_told_in_one_line(tmp_path, monkeypatch):
     def full(*_):
-        raise ValueError("tensorstore: No space left on device")
+        with atomic_folder(tmp_path / "run/model", nbytes=10**18):
+            raise AssertionError
 
     monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
     monkeypatch.setattr(loop, "export_model", full)
     plain = settings(write_data(tmp_path / "data"))
     plain = dataclasses.replace(plain, steps=1, checkpoint=CheckpointSettings(export=True))
-    with pytest.raises(MMJaxError, match="model cannot be written: No space left; step 1 is saved"):
+    told = "model cannot be written: No space left on device; step 1 is saved: make room and start"
+    with pytest.raises(MMJaxError, match=told):
         loop.run(plain, tmp_path / "run")
     assert saved_steps(tmp_path / "run") == [1]

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,6 +293,11 @@ def test_a_destination_that_cannot_be_written_is_named_and_left_as_it_was(params
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(OSError, match="source"), atomic_folder(folder, overwrite=True):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "source")  # of what is read
+    with (
+        pytest.raises(MMJaxError, match=r"m cannot be written \(it takes 1e\+09 GB, and .* free"),
+        atomic_folder(folder, overwrite=True, nbytes=10**18),
+    ):
+        raise AssertionError("what has no room was begun")
     assert opening.open_pretrained(folder).kind == "mmjax"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m", "s"]
 
@@ -321,9 +327,18 @@ to_jax.main([{str(hub)!r}, {str(tmp_path / "m")!r}])
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert child.stdout.readline() == b"half\n"
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "m") as other:
+        assert len(list(tmp_path.iterdir())) == 2  # one that is at work is left alone
+        shutil.copytree(other, tmp_path / "m.partial-0")  # as another one, killed
+        raise ZeroDivisionError
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    (partial,) = tmp_path.iterdir()
+    partial = tmp_path / f"m.partial-{child.pid}"
+    shutil.copytree(partial, tmp_path / "kept")
+    with atomic_folder(tmp_path / "m"):  # a next one removes what both have left
+        assert len(list(tmp_path.glob("m.*"))) == 1
+    (tmp_path / "m").rmdir()
+    (tmp_path / "kept").rename(partial)
     assert partial.name.startswith("m.partial-") and any((partial / "params").rglob("c/*"))
     with pytest.raises(MMJaxError, match=r"no such file.*partial.*delete it and run"):
         opening.open_pretrained(tmp_path / "m")
