@@ -135,6 +135,7 @@ def test_scales_of_values_lose_nothing_in_float16():
     k, v = (jnp.asarray(rng.integers(60, 128, (1, 1, s, 8)), jnp.int8) for _ in "kv")
     scale = jnp.full((1, 1, s), 1e-4)
     got = decode_attention(q, k, v, jnp.array([s]), k_scale=scale, v_scale=scale)
+    assert got.dtype == jnp.float16
     want = np.float64(v).mean(2) * 1e-4
     np.testing.assert_allclose(got, want, rtol=2e-3)
 
