@@ -15,7 +15,7 @@ import mmjax
 from mmjax.models import registry
 from mmjax.models.companions import copy_companions
 from mmjax.models.pretrained import Pretrained, check
-from mmjax.models.views import is_lora
+from mmjax.models.views import is_lora, stored_dtype
 from mmjax.nn.linear import LoRA
 from mmjax.types import MMJaxError
 from mmjax.weights import rules as R
@@ -86,7 +86,7 @@ def plan_conversion(
     for name, rule in R.by_ours(opened.rules, shapes).items():
         kind = np.dtype(np.float32)
         if not is_lora(name):
-            own = opened.reader.dtype(rule.keys(shapes[name])[0])
+            own = stored_dtype(rule, opened.reader, shapes[name])
             kind = np.dtype(own if dtype == "keep" else dtype)
         arrays[name] = (shapes[name], kind, rule.chunk(shapes[name], kind.itemsize))
     return Plan(arrays)

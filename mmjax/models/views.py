@@ -21,6 +21,17 @@ def is_lora(name: str) -> bool:
     return name.endswith((".lora_a", ".lora_b"))
 
 
+def stored_dtype(rule: R.Rule, reader: Reader, shape: R.Shape) -> np.dtype:
+    """Return the dtype that one of our parameters, of ``shape``, needs to lose nothing.
+
+    Layers may be stored in several: float32 then holds them all, or float64 where one has it.
+    """
+    kinds = {np.dtype(reader.dtype(key)) for key in rule.keys(shape)}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
+
+
 class Canonical:
     """A model's parameters by our names, read through its rules."""
 
@@ -35,7 +46,7 @@ class Canonical:
         return self.shapes[key]
 
     def dtype(self, key: str) -> np.dtype:
-        return np.dtype(self.reader.dtype(self.table[key].keys(self.shapes[key])[0]))
+        return stored_dtype(self.table[key], self.reader, self.shapes[key])
 
     def read(self, key: str, index: Any = ...) -> np.ndarray:
         shape = self.shapes[key]

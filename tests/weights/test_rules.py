@@ -3,13 +3,14 @@
 import math
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from mmjax.models import pretrained, registry
 from mmjax.models.fuyu import weights as fuyu
 from mmjax.models.fuyu.model import FuyuConfig
-from mmjax.models.views import Resized
+from mmjax.models.views import Canonical, Resized
 from mmjax.types import MMJaxError
 from mmjax.weights import operations as O
 from mmjax.weights import rules as R
@@ -265,6 +266,19 @@ def test_unknown_families_are_refused_by_name():
         registry.detect({"model_type": "llava"}, ["x.weight"])
     with pytest.raises(registry.MMJaxError, match="did you mean 'fuyu'"):
         registry.family("fuyuu")
+
+
+def test_layers_of_several_dtypes_keep_every_number():
+    """Of the first layer's alone the others would be rounded, and nobody told."""
+    layers = {"l.0.w": np.ones(2, ml_dtypes.bfloat16), "l.1.w": np.float32([1.001, 2])}
+    same = {key: value.astype(np.float16) for key, value in layers.items()}
+    rules, shapes = (R.Rule("w", "l.{l}.w"),), {"w": (2, 2)}
+    there = Canonical(Arrays(layers), rules, shapes)
+    assert there.dtype("w") == np.float32
+    assert np.array_equal(there.read("w"), np.float32([[1, 1], [1.001, 2]]))
+    assert Canonical(Arrays(same), rules, shapes).dtype("w") == np.float16
+    double = Canonical(Arrays(same | {"l.1.w": np.ones(2)}), rules, shapes)
+    assert double.dtype("w") == np.float64
 
 
 @pytest.mark.parametrize("rows", [3, 7, 5])
