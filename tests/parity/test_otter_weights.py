@@ -63,6 +63,8 @@ def test_the_language_models_own_tokenizer_gets_the_peers_tokens(tmp_path):
 
 def test_a_video_model_takes_as_many_frames_as_it_is_told(tmp_path):
     golden = otter_golden.load("llama")
+    width = golden.weights["perceiver.latents"].shape[1]
+    golden.weights["perceiver.media_time_embs"] = np.ones((3, 1, width), np.float32)
     folder = otter_golden.write_folder(golden, tmp_path / "peer")
     most, frame = golden.config["config"]["max_num_frames"], np.zeros((9, 9, 3), np.uint8)
     one, two = mmjax.load(folder), mmjax.load(folder, processor={"frames": 2})
@@ -70,5 +72,8 @@ def test_a_video_model_takes_as_many_frames_as_it_is_told(tmp_path):
         one.encode("<image>what?", [[frame, frame]])
     encoded = two.encode("<image>what?", [[frame, frame]])
     assert encoded["patches"].shape == (1, 2 * two.config.patch_dim)
+    assert one.processor.config.max_media == 3
+    with pytest.raises(MMJaxError, match="4 media and the model has embeddings of 3"):
+        one.encode("<image>" * 4, [frame] * 4)
     with pytest.raises(MMJaxError, match=f"{most + 1} frames and .* embeddings of {most}"):
         mmjax.load(folder, processor={"frames": most + 1})

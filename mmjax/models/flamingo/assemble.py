@@ -89,7 +89,9 @@ def assemble(
     if parts.given():  # the processor's folder may be that of a part
         options = {"image_size": tower.config["image_size"]}
         options |= {"answer_token": True} if otter else {}
-        options |= {"max_media": (out.get("perceiver_config") or {}).get("max_media")}
+        options |= {k: out[k] for k in IDS if out.get(k) is not None}
+    if most := (out.get("perceiver_config") or {}).get("max_media"):  # maybe of the tensors alone
+        options["max_media"] = most
     return Assembled(
         out,
         Resized(whole, resized) if resized else whole,
@@ -98,7 +100,7 @@ def assemble(
         fresh=() if readers else _FRESH,
         rows=min(short.values(), default=None),
         folders=tuple(folders),
-        options=options | {k: out[k] for k in IDS if options and out.get(k) is not None},
+        options=options,
     )
 
 
