@@ -47,17 +47,18 @@ def test_what_lies_beside_a_model_is_no_part_of_it(tmp_path):
     want, other = tensors(), {k: v + 1 for k, v in tensors().items()}
     save_file(other, tmp_path / "adapter_model.safetensors")
     assert np.array_equal(open_reader(tmp_path).read("a"), other["a"])
-    save_file(want, tmp_path / "model.safetensors")
+    save_file(want, tmp_path / "clip.safetensors")
     assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "clip.safetensors").unlink()
     (tmp_path / "adapter_model.safetensors").unlink()
-    write_torch(tmp_path / "pytorch_model.bin", as_tensors(want))
+    write_torch(tmp_path / "clip.pth", as_tensors(want))
     for name in (
         "training_args.bin",
         "optimizer.pt",
         "scheduler.pt",
         "rng_state_0.pth",
         "scaler.pt",
+        "non_lora_trainables.bin",
     ):
         (tmp_path / name).touch()
     assert np.array_equal(open_reader(tmp_path).read("a"), want["a"])
