@@ -23,6 +23,7 @@ from mmjax.types import MMJaxError
 
 FOLDER = "checkpoints"
 _NAMED = 3  # differences that a message names
+_SHOWN = 200  # letters of what Orbax says, which may list all it knows
 _PATIENCE = 24 * 3600
 """Seconds that a save may take. Orbax gives up after 20 minutes of the wall clock, and a big state
 on a slow disk, or a clock that is set meanwhile, would end the run; a process that is gone is found
@@ -372,15 +373,22 @@ def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
 
 
 def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Load a step's parameters alone, by dotted name, onto the shardings of ``abstract``."""
+    """Load a step's parameters alone, by dotted name, onto the shardings of ``abstract``.
+
+    Raises MMJaxError for those of another model, and for a step that cannot be read or is gone: the
+    run it belongs to may go on meanwhile.
+    """
     logging.getLogger("absl").addFilter(_ORBAX_LOG)
-    want = {"params": dict(abstract)}
-    with ocp.training.Checkpointer(Path(workdir).absolute() / FOLDER) as manager:
-        try:
-            if problem := _misfit(manager.checkpointables_metadata(step).metadata, want):
-                raise ValueError(problem)
-            return manager.load_checkpointables(step, want)["params"]
-        except (ValueError, KeyError) as error:
-            raise MMJaxError(
-                f"checkpoint {step} of {workdir} does not fit the model: {error}"
-            ) from error
+    want, folder = {"params": dict(abstract)}, Path(workdir).absolute() / FOLDER
+    try:
+        with ocp.training.Checkpointer(folder) as manager:
+            problem = _misfit(manager.checkpointables_metadata(step).metadata, want)
+            if not problem:
+                return manager.load_checkpointables(step, want)["params"]
+    except (ValueError, KeyError, OSError) as error:
+        why = "is gone: its run keeps the newest alone (checkpoint.keep) and has removed it"
+        if (folder / str(step)).is_dir():
+            told = (str(error).strip() or repr(error)).splitlines()[0][:_SHOWN]
+            why = f"cannot be read: files of it are missing, damaged, or being removed ({told})"
+        raise MMJaxError(f"checkpoint {step} of {workdir} {why}; give another") from error
+    raise MMJaxError(f"checkpoint {step} of {workdir} does not fit the model: {problem}")

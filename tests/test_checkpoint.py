@@ -223,6 +223,20 @@ def test_parameters_alone_are_read_for_evaluation(saved):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
+def test_a_step_that_its_run_removes_meanwhile_is_told_as_that(saved, tmp_path):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    step = workdir / FOLDER / "5"
+    with use() as mesh:
+        abstract, _ = build(mesh)
+        (step / "params/manifest.ocdbt").unlink()
+        with pytest.raises(MMJaxError, match="5 of .* cannot be read: files of it are missi") as e:
+            load_params(workdir, 5, paths.flatten(abstract.params))
+        assert len(str(e.value)) < 500  # Orbax lists all that it can read
+        shutil.rmtree(step)
+        with pytest.raises(MMJaxError, match=r"5 of .* is gone: .*\(checkpoint.keep\) and has rem"):
+            load_params(workdir, 5, paths.flatten(abstract.params))
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
