@@ -105,6 +105,18 @@ def process_rows(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
     return sorted({row for (cut,) in held for row in range(*cut.indices(rows))})
 
 
+def row_owners(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
+    """Return for each row of a global batch the first process that holds it.
+
+    What is written about a row is written there, once.
+    """
+    owners = [max(device.process_index for device in mesh.devices.flat)] * rows
+    for device, (cut,) in batch_sharding(mesh).devices_indices_map((rows,)).items():
+        for row in range(*cut.indices(rows)):
+            owners[row] = min(owners[row], device.process_index)
+    return owners
+
+
 def put_batch(batch: dict, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
     """Make the global arrays of a batch from the rows of this process.
 

@@ -33,7 +33,7 @@ from mmjax.nn.stack import REMAT
 from mmjax.ops import implementations
 from mmjax.ops.attention import IMPLEMENTATIONS
 from mmjax.parallel import distributed
-from mmjax.parallel.sharding import process_rows
+from mmjax.parallel.sharding import process_rows, row_owners
 from mmjax.train import adapters, vocabulary
 from mmjax.train import frozen as frozen_part
 from mmjax.train.dropout import with_dropout
@@ -257,9 +257,12 @@ def train_iterator(settings: RunSettings, processor: Processor, workdir: Path) -
     distributed.check_same({**facts, "--workdir": str(workdir.absolute())})
     distributed.check_shared(workdir, "--workdir")
     require_some_good(mixture, load)
-    return Streams(
-        {i: _stream(i, count, mixture, settings, processor, workdir) for i in mine}, count
-    )
+    owners = row_owners(jax.sharding.get_mesh(), data.batch_size)[:: data.batch_size // count]
+    made = {}
+    for i in mine:  # of processes that share rows one writes the list of skipped records
+        listed = workdir if owners[i] == jax.process_index() else None
+        made[i] = _stream(i, count, mixture, settings, processor, listed)
+    return Streams(made, count)
 
 
 def _stream(
@@ -268,7 +271,7 @@ def _stream(
     mixture: Mixture,
     settings: RunSettings,
     processor: Processor,
-    workdir: Path,
+    workdir: Path | None,
 ) -> TrainIterator:
     data = settings.data
     return make_train_iterator(

@@ -1,5 +1,7 @@
 """Meshes by their axes, and the one table from logical axes to mesh axes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from mmjax.parallel.sharding import (
     parameter_shardings,
     process_rows,
     put_batch,
+    row_owners,
     spec,
 )
 from mmjax.types import MMJaxError
@@ -135,6 +138,29 @@ def test_parameters_that_do_not_divide_are_named(shape, says):
     with pytest.raises(MMJaxError) as error:
         check_divides(leaves)
     assert says in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device of another process, which no single process has."""
+
+    id: int
+    process_index: int
+    client = None
+
+
+@pytest.mark.parametrize(
+    "shape, owners",
+    [
+        ((4, 1, 1, 2), [3, 3, 2, 2, 1, 1, 0, 0]),  # each has rows of its own
+        ((2, 1, 1, 4), [2, 2, 2, 2, 0, 0, 0, 0]),  # two share theirs
+        ((1, 1, 8, 1), [0] * 8),
+    ],
+)
+def test_of_processes_that_share_rows_the_first_owns_them(shape, owners):
+    devices = np.array([Device(i, i // 2) for i in range(8)][::-1]).reshape(shape)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor", "context"))
+    assert row_owners(mesh, 8) == owners
 
 
 def test_a_batch_is_put_where_the_mesh_wants_it():
