@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmjax.evals.scorers import READERS, get_scorer
@@ -156,17 +157,32 @@ def merge_results(
 ) -> dict[str, dict[str, Any]]:
     """Add results to a results.json and return all; the file changes at once or not at all.
 
-    The tasks that were evaluated replace what stood under their names; others stay.
+    The tasks that were evaluated replace what stood under their names; others stay, those too that
+    another process adds meanwhile.
     """
-    merged = read_results(path) | {name: dict(entries) for name, entries in new.items()}
-    write_atomic(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+    with _alone(os.path.dirname(os.path.abspath(path))):
+        merged = read_results(path) | {name: dict(entries) for name, entries in new.items()}
+        write_atomic(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
     return merged
+
+
+@contextlib.contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """Make other evaluations that write to a folder wait for the block; not where locks fail."""
+    os.makedirs(folder, exist_ok=True)
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks lock no folder
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def write_atomic(path: str | os.PathLike, text: str | bytes) -> None:
     """Write a file so that a reader, or a kill, never sees half of it."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    partial = f"{os.fspath(path)}.partial"
+    partial = f"{os.fspath(path)}.{os.getpid()}.partial"  # another process may write it too
     # Half a surrogate pair, which a dataset's JSON may hold, becomes its own escape in JSON.
     data = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     try:

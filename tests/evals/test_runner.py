@@ -1,3 +1,4 @@
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -104,6 +105,20 @@ def test_a_sweep_is_scored_kept_and_reported(tmp_path):
     assert "Accuracy over resolution" in html and "Training loss" in html and "chance 25%" in html
     # nothing is fetched: every address is inside the file
     assert not re.findall(r'(?:src|href)="(?!data:)', html) and "url(" not in html
+
+
+def test_several_evaluations_of_one_workdir_lose_no_results(tmp_path):
+    """As when each of several GPUs asks another benchmark."""
+
+    def merge(one):
+        for i in range(8):
+            results.merge_results(tmp_path / "results.json", {f"{one}_{i}": {}})
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(merge, "abcd"))
+    found = results.read_results(tmp_path / "results.json")
+    assert sorted(found) == [f"{one}_{i}" for one in "abcd" for i in range(8)]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_results_merge_and_name_the_split(tmp_path):
