@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmjax.data.parquet_files import ParquetFiles
 from mmjax.types import BadSample
-
-if TYPE_CHECKING:
-    from mmjax.data.parquet import ParquetFiles
 
 PICTURES = ("image", "images")
 """Parts that are pictures."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmjax.cli import arguments, run_guarded
-from mmjax.data.parquet import pyarrow_parquet
+from mmjax.data.parquet_files import pyarrow_parquet
 from mmjax.types import MMJaxError
 
 

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmjax.data import parquet
+from mmjax.data import parquet_files
 from mmjax.data.catalog import make_source
 from mmjax.data.images import load_rgb
-from mmjax.data.parquet import ParquetFiles, ParquetImages, ParquetSource, decode_base64
+from mmjax.data.parquet import ParquetImages, ParquetSource, decode_base64
+from mmjax.data.parquet_files import ParquetFiles
 from mmjax.data.regroup_parquet import main as regroup_command
 from mmjax.data.regroup_parquet import regroup
 from mmjax.types import BadSample, MMJaxError
@@ -192,7 +193,7 @@ def test_bad_rows_are_bad_samples(tmp_path):
 
 def test_large_row_groups_are_refused_and_written_anew(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "big.parquet", vqa(20), group=20)
-    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 1000)
+    monkeypatch.setattr(parquet_files, "MAX_GROUP_BYTES", 1000)
     with pytest.raises(MMJaxError, match=r"row group 0 holds .*regroup_parquet .*big\.parquet NEW"):
         ParquetSource(path)
     assert regroup_command([str(path), str(tmp_path / "small.parquet"), "--rows", "4"]) == 0

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmjax.data.parquet import ParquetFiles
+from mmjax.data.parquet_files import ParquetFiles
 from mmjax.types import MMJaxError
 
 
