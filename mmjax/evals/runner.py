@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,48 +67,79 @@ def evaluate(
         )
     console = console or Console()
     results: dict[str, dict[str, Any]] = {}
+    kept: list[str] = []
     facts = {**(asked or {}), **({} if step is None else {"step": step})}
 
     def watch(batches: list[list[int]], label: str) -> Iterator[list[int]]:
         total = sum(map(len, batches))
         return track(batches, total, label, size=len, enabled=progress, console=console)
 
-    for task in tasks:
-        done = _run_task(
-            task,
-            generate_fn,
-            batch_size=batch_size,
-            limit=limit,
-            facts=facts,
-            watch=watch,
-            stop=stop,
-        )
-        if done is None:
-            break
-        entries, rows, source = done
-        if need_some and all("error" in row for row in rows):
-            count, first = len(rows) // len(entries), rows[0]["error"]
-            raise MMJaxError(
-                f"task {task.name}: none of its {count:,} questions could be asked: {first}"
+    with _tell_kept(kept, workdir, console):
+        for task in tasks:
+            done = _run_task(
+                task,
+                generate_fn,
+                batch_size=batch_size,
+                limit=limit,
+                facts=facts,
+                watch=watch,
+                stop=stop,
             )
-        scored = not all(row.get("unscored") for row in rows)
-        if scored:
-            results[task.name] = entries
-        elif progress and workdir is None:
-            console.print(f"{task.name}: a test split has nothing to score; give a workdir")
-        if workdir is not None:
-            try:
-                written = save_predictions(task, rows, source, os.fspath(workdir))
-                if scored:
-                    merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
-                for path in written:
-                    console.print(f"{task.name}: for the benchmark's server: {path}")
-            except OSError as error:
+            if done is None:
+                break
+            entries, rows, source = done
+            if need_some and all("error" in row for row in rows):
+                count, first = len(rows) // len(entries), rows[0]["error"]
                 raise MMJaxError(
-                    f"the results of {task.name} cannot be written to {workdir}: {error.strerror}; "
-                    "make room there, or give another --workdir, and evaluate again"
-                ) from error
+                    f"task {task.name}: none of its {count:,} questions could be asked: {first}"
+                )
+            scored = not all(row.get("unscored") for row in rows)
+            if scored:
+                results[task.name] = entries
+            elif progress and workdir is None:
+                console.print(f"{task.name}: a test split has nothing to score; give a workdir")
+            if workdir is not None:
+                _keep(task, entries if scored else {}, rows, source, workdir, console)
+                kept.append(task.name)
     return results
+
+
+def _keep(
+    task: Task,
+    entries: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    source: Sequence[Record],
+    workdir: str | os.PathLike,
+    console: Console,
+) -> None:
+    """Write what came out of a task; entries: none of a test split."""
+    try:
+        written = save_predictions(task, rows, source, os.fspath(workdir))
+        if entries:
+            merge_results(os.path.join(workdir, "results.json"), {task.name: entries})
+    except OSError as error:
+        raise MMJaxError(
+            f"the results of {task.name} cannot be written to {workdir}: {error.strerror}; "
+            "make room there, or give another --workdir, and evaluate again"
+        ) from error
+    for path in written:
+        console.print(f"{task.name}: for the benchmark's server: {path}")
+
+
+@contextlib.contextmanager
+def _tell_kept(
+    kept: Sequence[str], workdir: str | os.PathLike | None, console: Console
+) -> Iterator[None]:
+    """Say at an interruption by the keyboard which tasks were finished before: they stay."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept:
+            console.print(
+                f"{', '.join(kept)}: finished, kept in {workdir}; started again with the other "
+                "tasks alone, the report shows all"
+            )
+        raise
 
 
 def as_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:

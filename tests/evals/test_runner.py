@@ -121,6 +121,23 @@ def test_several_evaluations_of_one_workdir_lose_no_results(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_an_interruption_tells_what_is_kept(tmp_path):
+    console = Console(file=io.StringIO(), width=300)
+    tasks = [vqa(name, colours()) for name in ("first", "second", "third")]
+    asked = []
+
+    def say(records, *_):
+        asked.append(records)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ["red"] * len(records)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.evaluate(tasks, say, workdir=tmp_path, console=console)
+    assert f"first, second: finished, kept in {tmp_path}; started again" in console.file.getvalue()
+    assert list(results.read_results(tmp_path / "results.json")) == ["first", "second"]
+
+
 def test_results_merge_and_name_the_split(tmp_path):
     run([vqa("a", colours(), split="val")], tmp_path)
     run([vqa("b", colours())], tmp_path)
