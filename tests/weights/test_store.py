@@ -139,6 +139,12 @@ def test_what_orbax_writes_is_read(tmp_path):
         assert [reader.read(f"layers.{x}").tolist() for x in "kb"] == [[0, 0], [1, 1]]
         assert reader.dtype("layers.k") == np.float16
         assert reader.nbytes() == 6 * 4 + 2 * 2 * 2 + 2 * 8
+    # Versions before did not write chunks of zeros, and said so.
+    about = reader.folder / "_METADATA"
+    earlier = json.loads(about.read_text()) | {"store_array_data_equal_to_fill_value": False}
+    about.write_text(json.dumps(earlier))
+    (reader.folder / "layers.k.value" / "0").unlink()
+    assert store.StoreReader(tmp_path / "inner").read("layers.k").tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("path", ["a#b ü", "relative"])
