@@ -29,7 +29,7 @@ def test_weights_that_are_not_there_are_named(tmp_path, name):
     file = tmp_path / name
     file.symlink_to("/nowhere/blob")
     with pytest.raises(
-        MMJaxError, match=rf"{name}.* cannot be read \(No such file.*download it ag"
+        MMJaxError, match=rf"{name}, a link to /nowhere/blob cannot be read \(No such.*download it"
     ):
         open_reader(tmp_path)
     file.unlink()
@@ -71,9 +71,11 @@ def test_what_lies_beside_a_model_is_no_part_of_it(tmp_path):
     (twice / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(MMJaxError, match="1 of 2 shards are there"):
         open_reader(twice)
-    save_file(want, twice / "other-00001-of-00001.safetensors")
-    with pytest.raises(MMJaxError, match=r"model-00001.*other-00001.*which one is the model"):
-        open_reader(twice)
+    for other in ("other-00001-of-00001", "other-00002-of-00002", "model-00002-of-00003"):
+        save_file({"d": want["a"]}, twice / f"{other}.safetensors")
+        with pytest.raises(MMJaxError, match=rf"model-00001.*{other}.*which one is the model"):
+            open_reader(twice)
+        (twice / f"{other}.safetensors").unlink()
 
 
 DTYPES = (
@@ -134,8 +136,19 @@ def test_truncated_safetensors_says_so(tmp_path, keep):
         open_reader(tmp_path)
 
 
-def test_garbage_header_says_so(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"notjson!")
+@pytest.mark.parametrize(
+    "header",
+    [
+        "notjson!",
+        *(
+            json.dumps({"a": dict(dtype="F32", shape=shape, data_offsets=offsets)})
+            for shape, offsets in (([2], [-8, 0]), ([-2, -1], [0, 8]), ([2], [0, 12]))
+        ),
+    ],
+)
+def test_garbage_header_says_so(tmp_path, header):
+    text = header.encode() + b" " * 20  # so that no number lies beyond the end
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + text)
     with pytest.raises(MMJaxError, match="not that of a safetensors file"):
         open_reader(tmp_path)
 
