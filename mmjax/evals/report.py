@@ -246,6 +246,8 @@ def _resolution_label(row: Mapping[str, Any]) -> str:
 def _card(row: Mapping[str, Any], pictures: Sequence[tuple[str, int, int]]) -> str:
     verdict = "right" if row["correct"] else "wrong"
     mark = "\u2713 right" if row["correct"] else "\u2717 wrong"
+    if row.get("unscored"):
+        verdict, mark = "unscored", "not scored"
     frame = ""
     for i, (uri, width, height) in enumerate(pictures, 1):
         which = f", {i} of {len(pictures)}" if len(pictures) > 1 else ""
@@ -265,7 +267,7 @@ def _card(row: Mapping[str, Any], pictures: Sequence[tuple[str, int, int]]) -> s
         f'<div class="frame"{several}>{frame}</div>'
         f'<div class="body"><p><span class="where">{escape(_resolution_label(row))}</span>'
         f'<span class="verdict">{mark}</span></p><p>{escape(row["question"])}</p>'
-        f"<dl><dt>answer</dt><dd>{escape(row['answer'])}</dd>"
+        f"<dl><dt>answer</dt><dd>{escape(row.get('answer', 'not known'))}</dd>"
         f"<dt>predicted</dt><dd>{said}</dd></dl></div></li>"
     )
 

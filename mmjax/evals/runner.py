@@ -196,9 +196,10 @@ def _run_task(
         side = resolution or native
         if resolution and native and not task.enlarge:
             side = min(resolution, native)
-        unreadable = sum("error" in r for r in mine)
+        counted = [r for r in mine if not r.get("unscored")] or mine  # of a test split none
+        unreadable = sum("error" in r for r in counted)
         entries[key] = {
-            **summarise(mine, task.summariser),
+            **summarise(counted, task.summariser),
             **facts,
             "resolution": resolution,
             "longest_side": side,

@@ -121,6 +121,19 @@ def test_several_evaluations_of_one_workdir_lose_no_results(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_questions_without_an_answer_among_others_are_asked_and_not_counted(tmp_path):
+    known, unknown = record(0, "Which?", "red"), record(1, "Whose?", "?")
+    unknown = dataclasses.replace(
+        unknown, messages=unknown.messages[:1], meta={"id": "r1", "unscored": True}
+    )
+    say = lambda records, *_: ["red"] * len(records)  # noqa: E731
+    tasks = [vqa("t", [known, unknown])]
+    found = runner.evaluate(tasks, say, workdir=tmp_path, progress=False)["t"]["test"]
+    assert (found["n"], found["accuracy"]) == (1, 1.0)
+    html = Path(report.report_workdir(tmp_path)).read_text()
+    assert html.count('<li class="card') == 2 and '<span class="verdict">not scored' in html
+
+
 def test_an_interruption_tells_what_is_kept(tmp_path):
     console = Console(file=io.StringIO(), width=300)
     tasks = [vqa(name, colours()) for name in ("first", "second", "third")]
