@@ -23,7 +23,7 @@ def human(value: float | None, unit: str = "") -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
+        if abs(value) >= 0.9995 * limit:  # three digits of less would be 1e+03 of the unit below
             return f"{value / limit:.3g}{suffix}{unit}"
     return f"{value:.3g}{unit}"
 

@@ -121,4 +121,5 @@ def test_human_time(seconds, text):
 
 def test_human_numbers():
     assert [terminal.human(v) for v in (None, 0.5, 1234, 2.5e6)] == ["-", "0.5", "1.23k", "2.5M"]
+    assert [terminal.human(v) for v in (999.4, 999.6, -999_600)] == ["999", "1k", "-1M"]
     assert terminal.human_bytes(3 * 2**30) == "3.0 GiB"
