@@ -60,8 +60,9 @@ class LoadedModel:
         size = self.config.vocab_size
         if not len(example["tokens"]):
             raise MMJaxError("the prompt is empty: give it at least one token")
-        worst = example["tokens"][np.argmax(np.abs(example["tokens"].astype(np.int64)))]
-        if not 0 <= worst < size or example["tokens"].min() < 0:
+        low, high = example["tokens"].min(), example["tokens"].max()
+        worst = low if low < 0 else high
+        if not 0 <= worst < size:
             raise MMJaxError(
                 f"the prompt holds token id {worst}, outside the model's vocabulary of {size}; "
                 "its tokenizer belongs to another model"

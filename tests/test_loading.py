@@ -321,7 +321,7 @@ def test_no_prompts_no_answers(loaded):
     [
         ([], None, "prompt is empty"),
         ([1, 96, 3], None, "token id 96.*vocabulary of 96"),
-        ([1, -4, 3], None, "token id -4.*vocabulary of 96"),
+        ([1, -4, 30], None, "token id -4.*vocabulary of 96"),
         (IDS, [PATCHES[:3]], "4 image tokens.*3 patches"),
         (IDS, [PATCHES, PATCHES], "4 image tokens.*8 patches"),
         ([1, 2, 3], [PATCHES], "0 image tokens.*4 patches"),
