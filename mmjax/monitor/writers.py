@@ -76,9 +76,11 @@ class TensorboardWriter:
 
     Its SummaryWriter writes from a thread, which dies on a full disk and then blocks the run for
     ever; here every event is written by the caller, who gets the OSError.
+
+    first: steps done before. What an earlier run wrote of later ones, readers let go of.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, first: int = 0):
         with _without_torch():
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2
@@ -87,6 +89,8 @@ class TensorboardWriter:
         self._summary, self._event = summary, event_pb2.Event
         prefix, suffix = os.path.join(folder, "events"), f".{os.getpid()}"
         self._writer = event_file_writer.EventsWriter(prefix, suffix)
+        begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=first + 1, session_log=begun)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         self._write(step, *(self._summary.scalar(k, float(v)) for k, v in values.items()))
@@ -107,9 +111,11 @@ class TensorboardWriter:
 
     def _write(self, step: int, *summaries: Any) -> None:
         for one in summaries:
-            event = self._event(wall_time=time.time(), step=int(step), summary=one)
-            self._writer.write_event(event)
+            self._add(step=int(step), summary=one)
         self._writer.flush()
+
+    def _add(self, **fields: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), **fields))
 
 
 @contextlib.contextmanager
@@ -243,16 +249,18 @@ def make_writer(
     name: str = "run",
     config: Mapping[str, Any] | None = None,
     process: int = 0,
+    first: int = 0,
 ) -> MultiWriter:
     """Write ``metrics.jsonl`` and ``tensorboard/`` under a workdir, from process 0 alone.
 
-    wandb: a W&B project that gets the same, as the run ``name`` with ``config``.
+    wandb: a W&B project that gets the same, as the run ``name`` with ``config``. first: steps done
+    before, by the run that is continued.
     """
     if process != 0:
         return MultiWriter()
     writers: list[Writer] = [JsonlWriter(os.path.join(workdir, "metrics.jsonl"))]
     if tensorboard:
-        writers.append(TensorboardWriter(os.path.join(workdir, "tensorboard")))
+        writers.append(TensorboardWriter(os.path.join(workdir, "tensorboard"), first))
     if wandb:
         writers.append(WandbWriter(workdir, wandb, name, config or {}))
     return MultiWriter(writers)

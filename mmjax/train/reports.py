@@ -52,6 +52,7 @@ class Reports:
         self.writer = make_writer(
             workdir, tensorboard=settings.log.tensorboard, wandb=settings.log.wandb,
             name=settings.name, config=dataclasses.asdict(settings), process=jax.process_index(),
+            first=first,
         )  # fmt: skip
         sizes = frozen_part.sizes(outline.state.params, outline.frozen)
         self._flops = step_flops(plan.config, settings.data, sizes, outline.chosen)

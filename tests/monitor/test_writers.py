@@ -62,8 +62,11 @@ def test_not_a_scalar_is_an_error(tmp_path):
         writers.JsonlWriter(tmp_path / "m.jsonl").scalars(1, {"a": np.zeros(2)})
 
 
-def events(folder):
-    """(step, name, value) of every summary in TensorBoard files: number, text, bytes."""
+def events(folder, begun=None):
+    """(step, name, value) of every summary in TensorBoard files: number, text, bytes.
+
+    begun: a list that gets the steps from which on readers drop what was written before.
+    """
     import struct
 
     from tensorboardX.proto import event_pb2
@@ -75,6 +78,8 @@ def events(folder):
             size = struct.unpack("<Q", data[:8])[0]  # length, its checksum, event, its checksum
             event = event_pb2.Event.FromString(data[12 : 12 + size])
             data = data[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START and begun is not None:
+                begun.append(event.step)
             for value in event.summary.value:
                 text = b"".join(value.tensor.string_val).decode()
                 other = value.image.encoded_image_string or text
@@ -106,8 +111,9 @@ def test_all_places_get_the_same_names(tmp_path, monkeypatch):
         Html=lambda page: page,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for _ in range(2):
-        writer = writers.make_writer(tmp_path, wandb="lab", name="a", config={"lr": 0.1})
+    for first in (0, 2):
+        about = dict(name="a", config={"lr": 0.1}, first=first)
+        writer = writers.make_writer(tmp_path, wandb="lab", **about)
         writer.scalars(3, {"train/loss": 0.5, "train/loss/vqa": 0.25})
         writer.sample(3, "samples", {"input": "<image> a\n# b", "labels": ""})
         writer.close()
@@ -124,7 +130,9 @@ def test_all_places_get_the_same_names(tmp_path, monkeypatch):
     )
     wanted = [(3, "train/loss", 0.5), (3, "train/loss/vqa", 0.25)]
     text = (3, "samples/text_summary", "**input**\n\n    <image> a\n    # b\n\n**labels**\n\n")
-    assert set(events(tmp_path / "tensorboard")) == {*wanted, text}
+    begun = []
+    assert set(events(tmp_path / "tensorboard", begun)) == {*wanted, text}
+    assert 3 in begun  # a run that is continued writes step 3 again
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[0]) == told[0] and len(rows) == 2
 
