@@ -32,7 +32,8 @@ class LoadedModel:
     family: name of its family. config: its sizes. model: the NNX module; call it inside
     ``mmjax.parallel.mesh.use(mesh)``. processor: text and images to tokens and back. ends: tokens
     that end an answer beside those of the config, as generation_config.json states them. beside:
-    bytes that stay on each device beside the model, as an optimizer's state while a run trains.
+    bytes that stay on each device beside the model, as an optimizer's state while a run trains
+    or a second model.
     generation: generation_config.json, which an export takes along; of it ``ends`` alone count
     here.
     """
