@@ -143,7 +143,16 @@ def _model(
     tensors = R.export(table, source, dtype)
     form = partial_form(opened.family, layout)
     if form is not None and not whole:
-        tensors = [t for t in tensors if form.keeps(t.key, opened.config) or t.key in adapted]
+        kept = {t.key for t in tensors if form.keeps(t.key, opened.config)}
+        if form.adapted:
+            kept |= adapted
+        elif adapted - kept:
+            log.warning(
+                "%s: %s leaves out what the adapters change; --adapter writes them, and the whole "
+                "model is written without --layout",
+                *(opened.path, form.file),
+            )
+        tensors = [t for t in tensors if t.key in kept]
     tensors = [dataclasses.replace(t, key=weights.from_hub(t.key, layout)) for t in tensors]
     kinds = {str(t.dtype) for t in tensors}
     hf = {**opened.config.to_hf(), "dtype": kinds.pop() if len(kinds) == 1 else "float32"}

@@ -68,11 +68,13 @@ class Partial:
 
     file: the file of torch.save it is written as. keeps: tells whether it holds a tensor, by key,
     of a model of this config. says: what config.json says otherwise than that of the whole model.
+    adapted: whether it holds the kernels that adapters are merged into as well.
     """
 
     file: str
     keeps: Callable[[str, Any], bool]
     says: Callable[[Any], dict[str, Any]] = lambda config: {}
+    adapted: bool = True
 
 
 _ALIKE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")

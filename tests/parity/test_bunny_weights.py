@@ -312,6 +312,10 @@ def test_an_adapter_tells_what_it_leaves_out(phi, lora, tmp_path, caplog):
         to_hf.main([str(tmp_path / "jax"), str(tmp_path / f"peft{i}"), "--adapter"])
         assert ("leaves out decoder.embed.embedding, which" in caplog.text) is bool(more)
     assert "projector" not in caplog.text
+    to_hf.main([str(tmp_path / "jax"), str(tmp_path / "1"), "--layout", "projector"])
+    assert "mm_projector.bin leaves out what the adapters change" in caplog.text
+    state = torch.load(tmp_path / "1" / "mm_projector.bin", weights_only=True)
+    assert state and all(key.startswith(PROJECTOR) for key in state)
 
 
 def test_adapters_alone_are_not_read_without_the_projector_trained_with_them(phi, lora):

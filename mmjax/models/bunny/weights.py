@@ -109,5 +109,5 @@ def _tower_left_out(config: Any) -> dict[str, Any]:
     return {"unfreeze_vision_tower": False}
 
 
-PARTIAL = {"projector": Partial("mm_projector.bin", _of_projector, _tower_left_out)}
+PARTIAL = {"projector": Partial("mm_projector.bin", _of_projector, _tower_left_out, adapted=False)}
 ADAPTER_BESIDE = Partial("non_lora_trainables.bin", _beside_adapter)
