@@ -250,7 +250,7 @@ def test_stop_takes_ids_and_tokens(loaded, ids_only):
     eos, tokenizer = loaded.config.eos_token_id, loaded.processor.tokenizer
     token = tokenizer.convert_ids_to_tokens(20)
     assert loaded.end_tokens([token, eos, 20, 21]) == (eos, 20, 21)
-    assert loaded.end_tokens(token) == (eos, 20)
+    assert loaded.end_tokens(token) == loaded.end_tokens(np.int32(20)) == (eos, 20)
     for model, stop in ((loaded, "<|nowhere|>"), (ids_only, "a"), (ids_only, 96), (ids_only, -1)):
         with pytest.raises(MMJaxError, match=f"stop holds {re.escape(repr(stop))}.*vocabulary"):
             model.generate([1, 2], stop=[stop])
@@ -259,9 +259,9 @@ def test_stop_takes_ids_and_tokens(loaded, ids_only):
 def test_the_token_that_training_ends_an_answer_with_always_ends_one(loaded, ids_only):
     """The first revision of Fuyu-8B's config.json states 2, which no Fuyu ever says."""
     ends = loaded.processor.eos_token_id
-    stated = dict(config=dataclasses.replace(loaded.config, eos_token_id=2), ends=(2,))
+    stated = dict(config=dataclasses.replace(loaded.config, eos_token_id=2), ends=(2, 3))
     first = dataclasses.replace(loaded, **stated)
-    assert first.end_tokens() == (2, ends) and loaded.end_tokens() == (ends,)
+    assert first.end_tokens() == (2, 3, ends) and loaded.end_tokens() == (ends,)
     other = dataclasses.replace(ids_only, processor=FuyuProcessor())
     assert other.end_tokens() == (peer.EOS,)  # 71013 is no token of its vocabulary
 

@@ -130,7 +130,8 @@ def test_where_no_end_is_stated_the_tokenizers_ends_an_answer(tmp_path):
     )
     assert config.end_token_ids == () and config.to_hf()["eos_token_id"] is None
     tokenizer = types.SimpleNamespace(eos_token_id=7)
-    for own, want in ((tokenizer, (7,)), (None, ())):
+    beyond = types.SimpleNamespace(eos_token_id=config.vocab_size)
+    for own, want in ((tokenizer, (7,)), (beyond, ()), (None, ())):
         asked = LoadedModel("language", config, None, LanguageProcessor(own), None)
         assert asked.end_tokens() == want
     listed = dataclasses.replace(asked, ends=(5,), processor=LanguageProcessor(tokenizer))
