@@ -1,11 +1,11 @@
-"""Averages of tiny models: numbers, adapters, dtypes, and what is refused."""
+"""Averages of tiny models: numbers, adapters, dtypes, what is refused and what is overwritten."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from convert_weights import average
+from convert_weights import average, merge, to_hf, to_jax
 from mmjax.models import averages, converted, exports, opening, pretrained, registry
 from mmjax.models.views import is_lora
 from mmjax.nn.linear import LoRA
@@ -87,6 +87,24 @@ def test_dtype_is_kept_or_the_one_asked_for(one, tmp_path):
             np.testing.assert_array_equal(value.astype(np.float32), params[name].astype(np.float32))
 
 
+def test_no_command_replaces_a_folder_unless_told_to(one, tmp_path):
+    hub, there = str(one[0]), tmp_path / "there"
+    adapted = str(save(tmp_path / "adapted", random_params(2, lora=ADAPTER), lora=ADAPTER))
+    for command, given in (
+        (to_jax, [hub, str(there)]),
+        (to_hf, [hub, str(there)]),
+        (merge, [adapted, str(there)]),
+        (average, [f"{hub}:0.5", f"{hub}:0.5", "--out", str(there)]),
+    ):
+        there.mkdir(exist_ok=True)
+        (there / "config.json").write_text("another model")
+        with pytest.raises(MMJaxError, match="there exists; give another destination, or --overwr"):
+            command.main(given)
+        assert (there / "config.json").read_text() == "another model"
+        command.main([*given, "--overwrite"])
+        assert opening.open_pretrained(there).family.name == "fuyu"
+
+
 @pytest.mark.parametrize(
     "given, says",
     [
@@ -95,6 +113,7 @@ def test_dtype_is_kept_or_the_one_asked_for(one, tmp_path):
         (["{}:1.5", "{}:-0.5"], "the weight -0.5 is not above 0"),
         (["{}:0.5", "{}"], "no weight; give each model as SRC:WEIGHT"),
         (["{}:0.5", "{}:half"], "no weight; give each model as SRC:WEIGHT"),
+        (["{}:0.5", ":0.5"], ":0.5: no weight; give each model as SRC:WEIGHT"),
     ],
 )
 def test_weights_that_are_no_average_are_refused(one, tmp_path, given, says):
