@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import FuyuConfig, FuyuForCausalLM
 
 from convert_weights import inspect, to_hf, to_jax
+from convert_weights.progress import gigabytes
 from mmjax.models import converted, opening, pretrained
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
@@ -279,7 +281,13 @@ def test_inspect_tells_the_layout_and_the_theta(published, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "fuyu, megatron" in shown and "model_optim_rng.pt" in shown
     assert "25000 (config.json says nothing" in shown
-    assert "every key is claimed" in shown
+    assert "every key is claimed" in shown and "the published models" not in shown
+    count, size = re.search(r"([\d,]+) in ([\d.]+ \w+)", shown).groups()
+    assert size == gigabytes(4 * int(count.replace(",", "")))
+    config["text_config"]["rope_parameters"] = {"rope_theta": 10000.0}  # as re-saved ones say
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    inspect.main([str(tmp_path / "x")])
+    assert "10000 (config.json says 10000); the published models have" in capsys.readouterr().out
 
 
 def test_inspect_lists_what_does_not_fit(published, tmp_path, capsys):
