@@ -151,7 +151,7 @@ def train_cases(quick: bool, device: str) -> list[Case]:
                     # The second peer is told to compute no logits but the ones the loss needs.
                     peers=("sdpa", "sdpa, gathered logits") if loss == "answers" else ("sdpa",),
                     impls=("",) if quick or loss != "answers" else ("", UNROLLED),
-                    target=1.0 if loss == "answers" else None,
+                    target=1.5 if loss == "answers" else 1.0 if t <= 512 else 0.8,
                 )
             )
     return found

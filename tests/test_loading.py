@@ -367,6 +367,7 @@ def test_a_converted_folder_answers_as_the_checkpoint(loaded, whole, tmp_path):
     assert np.array_equal(logits, want)
 
 
+@pytest.mark.heavy
 def test_a_mesh_of_several_devices_gives_the_same_answers(ids_only, bare):
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     spread = mmjax.load(bare[0], mesh=mesh)

@@ -10,6 +10,7 @@ from bench import __main__ as cli
 from bench import cases, environment, report, runner, suites
 
 
+@pytest.mark.heavy
 def test_quick_rows_of_every_suite_agree_with_the_peer(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = ["--quick", "--case", "", "--out", str(out)]

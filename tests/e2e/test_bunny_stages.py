@@ -55,6 +55,7 @@ def run(stage, workdir, **model):
     loop.run(to_dataclass(RunSettings, config), workdir)
 
 
+@pytest.mark.heavy
 def test_either_stage_goes_on_where_it_was_cut_bit_for_bit(parts, tmp_path):
     """Stage 1 from parts, the projector alone; stage 2 from what it left, adapters beside it."""
     given = dict(lm=str(parts / "lm"), vision=str(parts / "tower"))

@@ -78,7 +78,7 @@ def first_weights(run):
     return plan, outline.chosen, {name: np.asarray(x) for name, x in values.items()}
 
 
-def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog, capsys):
+def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, capsys):
     loop.run(settings(2), tmp_path / "cut")
     capsys.readouterr()
     loop.run(settings(4), tmp_path / "cut")
@@ -133,6 +133,10 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, caplog, caps
     with pytest.raises(MMJaxError, match=r"cut holds adapters .* scale 8, .*lora.alpha=16"):
         loop.run(louder, tmp_path / "cut")
 
+
+@pytest.mark.heavy
+def test_what_was_trained_is_remembered_by_runs_that_go_on_from_it(tmp_path, caplog):
+    loop.run(settings(2), tmp_path / "whole")
     # An adapter for PEFT is not all of it, of this run or of one that goes on with adapters alone.
     to_hf.main([str(tmp_path / "whole" / "model"), str(tmp_path / "peft"), "--adapter"])
     left = f"an adapter leaves out cross.*, {TABLE}, which was trained with it"

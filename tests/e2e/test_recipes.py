@@ -48,10 +48,12 @@ EXPORTED = {"quickstart", "otterhd_8b_lora", "captions_cpu", "otter_9b", "clever
 # One of each family is asked about several pictures.
 FAMILIES = {"quickstart", "otter_9b", "bunny_cpu"}
 # Those whose way another goes too, or its own tests: Fuyus as quickstart, adapters (test_adapters),
-# documents, captions and Clever Flamingo's instructions as Otter's, Bunnies (test_bunny_stages).
+# documents, captions and Clever Flamingo's instructions as Otter's, which trains as
+# test_partly_trained does, Bunnies (test_bunny_stages).
 SIBLINGS = {"easyvqa", "magnifier_resolution", "fuyu_8b", "otterhd_8b", "fuyu_text_only",
-            "fuyu_8b_lora", "otterhd_8b_lora", "openflamingo_3b", "captions_cpu", "bunny_cpu",
-            "clever_flamingo_9b", "bunny_phi2_siglip", "bunny_llama3_8b_s2"}  # fmt: skip
+            "fuyu_8b_lora", "otterhd_8b_lora", "otter_9b", "openflamingo_3b", "captions_cpu",
+            "clever_flamingo_9b", "bunny_cpu", "bunny_phi2_siglip",
+            "bunny_llama3_8b_s2"}  # fmt: skip
 # Learning rate of the first stage, width and layers of the language model, tokens of an image.
 BUNNIES = {
     "bunny_phi1_5_siglip": (5e-4, 2048, 24, 729),

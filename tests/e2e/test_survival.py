@@ -1,6 +1,7 @@
 """Real processes, real signals: a run that is killed loses nothing but the steps since its save."""
 
 import random
+import shutil
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from mmjax.types import MMJaxError
 from tests.e2e import faults
 
 RECIPE = faults.Recipe(steps=40)
+SEED = 7  # of a kill within a save
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +24,21 @@ def undisturbed(tmp_path_factory):
     return workdir, startup
 
 
-def test_killed_runs_lose_nothing_and_equal_an_undisturbed_one_bit_for_bit(undisturbed, tmp_path):
+def test_a_killed_run_loses_nothing_and_equals_an_undisturbed_one_bit_for_bit(
+    undisturbed, tmp_path
+):
     reference, startup = undisturbed
     kills = []
 
     def report(moment, number, workdir, lost):
-        kills.append(lost)
+        kills.append((moment, number, lost <= 2 * RECIPE.every))
 
-    run_one = faults.run_with_kills
-    run_one(RECIPE, tmp_path / "run", 2, random.Random(4), startup, report)
+    faults.run_with_kills(RECIPE, tmp_path / "run", 1, random.Random(SEED), startup, report)
     faults.assert_equal_runs(tmp_path / "run", reference)
-    assert len(kills) == 2 and max(kills) <= 2 * RECIPE.every
+    assert kills == [("save", signal.SIGKILL, True)]
 
 
-def test_sigterm_saves_and_exits_0_and_a_finished_run_has_nothing_left_to_do(undisturbed, tmp_path):
+def test_sigterm_saves_and_exits_0_and_a_restart_goes_on(undisturbed, tmp_path):
     reference, _ = undisturbed
     workdir = tmp_path / "run"
     process = RECIPE.start(workdir)
@@ -48,7 +51,12 @@ def test_sigterm_saves_and_exits_0_and_a_finished_run_has_nothing_left_to_do(und
     code, out = faults.finish(RECIPE.start(workdir), workdir)
     assert code == 0 and f"continuing at step {stood}" in out, out
     faults.assert_equal_runs(workdir, reference)
-    # All that is left is an evaluation, which a signal leaves unfinished: that is told.
+
+
+@pytest.mark.heavy
+def test_an_evaluation_that_a_signal_leaves_unfinished_is_told(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
     before = faults.logged(workdir)
     task = {"name": "long", "source": {"kind": "sums", "split": "test", "size": 10**6}}
     process = RECIPE.start(workdir, "eval.final=True", f"eval.tasks={[task]}")

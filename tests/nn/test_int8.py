@@ -35,7 +35,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mesh", [None, {"tensor": 2, "fsdp": 2}])
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param({"tensor": 2, "fsdp": 2}, marks=pytest.mark.heavy)]
+)
 def test_a_model_of_int8_kernels_is_the_one_their_numbers_stand_for(folder, mesh):
     mesh = mesh and make_mesh(mesh, jax.devices()[:4])
     model, exact = mmjax.load(folder, weights="int8", mesh=mesh), mmjax.load(folder)

@@ -29,6 +29,10 @@ SAMPLES = {
 }
 
 
+def heavy(*names):
+    return [pytest.param(name, marks=pytest.mark.heavy) for name in names]
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """(torch model, ours), ours read from the files the other wrote."""
@@ -158,7 +162,9 @@ ANSWERS = {  # spans of answers in each sample's own positions
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize(
+    "name", [*heavy("text alone", "several images"), "image and text", "ragged"]
+)
 def test_loss_and_every_gradient_are_equal_within_1e_4(both, name):
     theirs, loaded = both
     samples = SAMPLES[name]
@@ -190,7 +196,7 @@ def their_tokens(theirs, samples, eos):
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
-@pytest.mark.parametrize("name", ["image and text", "ragged", "with and without"])
+@pytest.mark.parametrize("name", [*heavy("image and text", "ragged"), "with and without"])
 def test_greedy_tokens_are_identical_in_a_batch_and_alone(both, name):
     theirs, loaded = both
     samples = SAMPLES[name]

@@ -130,11 +130,11 @@ def test_beams_are_identical_where_images_stand_in_the_prompt(both):
 
 
 CONSTRAINTS = [
-    (dict(repetition_penalty=1.4), 1),
+    pytest.param(dict(repetition_penalty=1.4), 1, marks=pytest.mark.heavy),
     pytest.param(dict(repetition_penalty=1.4), 3, marks=pytest.mark.heavy),
-    (dict(no_repeat_ngram_size=2), 1),
+    pytest.param(dict(no_repeat_ngram_size=2), 1, marks=pytest.mark.heavy),
     pytest.param(dict(no_repeat_ngram_size=3), 3, marks=pytest.mark.heavy),
-    (dict(min_new_tokens=9), 1),
+    pytest.param(dict(min_new_tokens=9), 1, marks=pytest.mark.heavy),
     pytest.param(dict(min_new_tokens=9), 3, marks=pytest.mark.heavy),
     (dict(repetition_penalty=0.8, no_repeat_ngram_size=2, min_new_tokens=5), 3),
 ]

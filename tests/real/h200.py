@@ -3,12 +3,15 @@
 Attention's kernels, train steps of recipes and Fuyu-8B's generation at their full sizes go through
 XLA's GPU compiler and ptxas; beside what the compiler counts of a step stands what ``--plan``
 predicts. Nothing runs: no result, no speed. Autotuning is off, for it would have to run, so other
-tiles, and other memory for them, may be chosen on a real one. Needs Python 3.12 with jax 0.11.2 and
-the packages that the Makefile names.
+tiles, and other memory for them, may be chosen on a real one. What is for several GPUs is compiled
+by a process of its own, with the flags that runs on several have. Needs Python 3.12 with jax 0.11.2
+and the packages that the Makefile names.
 """
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +31,7 @@ from mmjax.models import registry
 from mmjax.nn.linear import DTypes
 from mmjax.ops import flash_mosaic, flash_triton
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.runtime import USABLE
+from mmjax.runtime import SEVERAL_GPUS, USABLE
 from mmjax.schema import to_dataclass
 from mmjax.train import plan
 from mmjax.train.settings import RunSettings
@@ -127,8 +130,20 @@ def fits(held: int) -> str:
     return f"fits {room:.1f}"
 
 
-def cases(folder: Path) -> dict[str, Callable[[], str]]:
-    """Return what is compiled, by name."""
+def with_flags(name: str) -> str:
+    """Compile a case in a process that has XLA's flags for several GPUs: it reads them once."""
+    flags = " ".join(f"{flag}={value}" for flag, value in SEVERAL_GPUS.items())
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
+    command = [sys.executable, "-m", "tests.real.h200", "--here", name]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    told = done.stdout.strip()
+    if done.returncode:
+        raise MMJaxError(told or f"its process ended with {done.returncode}")
+    return told
+
+
+def cases(folder: Path, here: bool = False) -> dict[str, Callable[[], str]]:
+    """Return what is compiled, by name; here: by this process, also what is for several GPUs."""
     found = {
         f"attention {name} head dim {h}": partial(attention, name, h, folder)
         for name, dims in HEAD_DIMS.items()
@@ -136,8 +151,19 @@ def cases(folder: Path) -> dict[str, Callable[[], str]]:
     }
     for recipe, count, overrides in STEPS:
         name = " ".join((f"step {recipe} on {count}", *overrides))
-        found[name] = partial(step, recipe, count, overrides)
+        mine = here or count == 1
+        found[name] = partial(step, recipe, count, overrides) if mine else partial(with_flags, name)
     return found | {"generation fuyu_8b on 1": partial(generation, 1)}
+
+
+def compile_here(folder: Path, name: str) -> int:
+    """Print what ``with_flags`` asks of its process, or the error; return the exit code."""
+    try:
+        print(cases(folder, here=True)[name]())
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        return 1
+    return 0
 
 
 def main() -> int:
@@ -149,7 +175,10 @@ def main() -> int:
         default=Path("build/h200-ptxas"),
         help="ptxas's words; logs beside it",
     )
+    parser.add_argument("--here", metavar="NAME", help="compile this case, with the flags given")
     args = parser.parse_args()
+    if args.here:
+        return compile_here(args.folder, args.here)
     wrong = 0
     for name, compile_ in cases(args.folder).items():
         if args.only not in name:

@@ -53,7 +53,7 @@ def base(kind):
         return made(RunSettings(model=model, lora=LORA))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.heavy), "nf4"])
 def test_frozen_kernels_are_quantised_and_adapters_train_beside_them(kind):
     graphdef, params, rest, _ = base(kind)
     kinds = {name: x.dtype.name for name, x in paths.flatten(rest).items()}

@@ -50,8 +50,14 @@ def folder(tmp_path_factory):
     return path / "model"
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-@pytest.mark.parametrize("start", ["random", "folder"])
+@pytest.mark.parametrize(
+    "start, kind",
+    [("random", "bfloat16"), ("folder", "int8")]
+    + [
+        pytest.param(*case, marks=pytest.mark.heavy)
+        for case in (("random", "int8"), ("folder", "bfloat16"))
+    ],
+)
 def test_the_frozen_part_alone_is_that_of_the_start(folder, start, kind):
     model = RANDOM if start == "random" else ModelSettings(init=str(folder), dtype="float32")
     model = dataclasses.replace(model, frozen_dtype=kind)

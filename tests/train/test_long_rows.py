@@ -30,7 +30,11 @@ def shapes_of(t, patches, targets, dim):
     return batch | {"patches": jax.ShapeDtypeStruct((1, patches, dim), jnp.uint8)}
 
 
-@pytest.mark.parametrize("limit", [2**25, 0], ids=["last layer trimmed", "whole"])
+@pytest.mark.parametrize(
+    "limit",
+    [2**25, pytest.param(0, marks=pytest.mark.heavy)],
+    ids=["last layer trimmed", "whole"],
+)
 def test_a_step_of_16k_tokens_has_no_square_and_no_logits(limit, monkeypatch):
     monkeypatch.setattr("mmjax.models.decoder.TRIM_LIMIT", limit)
     t, v, targets = 16_384, 8192, 4096
