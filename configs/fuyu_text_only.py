@@ -35,6 +35,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             batch_size=8,
             workers=8,
         ),
+        # In one piece: every chunk gathers the head's kernel and sums its gradient again.
+        loss_chunk=4096,
         optim=dict(lr=1e-5, schedule="linear", warmup=0.01, weight_decay=0.1, b2=0.999),
         mesh=dict(fsdp=-1),
         checkpoint=dict(every=500, keep=2),

@@ -60,7 +60,8 @@ def chunked_nll(
         matmuls stay large.
 
     Rows are cut over the axes that cut a batch and its length, and each chunk takes as many from
-    every device: nobody waits, and the head's kernel travels, never the logits.
+    every device: nobody waits, and the head's kernel travels, never the logits. Where fsdp cuts the
+    kernel it travels for each chunk anew, so there the chunk is to be as large as memory allows.
     """
     ways = shards("targets", len(hidden))
 

@@ -166,7 +166,7 @@ def _parts(
     }
     gradients = _bytes(params)
     outside = _bytes([v for v in _variables(params) if "layers" not in _axes(v)])
-    layer, largest, derivative = _gathered(settings, params, frozen, mesh)
+    layers, largest, derivative = _gathered(settings, params, frozen, mesh)
     turned = _turned(params, frozen, mesh)
     return {part: (size,) * 3 for part, size in throughout.items()} | {
         # Those of embedding and head: chunks of the head sum theirs up before the layers' turn;
@@ -181,7 +181,7 @@ def _parts(
         "layer": (0, found["layer"], 0),
         "head": (found["head"], 0, 0),
         "multiplied": (*_multiplied(settings, frozen), 0),
-        "gathered": (largest + derivative, layer, derivative),
+        "gathered": (largest + derivative, layers, derivative),
         "turned": (turned, turned, 0),
     }
 
@@ -240,23 +240,28 @@ def _multiplied(settings: RunSettings, frozen) -> tuple[int, int]:
 def _gathered(settings: RunSettings, params, frozen, mesh) -> tuple[int, int, int]:
     """Return the bytes of what is whole for a moment, where fsdp cuts it.
 
-    They are the weights of a layer in the dtype of the computation, the largest map outside of the
-    layers, and its gradient, which is summed over the devices.
+    They are the weights of two layers, for the next one's come while one computes (``runtime``),
+    the largest map outside of the layers, and its gradient, which is summed over the devices; all
+    in the dtype of the computation. A table of embeddings is looked up where it lies, and is whole
+    only as the head.
     """
     fsdp = mesh.shape["fsdp"]
     if fsdp == 1:
         return 0, 0, 0
-    compute, layer, largest = jnp.dtype(settings.model.dtype).itemsize, 0, (0, 0)
-    for tree, trained in ((params, True), (frozen, False)):
-        for variable in _variables(tree):
-            axes, x = _axes(variable), jax.tree.leaves(variable)[0]
-            whole = math.prod(x.sharding.shard_shape(x.shape)) * (fsdp if "embed" in axes else 1)
-            if "layers" in axes:
-                layer += whole // x.shape[0] * compute * frozen_part.pairs(x)
-            else:
-                size = whole * x.dtype.itemsize
-                largest = max(largest, (size, size if trained else 0), key=sum)
-    return layer, *largest
+    compute, layers, largest = jnp.dtype(settings.model.dtype).itemsize, 0, (0, 0)
+    variables = [(v, True) for v in _variables(params)] + [(v, False) for v in _variables(frozen)]
+    tied = not any(_axes(v) == ("embed", "vocab") for v, _ in variables)
+    for variable, trained in variables:
+        axes, x = _axes(variable), jax.tree.leaves(variable)[0]
+        if axes == ("vocab", "embed") and not tied:
+            continue
+        whole = math.prod(x.sharding.shard_shape(x.shape)) * (fsdp if "embed" in axes else 1)
+        size = whole * compute * frozen_part.pairs(x)
+        if "layers" in axes:
+            layers += 2 * size // x.shape[0]
+        else:
+            largest = max(largest, (size, size if trained else 0), key=sum)
+    return layers, *largest
 
 
 def _turned(params, frozen, mesh) -> int:

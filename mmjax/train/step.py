@@ -117,17 +117,19 @@ def _summed_gradients(graphdef: nnx.GraphDef, accumulate: int, loss: LossOptions
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
-        def body(total, xs):
-            index, piece = xs
+        def body(index, total):
+            piece = jax.tree.map(lambda x: x[index], micro)
             got = of_microbatch(params, frozen, piece, jax.random.fold_in(key, index), share)
-            return jax.tree.map(jnp.add, total, got), None
+            return jax.tree.map(jnp.add, total, got)
 
         # In float32, whatever the parameters are kept in: bfloat16 has no room for many terms.
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         zero = jnp.zeros((), jnp.float32)
         each = jnp.zeros(loss.num_sources, jnp.float32)
         start = ((zero, (each, each)), zeros)
-        return jax.lax.scan(body, start, (jnp.arange(accumulate), micro))[0]
+        # XLA is not to see how many there are: on several GPUs it would begin the next microbatch
+        # in the last one's collectives, and hold the activations of two.
+        return jax.lax.fori_loop(0, jax.lax.optimization_barrier(accumulate), body, start)
 
     return accumulated
 

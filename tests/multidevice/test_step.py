@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,10 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
         for accumulate in (1, 4):
             options = dict(accumulate=accumulate, tx=optax.sgd(1.0), param="bfloat16")
             fn, train, frozen = build(mesh, **options)
+            text = fn.lower(train, frozen, tiny.batch()).as_text()
+            # XLA for several GPUs would hold two microbatches at once if it could count them.
+            hidden = re.search(r"optimization_barrier %\S+ : tensor<i32>", text) is not None
+            assert hidden == (accumulate > 1)
             train, metrics = fn(train, frozen, tiny.batch())
             norms.append(metrics["grad_norm"])
     assert norms[0].dtype == np.float32

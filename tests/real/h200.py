@@ -56,6 +56,8 @@ STEPS = (
     ("fuyu_8b", 8, ()),
     ("otterhd_8b", 8, ()),
 )
+MOST = 1.2
+"""Of what is planned, that a step may need; beyond it a plan misleads."""
 PROMPT, ANSWER, PATCHES = 2400, 128, 2304
 
 
@@ -90,10 +92,10 @@ def step(recipe: str, count: int, overrides: tuple[str, ...]) -> str:
     planned = plan.make_plan(settings, devices).total  # as --plan does, wherever it is asked
     with h200_target.taken_for_default():
         held = plan.make_plan(settings, devices, compile_=True).total
-    return (
-        f"{held / 1e9:6.1f} GB, planned {planned / 1e9:6.1f}, ratio {held / planned:.2f}; "
-        f"{fits(held)}"
-    )
+    beside = f"{held / 1e9:6.1f} GB, planned {planned / 1e9:6.1f}, ratio {held / planned:.2f}"
+    if held > MOST * planned:
+        raise MMJaxError(f"{beside}: more than {MOST} of the plan")
+    return f"{beside}; {fits(held)}"
 
 
 def generation(count: int) -> str:
