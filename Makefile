@@ -25,17 +25,19 @@ quickstart: .venv/installed  ## learn to read tiny digits in photographs, in min
 	@echo "Open runs/quickstart/report.html in a browser."
 
 # In the order of the files: xdist's own puts those with few tests last, and they are the longest.
-# Compilers allocate and free much: malloc keeps what it has, and the tests take less time.
-MALLOC := MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432
+# Compilers allocate and free much: malloc keeps what it has, and the tests take less time. Python keeps
+# what it made of the sources, for the processes that tests start, whatever the shell says of it.
+LESS := MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432 \
+  PYTHONDONTWRITEBYTECODE=
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: .venv/installed-test  ## the test suite, but for more cases of what it shows already
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(MALLOC) $(PY) $(PYTEST) -m "not heavy"
+	$(LESS) $(PY) $(PYTEST) -m "not heavy"
 
 test-heavy: .venv/installed-test  ## those other cases: more language models, meshes, plans, benchmarks
-	$(MALLOC) $(PY) $(PYTEST) -m heavy
+	$(LESS) $(PY) $(PYTEST) -m heavy
 
 # The second leg: the newest jax and flax, which need Python 3.12. No torch, so no peers.
 test-312:  ## import, step, generation and a quick run on Python 3.12
