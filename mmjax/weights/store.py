@@ -177,8 +177,12 @@ class StoreReader:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Return where a folder is, for tensorstore, which refuses a path that has .. in it."""
-    return {"driver": "file", "path": f"{os.path.realpath(folder)}/"}
+    """Return where a folder is, for tensorstore, which refuses a path that has .. in it.
+
+    Other paths stay as they are: /proc/PID/root leads where its own links do not.
+    """
+    plain = os.path.realpath(folder) if ".." in folder.parts else os.path.abspath(folder)
+    return {"driver": "file", "path": f"{plain}/"}
 
 
 def _metadata(tree: Path) -> dict[str, Any]:
