@@ -118,7 +118,8 @@ def generation(count: int) -> str:
         one, row = shape((), jnp.int32), shape((1,), jnp.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         ranking = how.beams.ranking(room)
-        lowered = loop._generate.lower(how, room, params, batch, row, (key, row), ranking, one, one)
+        draws = (key, row, shape((2,), jnp.float32))
+        lowered = loop._generate.lower(how, room, params, batch, row, draws, ranking, one, one)
         found = lowered.compile().memory_analysis()
     held = found.argument_size_in_bytes + found.temp_size_in_bytes
     return f"{held / 1e9:6.1f} GB: {length} tokens, room for {room}; {fits(held)}"
