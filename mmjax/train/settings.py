@@ -187,12 +187,12 @@ class LogSettings:
 class RunSettings:
     """A whole run.
 
-    steps: optimizer steps. accumulate: microbatches of one step. train: glob patterns of the
-    parameters that are trained, ``("perceiver.*", "cross.*")``, everything else is frozen; beside
-    adapters, those that are trained whole. Without any, everything, or the adapters alone. freeze:
-    patterns of parameters that are not trained after all. train_rows: tables of the vocabulary of
-    which some rows alone are trained, beside what ``train`` names. mesh: devices per axis, one of
-    them -1 for the rest.
+    steps: optimizer steps. accumulate: microbatches of one step. loss_chunk: targets of a device
+    whose logits exist at a time. train: glob patterns of the parameters that are trained,
+    ``("perceiver.*", "cross.*")``, everything else is frozen; beside adapters, those that are
+    trained whole. Without any, everything, or the adapters alone. freeze: patterns of parameters
+    that are not trained after all. train_rows: tables of the vocabulary of which some rows alone
+    are trained, beside what ``train`` names. mesh: devices per axis, one of them -1 for the rest.
     """
 
     name: str = "run"
