@@ -158,6 +158,7 @@ def test_the_home_folder_is_written_out_wherever_a_path_is_given(recipe, monkeyp
         assert cli.with_home(kept) == kept
 
 
+@pytest.mark.heavy
 def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     shell = tmp_path / "shell.py"
     shell.write_text(

@@ -220,6 +220,7 @@ def test_sampling_is_seeded(ids_only):
 BEAMS = dict(max_new_tokens=6, num_beams=3, length_penalty=0.0)
 
 
+@pytest.mark.heavy
 def test_beams_answer_each_prompt_as_alone_and_give_several_answers(ids_only):
     prompts, images = [IDS, [1, 9, 30], [4, 4]], [[PATCHES], None, None]
     best = ids_only.generate(prompts, images, batch_size=2, **BEAMS)
@@ -229,6 +230,7 @@ def test_beams_answer_each_prompt_as_alone_and_give_several_answers(ids_only):
     assert all(len(set(row)) == 2 for row in several)
 
 
+@pytest.mark.heavy
 def test_beams_follow_their_rows_of_an_int8_cache(ids_only):
     """Whatever stands beside a prompt; one program, for its shapes are the same."""
 
@@ -351,6 +353,7 @@ def test_bad_string_prompts_are_explained(loaded):
         loaded.generate("a", max_new_tokens=0)
 
 
+@pytest.mark.heavy
 def test_images_of_both_kinds_in_one_call_are_answered_as_alone(loaded):
     normalised = loaded.processor.config.normalise(PIXELS)
     both = loaded.generate([QUESTION] * 2, [PIXELS, normalised], max_new_tokens=4)

@@ -57,6 +57,7 @@ def test_the_tower_is_not_trained_and_its_size_is_told(rows):
     assert counts in text and f"| {GENERATE.name} vs sdpa |" in text
 
 
+@pytest.mark.heavy
 def test_adapters_learn_beside_peft_and_the_projector_at_its_own_rate(folder):
     subject = bunny_ours.make(LORA, folder, "")
     adapter = numbers(bunny.adapter_shapes(bunny.TINY), "")

@@ -21,6 +21,7 @@ def rows():
         return list(runner.run_cases(cases, peer=None, quick=True))
 
 
+@pytest.mark.heavy
 def test_the_run_goes_on_after_a_deadline_and_an_error(rows):
     assert [r["suite"] for r in rows] == ["probe", "attention", "attention", "loss"]
     late, packed, wrong, loss = rows

@@ -26,6 +26,7 @@ def asked(monkeypatch):
     return found
 
 
+@pytest.mark.heavy
 def test_a_peer_that_fails_leaves_ours_measured_and_each_side_builds_a_case_once(asked):
     # cuDNN is no choice of torch's on a CPU.
     case = dataclasses.replace(PACKED, peers=(PACKED.peers[1], "cudnn"))
@@ -39,6 +40,7 @@ def test_a_peer_that_fails_leaves_ours_measured_and_each_side_builds_a_case_once
     assert report.table([alone])[1][-1] == "the peer failed"
 
 
+@pytest.mark.heavy
 def test_what_takes_too_long_costs_its_own_row():
     slow = dataclasses.replace(PACKED, seconds=0.01)
     late, fine = runner.run_cases([slow, LOSS], peer=None, quick=True)

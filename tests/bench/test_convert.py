@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
+
 from bench import convert
 from mmjax.weights import writer
 from mmjax.weights.reader import open_reader
 from mmjax.weights.rules import Tensor
 
 
+@pytest.mark.heavy
 def test_a_quick_run_measures_and_nothing_changes(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     argv = ["--quick", "--layers", "2", "--dir", str(tmp_path), "--out", str(out)]

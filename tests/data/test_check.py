@@ -171,6 +171,7 @@ def test_an_empty_report_divides_by_nothing():
     assert report.bad_share == 0 and report.mean_tokens() == 0 and report.quantile(0, 0.5) == 0
 
 
+@pytest.mark.heavy
 def test_the_command_prints_tables_and_its_exit_code(tmp_path):
     recipe = tmp_path / "recipe.py"
     spec = write_rows(tmp_path)

@@ -460,6 +460,7 @@ def test_yaml_that_is_none(folder, text, says):
         expand_yaml(folder / "train.yaml")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_mixture_of_formats_trains_with_and_without_workers(folder, num_workers):
     rows = [{"input": f"Hm {i}?", "output": f"Ha {i}."} for i in range(3)]

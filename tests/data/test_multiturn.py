@@ -108,6 +108,7 @@ def mixed(template):
     return [encode(template, record) for record in resized]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("template", CHATS[:4])
 def test_a_packed_batch_has_the_loss_of_its_samples_alone(loss, template):
     samples = mixed(template)

@@ -149,7 +149,7 @@ def test_resume_refuses_other_options():
         train({"a": Numbers(4), "b": Numbers(3)}).set_state(state)  # each would be drawn otherwise
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.heavy)])
 def test_fuyu_batches_resume_with_and_without_workers(num_workers):
     source = MagnifierSource("train", size=64)
     config = ProcessorConfig(patch_size=8)

@@ -73,6 +73,7 @@ def test_a_killed_worker_is_started_again_and_no_batch_is_lost_or_repeated(tmp_p
     assert len(told) == 1 and "died and is started again" in told[0] and "-9" in told[0]
 
 
+@pytest.mark.heavy
 def test_workers_start_in_a_script_that_parsed_no_flags(tmp_path):
     flags.FLAGS.unparse_flags()
     ours = train(Deadly(tmp_path, once=True), 1)
@@ -83,6 +84,7 @@ def test_workers_start_in_a_script_that_parsed_no_flags(tmp_path):
         flags.FLAGS.mark_as_parsed()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", [Deadly, pytest.param(Stillborn, marks=pytest.mark.heavy)])
 def test_a_worker_that_dies_every_time_ends_the_run(kind, tmp_path):
     ours = train(kind(tmp_path / "died", once=False), 1)

@@ -137,6 +137,7 @@ def test_bad_samples_are_skipped_counted_and_listed(tmp_path, capsys):
     assert any(f"{file}:16" in m and "JSON" in m for m in rest), rest
 
 
+@pytest.mark.heavy
 def test_the_run_fails_above_the_configured_share(tmp_path):
     file = write_data(tmp_path / "data", BAD)
     with pytest.raises(MMJaxError) as error:

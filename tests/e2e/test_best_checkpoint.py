@@ -21,6 +21,7 @@ BEST = "eval/vqa/accuracy"
 SCORES = {2: 0.9, 4: 0.5, 6: 0.95}
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
     asked = iter(SCORES.values())
@@ -44,6 +45,7 @@ def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path, monkeypatch
     assert json.loads((workdir / "config.json").read_text())["steps"] == 6
 
 
+@pytest.mark.heavy
 def test_an_evaluation_that_a_signal_ends_is_made_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
     file = write_data(tmp_path / "data")
@@ -72,6 +74,7 @@ def test_an_evaluation_that_a_signal_ends_is_made_at_the_next_start(tmp_path, mo
     assert scores("run") == scores("undisturbed") and len(scores("run")) == 1
 
 
+@pytest.mark.heavy
 def test_a_model_that_finds_no_room_is_told_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         with atomic_folder(tmp_path / "run/model", nbytes=10**18):

@@ -143,6 +143,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step_records_and_checkpoint(qui
     assert row["step"] == step and all(name.startswith("good") for _, name in row["records"])
 
 
+@pytest.mark.heavy
 def test_bad_steps_are_skipped_counted_and_limited_over_restarts(quiet):
     plain, workdir = quiet
     strict = BadStepSettings("skip", limit=6, max_loss=1e-3)  # every step is bad
@@ -154,6 +155,7 @@ def test_bad_steps_are_skipped_counted_and_limited_over_restarts(quiet):
     assert [row["step"] for row in listed(workdir)] == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.heavy
 def test_a_run_whose_reader_has_ended_saves(quiet, monkeypatch):
     plain, workdir = quiet
     plain = dataclasses.replace(plain, steps=9, checkpoint=CheckpointSettings(export=False))

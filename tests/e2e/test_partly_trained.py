@@ -78,6 +78,7 @@ def first_weights(run):
     return plan, outline.chosen, {name: np.asarray(x) for name, x in values.items()}
 
 
+@pytest.mark.heavy
 def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, capsys):
     loop.run(settings(2), tmp_path / "cut")
     capsys.readouterr()

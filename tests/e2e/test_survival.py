@@ -38,6 +38,7 @@ def test_a_killed_run_loses_nothing_and_equals_an_undisturbed_one_bit_for_bit(
     assert kills == [("save", signal.SIGKILL, True)]
 
 
+@pytest.mark.heavy
 def test_sigterm_saves_and_exits_0_and_a_restart_goes_on(undisturbed, tmp_path):
     reference, _ = undisturbed
     workdir = tmp_path / "run"

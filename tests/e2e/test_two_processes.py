@@ -118,6 +118,7 @@ def test_two_processes_train_like_one(one, tmp_path):
     assert_same_place(tmp_path, one, STEPS)
 
 
+@pytest.mark.heavy
 def test_sigterm_in_one_stops_both_and_one_alone_goes_on(one, tmp_path):
     # In an evaluation that would take hours; both stop at the same place.
     stood = EVERY + 2
@@ -184,6 +185,7 @@ def test_processes_that_differ_are_told_apart_before_anything_is_made(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.heavy
 def test_a_workdir_that_is_not_shared_is_told_before_the_first_step(tmp_path):
     # One name for two folders, as a local disk has it on two hosts.
     own = [tmp_path / "host0", tmp_path / "host1"]

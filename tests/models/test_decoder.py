@@ -108,6 +108,7 @@ def test_a_prefill_and_single_tokens_equal_the_whole(apart, dtype, most):
     assert cache.length.tolist() == [9, 12]
 
 
+@pytest.mark.heavy
 def test_the_named_implementation_of_attention_runs():
     """The Triton kernels, interpreted; the last layer asks a few queries alone."""
     at = np.array([[3, 11, 0], [5, 5, 8]])

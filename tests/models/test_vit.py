@@ -66,6 +66,7 @@ def test_positions_and_class_token_matter_where_they_are():
     assert (np.abs(change).max(-1) > 1e-4).all()
 
 
+@pytest.mark.heavy
 def test_a_feature_layer_is_the_output_of_a_shorter_tower():
     (graphdef, params), x = tower(dataclasses.replace(SMALL, feature_layer=-2)), images()
     shorter, _ = tower(dataclasses.replace(SMALL, num_layers=1))
@@ -81,6 +82,7 @@ def test_a_feature_layer_is_the_output_of_a_shorter_tower():
     assert np.abs(up[0]).max() > 0 and not up[1].any()
 
 
+@pytest.mark.heavy
 def test_remat_changes_no_gradient():
     x = images()
 

@@ -35,6 +35,7 @@ def run(kind, shape):
         return np.asarray(out), jax.device_get(paths.flatten(grads))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["ldp", "sppv1"])
 def test_a_connector_does_not_depend_on_the_mesh(kind):
     (one, wanted), (many, grads) = (

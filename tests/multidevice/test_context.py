@@ -127,6 +127,7 @@ def compiled(shape, t):
         return grad.lower(params, batch).compile()
 
 
+@pytest.mark.heavy
 def test_no_device_holds_an_activation_of_the_full_length(monkeypatch):
     monkeypatch.setattr("mmjax.models.decoder.TRIM_LIMIT", 0)  # which a cut length never does
     t, c = 592, tiny.CONFIG.decoder

@@ -42,6 +42,7 @@ def saved(tmp_path_factory):
         return workdir, parameters, next_loss(fn, train, frozen, mesh)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "shape",
     [

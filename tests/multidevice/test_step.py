@@ -99,6 +99,7 @@ def test_accumulation_averages_over_tokens_not_over_microbatches():
         np.testing.assert_allclose(cut[name], value, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.heavy
 def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
     norms = []
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
@@ -116,6 +117,7 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
     np.testing.assert_allclose(*norms, rtol=1e-3)
 
 
+@pytest.mark.heavy
 def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
     with use(make_mesh({}, jax.devices()[:1])) as mesh:
         fn, train, frozen = build(mesh, bad_steps=SKIP)
@@ -199,6 +201,7 @@ def moved(train):
     return jax.tree.leaves((train.params, opt))
 
 
+@pytest.mark.heavy
 def test_the_learning_rate_that_is_logged_is_applied_after_a_skipped_step_too():
     """Lion moves every number by the learning rate, up or down."""
     linear = dataclasses.replace(

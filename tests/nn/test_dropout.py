@@ -60,6 +60,7 @@ def test_masks_do_not_depend_on_the_mesh():
         np.testing.assert_array_equal(np.asarray(jax.jit(run)(x)), want)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("residual", ["sequential", "shared"])
 def test_states_asked_for_are_those_of_the_whole_row(residual):
     """The last layer's masks too, though it runs on those positions alone."""

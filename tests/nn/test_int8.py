@@ -59,6 +59,7 @@ def test_a_model_of_int8_kernels_is_the_one_their_numbers_stand_for(folder, mesh
     assert answers[0] == answers[1]
 
 
+@pytest.mark.heavy
 def test_a_model_of_nf4_kernels_is_the_one_their_numbers_stand_for(folder):
     mesh = make_mesh({"tensor": 2, "fsdp": 2}, jax.devices()[:4])
     model, exact = mmjax.load(folder, weights="nf4", mesh=mesh), mmjax.load(folder)

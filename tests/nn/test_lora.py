@@ -158,6 +158,7 @@ def dropped():
         return {remat: build(remat) for remat in ("off", "names")}
 
 
+@pytest.mark.heavy
 def test_masks_are_a_function_of_the_key_in_forward_and_backward_pass(dropped):
     keys = [jax.random.fold_in(jax.random.key(7), step) for step in (0, 1)]
     first, again, other = (dropped["names"](k) for k in (keys[0], keys[0], keys[1]))
@@ -171,6 +172,7 @@ def test_masks_are_a_function_of_the_key_in_forward_and_backward_pass(dropped):
     np.testing.assert_allclose(saved[1], first[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_each_layer_of_a_scan_draws_its_own_mask():
     def make(rngs):
         return Linear(

@@ -14,8 +14,8 @@ from mmjax.weights.writer import Arrays
 from tests.parity import backward, bunny_examples, bunny_golden, forward
 
 NEW = 12
-# Towers and language models of two kinds; `make test-heavy` has what the others answer.
-IN_SHORT = {"bunny_phi_eva", "bunny_qwen2_siglip"}
+# `make test-heavy` has what the other towers and language models answer.
+IN_SHORT = {"bunny_qwen2_siglip"}
 SOME = [
     pytest.param(path, marks=() if path.stem in IN_SHORT else pytest.mark.heavy, id=path.stem)
     for path in bunny_golden.paths()

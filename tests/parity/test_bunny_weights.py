@@ -233,6 +233,7 @@ def test_an_adapter_answers_as_in_peft_merged_or_not(phi, lora, batch, tmp_path)
     assert_close(run(mmjax.load(tmp_path / "merged"), batch[0]), want, batch)
 
 
+@pytest.mark.heavy
 def test_an_adapter_is_the_same_in_every_form(phi, lora, tmp_path):
     folder, base, _ = lora
     golden, beside = phi.golden, {"vision": phi.tower, "vision_config": phi.sizes}
@@ -325,6 +326,7 @@ def test_adapters_alone_are_not_read_without_the_projector_trained_with_them(phi
         adapters.read(str(lora[0]), run, "bunny", phi.opened.config, {})
 
 
+@pytest.mark.heavy
 def test_recipes_are_averaged_with_their_adapters_merged_first(phi, lora, tmp_path):
     folder, base, _ = lora
     parts = {"base": base, "vision": phi.tower, "vision_config": phi.sizes}
@@ -428,6 +430,7 @@ def test_stage_1_is_written_as_the_peer_saves_it(phi, tmp_path, caplog):
     phi.same(tmp_path / "1", **phi.parts)
 
 
+@pytest.mark.heavy
 def test_an_adapter_goes_out_to_peft_and_comes_back(phi, lora, batch, tmp_path):
     folder, base, want = lora
     parts = {"vision": phi.tower, "vision_config": phi.sizes}
@@ -458,6 +461,7 @@ def test_an_adapter_goes_out_to_peft_and_comes_back(phi, lora, batch, tmp_path):
     assert_same(again[1], first[1])
 
 
+@pytest.mark.heavy
 def test_a_trained_tower_goes_out_with_the_adapter(phi, lora, tmp_path):
     model = bunny_files.adapted(lora[1], bunny_files.TARGETS["phi"])
     golden = dataclasses.replace(

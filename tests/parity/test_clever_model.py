@@ -88,6 +88,7 @@ def load(folder, parts):
     return mmjax.load(chain, **parts, tuning_config=folder / "tuning.json")
 
 
+@pytest.mark.heavy
 def test_the_same_parameters_are_trained(mpt, peer, tmp_path):
     """Whole ones by name and number; adapters by the modules that they stand in."""
     config = FAMILY.Config.from_hf(flamingo_peer.config_json(mpt))
@@ -171,6 +172,7 @@ def in_their_names(config, flat):
     return named
 
 
+@pytest.mark.heavy
 def test_its_answer_forgets_the_image_behind_the_first_token(mpt, peer, ours):
     """Through PEFT the peer marks the media as cached on the wrapper, which its layers never ask.
 

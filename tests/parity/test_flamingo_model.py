@@ -61,6 +61,7 @@ def test_the_order_of_images_matters(rows):
     assert np.abs(rows[0][-1] - rows[-1][-1]).max() > 1e-2
 
 
+@pytest.mark.heavy
 def test_text_alone_is_the_same_whatever_else_is_in_its_batch(pair):
     """A batch without any image has no rows for one; one with an image has padding in them."""
     _, ours = pair
@@ -108,6 +109,7 @@ def test_greedy_tokens_are_the_same_alone_and_in_a_batch(pair):
         np.testing.assert_array_equal(alone[0], tokens)
 
 
+@pytest.mark.heavy
 def test_three_beams_find_the_same_tokens(pair):
     golden, ours = pair
     prompts, end = flamingo_peer.examples(golden), golden.config["ids"]["endofchunk"]
@@ -117,6 +119,7 @@ def test_three_beams_find_the_same_tokens(pair):
         np.testing.assert_array_equal(tokens, row[: [*row, end].index(end)])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype, most", [(None, 1e-4), ("int8", 0.1)])
 def test_a_token_behind_a_prompt_sees_its_last_image(pair, dtype, most):
     """The peer's cached path for class log-likelihoods: one token behind cached prompts.

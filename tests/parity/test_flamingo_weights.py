@@ -70,6 +70,7 @@ def test_parts_answer_as_the_peer_does(mpt, tmp_path):
         mmjax.load(tmp_path / "jax", lm=parts["lm"])
 
 
+@pytest.mark.heavy
 def test_version_1_answers_as_the_peer_does_but_for_tokens_that_its_files_lack(
     llama, tmp_path, caplog
 ):
@@ -336,6 +337,7 @@ def test_lora_is_exported_merged_with_every_kernel_it_reaches(mpt, instruct, tmp
         np.testing.assert_allclose(written[key], want[key], atol=1e-5, err_msg=key)
 
 
+@pytest.mark.heavy
 def test_lora_goes_out_and_comes_back_as_an_adapter_of_peft(instruct, mpt, tmp_path):
     chain, parts, _, _ = instruct
     want = read_all(chain, **parts)

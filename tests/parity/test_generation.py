@@ -103,6 +103,7 @@ def test_a_prompt_is_answered_alone_as_in_a_batch(both):
         assert alone == [answer]
 
 
+@pytest.mark.heavy
 def test_several_end_tokens_and_several_answers_are_identical(both):
     theirs, loaded = both
     eos, options = (EOS, 5, 19), dict(num_beams=4, num_return_sequences=3)
@@ -115,6 +116,7 @@ def test_several_end_tokens_and_several_answers_are_identical(both):
     assert len({len(row) for row in want}) > 3
 
 
+@pytest.mark.heavy
 def test_beams_are_identical_where_images_stand_in_the_prompt(both):
     theirs, loaded = both
     rng = np.random.default_rng(5)
@@ -140,6 +142,7 @@ CONSTRAINTS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options, num_beams", CONSTRAINTS)
 def test_constraints_are_identical_greedily_and_with_beams(both, options, num_beams):
     theirs, loaded = both

@@ -80,7 +80,7 @@ PEERS = {
 }  # fmt: skip
 
 
-IN_SHORT = {"llama_tied_gqa", "mpt", "opt"}  # rotary positions, ALiBi, learned positions
+IN_SHORT = {"llama_tied_gqa", "mpt"}  # rotary positions, ALiBi
 ANSWERING = [
     pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.heavy) for name in PEERS
 ]
@@ -140,6 +140,7 @@ def test_an_export_is_read_by_transformers(pair, tmp_path):
         np.testing.assert_allclose(again(ids).logits, peer(ids).logits, atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_learned_positions_reach_as_far_as_their_table_and_no_further(tmp_path):
     """The peer fails there, too; a lookup here would take the last row again and again."""
     torch.manual_seed(3)
@@ -186,6 +187,7 @@ def test_an_adapter_with_a_table_of_its_own_needs_an_untied_head(tmp_path, saved
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.heavy
 def test_an_adapter_of_peft_on_fused_maps_answers_as_it_does_there(tmp_path):
     torch.manual_seed(2)
     peer = PEERS["phi3_window"]()

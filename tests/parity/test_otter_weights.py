@@ -24,6 +24,7 @@ READ = {
 }  # fmt: skip
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("lm", READ)
 def test_a_folder_comes_back_as_the_peer_wrote_it(tmp_path, lm):
     golden = otter_golden.load(lm)
@@ -47,6 +48,7 @@ def test_a_folder_comes_back_as_the_peer_wrote_it(tmp_path, lm):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.heavy
 def test_the_language_models_own_tokenizer_gets_the_peers_tokens(tmp_path):
     """Otter's class adds them as it loads: <answer> is the third, and <PAD> comes behind it."""
     golden = otter_golden.load("mpt")

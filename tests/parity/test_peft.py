@@ -83,7 +83,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    ["every map", *(pytest.param(case, marks=pytest.mark.heavy) for case in list(CASES)[1:])],
+)
 def test_an_export_answers_in_peft_as_it_does_here(base, tmp_path, case):
     lora = CASES[case]
     params = trained(base, lora)

@@ -26,6 +26,7 @@ PEERS = {  # sizes; what its config.json says of dropout; of residual branches, 
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PEERS)
 def test_masks_act_where_the_peer_drops(name, tmp_path, monkeypatch):
     sizes, said, (residual, embedding) = PEERS[name]

@@ -93,6 +93,7 @@ def earlier(tmp_path_factory):
     return root
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["workdir", "workdir/checkpoints/7", "model"])
 def test_a_run_goes_on_from_an_earlier_runs_adapters(earlier, kind):
     """With one map more than that run had: it begins fresh."""

@@ -129,6 +129,7 @@ def test_adapters_begin_fresh_beside_frozen_weights_of_a_folder(folder):
         np.testing.assert_array_equal(rest[name], jnp.asarray(value, jnp.bfloat16), err_msg=name)
 
 
+@pytest.mark.heavy
 def test_frozen_parameters_of_a_random_start_have_their_own_dtype():
     plan = build.blueprint(MODEL, NO_LORA, 0)
     train, frozen = begin(plan, freeze=("decoder.embed.*",))

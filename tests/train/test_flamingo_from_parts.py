@@ -80,6 +80,7 @@ def begin(run):
     return plan, told, rows, model
 
 
+@pytest.mark.heavy
 def test_it_starts_as_the_language_model_and_looks_through_clip(llama):
     plan, told, rows, model = begin(settings(llama))
     assert told == {"fresh": "perceiver.*, cross.* start from initial values"}

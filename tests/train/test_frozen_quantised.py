@@ -111,6 +111,7 @@ def test_kernels_are_multiplied_out_a_layer_at_a_time(kind, monkeypatch, tmp_pat
     np.testing.assert_array_equal(stored.read(name), whole)
 
 
+@pytest.mark.heavy
 def test_adapters_learn_over_an_nf4_base_that_does_not_move():
     graphdef, params, rest, _ = base("nf4")
     before = jax.device_get(paths.flatten(rest))
@@ -128,6 +129,7 @@ def test_adapters_learn_over_an_nf4_base_that_does_not_move():
         assert before[name].tobytes() == np.asarray(value).tobytes(), name
 
 
+@pytest.mark.heavy
 def test_the_plan_counts_four_and_a_half_bits_a_weight():
     def planned(kind):
         run = RunSettings(model=dataclasses.replace(MODEL, frozen_dtype=kind), lora=LORA)
@@ -166,6 +168,7 @@ def test_trained_kernels_stay_whole():
     assert paths.flatten(rest)["decoder.layers.attn.q.kernel"].dtype == np.int8
 
 
+@pytest.mark.heavy
 def test_some_kernels_alone_are_rounded():
     """As the peers' 4-bit bases: the language model, and what pictures pass through stays whole."""
     model = dataclasses.replace(MODEL, quantize=("decoder.*",))

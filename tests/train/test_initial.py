@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
     return path / "model"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "start, kind",
     [("random", "bfloat16"), ("folder", "int8")]
@@ -74,6 +75,7 @@ def test_the_frozen_part_alone_is_that_of_the_start(folder, start, kind):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
+@pytest.mark.heavy
 def test_going_on_and_answering_hold_what_is_trained_once(tmp_path, monkeypatch):
     """A state of parameters and two moments beside the one that is read may be too much."""
     monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))

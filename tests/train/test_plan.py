@@ -129,6 +129,7 @@ def test_layers_of_a_group_are_differentiated_one_by_one():
     assert layers_in_scans(program)[config.decoder.num_layers] == 2  # a group: a block, a layer
 
 
+@pytest.mark.heavy
 def test_what_answering_needs_is_weights_and_a_rows_keys_and_values():
     model = small_flamingo.model(init="nowhere")
     data = DataSettings(seq_len=16, max_patches=2, max_targets=4, batch_size=2)
@@ -155,6 +156,7 @@ def test_a_checkpoint_is_what_is_trained_and_its_moments():
     )
 
 
+@pytest.mark.heavy
 def test_a_medium_has_as_many_frames_as_the_processor_takes():
     """Also where the model is not here; the resampler's keys and values are then kept of all."""
     model = small_flamingo.model(init="nowhere", processor=dict(frames=3))
@@ -195,6 +197,7 @@ def test_lora_on_one_gpu_of_141_gb():
     assert none.most("kept") / none.tokens / 1e6 == pytest.approx(2 * MB_A_TOKEN, rel=0.1)
 
 
+@pytest.mark.heavy
 def test_full_tuning_on_one_gpu():
     adafactor = recipe(
         "fuyu_8b", 1, **{"optim.name": "adafactor", "accumulate": 1, "data.batch_size": 4}
@@ -274,6 +277,7 @@ def test_a_batch_that_does_not_divide_is_named():
         plan.make_plan(small(accumulate=3), jax.devices()[:1])
 
 
+@pytest.mark.heavy
 def test_the_command_plans_for_devices_that_are_not_here():
     done = subprocess.run(
         [sys.executable, "train.py", "--config=configs/fuyu_8b.py", "--plan", "--plan_devices=8",

@@ -69,6 +69,7 @@ def test_other_rows_stay_bit_for_bit_under_every_optimizer_with_decay(name):
     assert np.all(before[kernel] != after[kernel])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "mesh, accumulate",
     [pytest.param({}, 1, marks=pytest.mark.heavy), ({"fsdp": 2, "tensor": 2}, 2)],

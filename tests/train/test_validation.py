@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from mmjax.data.packing import BatchShape, pack
@@ -46,6 +47,7 @@ class Pairs(list):
         return [(i, i + 1) for i in range(0, len(self), 2)]
 
 
+@pytest.mark.heavy
 def test_each_task_has_the_mean_loss_of_its_records():
     easy = [record(i, "red") for i in range(3)] + [record(9, "red", side=800)]  # too long
     hard = Pairs(record(i, "green blue", in_meta=True) for i in range(8))

@@ -195,6 +195,7 @@ def test_gradients_equal_differences_in_float64(only_immediate):
         np.testing.assert_allclose(np.sum(np.asarray(grad) * step), slope, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.heavy
 def test_the_named_implementation_of_attention_runs():
     """The Triton kernels, interpreted: empty ranges, and fewer queries than keys."""
     x, media = inputs()

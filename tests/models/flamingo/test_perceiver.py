@@ -85,6 +85,7 @@ def test_more_frames_than_embeddings_are_refused():
         Perceiver(config, rngs=nnx.Rngs(0))(jnp.asarray(media()))
 
 
+@pytest.mark.heavy
 def test_remat_changes_no_gradient_and_names_run_no_matmul_twice():
     x = media()
 
