@@ -40,12 +40,13 @@ def find_cluster(env: Mapping[str, str]) -> Cluster | None:
     """Return where the environment says that this process stands; None for a run of one process.
 
     Looks for JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or Kubernetes' index
-    of an indexed job), then for srun, then for mpirun. Raises MMJaxError when what it finds is
+    of an indexed job), then for mpirun, then for srun. Raises MMJaxError when what it finds is
     incomplete or contradicts itself.
     """
     if COUNT in env or INDEX in env:
         return _explicit(env)
-    found = _slurm(env) or _open_mpi(env)
+    # Under mpirun, what SLURM has set is of the batch script or of mpirun's own daemons.
+    found = _open_mpi(env) or _slurm(env)
     if found is None and ADDRESS in env:
         return _explicit(env)
     return found
@@ -126,7 +127,8 @@ def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")  # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911
     host = re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     if address is None and host:
-        address = f"{host[2] or host[3]}:{_port(int(host[1]) // 2**12)}"
+        name = host[2] or f"[{host[3]}]"  # brackets, or its last number would be the port
+        address = f"{name}:{_port(int(host[1]) // 2**12)}"
     if address is None:
         raise MMJaxError(
             f"Open MPI started {count} processes and does not say where the first one is (version "

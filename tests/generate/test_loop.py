@@ -202,6 +202,41 @@ def test_nothing_is_decoded_once_every_answer_has_ended(beams):
     assert len(calls) == 2
 
 
+def drawn(logits, places, sampling, limits=Constraints()):  # noqa: B008
+    """Five new tokens of prompts [7] and [8, 9], and their counts, for each pair of places."""
+    history = np.zeros((2, 8), np.int32)
+    history[0, 0], history[1, :2] = 7, (8, 9)
+
+    def answer(draws):
+        real, ends = jnp.ones(2, bool), jnp.int32([3])
+        some = Prefilled(
+            lambda tokens, cache: (logits, cache), logits, (), jnp.asarray(history),
+            jnp.int32([1, 2]), real, jnp.int32(5), ends,
+        )  # fmt: skip
+        return loop._draw(some, draws, sampling, limits)
+
+    run = jax.jit(answer)
+    for pair in places:
+        rows, counts = run((jax.random.key(0), np.int32(pair), sampling.numbers()))
+        assert rows[0, 0, 0] == 7 and rows[1, 0, :2].tolist() == [8, 9]
+        yield [rows[0, 0, 1:6].tolist(), rows[1, 0, 2:7].tolist()], counts[:, 0].tolist()
+
+
+def test_tokens_of_prompt_and_answer_and_no_others_are_said_once():
+    """Zeros lie behind both; an end is said once too, and what follows it counts no more."""
+    logits = jnp.tile(jnp.arange(10.0)[::-1].at[7:].set(jnp.float32([9.5, 9.4, 9.3])), (2, 1))
+    limits = Constraints(no_repeat_ngram_size=1)
+    ((tokens, counts),) = drawn(logits, [(0, 1)], Sampling(), limits)
+    assert tokens == [[8, 9, 0, 1, 2], [7, 0, 1, 2, 3]] and counts == [5, 4]
+
+
+def test_a_draw_is_of_its_place_and_its_step():
+    found = drawn(jnp.zeros((2, 10_000)), [(4, 5), (4, 4), (5, 4)], Sampling(1.0))
+    (first, other), alike, turned = (tokens for tokens, _ in found)
+    assert len({*first, *other}) == 10
+    assert alike == [first, first] and turned == [other, first]
+
+
 def test_a_row_stops_at_the_end_token_and_the_others_go_on(model):
     graphdef, params = nnx.split(model)
     free = Generator(graphdef, eos=())(params, examples(), 12)

@@ -2,8 +2,13 @@
 
 import contextlib
 import errno
+import json
 import os
+import re
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from mmjax.parallel import distributed
@@ -96,7 +101,7 @@ def without(env, *names, **more):
         ),
         # A CPU run has no GPU to share.
         (
-            SLURM_NODE | {"JAX_PLATFORMS": "cpu"},
+            SLURM_NODE | {"JAX_PLATFORMS": "cpu,cuda"},
             Cluster("SLURM", "gpu007:61441", 2, 4),
         ),
         # A second step of a job has a port of its own beside the first.
@@ -113,7 +118,34 @@ def without(env, *names, **more):
             without(MPI, "OMPI_MCA_orte_hnp_uri", JAX_COORDINATOR_ADDRESS="node9:99"),
             Cluster("Open MPI", "node9:99", 5, 8, (1,)),
         ),
-        (SLURM | EXPLICIT, Cluster("environment", "node1:1234", 3, 4)),
+        (
+            MPI | {"JAX_COORDINATOR_ADDRESS": "node9:99"},
+            Cluster("Open MPI", "node9:99", 5, 8, (1,)),
+        ),
+        (
+            MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp6://[fd00::1:2,fd00::3]:43370"},
+            Cluster("Open MPI", "[fd00::1:2]:62624", 5, 8, (1,)),
+        ),
+        # mpirun in a batch script, and as SLURM starts its daemons on three other hosts.
+        (
+            MPI | {"SLURM_JOB_ID": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+            Cluster("Open MPI", "10.96.0.1:62624", 5, 8, (1,)),
+        ),
+        (MPI | SLURM, Cluster("Open MPI", "10.96.0.1:62624", 5, 8, (1,))),
+        # Where nobody says how many share the host, each takes one GPU.
+        (
+            without(MPI, "OMPI_COMM_WORLD_LOCAL_SIZE", CUDA_VISIBLE_DEVICES="0,1,2,3"),
+            Cluster("Open MPI", "10.96.0.1:62624", 5, 8, (1,)),
+        ),
+        (
+            without(SLURM_NODE, "SLURM_STEP_TASKS_PER_NODE", CUDA_VISIBLE_DEVICES="0,1,2,3"),
+            Cluster("SLURM", "gpu007:61441", 2, 4, (2,)),
+        ),
+        (SLURM_NODE | {"JAX_LOCAL_DEVICE_IDS": "1"}, Cluster("SLURM", "gpu007:61441", 2, 4)),
+        (
+            SLURM | MPI | EXPLICIT | {"JOB_COMPLETION_INDEX": "1"},
+            Cluster("environment", "node1:1234", 3, 4),
+        ),
         ({}, None),
         ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
         ({"JOB_COMPLETION_INDEX": "7"}, None),  # indexed jobs need not be one run
@@ -145,6 +177,7 @@ def test_launchers_are_understood(env, expected):
         (without(EXPLICIT, "JAX_PROCESS_ID"), "JAX_NUM_PROCESSES=4 is set and JAX_PROCESS_ID"),
         (without(EXPLICIT, "JAX_COORDINATOR_ADDRESS"), "and JAX_COORDINATOR_ADDRESS not"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        (SLURM | {"JAX_PROCESS_ID": "3"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES not"),
         (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is 4 and there are 4 processes"),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a num"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "node1"}, "'node1'; it must be host:port"),
@@ -177,6 +210,67 @@ def test_differences_name_processes_keys_and_values():
     assert compare(told) == ["a is 1 in processes 0, 1 and missing in process 2"]
     assert compare([{"a": "1"}] * 20) == []
     assert "and 12 more" in compare([{"a": "1"}] * 20 + [{"a": "2"}])[0]
+    assert compare([{}, {"a": "1"}]) == ["a is missing in process 0 and 1 in process 1"]
+    many = compare([{str(i): "1" for i in range(20)}, {}])
+    assert many[7].startswith("7 is 1 ") and many[8:] == ["and 12 more"]
+
+
+def test_facts_of_other_processes_are_compared_whatever_their_size(monkeypatch):
+    """The other process has the same long list, a rate of its own, and more to say in all."""
+    facts = {"lr": 0.1, "file": Path("a/b"), "long": ["x"] * 50}
+    other = json.dumps(
+        {"lr": "0.2", "file": '"a/b"', "long": distributed._short(["x"] * 50), "more": "1"}
+    ).encode()
+
+    def gather(mine, tiled):
+        if mine.dtype != np.uint8:
+            return np.stack([mine, [len(other)]])
+        return np.stack([mine, np.frombuffer(other.ljust(len(mine)), np.uint8)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    assert re.fullmatch("[0-9a-f]{16}", distributed._short(["x"] * 50))
+    with pytest.raises(MMJaxError) as error:
+        check_same(facts)
+    assert str(error.value).startswith(
+        "the processes of this run do not agree: lr is 0.1 in process 0 and 0.2 in process 1; "
+        "more is missing in process 0 and 1 in process 1. Start"
+    )
+
+
+def test_the_hash_of_the_code_is_of_every_file_by_its_name_and_content(monkeypatch, tmp_path):
+    (tmp_path / "nn").mkdir()
+    monkeypatch.setattr(distributed.mmjax, "__file__", str(tmp_path / "__init__.py"))
+    found = {distributed.code_hash()}
+    for name, text in (("a.py", "1"), ("nn/a.py", "1"), ("nn/a.py", "2"), ("nn/b.py", "2")):
+        (tmp_path / name).write_text(text)
+        found.add(distributed.code_hash())
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    "mine, others, told",
+    [
+        ([True], [1], [True, True]),
+        ([True], [0, 0, 1], [True, True]),
+        ([None, None, True], [1, 1, 1], [True, True]),
+        ([False], [1], [False, True]),
+        ([False], [0, 2], [False, False]),
+        ([False], [0, 0, 0], [False, None]),  # what the other waits for does not come
+        ([None] * 4, [0, 2, 2, 2], [None, False]),
+        ([True], [0, 0, 0, 0, 0, 1], [True, True]),  # slow, and nothing has failed
+    ],
+)
+def test_processes_hear_how_the_same_work_ended_in_each(monkeypatch, mine, others, told):
+    """Codes of the other process, a round each; three rounds are waited after a failure."""
+    mine, others = iter(mine), iter(others)
+    monkeypatch.setattr(distributed, "_PAUSE", 0)
+    monkeypatch.setattr(distributed, "_ROUNDS", 3)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda x: np.stack([x, [next(others)]])
+    )
+    assert distributed.outcomes(lambda seconds: next(mine)) == told
+    assert not list(mine) and not list(others)
 
 
 def test_facts_are_config_code_versions_and_data():
@@ -228,8 +322,10 @@ def test_other_errors_keep_their_traceback_and_a_lost_process_is_explained(monke
     except FileNotFoundError as error:
         assert end_with(monkeypatch, error) == 1
     assert "Traceback" in capsys.readouterr().err
-    assert end_with(monkeypatch, RuntimeError("Gloo: peer closed")) == 3
-    assert "another process has ended" in capsys.readouterr().err
+    for lost in (RuntimeError("Gloo: peer closed"), ValueError("UNAVAILABLE: gone")):
+        assert end_with(monkeypatch, lost) == 3
+        assert "another process has ended" in capsys.readouterr().err
+    assert end_with(monkeypatch, KeyError("Connection")) == 1
 
 
 def test_a_process_ends_where_nothing_can_be_printed_any_more(monkeypatch):

@@ -1,8 +1,10 @@
 """Where processes are to meet: a port that is taken, a first process that is not there."""
 
+import errno
 import os
 import socket
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -22,13 +24,27 @@ def test_a_port_that_another_run_shares_is_taken():
     coordinator.check_free(f"node1:{port}")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("code, told", [(errno.EACCES, True), (errno.EAFNOSUPPORT, False)])
+def test_a_port_that_is_not_allowed_is_told_and_other_faults_are_left_to_jax(
+    monkeypatch, code, told
+):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    expected = pytest.raises(MMJaxError, match="port 80, .*denied") if told else nullcontext()
+    with expected:
+        coordinator.check_free("node1:80")
+
+
+@pytest.mark.parametrize("host", ["[127.0.0.1]", "localhost"])
 def test_the_first_process_is_reached_or_the_reason_told(host):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"{host}:{server.getsockname()[1]}"
         coordinator.wait_for(address, 30)
-    with pytest.raises(MMJaxError, match=f"not reached at {address} within 0 s: Connection refu"):
+    with pytest.raises(MMJaxError, match=r"process 0 was not reached") as error:
         coordinator.wait_for(address, 0)
+    assert f"not reached at {address} within 0 s: Connection refused" in str(error.value)
 
 
 def test_a_host_without_a_name_is_told():
@@ -40,7 +56,8 @@ def test_processes_that_do_not_come_are_told(monkeypatch, capsys):
     codes, ended = [], threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
     with coordinator.all_expected(1, 3):  # they came
-        pass
+        timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert len(timers) >= 2 and all(t.finished.is_set() for t in timers)
     monkeypatch.setattr(coordinator, "JOIN_SECONDS", 0)
     monkeypatch.setattr(coordinator, "_NOTICE_SECONDS", 0)
     with coordinator.all_expected(1, 3):
