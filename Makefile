@@ -31,12 +31,12 @@ LESS := MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_T
   PYTHONDONTWRITEBYTECODE=
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: .venv/installed-test  ## the test suite, but for more cases of what it shows already
+test: .venv/installed-test  ## the test suite, but for what takes long
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(LESS) $(PY) $(PYTEST) -m "not heavy"
 
-test-heavy: .venv/installed-test  ## those other cases: more language models, meshes, plans, benchmarks
+test-heavy: .venv/installed-test  ## what takes long: signals, several processes, benchmarks, more models and meshes
 	$(LESS) $(PY) $(PYTEST) -m heavy
 
 # The second leg: the newest jax and flax, which need Python 3.12. No torch, so no peers.
