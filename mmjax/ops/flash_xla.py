@@ -166,6 +166,8 @@ def _backward_block(q, k, v, ranges, slopes, lse, delta, grad, i0, j0, causal):
     ds = (p * (dp - delta[:, None])).astype(q.dtype)
     dv = jnp.einsum("rsgq,rgqh->rsh", p.astype(q.dtype), grad, preferred_element_type=f32)
     dk = jnp.einsum("rsgq,rgqh->rsh", ds, q, preferred_element_type=f32)
+    if jax.default_backend() == "cpu":  # which XLA cannot multiply so in fewer bits: it raises
+        k, ds = k.astype(f32), ds.astype(f32)  # exact, as its sums are
     dq = jnp.einsum("rhs,rsgq->rhgq", k.swapaxes(1, 2), ds, preferred_element_type=f32)
     return dq.transpose(0, 2, 3, 1), dk, dv
 

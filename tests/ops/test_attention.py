@@ -8,6 +8,7 @@ import pytest
 from mmjax.ops import flash_xla, ranges
 from mmjax.ops.attention import attention
 from mmjax.ops.decode import decode_attention
+from tests.compiler_options import LIBRARY
 from tests.ops.reference import masks, reference
 
 
@@ -44,6 +45,23 @@ def test_forward_and_gradients_equal_dense_float64(kind, loop, monkeypatch):
         np.testing.assert_allclose(
             np.sum(np.asarray(grad) * step), (up - down) / (2 * eps), rtol=2e-5, atol=1e-4
         )
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_to_its_rounding():
+    """Recipes for GPUs compute in bfloat16 and are tried on CPUs: XLA raised for the queries'."""
+    q, k, v = (
+        jax.random.normal(key, (2, 12, 2, 8)).astype(jnp.bfloat16)
+        for key in jax.random.split(jax.random.key(0), 3)
+    )
+
+    def loss(*arrays):
+        return (attention(*arrays).astype(jnp.float32) ** 2).sum()
+
+    grad = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=LIBRARY)
+    want = grad(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for got, exact in zip(grad(q, k, v), want, strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(got), exact, atol=0.02 * np.abs(exact).max())
 
 
 def test_an_empty_range_gives_zero_and_no_gradient():
