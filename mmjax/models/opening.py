@@ -157,7 +157,8 @@ def _open_adapter(
     if base is None:
         raise MMJaxError(
             f"{folder}: an adapter of {named or 'an unnamed model'}; give that model's folder "
-            "with --base DIR (in Python base=...)"
+            "with --base DIR (in Python base=...). train.py and eval.py take both as one model, "
+            "which convert_weights.to_jax makes of them"
         )
     for one in split_chain(base):
         refuse_incomplete(one)

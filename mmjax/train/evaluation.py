@@ -25,7 +25,7 @@ from mmjax.train import frozen as frozen_part
 from mmjax.train.saved import open_step
 from mmjax.train.settings import RunSettings
 from mmjax.train.tasks import beams_of, check_processor, check_tasks, tasks_of, template_of
-from mmjax.train.workdir import as_trained, disk_asked
+from mmjax.train.workdir import as_trained, check_family, disk_asked
 from mmjax.types import MMJaxError
 
 
@@ -122,12 +122,7 @@ def open_model(
     path = Path(path)
     if not _is_run(path):
         holds = opening.open_pretrained(path).family.name
-        if settings.model.processor and holds != settings.model.family:
-            raise MMJaxError(
-                f"--checkpoint {path} holds a {holds} model, and --config is a recipe of "
-                f"{settings.model.family}, whose model.processor is for those; give a recipe of "
-                f"{holds}"
-            )
+        check_family(f"--checkpoint {path}", holds, settings.model.family)
         mesh, processor = make_mesh(settings.mesh), settings.model.processor
         return load(path, mesh=mesh, weights=weights, processor=processor), None
     if weights is not None:

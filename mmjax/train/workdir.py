@@ -65,12 +65,13 @@ def as_trained(settings: RunSettings, workdir: Path) -> RunSettings:
 
     Of a recipe count ``eval``, ``mesh``, ``model.attention``, ``checkpoint.best`` where it has one,
     and ``model.init`` and ``model.parts`` where the run's own are not there any more. Raises
-    MMJaxError where neither are.
+    MMJaxError where neither are, and for a recipe of another family.
     """
     run = read_config(workdir)
     if run is None:
         return settings
     own, given = run.model, settings.model
+    check_family(f"the run in {workdir}", own.family, given.family)
     model = dataclasses.replace(own, attention=given.attention)
     if absent := absent_files(own):
         if absent_files(given) or not (given.init or given.parts):
@@ -85,6 +86,18 @@ def as_trained(settings: RunSettings, workdir: Path) -> RunSettings:
     return dataclasses.replace(
         run, model=model, checkpoint=saved, eval=settings.eval, mesh=settings.mesh
     )
+
+
+def check_family(what: str, holds: str, recipe: str) -> None:
+    """Raise MMJaxError where a model is evaluated by a recipe of another family.
+
+    Its template and processor are for other models, and wrong answers would be all that tells.
+    """
+    if holds != recipe:
+        raise MMJaxError(
+            f"{what} holds a {holds} model, and --config is a recipe of {recipe}, whose eval "
+            f"settings and processor are for those; give a recipe of {holds}"
+        )
 
 
 def read_config(workdir: Path) -> RunSettings | None:

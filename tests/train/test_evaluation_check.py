@@ -115,6 +115,8 @@ def test_a_model_folder_is_asked_on_the_mesh_and_with_the_processors_settings(
         MMJaxError, match="holds a flamingo model, and --config is a recipe of fuyu"
     ):
         evaluation.open_model(tmp_path, given)
+    with pytest.raises(MMJaxError, match="give a recipe of flamingo"):  # whatever it sets
+        evaluation.open_model(tmp_path, dataclasses.replace(given, model=ModelSettings()))
 
 
 def test_a_run_is_evaluated_as_it_was_trained_whatever_the_recipe_says(tmp_path):
@@ -140,6 +142,10 @@ def test_a_run_is_evaluated_as_it_was_trained_whatever_the_recipe_says(tmp_path)
     )
     assert (got.model.attention, got.mesh, got.eval) == ("auto", {"fsdp": 1}, recipe.eval)
     assert (got.checkpoint.best, got.data.resolutions) == ("eval/x/accuracy", (48, None))
+    # A recipe of another family would ask in a template that the model has never seen.
+    other = dataclasses.replace(recipe, model=ModelSettings(family="bunny"))
+    with pytest.raises(MMJaxError, match="holds a fuyu model, and --config is a recipe of bunny"):
+        as_trained(other, tmp_path)
     # Its base has moved: the recipe says where to, or is told to.
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(MMJaxError, match=r"model\.init .*base.* --config\.model\.init=\.\.\., or"):
