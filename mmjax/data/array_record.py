@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.data.images import load_rgb
+from mmjax.partial import new_folder, refuse_existing
 from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
 
 MAGIC = b"MMR1"
@@ -138,17 +138,15 @@ def write_array_records(
     Raises MMJaxError where it cannot be written.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise MMJaxError(f"{folder}: exists already; remove it or choose another folder")
+    refuse_existing(folder)
     if shard_records < 1:
         raise MMJaxError(f"shard_records {shard_records}: a file holds at least one record")
     _, writer_of = _array_record()
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     written = 0
     writer: Any = None
-    try:
+    with contextlib.ExitStack() as stack:
         with _told(folder):
-            temporary.mkdir(parents=True)
+            partial = stack.enter_context(new_folder(folder))
         for raw in packed:
             with _told(folder):
                 if written % shard_records == 0:
@@ -156,17 +154,13 @@ def write_array_records(
                         writer.close()
                     name = f"records-{written // shard_records:05}{SUFFIX}"
                     # Images are compressed already; groups of one record are read one by one.
-                    writer = writer_of(os.fspath(temporary / name), "group_size:1,uncompressed")
+                    writer = writer_of(os.fspath(partial / name), "group_size:1,uncompressed")
                 writer.write(raw)
             written += 1
         if not written:
             raise MMJaxError(f"{folder}: there is no record to write")
         with _told(folder):
             writer.close()
-            os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return written
 
 

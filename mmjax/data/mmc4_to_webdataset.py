@@ -14,8 +14,6 @@ import collections
 import io
 import itertools
 import json
-import os
-import shutil
 import sys
 import tarfile
 import zipfile
@@ -28,6 +26,7 @@ from rich.console import Console
 from mmjax.cli import arguments, print_error, run_guarded
 from mmjax.data.webdataset import expand_shards
 from mmjax.monitor.terminal import track
+from mmjax.partial import new_folder, refuse_existing
 from mmjax.types import MMJaxError
 
 
@@ -43,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard_samples", type=int, default=1000, help="documents in a shard")
     args = parser.parse_args(arguments(argv))
     out, images = Path(args.out), Path(args.images)
-    if out.exists():
-        raise MMJaxError(f"{out}: exists already; remove it or choose another folder")
+    refuse_existing(out)
     if not images.is_dir() or args.shard_samples < 1:
         raise MMJaxError(
             f"--images {images}, --shard_samples {args.shard_samples}: want a folder that exists "
@@ -68,23 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_shards(documents: Iterator[tuple[str, dict]], out: Path, shard_samples: int) -> None:
     """Write (key, document) as ``00000.tar``, ...; the folder appears when it is whole."""
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         numbered = itertools.groupby(enumerate(documents), lambda one: one[0] // shard_samples)
+        number = None
         for number, group in numbered:
-            with tarfile.open(temporary / f"{number:05}.tar", "w") as shard:
+            with tarfile.open(partial / f"{number:05}.tar", "w") as shard:
                 for _, (key, document) in group:
                     data = json.dumps(document).encode()
                     member = tarfile.TarInfo(f"{key}.json")
                     member.size = len(data)
                     shard.addfile(member, io.BytesIO(data))
-        if not any(temporary.iterdir()):
+        if number is None:
             raise MMJaxError(f"{out}: there is no document to write")
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _documents(

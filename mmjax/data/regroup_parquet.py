@@ -4,20 +4,27 @@ python -m mmjax.data.regroup_parquet BIG.parquet SMALL.parquet [--rows 32]
 """
 
 import argparse
+import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmjax.cli import arguments, run_guarded
 from mmjax.data.parquet_files import pyarrow_parquet
+from mmjax.partial import begin, partial_of, refuse_existing
 from mmjax.types import MMJaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="mmjax.data.regroup_parquet", description=__doc__)
-    parser.add_argument("source")
-    parser.add_argument("target")
+    parser = argparse.ArgumentParser(
+        prog="mmjax.data.regroup_parquet",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="the parquet file to read")
+    parser.add_argument("target", help="the file to write; it must not exist")
     parser.add_argument("--rows", type=int, default=32, help="rows in each group (default 32)")
     args = parser.parse_args(arguments(argv))
     count = regroup(args.source, args.target, args.rows)
@@ -28,15 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def regroup(source: str | os.PathLike, target: str | os.PathLike, rows: int = 32) -> int:
     """Copy a parquet file with ``rows`` rows in each group, page by page; returns all rows.
 
-    The target appears under its name only when it is whole. Raises MMJaxError for a file that
-    cannot be read, or written.
+    The target appears under its name only when it is whole, and must not exist. Raises MMJaxError
+    for a file that cannot be read, or written.
     """
     pq = pyarrow_parquet()
     if rows < 1:
         raise MMJaxError(f"--rows {rows}: a row group holds at least one row")
-    temporary = Path(f"{os.fspath(target)}.{os.getpid()}.tmp")
-    count = 0
+    target, count = Path(target), 0
+    refuse_existing(target)
+    held = contextlib.ExitStack()
     try:
+        os.stat(target.parent)  # a wrong path is an error and no new folder
+        temporary = begin(target, held) / target.name
         # Without pre-buffering and with a buffered stream the pages are read one after another, of
         # 1,024 rows as pyarrow writes them; by default it would read the whole group first.
         file = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
@@ -52,7 +62,8 @@ def regroup(source: str | os.PathLike, target: str | os.PathLike, rows: int = 32
             "file again"
         ) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        held.close()  # on NFS a folder with an open file stays
+        shutil.rmtree(partial_of(target), ignore_errors=True)
     return count
 
 

@@ -12,6 +12,7 @@ import ast
 import collections
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from mmjax.data.array_record import pack_record, write_array_records
 from mmjax.data.catalog import make_source
 from mmjax.data.sources import Source
 from mmjax.monitor.terminal import track
+from mmjax.partial import refuse_existing
 from mmjax.types import BadSample, MMJaxError
 
 
@@ -32,9 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", help="the folder to write; it must not exist")
     parser.add_argument("source", nargs="+", help="key=value arguments of the source, kind first")
-    parser.add_argument("--shard_records", type=int, default=50_000, help="records in a file")
-    parser.add_argument("--max_bad_share", type=float, default=0.05)
+    parser.add_argument(
+        "--shard_records", type=int, default=50_000, help="records in a file (default 50000)"
+    )
+    share = "the share of records left out from which on the exit code is 1 (default 0.05)"
+    parser.add_argument("--max_bad_share", type=float, default=0.05, help=share)
     args = parser.parse_args(arguments(argv))
+    refuse_existing(Path(args.out))  # before a source of many gigabytes is opened
     source = make_source(parse_source(args.source))
     console = Console(stderr=True)
     bad: collections.Counter[str] = collections.Counter()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import glob
 import json
 import os
 import shutil
@@ -16,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.partial import MARKER, begin, partial_of
 from mmjax.types import MMJaxError
 from mmjax.weights.reader import SAFETENSORS_DTYPES, absent_hint
 from mmjax.weights.rules import Tensor
 
 SHARD_BYTES = 5_000_000_000
-MARKER = "INCOMPLETE"
 _FOLDERS = ("params",)  # all that a conversion makes
 _MODEL_FILES = ("config.json", "adapter_config.json", MARKER, *_FOLDERS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -101,21 +99,13 @@ def atomic_folder(
     """
     destination = Path(destination)
     target = check_destination(destination, overwrite)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    _remove_abandoned(target)
     with contextlib.ExitStack() as held:
         try:
-            partial.mkdir(parents=True)
-            marker = held.enter_context(open(partial / MARKER, "w", encoding="utf-8"))
-            with contextlib.suppress(OSError):  # no locks here
-                fcntl.lockf(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            marker.write("This folder is being written or its writer was killed.\n")
-            marker.flush()
+            partial = begin(target, held)
             _require_room(partial, nbytes)
         except OSError as error:
             held.close()  # on NFS a folder with an open file stays
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial_of(target), ignore_errors=True)
             raise cannot_write(destination, error) from error
         try:
             yield partial
@@ -133,18 +123,6 @@ def atomic_folder(
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     else:
         os.rename(partial, target)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed writers of a folder left; each as large as the model, and nobody looks.
-
-    The system's lock on the marker tells: it is gone with its process. Without locks all stays.
-    """
-    for left in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
-        with contextlib.suppress(OSError):
-            with open(left / MARKER, "r+b") as marker:
-                fcntl.lockf(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _require_room(folder: Path, nbytes: int) -> None:

@@ -119,6 +119,16 @@ def test_shards_give_random_access(tmp_path):
         write_array_records(packed, tmp_path / "out")
 
 
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    """It is as large as the result, and nobody looks."""
+    (left := tmp_path / "out.partial-7").mkdir()
+    for name in ("INCOMPLETE", "records-00000.array_record"):
+        (left / name).touch()
+    assert write_array_records([pack_record(record())], tmp_path / "out") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["records-00000.array_record"]
+
+
 def test_nothing_is_left_behind_by_a_write_that_fails(tmp_path):
     def broken():
         yield pack_record(record())

@@ -202,6 +202,8 @@ def test_large_row_groups_are_refused_and_written_anew(tmp_path, monkeypatch, ca
     assert source._files._groups[:, 2].tolist() == [4] * 5
     assert [source[i].messages[1].text for i in range(20)] == [f"a{i}" for i in range(20)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.parquet", "small.parquet"]
+    with pytest.raises(MMJaxError, match="big.parquet: exists already"):  # arguments swapped
+        regroup(tmp_path / "small.parquet", path)
     with pytest.raises(MMJaxError, match="--rows 0"):
         regroup(path, tmp_path / "x", 0)
 
