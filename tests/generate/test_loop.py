@@ -58,13 +58,22 @@ def examples():
     return [tiny.example(rng, t, p) for t, p in ((9, 3), (30, 0), (17, 5), (5, 2))]
 
 
-def test_cached_equals_uncached_and_batched_equals_single(model):
+def test_cached_equals_uncached_and_batched_equals_single(model, monkeypatch):
     graphdef, params = nnx.split(model)
     generate = Generator(graphdef, eos=())
     batched = generate(params, examples(), 12)
+    counted = []
+
+    def counting(*args):
+        tokens, counts = _generate(*args)
+        counted.append(counts)
+        return tokens, counts
+
+    monkeypatch.setattr(loop, "_generate", counting)
     for example, tokens in zip(examples(), batched, strict=True):
         alone = generate(params, [example], 12, rows=4)[0]
         assert tokens.tolist() == alone.tolist()
+    assert np.array(counted)[..., 0].tolist() == [[12, 0, 0, 0]] * 4  # padding says nothing
     assert batched[0].tolist() == greedy_without_cache(model, examples()[0], 12)
 
 

@@ -13,6 +13,8 @@ from mmjax.schema import to_dataclass
 from mmjax.train import adapters, build, optim, startup, state, tuning
 from mmjax.train.settings import LoRASettings, RunSettings
 from mmjax.types import MMJaxError
+from mmjax.weights.tables import linear, norm
+from mmjax.weights.tuning import PeerNames
 from tests import small_flamingo
 
 GATED = ["to_q", "to_kv", "to_out", "ff.1", "ff.3"]
@@ -130,6 +132,27 @@ def test_files_and_families_without_them(tmp_path):
     with pytest.raises(MMJaxError, match="no peer of family 'fuyu'"):
         tuning.applied(RunSettings(lora=LoRASettings(tuning_config=str(file))))
     assert tuning.applied(RunSettings()) == (RunSettings(), {})
+
+
+def test_targets_are_whole_words_of_modules_and_unfrozen_strings_any_part_of_a_name():
+    rules = (
+        *linear("layers.q", "h.{l}.attn.q_proj"), *norm("layers.norm", "h.{l}.q_proj_norm"),
+        *linear("cross.up", "gated.{l}.ff.1"), *linear("head", "lm_head"),
+    )  # fmt: skip
+    peer = PeerNames(rules, rules, frozenset({"mlp.up_proj"}))
+    names = [rule.ours for rule in rules if not rule.ours.startswith(("head", "layers.q.b"))]
+    for target in ("q_proj", "attn.q_proj", "h.{l}.attn.q_proj"):
+        assert peer.kernels(target, names) == ["layers.q.kernel"]
+    for target in ("ff.1", "1"):
+        assert peer.kernels(target, names) == ["cross.up.kernel"]
+    for target in ("proj", "ff", "q_proj_norm", "bias", "weight", "lm_head", ""):
+        assert peer.kernels(target, names) == []
+    whole = ["layers.q.kernel", "layers.norm.scale", "layers.norm.bias"]
+    assert peer.holding("q_proj", names) == whole
+    assert peer.holding("norm.bias", names) == whole[2:] and not peer.holding("head", names)
+    assert peer.modules() == ["q_proj", "ff.1", "lm_head"]
+    words = ("up_proj", "mlp.up_proj", "proj", "q_proj")
+    assert [peer.knows_elsewhere(word) for word in words] == [True, True, False, False]
 
 
 def test_patterns_of_the_decoder_catch_no_other_part():

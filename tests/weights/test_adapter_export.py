@@ -70,6 +70,7 @@ def of(patterns, module, default):
         ),
         (("layers.q", "layers.v", "cross.up"), (), {"qkv": 2}, ["ff.1", "qkv"]),
         ((*QKV, *GU), QKV, {r"l\.\d+\.gu": 2}, r"(.*\.)?(l\.\d+\.gu|qkv)"),
+        (QKV, QKV[:2], {"qkv": 3}, ["qkv"]),
     ],
 )
 def test_pairs_add_what_ours_add_to_their_modules_and_to_no_others(
