@@ -10,10 +10,11 @@ from flax import nnx
 
 from mmjax.nn import cache, paths, rope, stack
 from mmjax.nn.attention import rope_dims
-from mmjax.nn.embed import Embed
+from mmjax.nn.embed import Embed, PositionEmbed
 from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.mlp import MLP, squared_relu
 from mmjax.nn.norm import LayerNorm, RMSNorm
+from mmjax.train import matrices
 
 RNG = np.random.default_rng(0)
 
@@ -142,6 +143,20 @@ def test_embed_looks_up():
     embed = Embed(10, 4, dtypes=DTypes(), init_std=1.0, rngs=nnx.Rngs(0))
     got = embed(jnp.array([[3, 0], [9, 3]]))
     np.testing.assert_array_equal(got, np.asarray(embed.embedding[...])[[[3, 0], [9, 3]]])
+    x = jnp.asarray(RNG.normal(size=(2, 3, 4)), jnp.float32)
+    np.testing.assert_allclose(embed.attend(x), x @ embed.embedding[...].T, atol=1e-5)
+
+
+def test_tables_answer_in_the_compute_dtype_and_are_cut_by_their_axes():
+    mixed = dict(dtypes=DTypes("float32", "bfloat16"), init_std=1.0, rngs=nnx.Rngs(0))
+    embed, places = Embed(10, 4, **mixed), PositionEmbed(6, 4, **mixed)
+    for table, axes in ((embed, ("vocab", "embed")), (places, (None, "embed"))):
+        assert matrices.axes_of(table.embedding) == axes and table.embedding.dtype == jnp.float32
+        assert table(jnp.array([[3]])).dtype == jnp.bfloat16
+    assert embed.attend(jnp.ones((2, 4))).dtype == jnp.bfloat16
+    # Beyond the table its last row stands for all others.
+    got, last = places(jnp.array([[5, 6, 99]])), places.embedding[5].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got[0], [last] * 3)
 
 
 class Layer(nnx.Module):
