@@ -18,6 +18,10 @@ from mmjax.types import MMJaxError, system_fault
 FLAGS = flags.FLAGS
 USER_ERROR = 2
 INTERRUPTED = 130
+_CONFIG_HELP = (
+    "  --config: the recipe, configs/<name>.py[:arg]; --help behind it lists its settings, each of "
+    "which\n    is overridden by --config.any.key=value"
+)
 READER_GONE = 141  # as a program has that SIGPIPE ends
 
 
@@ -88,8 +92,9 @@ def parse_args(argv: Sequence[str]) -> tuple[Any, list[str]]:
         raise MMJaxError(str(e)) from e
     if FLAGS.config is None:
         found = ", ".join(sorted(glob.glob("configs/[!_]*.py"))) or "none in ./configs"
+        meant = next((item for item in positional[1:] if ".py" in item), "configs/<name>.py")
         raise MMJaxError(
-            f"no recipe: give one with --config=configs/<name>.py (and :argument); here: {found}"
+            f"no recipe: give one with --config={meant} (and :argument); here: {found}"
         )
     return resolve_recipe(FLAGS.config, overrides), positional[1:]
 
@@ -139,7 +144,7 @@ def _help(argv: list[str]) -> str:
     parts = [(getattr(module, "__doc__", None) or "").strip()]
     own = FLAGS.flags_by_module_dict().get(argv[0], [])
     lines = [f"  --{f.name}: {f.help} (default: {f.value})" for f in own if f.name != "config"]
-    parts.append("\n".join(["Flags:", "  --config: the recipe, configs/<name>.py[:arg]", *lines]))
+    parts.append("\n".join(["Flags:", _CONFIG_HELP, *lines]))
     recipe = None
     for place, item in enumerate(argv):
         name, mark, value = item.partition("=")

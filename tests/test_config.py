@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import errno
+import importlib
 import os
 import re
 import subprocess
@@ -185,9 +186,35 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     assert code == 2 and "Traceback" not in err and "workdir" in err
     assert "is written --config.workdirr=VALUE" in err  # what people mean by --steps=5
     assert run()[0] == 2
+    assert "give one with --config=x.py:quick (and" in run("x.py:quick")[2]
     for given in ([f"--config={recipe}"], ["--config", recipe]):
         code, out, _ = run(*given, "--help")
         assert code == 0 and "  --config.optim.lr=0.1" in out and "--workdir: where" in out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            f"convert_weights.{x}"
+            for x in ["average", "from_run", "inspect", "merge", "to_hf", "to_jax"]
+        ),
+        *("mmjax.data.emoji", "mmjax.data.mmc4_to_webdataset", "mmjax.data.regroup_parquet"),
+        *("mmjax.data.to_array_record", "mmjax.evals.compare"),
+    ],
+)
+def test_help_shows_a_command_as_it_is_typed(name, capsys):
+    """On a line of its own, to be copied; argparse runs lines together unless told not to."""
+    command = importlib.import_module(name)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    lines = [line.strip() for line in said.splitlines()]
+    assert any(line.startswith(f"python -m {name}") for line in lines)
+    options = said.partition("\noptions:\n")[2]
+    bare = re.findall(r"^  (--\S+(?: \S+)?)$\n(?!\s{8})", options, re.M)
+    assert not bare, f"without a word of help: {bare}"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.py:quick", "quikstart:quick"])

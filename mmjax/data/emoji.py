@@ -181,8 +181,13 @@ def _drawing(folder: str, style: str, column: int, row: int) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     from mmjax.cli import arguments
 
-    parser = argparse.ArgumentParser(prog="mmjax.data.emoji", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=default_folder())
+    parser = argparse.ArgumentParser(
+        prog="mmjax.data.emoji",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    where = "where they are kept (default %(default)s)"
+    parser.add_argument("--folder", type=Path, default=default_folder(), help=where)
     folder = parser.parse_args(arguments(argv)).folder
     if not (folder / "emoji.json").is_file():
         fetch(folder)

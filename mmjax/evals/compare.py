@@ -1,4 +1,4 @@
-"""python -m mmjax.evals.compare: one task of several runs side by side, as a table and a plot.
+"""One task of several runs side by side, as a table and a plot.
 
     python -m mmjax.evals.compare low=runs/low high=runs/high --out docs/resolution.md
 
@@ -33,7 +33,11 @@ Entries = Mapping[str, Mapping[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the plot, and print the table."""
-    parser = argparse.ArgumentParser(prog="mmjax.evals.compare", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="mmjax.evals.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir, or name=workdir")
     parser.add_argument("--task", help="which task of the results; needed where there are several")
     parser.add_argument("--out", required=True, help="the Markdown file, such as docs/compare.md")

@@ -52,10 +52,12 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     )
 
 
-def check_batch(mesh: Mesh, rows: int, length: int, accumulate: int = 1) -> None:
+def check_batch(
+    mesh: Mesh, rows: int, length: int, accumulate: int = 1, *, setting: str = "data.seq_len"
+) -> None:
     """Raise MMJaxError when the rows of a microbatch, or their length, do not divide over a mesh.
 
-    rows, length: of the global batch; accumulate: microbatches in it.
+    rows, length: of the global batch; accumulate: microbatches in it; setting: that says length.
     """
     data, fsdp, context = (mesh.shape[axis] for axis in ("data", "fsdp", "context"))
     ways = accumulate * data * fsdp
@@ -66,7 +68,7 @@ def check_batch(mesh: Mesh, rows: int, length: int, accumulate: int = 1) -> None
         )
     if length % context:
         raise MMJaxError(
-            f"data.seq_len {length} does not divide over context {context}; choose a multiple of "
+            f"{setting} {length} does not divide over context {context}; choose a multiple of "
             f"{context}, such as {-(-length // context) * context}, or change mesh.context"
         )
 

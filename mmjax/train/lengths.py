@@ -22,7 +22,7 @@ def check_lengths(data: DataSettings, mesh: Mesh) -> None:
                 f"data.lengths holds {length} and data.seq_len is {data.seq_len}; give lengths "
                 "below it, or raise data.seq_len"
             )
-        check_batch(mesh, data.batch_size, length)
+        check_batch(mesh, data.batch_size, length, setting="data.lengths")
 
 
 def fitted(batch: Batch, lengths: Sequence[int]) -> Batch:

@@ -22,6 +22,8 @@ from mmjax.parallel.sharding import (
     row_owners,
     spec,
 )
+from mmjax.train.lengths import check_lengths
+from mmjax.train.settings import DataSettings
 from mmjax.types import MMJaxError
 from tests import tiny
 
@@ -112,6 +114,8 @@ def test_a_batch_that_does_not_divide_is_explained(rows, length, accumulate, say
     with pytest.raises(MMJaxError) as error:
         check_batch(mesh, rows, length, accumulate)
     assert says in str(error.value)
+    with pytest.raises(MMJaxError, match="data.lengths 33 does not divide over context 2"):
+        check_lengths(DataSettings(batch_size=8, seq_len=64, lengths=(33,)), mesh)
 
 
 @pytest.mark.parametrize(
