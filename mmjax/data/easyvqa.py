@@ -28,6 +28,7 @@ class EasyVQASource:
     """The questions of one split, in the package's order; images are file paths.
 
     groups: keep questions of these kinds (``yes/no``, ``color``, ``shape``); None keeps all.
+    words: keep questions that hold one of these words, such as ``SHAPES``; None keeps all.
     placements: how many times the split is gone through, each time with every picture's shape
     painted at another place on its background (a function of (seed, index)); 1 leaves the
     pictures as they are. 4,000 pictures show too few places to learn shapes from.
@@ -42,6 +43,7 @@ class EasyVQASource:
         split: str,
         *,
         groups: Sequence[str] | None = None,
+        words: Sequence[str] | None = None,
         placements: int = 1,
         told: bool = False,
         seed: int = 0,
@@ -53,7 +55,13 @@ class EasyVQASource:
             )
         self.split, self.placements, self.told, self.seed = split, placements, told, seed
         self.groups = None if groups is None else tuple(groups)
-        self._lines()
+        self.words = None if words is None else tuple(words)
+        if not len(self._lines()):
+            raise MMJaxError(
+                f"easy-VQA {split} has no question of the groups {self.groups or GROUPS} that "
+                f"holds one of {self.words}; give words of its questions, in small letters, such "
+                f"as {', '.join(SHAPES)}"
+            )
 
     def __len__(self) -> int:
         return len(self._lines()) * self.placements
@@ -76,7 +84,7 @@ class EasyVQASource:
         return _record(self, index, texts[line], answer, meta)
 
     def _lines(self) -> np.ndarray:
-        return _kept(self.split, self.groups, self.told)
+        return _kept(self.split, self.groups, self.words, self.told)
 
 
 class EasyVQACaptions:
@@ -159,18 +167,22 @@ def _captioned(split: str) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=16)
-def _kept(split: str, groups: tuple[str, ...] | None, told: bool) -> np.ndarray:
-    """Return which lines of a split are questions of these groups, once for each process.
+def _kept(
+    split: str, groups: tuple[str, ...] | None, words: tuple[str, ...] | None, told: bool
+) -> np.ndarray:
+    """Return which lines of a split are such questions, once for each process.
 
-    told: of pictures with a caption alone.
+    groups, words: as for ``EasyVQASource``. told: of pictures with a caption alone.
     """
-    _, answers, ids, _ = _read(split)
+    texts, answers, ids, _ = _read(split)
     captions = _captions(split)
     return np.array(
         [
             i
-            for i, (answer, image) in enumerate(zip(answers, ids, strict=True))
-            if (not groups or question_kind(answer) in groups) and (not told or image in captions)
+            for i, (text, answer, image) in enumerate(zip(texts, answers, ids, strict=True))
+            if (not groups or question_kind(answer) in groups)
+            and (words is None or not set(words).isdisjoint(text.rstrip("?").split()))
+            and (not told or image in captions)
         ]
     )
 

@@ -124,6 +124,8 @@ def supervised_tokens(spans: np.ndarray, pieces: Sequence[tuple[str, bool]]) -> 
     spans: [t,2] into the joined pieces. pieces: (text, supervised), in order. A token that reaches
     over a border into unsupervised text is not a target.
     """
+    if not any(loss for _, loss in pieces):
+        return np.zeros(len(spans), bool)
     wanted = np.concatenate([np.full(len(text), loss, bool) for text, loss in pieces] or [[]])
     missed = np.concatenate([[0], np.cumsum(~wanted.astype(bool))])  # unsupervised before i
     starts, ends = spans[:, 0], spans[:, 1]

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mmjax.data.catalog import make_source
-from mmjax.data.easyvqa import ANSWERS, EasyVQACaptions, EasyVQASource, move_shape
+from mmjax.data.easyvqa import ANSWERS, SHAPES, EasyVQACaptions, EasyVQASource, move_shape
 from mmjax.data.images import load_rgb
 from mmjax.types import MMJaxError
 
@@ -17,6 +17,16 @@ def test_groups_keep_their_questions_alone():
     assert len(EasyVQASource("train")) == 38575
     with pytest.raises(MMJaxError, match="colour"):
         EasyVQASource("train", groups=("colour",))
+
+
+def test_words_keep_the_questions_that_hold_one_of_them():
+    source = EasyVQASource("train", groups=("yes/no",), words=SHAPES)
+    assert len(source) == 7749
+    asked = [source[i].messages for i in range(0, 7749, 500)]
+    assert {answer.text for _, answer in asked} == {"yes", "no"}
+    assert all(any(f" {shape}" in question.text for shape in SHAPES) for question, _ in asked)
+    with pytest.raises(MMJaxError, match=r"\('yes/no',\) that holds one of \('Circle',\)"):
+        EasyVQASource("train", groups=("yes/no",), words=("Circle",))
 
 
 def test_placements_move_the_shape_and_change_nothing_else():
