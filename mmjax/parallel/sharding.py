@@ -127,11 +127,9 @@ def put_batch(batch: dict, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.
 
     def put(name: str, value: np.ndarray) -> jax.Array:
         def cut(index):
-            wanted = [place[row] for row in range(*index[0].indices(rows))]
-            first = wanted[0]
-            if wanted == list(range(first, first + len(wanted))):  # a view where it can be one
-                return value[(slice(first, first + len(wanted)), *index[1:])]
-            return value[wanted][(slice(None), *index[1:])]
+            # A device's rows follow one another, and so do their places: a view.
+            start, stop, _ = index[0].indices(rows)
+            return value[(slice(place[start], place[start] + stop - start), *index[1:])]
 
         shape = (rows, *value.shape[1:])
         return jax.make_array_from_callback(shape, batch_sharding(mesh, name), cut)

@@ -10,16 +10,20 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmjax.nn import paths
+from mmjax.parallel import sharding
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import (
+    ON_LENGTH,
     RULES,
     batch_sharding,
     check_divides,
     constrain,
+    divides,
     parameter_shardings,
     process_rows,
     put_batch,
     row_owners,
+    shards,
     spec,
 )
 from mmjax.train.lengths import check_lengths
@@ -172,8 +176,35 @@ def test_a_batch_is_put_where_the_mesh_wants_it():
     assert process_rows(mesh, 8) == list(range(8))
     batch = tiny.batch()
     put = put_batch(batch, mesh, 8)
-    shards = {name: x.sharding.shard_shape(x.shape) for name, x in put.items()}
-    assert shards["tokens"] == shards["segment_ids"] == (2, 8)
-    assert shards["patches"] == (2, 3, 48) and shards["target_index"] == (2, 4)
+    shapes = {name: x.sharding.shard_shape(x.shape) for name, x in put.items()}
+    assert {shapes[name] for name in ON_LENGTH} == {(2, 8)}
+    assert shapes["patches"] == (2, 3, 48) and shapes["target_index"] == (2, 4)
     for name, value in put.items():
         np.testing.assert_array_equal(value, batch[name])
+
+
+def test_rows_of_one_process_among_several_are_cut_where_they_lie(monkeypatch):
+    monkeypatch.setattr(sharding, "process_rows", lambda *_: [2, 3, 6, 7])
+    monkeypatch.setattr(
+        jax, "make_array_from_callback", lambda shape, how, cut: (shape, how.spec, cut)
+    )
+    mesh, value = make_mesh({"data": 2, "fsdp": 2, "context": 2}), np.arange(24).reshape(4, 6)
+    put = put_batch({"tokens": value, "patches": value}, mesh, 8)
+    shape, axes, cut = put["tokens"]
+    assert shape == (8, 6) and axes == P(("data", "fsdp"), "context")
+    assert put["patches"][1] == P(("data", "fsdp"))
+    np.testing.assert_array_equal(cut((slice(2, 4), slice(3, 6))), value[:2, 3:])
+    got = cut((slice(6, None), slice(None)))
+    np.testing.assert_array_equal(got, value[2:])
+    assert np.shares_memory(got, value)
+
+
+def test_what_a_mesh_does_not_divide_stays_whole():
+    assert shards("targets", 12) == 1 and divides("embed", 7)
+    with use(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        assert [shards("targets", n) for n in (12, 10)] == [4, 1]
+        assert [shards(axis, 8) for axis in ("heads", "embed", "columns")] == [2, 1, 2]
+        assert [divides("embed", n) for n in (8, 7)] == [True, False]
+        assert divides("layers", 3) and not divides("heads", 3)
+        got = jax.jit(lambda x: constrain(x, "batch", "mlp"))(np.zeros((6, 4)))
+        assert got.sharding.shard_shape(got.shape) == (6, 2)
