@@ -13,7 +13,6 @@ from mmjax.nn import paths
 from mmjax.parallel import sharding
 from mmjax.parallel.mesh import check_batch, make_mesh, use
 from mmjax.parallel.sharding import (
-    ON_LENGTH,
     RULES,
     batch_sharding,
     check_divides,
@@ -59,6 +58,8 @@ def test_axes_are_filled_in_and_one_takes_what_is_left():
 def test_a_mesh_that_cannot_be_is_explained(shape, says):
     with pytest.raises(MMJaxError, match=says):
         make_mesh(shape)
+    with pytest.raises(MMJaxError, match="at most one axis -1"):
+        make_mesh({"fsdp": -1, "data": -1}, jax.devices()[:1])
 
 
 def test_activations_are_cut_by_batch_and_not_by_their_width():
@@ -115,6 +116,8 @@ def test_every_parameter_has_a_sharding_and_large_ones_are_cut():
 def test_a_batch_that_does_not_divide_is_explained(rows, length, accumulate, says):
     mesh = make_mesh({"fsdp": 4, "context": 2})
     check_batch(mesh, 16, 8, 4)
+    with pytest.raises(MMJaxError, match="6 does not .* data 2 x fsdp 2; choose a multiple of 4"):
+        check_batch(make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4]), 6, 8)
     with pytest.raises(MMJaxError) as error:
         check_batch(mesh, rows, length, accumulate)
     assert says in str(error.value)
@@ -166,9 +169,10 @@ class Device:
     ],
 )
 def test_of_processes_that_share_rows_the_first_owns_them(shape, owners):
-    devices = np.array([Device(i, i // 2) for i in range(8)][::-1]).reshape(shape)
-    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor", "context"))
-    assert row_owners(mesh, 8) == owners
+    devices = np.array([Device(i, i // 2) for i in range(8)])
+    for order, want in ((devices[::-1], owners), (devices, owners[::-1])):
+        mesh = jax.sharding.Mesh(order.reshape(shape), ("data", "fsdp", "tensor", "context"))
+        assert row_owners(mesh, 8) == want
 
 
 def test_a_batch_is_put_where_the_mesh_wants_it():
@@ -177,7 +181,8 @@ def test_a_batch_is_put_where_the_mesh_wants_it():
     batch = tiny.batch()
     put = put_batch(batch, mesh, 8)
     shapes = {name: x.sharding.shard_shape(x.shape) for name, x in put.items()}
-    assert {shapes[name] for name in ON_LENGTH} == {(2, 8)}
+    long = ("tokens", "positions", "visual_index", "segment_ids")
+    assert {shapes[name] for name in long} == {(2, 8)}
     assert shapes["patches"] == (2, 3, 48) and shapes["target_index"] == (2, 4)
     for name, value in put.items():
         np.testing.assert_array_equal(value, batch[name])
