@@ -18,7 +18,7 @@ from mmjax.models.processor import follow
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
-from mmjax.parallel.sharding import check_divides, parameter_shardings
+from mmjax.parallel.sharding import MESH_AXES, check_divides, parameter_shardings
 from mmjax.types import MMJaxError
 
 _WHOLE = ("vision.", "projector.")  # what a model sees with is small, and stays unrounded
@@ -27,7 +27,7 @@ _WHOLE = ("vision.", "projector.")  # what a model sees with is small, and stays
 def load(
     path: str | os.PathLike,
     dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | Mapping[str, int] | None = None,
     *,
     base: str | os.PathLike | None = None,
     weights: str | None = None,
@@ -40,7 +40,9 @@ def load(
         any layout the family publishes, or a PEFT adapter; or several files ``a.pt,b.pt`` of one
         model, loaded in order.
     dtype: of weights and computation; default bfloat16 on accelerators, float32 on CPUs, where
-        bfloat16 is many times slower. mesh: devices to spread the weights over, default one.
+        bfloat16 is many times slower.
+    mesh: the devices to spread the weights over, default one: how many each axis has, as a recipe's
+        ``mesh`` says, such as ``{"fsdp": -1}`` for all; or a mesh of ``parallel.mesh.make_mesh``.
     base: the model folder of an adapter, when its config names none that is there.
     weights: "int8" keeps the kernels of linear maps as int8 with a scale per output channel: half
         of bfloat16's memory, and what decoding reads, for a small loss of precision. "nf4": in 4.5
@@ -58,13 +60,13 @@ def load(
     if weights is not None and weights not in quantized.KINDS:
         known = " or ".join(f'"{kind}"' for kind in quantized.KINDS)
         raise MMJaxError(f"weights is {weights!r}; give {known}, or None to keep them in {dtype}")
+    mesh = _mesh(mesh)
     opened = opening.open_pretrained(path, base=base, **parts)
     pretrained.require_trained(opened)
     family = opened.family
     own = first_processor(family, opened).with_options(**(processor or {}))
     config = follow(opened.config, own, processor or {})
     own.check(config)
-    mesh = mesh or make_mesh({}, jax.local_devices()[:1])
     with use(mesh):
         dtypes = DTypes(dtype, dtype, kernel=weights, whole=_WHOLE)
 
@@ -86,6 +88,20 @@ def load(
     ends = stated_ends(opened.folders, config.vocab_size)
     generation = stated_generation(opened.folders)
     return LoadedModel(family.name, config, model, own, mesh, ends, generation=generation)
+
+
+def _mesh(given: jax.sharding.Mesh | Mapping[str, int] | None) -> jax.sharding.Mesh:
+    """Return the mesh that was given, or made of what was."""
+    if given is None:
+        return make_mesh({}, jax.local_devices()[:1])
+    if isinstance(given, Mapping):
+        return make_mesh(given)
+    if getattr(given, "axis_names", None) != MESH_AXES:
+        raise MMJaxError(
+            f"mesh is {given!r}; give the devices of each axis, such as {{'fsdp': -1}}, or a mesh "
+            "of mmjax.parallel.mesh.make_mesh"
+        )
+    return given
 
 
 def _check_dtype(dtype: str) -> None:

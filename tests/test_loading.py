@@ -458,3 +458,8 @@ def test_a_mesh_that_does_not_divide_the_model_is_told(bare):
         says = rf"parameter \S+ has shape .*does not divide over {axis} {size}; set mesh\.{axis}"
         with pytest.raises(MMJaxError, match=says):
             mmjax.load(bare[0], mesh=mesh)
+    with pytest.raises(MMJaxError, match="does not divide over tensor 8; set mesh.tensor to a"):
+        mmjax.load(bare[0], mesh={"tensor": -1})  # of all devices, in a recipe's words
+    for mesh in (jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), "fsdp=2"):
+        with pytest.raises(MMJaxError, match=r"such as \{'fsdp': -1\}, or a mesh of mmjax"):
+            mmjax.load(bare[0], mesh=mesh)
