@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mmjax.generate import beam
+from mmjax.generate import beam, copies
 from mmjax.generate.beam import Beams, Prefilled
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.sampling import Sampling
-from mmjax.nn.cache import DTYPES, Cache
-from mmjax.parallel.sharding import constrain
+from mmjax.nn.cache import DTYPES
+from mmjax.parallel.sharding import constrain, shards
 from mmjax.types import Batch, Example, MMJaxError
 
 
@@ -137,8 +137,9 @@ class Generator:
         # What ``ranking`` and the numbers of ``sampling`` say must not compile anew.
         beams = dataclasses.replace(self.beams, length_penalty=1.0, early_stopping=False)
         tokens, counts = _generate(
-            dataclasses.replace(self, beams=beams, sampling=self.sampling.shape()), room, params,
-            batch, lengths, (jax.random.key(seed), numbers, self.sampling.numbers()), ranking,
+            dataclasses.replace(self, beams=beams, sampling=self.sampling.shape()), room,
+            self._copy(params, len(lengths), room), params, batch, lengths,
+            (jax.random.key(seed), numbers, self.sampling.numbers()), ranking,
             jnp.int32(max_new_tokens), jnp.int32(len(examples)),
         )  # fmt: skip
         tokens, counts = jax.device_get((tokens, counts))
@@ -148,13 +149,25 @@ class Generator:
         ]
         return rows if self.beams.num_return_sequences > 1 else [row[0] for row in rows]
 
+    def _copy(self, params: nnx.State, b: int, room: int) -> str | None:
+        """Return which copy of the weights b prompts and their answers leave room for."""
+        if jax.default_backend() == "cpu":
+            return copies.APART
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
+        def init(params):
+            model = nnx.merge(self.graphdef, params)
+            return model.init_cache(b * self.beams.num_beams, room, self.cache_dtype)
+
+        kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init, params)))
+        return copies.choose(params, kept // shards("batch", b), self.beside)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(how, room, copy, params, batch, lengths, draws, ranking, max_new, real):
     """Return (tokens [b, r, room - t], counts [b, r]) of a right-padded batch, r answers a row.
 
-    how: a Generator. draws: (key, places int32[b], what ``Sampling.numbers`` returns). real: rows
-    from here on are padding.
+    how: a Generator. copy: of the weights, see ``copies.choose``. draws: (key, places int32[b],
+    what ``Sampling.numbers`` returns). real: rows from here on are padding.
     """
     model = nnx.merge(how.graphdef, params)
     b, t = batch["tokens"].shape
@@ -164,11 +177,11 @@ def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
 
     cache = model.init_cache(b, room, how.cache_dtype)
     layers = None
-    if _taken_apart(params, cache, how.beside):
-        # A scan copies each layer's weights out of their stack for every token, on a CPU its cache
-        # too. Taken apart once, before all else, they are read where they lie. No stacked cache
-        # ever exists: on a CPU its pages would be new with each call, and cost more than what is
-        # written into them.
+    if copy is not None:
+        copies.gather(model)
+    if copy == copies.APART:
+        # On a CPU a scan copies its cache too. No stacked cache ever exists: there its pages would
+        # be new with each call, and cost more than what is written into them.
         layers, cache = model.unstack(), cache.unstack()
     # The head runs on each prompt's last position only.
     hidden, cache = model.prefill(batch, lengths, cache, layers)
@@ -189,28 +202,6 @@ def _generate(how, room, params, batch, lengths, draws, ranking, max_new, real):
     tokens = jnp.take_along_axis(history, new, axis=2)
     # Whole on every device: each process of a run reads them.
     return constrain(tokens, None, None, None), constrain(counts, None, None)
-
-
-def _taken_apart(params: nnx.State, cache: Cache, beside: int) -> bool:
-    """Tell whether layers and cache are taken apart, which costs a second copy of the weights.
-
-    On a CPU always. On one GPU whose memory holds both copies, the cache and half as much again
-    for the prefill: compiled for an H200, the scan writes and reads each layer's weights once more
-    for every token. Several devices share the weights, and their processes trace one program.
-
-    It goes by the memory that JAX may take, not by what is free at the moment: the two programs
-    may round differently, and a run that goes on must answer as one that was never stopped.
-    """
-    if jax.default_backend() == "cpu":
-        return True
-    mesh = jax.sharding.get_abstract_mesh()
-    if jax.process_count() > 1 or not (mesh.empty or mesh.size == 1):
-        return False
-    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    weights, kept = (
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, cache)
-    )
-    return room >= beside + 2 * weights + 1.5 * kept
 
 
 def _draw(

@@ -62,6 +62,11 @@ class CausalModel(nnx.Module):
         )
         return hidden[:, 0], cache
 
+    @property
+    def each_token(self) -> tuple[nnx.Module, ...]:
+        """What runs for every new token, layers stacked."""
+        return self.decoder.each_token
+
     def unstack(self):
         """Return the decoder's layers one by one; see ``Decoder.unstack``."""
         return self.decoder.unstack()

@@ -218,6 +218,11 @@ class Decoder(nnx.Module):
         x = x if at is None else take_on_length(x, at)
         return self.final_norm(x), Cache.of(buffers, length)
 
+    @property
+    def each_token(self) -> tuple[nnx.Module, ...]:
+        """What runs for every new token: the stacked layers, and what makes logits."""
+        return self.layers, self.embed if self.head is None else self.head
+
     def unstack(self) -> tuple[Layer, ...]:
         """Return the layers one by one, to run them without a scan."""
         return unstack(self.layers, self.config.num_layers)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mmjax.nn import int8
+from mmjax.parallel.sharding import several_devices
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 """What a cache can be asked to store. int8 takes h + 4 bytes of a head's key, float32 4 h."""
@@ -92,6 +93,14 @@ def write(buffer: Array, layer: Array, at: Array | None, new: Array) -> Array:
         return jax.lax.dynamic_update_slice(buffer, new[None], (layer, *[0] * new.ndim))
     if new.shape[2] != 1:
         raise ValueError(f"decoding writes one key a row, got {new.shape[2]}")
+    if several_devices():
+        # Mapped over rows and heads: the partitioner then sees that each device writes its own,
+        # and nothing travels.
+        def one(buffer, at, new):
+            return buffer.at[layer, at].set(new, mode="promise_in_bounds")
+
+        over_heads = jax.vmap(one, (1, None, 0), 1)
+        return jax.vmap(over_heads, (1, 0, 0), 1)(buffer, at, new[:, :, 0])
     # One scatter of single heads: XLA's CPU backend would turn fewer, larger updates into dynamic
     # slices, and copy the buffer for each of them.
     rows, heads = jnp.arange(new.shape[0])[:, None], jnp.arange(new.shape[1])

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from mmjax.nn.linear import DTypes
-from mmjax.parallel.sharding import constrain
+from mmjax.parallel.sharding import constrain, gather
 
 
 class Embed(nnx.Module):
@@ -26,6 +26,10 @@ class Embed(nnx.Module):
         """Return [..., v], the product of [..., d] with every row: a head tied to the table."""
         table = self.embedding[...].astype(self.dtype)
         return jax.lax.dot_general(x.astype(self.dtype), table, (((x.ndim - 1,), (1,)), ((), ())))
+
+    def gather(self) -> None:
+        """Make the table whole over fsdp, in the compute dtype; see ``Linear.gather``."""
+        gather(self.embedding, self.dtype)
 
 
 class PositionEmbed(nnx.Module):

@@ -13,6 +13,7 @@ from jax import Array
 
 from mmjax.nn import nf4, quantized
 from mmjax.nn.dropout import drop
+from mmjax.parallel.sharding import gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,18 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y
+
+    def gather(self) -> None:
+        """Make the kernel and its adapter whole over fsdp, floats in the compute dtype.
+
+        For a program that multiplies by them many times, whose own module this is: where fsdp cuts
+        them its devices would fetch them each time. It is then no module to train.
+        """
+        for param in (self.kernel, self.lora_a, self.lora_b):
+            if param is not None:
+                gather(param, self.dtype)
+        if self.kernel_scale is not None:
+            gather(self.kernel_scale)
 
     def _quantized(self, x: Array, codes: Array, scale: Array) -> Array:
         if self.kind == "nf4":

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -48,15 +49,31 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if a is None else _ACTIVATION_RULES[a] for a in axes))
 
 
+def several_devices() -> bool:
+    """Tell whether the mesh in use has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the mesh by the logical names of its axes; a no-op without a mesh.
 
     An axis that its mesh axes do not divide stays whole: a decode step has one token.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, _dividing(mesh, x.shape, spec(*axes)))
+    return _pin(x, spec(*axes)) if several_devices() else x
+
+
+def gather(variable: nnx.Variable, dtype: str | None = None) -> None:
+    """Make a parameter whole over fsdp, within a program; tensor still cuts it.
+
+    dtype: that of floats from now on; None keeps it.
+    """
+    x, axes = variable[...], variable.get_metadata()["out_sharding"]
+    if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(dtype)
+    if several_devices():  # pinned as it lies too, or it might travel before it is cast
+        x = _pin(x, PartitionSpec(*(dict(RULES)[axis] if axis else None for axis in axes)))
+    variable.set_value(constrain(x, *axes))
 
 
 def shards(axis: str, size: int) -> int:
@@ -70,6 +87,11 @@ def divides(axis: str, size: int) -> bool:
     """Tell whether the mesh in use cuts a parameter's axis of this size evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or size % _ways(mesh, dict(RULES)[axis]) == 0
+
+
+def _pin(x: jax.Array, axes: PartitionSpec) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, _dividing(mesh, x.shape, axes))
 
 
 def _dividing(mesh, shape: tuple[int, ...], axes: PartitionSpec) -> PartitionSpec:

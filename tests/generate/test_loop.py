@@ -1,5 +1,6 @@
 """Generation: with the cache as without, batched as alone."""
 
+import dataclasses
 import re
 from typing import NamedTuple
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.generate import beam, loop
+from mmjax.generate import beam, copies, loop
 from mmjax.generate.beam import Beams, Prefilled
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.loop import Generator, _generate, bucket, pad_batch, room_for
 from mmjax.generate.sampling import Sampling
-from mmjax.parallel.mesh import make_mesh
+from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import parameter_shardings
 from mmjax.types import MMJaxError
 from tests import compiler_options, tiny
 
@@ -86,7 +88,7 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
     how = Generator(graphdef, eos=(), cache_dtype=dtype)
     draws = jax.random.key(0), np.zeros(rows, np.int32), how.sampling.numbers()
     some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(4), jnp.int32(rows)
-    lowered = _generate.lower(how, room, params, *some)
+    lowered = _generate.lower(how, room, copies.APART, params, *some)
     text = lowered.compile(compiler_options=compiler_options.LIBRARY).as_text()
     c = model.config.decoder
     sizes = f"1,{rows},{c.num_kv_heads},{room}"
@@ -102,33 +104,53 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
     assert f"[{c.num_layers},{rows},{c.num_kv_heads},{room},{c.head_dim}]" not in text
 
 
+class Device:
+    def __init__(self, limit, used=0):
+        self.limit, self.used = limit, used
+
+    def memory_stats(self):
+        return {"bytes_limit": self.limit, "bytes_in_use": self.used} if self.limit else None
+
+
 def test_a_gpu_takes_layers_apart_where_it_has_room_for_a_second_copy(model, monkeypatch):
-    _, params = nnx.split(model)
-    cache = model.init_cache(2, 64)
-    assert loop._taken_apart(params, cache, 0)  # a CPU has room
+    graphdef, params = nnx.split(model)
+    how = Generator(graphdef, eos=(), beside=1000)
+    assert how._copy(params, 2, 64) == "apart"  # a CPU has room
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
-    kept = sum(x.nbytes for x in jax.tree.leaves(cache))
-    need, optimizer = 2 * weights + kept * 3 // 2, 1000
-
-    class Device:
-        def __init__(self, limit, used=0):
-            self.limit, self.used = limit, used
-
-        def memory_stats(self):
-            return {"bytes_limit": self.limit, "bytes_in_use": self.used} if self.limit else None
-
+    kept = sum(x.nbytes for x in jax.tree.leaves(model.init_cache(2, 64)))
+    need = 2 * weights + kept * 3 // 2 + 1000
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for limit, apart in ((need + optimizer, True), (need + optimizer - 1, False), (0, False)):
+    for limit, copy in ((need, "apart"), (need - 1, None), (0, None)):
         for used in (0, limit):  # at the moment: a run that goes on has to answer alike
             device = Device(limit, used)
-            monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
-            assert loop._taken_apart(params, cache, optimizer) is apart
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2 * need)])
-    with monkeypatch.context() as among:
-        among.setattr(jax, "process_count", lambda: 2)
-        assert not loop._taken_apart(params, cache, 0)
-    with jax.set_mesh(make_mesh({"tensor": 2}, jax.devices()[:2])):
-        assert not loop._taken_apart(params, cache, 0)
+            monkeypatch.setattr(copies, "_devices", lambda mesh, device=device: [device])
+            assert how._copy(params, 2, 64) == copy
+    monkeypatch.setattr(copies, "_devices", lambda mesh: [Device(need)])
+    beams = dataclasses.replace(how, beams=Beams(2))
+    assert beams._copy(params, 2, 64) is None and beams._copy(params, 1, 64) == "apart"
+
+
+def test_gpus_gather_over_fsdp_where_each_has_room_for_all(model, monkeypatch):
+    graphdef, params = nnx.split(model)
+    how = Generator(graphdef, eos=())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    kept = sum(x.nbytes for x in jax.tree.leaves(model.init_cache(4, 64)))
+    for shape, ways in (({"fsdp": 4}, 4), ({"fsdp": 2, "tensor": 2}, 2)):
+        mesh = make_mesh(shape, jax.devices()[:4])
+        with use(mesh):
+            own = jax.device_put(params, parameter_shardings(params, mesh))
+            shards = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(own)]
+            cut = [
+                size * (mesh.shape["fsdp"] if "fsdp" in tuple(x.sharding.spec) else 1)
+                for x, size in zip(jax.tree.leaves(own), shards, strict=True)
+            ]
+            need = sum(shards) + sum(cut) + 1.5 * (kept // ways)
+            for limit, copy in ((int(need) + 1, "whole"), (int(need) - 1, None)):
+                monkeypatch.setattr(copies, "_devices", lambda _, limit=limit: [Device(limit)] * 4)
+                assert how._copy(own, 4, 64) == copy
+    monkeypatch.setattr(copies, "_devices", lambda mesh: [Device(10**12)] * 2)
+    with use(make_mesh({"tensor": 2}, jax.devices()[:2])):
+        assert how._copy(params, 4, 64) is None  # nothing to gather
 
 
 def test_greedy_takes_the_first_of_equals_and_an_index_whatever_comes():

@@ -26,11 +26,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmjax.config import resolve_recipe
-from mmjax.generate import loop
+from mmjax.generate import copies, loop
 from mmjax.models import registry
 from mmjax.nn.linear import DTypes
 from mmjax.ops import flash_mosaic, flash_triton
 from mmjax.parallel.mesh import make_mesh, use
+from mmjax.parallel.sharding import parameter_shardings
 from mmjax.runtime import SEVERAL_GPUS, USABLE
 from mmjax.schema import to_dataclass
 from mmjax.train import plan
@@ -98,29 +99,36 @@ def step(recipe: str, count: int, overrides: tuple[str, ...]) -> str:
     return f"{beside}; {fits(held)}"
 
 
-def generation(count: int) -> str:
-    """Compile Fuyu-8B's prefill of ``PROMPT`` tokens and loop over ``ANSWER`` more, bfloat16."""
+def generation(count: int, copy: str | None) -> str:
+    """Compile Fuyu-8B's prefill of ``PROMPT`` tokens and loop over ``ANSWER`` more, bfloat16.
+
+    A prompt a GPU; fsdp cuts the weights, of which ``copy`` is made.
+    """
     family = registry.family("fuyu")
     config = family.Config.from_hf({})
-    mesh = make_mesh({}, h200_target.devices(count))
+    mesh = make_mesh({"fsdp": count}, h200_target.devices(count))
     with use(mesh), h200_target.taken_for_default():
         dtypes = DTypes("bfloat16", "bfloat16")
         model = nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0), dtypes=dtypes))
         graphdef, params = nnx.split(model)
+        params = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            params,
+            parameter_shardings(params, mesh),
+        )
         length, whole = loop.bucket(PROMPT), NamedSharding(mesh, PartitionSpec())
         shape = partial(jax.ShapeDtypeStruct, sharding=whole)
-        tokens = shape((1, length), jnp.int32)
+        tokens = shape((count, length), jnp.int32)
         batch = dict.fromkeys(("tokens", "positions", "visual_index", "segment_ids"), tokens)
         patch_dim = family.Processor.for_words(("word",), config).patch_dim
-        batch["patches"] = shape((1, loop.bucket(PATCHES, 1), patch_dim), jnp.uint8)
+        batch["patches"] = shape((count, loop.bucket(PATCHES, 1), patch_dim), jnp.uint8)
         how = loop.Generator(graphdef, eos=(2,))
         room = loop.room_for(length, ANSWER)
-        one, row = shape((), jnp.int32), shape((1,), jnp.int32)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        one, rows = shape((), jnp.int32), shape((count,), jnp.int32)
         ranking = how.beams.ranking(room)
-        draws = (key, row, shape((2,), jnp.float32))
-        lowered = loop._generate.lower(how, room, params, batch, row, draws, ranking, one, one)
-        found = lowered.compile().memory_analysis()
+        draws = (jax.eval_shape(lambda: jax.random.key(0)), rows, shape((2,), jnp.float32))
+        given = params, batch, rows, draws, ranking, one, one
+        found = loop._generate.lower(how, room, copy, *given).compile().memory_analysis()
     held = found.argument_size_in_bytes + found.temp_size_in_bytes
     return f"{held / 1e9:6.1f} GB: {length} tokens, room for {room}; {fits(held)}"
 
@@ -156,7 +164,11 @@ def cases(folder: Path, here: bool = False) -> dict[str, Callable[[], str]]:
         name = " ".join((f"step {recipe} on {count}", *overrides))
         mine = here or count == 1
         found[name] = partial(step, recipe, count, overrides) if mine else partial(with_flags, name)
-    return found | {"generation fuyu_8b on 1": partial(generation, 1)}
+    for count, copy in ((1, None), (1, copies.APART), (8, None), (8, copies.WHOLE)):
+        name = f"generation fuyu_8b on {count}, weights {copy or 'where they lie'}"
+        mine = here or count == 1
+        found[name] = partial(generation, count, copy) if mine else partial(with_flags, name)
+    return found
 
 
 def compile_here(folder: Path, name: str) -> int:

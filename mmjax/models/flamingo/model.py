@@ -200,6 +200,11 @@ class Flamingo(nnx.Module):
         )
         return hidden[:, 0], dataclasses.replace(cache, text=text)
 
+    @property
+    def each_token(self) -> tuple[nnx.Module, ...]:
+        """What runs for every new token, layers stacked."""
+        return *self.decoder.each_token, self.cross
+
     def unstack(self):
         """Return the decoder's layers and the gated blocks, one by one."""
         return self.decoder.unstack(), unstack(self.cross, self.config.num_cross)
