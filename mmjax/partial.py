@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,25 @@ MARKER = "INCOMPLETE"
 def partial_of(target: Path) -> Path:
     """Return the folder in which this process writes what is to become ``target``."""
     return target.with_name(f"{target.name}.partial-{os.getpid()}")
+
+
+def replaced_by(target: Path) -> Path:
+    """Return where this process puts aside what stood in the target's place."""
+    return target.with_name(f"{target.name}.replaced-{os.getpid()}")
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder that was replaced; stopped halfway, the target's next writer does the rest.
+
+    Until it is marked it may be the only whole one: a writer killed between its two renames.
+    """
+    (folder / MARKER).touch()
+    for inside in folder.iterdir():
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside, ignore_errors=True)
+        elif inside.name != MARKER:
+            inside.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def begin(target: Path, held: contextlib.ExitStack) -> Path:
@@ -62,8 +82,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove partial folders that no process holds; without locks all stay."""
-    for left in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
+    """Remove marked folders that no process holds; without locks all stay."""
+    name = glob.escape(target.name)
+    both = (target.parent.glob(f"{name}.{kind}-*") for kind in ("partial", "replaced"))
+    for left in itertools.chain(*both):
         with contextlib.suppress(OSError):
             with open(left / MARKER, "r+b") as marker:
                 fcntl.lockf(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -46,7 +46,13 @@ class StoreWriter:
             if self._open is None or self._open[0] != path:
                 shape, dtype, chunk = self.arrays[path]
                 self._open = (path, self._create(path, shape, dtype, chunk))
-            self._open[1][index].write(block).result()
+            writing = self._open[1][index].write(block)
+            try:
+                writing.result()
+            except KeyboardInterrupt:
+                # Its threads write on, and would make anew the folder that is then removed.
+                writing.exception()
+                raise
         except ValueError as error:
             raise cannot_write(self.folder, error) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.partial import MARKER, begin, partial_of
+from mmjax.partial import MARKER, begin, discard, partial_of, replaced_by
 from mmjax.types import MMJaxError
 from mmjax.weights.reader import SAFETENSORS_DTYPES, absent_hint
 from mmjax.weights.rules import Tensor
@@ -117,10 +117,10 @@ def atomic_folder(
             raise
         (partial / MARKER).unlink()
     if target.exists():
-        old = target.with_name(f"{target.name}.old-{os.getpid()}")
+        old = replaced_by(target)
         os.rename(target, old)
         os.rename(partial, target)
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+        discard(old)
     else:
         os.rename(partial, target)
 

@@ -247,6 +247,55 @@ def test_existing_destination_stays_unless_overwritten(params, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "m"]
 
 
+def test_ctrl_c_while_the_old_folder_is_deleted_leaves_no_second_model(
+    params, tmp_path, monkeypatch
+):
+    folder = written(params, tmp_path / "m")
+    (tmp_path / "m.replaced-7").mkdir()  # not marked: maybe the only one that is whole
+    delete = shutil.rmtree
+
+    def interrupted(path, **options):
+        if Path(path).name == "params":
+            raise KeyboardInterrupt
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder, overwrite=True) as partial:
+        (partial / "config.json").touch()
+    monkeypatch.undo()
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
+    assert (tmp_path / f"m.replaced-{os.getpid()}/params").is_dir()
+    with atomic_folder(folder, overwrite=True) as partial:
+        (partial / "config.json").touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.replaced-7"]
+
+
+def test_ctrl_c_waits_for_the_block_that_is_being_written(tmp_path, monkeypatch):
+    """Its threads made the folder anew behind the back of who removed it, and there it stayed."""
+    waited = []
+
+    class Interrupted:
+        """An array, and its write, whose end the keyboard does not await."""
+
+        def __getitem__(self, index):
+            return self
+
+        def write(self, block):
+            return self
+
+        def result(self):
+            raise KeyboardInterrupt
+
+        def exception(self):
+            waited.append("to its end")
+
+    writer = store.StoreWriter(tmp_path / "s", {"w": ((2,), np.dtype(np.float32), (2,))})
+    monkeypatch.setattr(writer, "_create", lambda *about: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        writer.write("w", (slice(0, 2),), np.zeros(2, np.float32))
+    assert waited == ["to its end"]
+
+
 @pytest.mark.parametrize(
     ("holds", "why"),
     [
