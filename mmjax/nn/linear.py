@@ -13,7 +13,7 @@ from jax import Array
 
 from mmjax.nn import nf4, quantized
 from mmjax.nn.dropout import drop
-from mmjax.parallel.sharding import gather
+from mmjax.parallel.sharding import gather, several_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +160,7 @@ class Linear(nnx.Module):
 
 def _contract(x: Array, kernel: Array, n: int, dtype=None) -> Array:
     """Contract the last n axes of x and the first n of a kernel; dtype: the result's or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    one = mesh.empty or mesh.size == 1
-    if not (one and jax.default_backend() == "cpu" and _AS_MATRICES.get()):
+    if several_devices() or jax.default_backend() != "cpu" or not _AS_MATRICES.get():
         axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=dtype)
     # As matrices: of several axes, XLA's CPU backend transposes x for the gradient of the kernel,

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax.ops import implementations
 from mmjax.parallel import context
-from mmjax.parallel.sharding import spec
+from mmjax.parallel.sharding import several_devices, spec
 
 IMPLEMENTATIONS = ("auto", *implementations.TABLE)
 
@@ -83,9 +83,9 @@ def _on_each_device(run, q, k, v, ranges, slopes, causal, partitions: bool):
 
     partitions: XLA can cut ``run`` over devices by itself; for a kernel it would gather all.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not several_devices():
         return run(q, k, v, ranges, slopes, causal=causal)
+    mesh = jax.sharding.get_abstract_mesh()
     (batch, *_, heads, _), kv_heads = spec("batch", None, "heads", None), spec("kv_heads")[0]
     ways = math.prod(mesh.shape[axis] for axis in batch)
     if q.shape[0] % ways:  # a generation batch smaller than the mesh
