@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("sources", nargs="+", metavar="SRC:WEIGHT")
+    what = "a model and its weight, such as runs/a/model:0.3"
+    parser.add_argument("sources", nargs="+", metavar="SRC:WEIGHT", help=what)
     parser.add_argument("--out", required=True, metavar="DST", help="the folder to write")
     add_parts(parser)
     add_dtype(parser, "keep", "bfloat16", "float32")

@@ -390,5 +390,6 @@ def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[s
         if (folder / str(step)).is_dir():
             told = (str(error).strip() or repr(error)).splitlines()[0][:_SHOWN]
             why = f"cannot be read: files of it are missing, damaged, or being removed ({told})"
-        raise MMJaxError(f"checkpoint {step} of {workdir} {why}; give another") from error
+        fix = "give another, or the workdir, once more, for its newest"
+        raise MMJaxError(f"checkpoint {step} of {workdir} {why}; {fix}") from error
     raise MMJaxError(f"checkpoint {step} of {workdir} does not fit the model: {problem}")
