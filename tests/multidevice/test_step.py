@@ -18,6 +18,7 @@ from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import batch_sharding
 from mmjax.train import optim, state, step
 from mmjax.train.loss import LossOptions
+from mmjax.train.rows import Rows
 from mmjax.train.step import BadStepSettings
 from mmjax.types import MMJaxError
 from tests import tiny
@@ -161,8 +162,9 @@ def test_masks_are_drawn_anew_for_each_seed_step_and_microbatch():
     tx, found = optax.sgd(0.0), {}
     for seed in (0, 1):
         fn = step.make_train_step(
-            graphdef, tx, lambda _: 0.0, loss=LossOptions(2), accumulate=2, seed=seed
-        )
+            graphdef, tx, lambda n: n + 0.5, loss=LossOptions(2), accumulate=2, seed=seed,
+            rates={"head": 0.1},
+        )  # fmt: skip
         fn = jax.jit(fn)
         for number in (0, 1, 0):
             train = state.TrainState(jnp.int32(number), params, tx.init(params))
@@ -170,6 +172,28 @@ def test_masks_are_drawn_anew_for_each_seed_step_and_microbatch():
             assert found.setdefault((seed, number), losses) == losses
     losses = list(itertools.chain(*found.values()))
     assert len(losses) == len(set(losses)) == 8
+    # Without a target nothing is lost, nothing is bad and nothing is divided by none.
+    batch["target_index"], batch["segment_ids"] = -one[:, :1], np.int32([[1, 0], [0, 0]])
+    train = state.TrainState(jnp.int32(3), params, tx.init(params))
+    after, metrics = jax.device_get(fn(train, nnx.State({}), batch))
+    for name in ("loss", "grad_norm", "target_tokens", "bad", "source_loss", "source_targets"):
+        assert not np.any(metrics[name]), name
+    assert (metrics["tokens"], metrics["padding"], after.step) == (1, 0.75, 4)
+    np.testing.assert_allclose([metrics["lr"], metrics["lr/head"]], [3.5, 0.35])
+
+
+def test_a_step_moves_the_trained_rows_alone_and_tells_the_norm_of_their_gradient():
+    """Decay would move the others; the norm is of what training has, not of what it does."""
+    graphdef, params = nnx.split(Dropped())
+    one, tx = np.ones((2, 2), np.int32), optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5))
+    batch = dict(tokens=one, segment_ids=one, target_index=one[:, :1])
+    fn = step.make_train_step(graphdef, tx, lambda _: 0.5, rows={"head": Rows(1, (1, 3))})
+    train = state.TrainState(jnp.int32(0), params, tx.init(params))
+    after, metrics = jax.jit(fn)(train, nnx.State({}), batch)
+    old, new = (np.asarray(t.params["head"][...]) for t in (train, after))
+    assert np.flatnonzero(np.any(old != new, axis=0)).tolist() == [1, 3]
+    grads = ((old - new) / 0.5 - 0.1 * old)[:, [1, 3]]
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((grads**2).sum()), rtol=1e-5)
 
 
 class Steep(Dropped):
