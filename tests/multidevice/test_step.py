@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmjax.nn import paths
 from mmjax.nn.dropout import drop
@@ -168,8 +169,11 @@ def test_masks_are_drawn_anew_for_each_seed_step_and_microbatch():
         fn = jax.jit(fn)
         for number in (0, 1, 0):
             train = state.TrainState(jnp.int32(number), params, tx.init(params))
-            losses = fn(train, nnx.State({}), batch)[1]["source_loss"].tolist()
-            assert found.setdefault((seed, number), losses) == losses
+            metrics = fn(train, nnx.State({}), batch)[1]
+            losses = metrics["source_loss"].tolist()
+            assert (
+                metrics["target_tokens"] == 2 and found.setdefault((seed, number), losses) == losses
+            )
     losses = list(itertools.chain(*found.values()))
     assert len(losses) == len(set(losses)) == 8
     # Without a target nothing is lost, nothing is bad and nothing is divided by none.
@@ -187,13 +191,30 @@ def test_a_step_moves_the_trained_rows_alone_and_tells_the_norm_of_their_gradien
     graphdef, params = nnx.split(Dropped())
     one, tx = np.ones((2, 2), np.int32), optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5))
     batch = dict(tokens=one, segment_ids=one, target_index=one[:, :1])
-    fn = step.make_train_step(graphdef, tx, lambda _: 0.5, rows={"head": Rows(1, (1, 3))})
+    options = dict(rows={"head": Rows(1, (1, 3))}, loss=LossOptions(chunk=1))
+    fn = jax.jit(step.make_train_step(graphdef, tx, lambda _: 0.5, **options))
     train = state.TrainState(jnp.int32(0), params, tx.init(params))
-    after, metrics = jax.jit(fn)(train, nnx.State({}), batch)
+    assert "while" in fn.lower(train, nnx.State({}), batch).as_text()  # a target after the other
+    after, metrics = fn(train, nnx.State({}), batch)
     old, new = (np.asarray(t.params["head"][...]) for t in (train, after))
     assert np.flatnonzero(np.any(old != new, axis=0)).tolist() == [1, 3]
     grads = ((old - new) / 0.5 - 0.1 * old)[:, [1, 3]]
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((grads**2).sum()), rtol=1e-5)
+
+
+def test_microbatches_have_rows_of_every_device_and_the_state_is_written_in_place():
+    graphdef, params = nnx.split(Dropped())
+    one, tx = np.ones((4, 2), np.int32), optax.sgd(1.0)
+    with use(make_mesh({"data": 2}, jax.devices()[:2])) as mesh:
+        batch = dict(tokens=one, segment_ids=one, target_index=one[:, :1])
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        train = state.TrainState(jnp.int32(0), params, tx.init(params))
+        train = jax.device_put(train, NamedSharding(mesh, PartitionSpec()))
+        fn = step.make_train_step(graphdef, tx, lambda _: 0.5, accumulate=2)
+        fn = step.compile_step(fn, train)
+        text = fn.lower(train, nnx.State({}), batch).compile().as_text()
+    assert "input_output_alias" in text and "all-reduce" in text
+    assert not re.search("all-gather|all-to-all|collective-permute", text)  # no row travels
 
 
 class Steep(Dropped):
