@@ -92,6 +92,7 @@ def test_weights_are_those_of_the_sources_by_name():
     names = ("laion", "mmc4")
     assert source_weights(None, names) is None
     assert source_weights({"mmc4": 1, "laion": 0.2}, names) == (0.2, 1.0)
+    assert source_weights({"mmc4": 1, "laion": 0}, names[::-1]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,7 @@ def test_weights_are_those_of_the_sources_by_name():
         ({"laion": -1.0, "mmc4": 1.0}, "from 0 up"),
         ({"laion": 0.0, "mmc4": 0.0}, "at least above 0"),
         ({"laion": float("nan"), "mmc4": 1.0}, "from 0 up"),
+        ({"laion": float("inf"), "mmc4": 1.0}, "from 0 up"),
     ],
 )
 def test_weights_that_cannot_be_meant_are_named(weights, says):
