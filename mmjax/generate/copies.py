@@ -14,7 +14,11 @@ from mmjax.parallel.sharding import several_devices
 WHOLE = "whole"
 """Gathered over fsdp once: every token would fetch what other devices hold. Layers stay stacked."""
 APART = "apart"
-"""That, and layer by layer: a scan copies each layer out of its stack for every token."""
+"""That, and layer by layer: a scan copies each layer out of its stack for every token. The prefill,
+where that costs little, scans: layer by layer it takes several times as long to compile."""
+APART_FIRST = "apart first"
+"""Layer by layer in the prefill too, for CPUs: no stacked cache ever exists, whose pages would be
+new with each call and cost more than what is written into them. A scan copies it there, too."""
 
 
 def choose(params: nnx.State, kept: int, beside: int) -> str | None:

@@ -152,7 +152,7 @@ class Generator:
     def _copy(self, params: nnx.State, b: int, room: int) -> str | None:
         """Return which copy of the weights b prompts and their answers leave room for."""
         if jax.default_backend() == "cpu":
-            return copies.APART
+            return copies.APART_FIRST
 
         def init(params):
             model = nnx.merge(self.graphdef, params)
@@ -179,12 +179,12 @@ def _generate(how, room, copy, params, batch, lengths, draws, ranking, max_new, 
     layers = None
     if copy is not None:
         copies.gather(model)
-    if copy == copies.APART:
-        # On a CPU a scan copies its cache too. No stacked cache ever exists: there its pages would
-        # be new with each call, and cost more than what is written into them.
+    if copy == copies.APART_FIRST:
         layers, cache = model.unstack(), cache.unstack()
     # The head runs on each prompt's last position only.
     hidden, cache = model.prefill(batch, lengths, cache, layers)
+    if copy == copies.APART:
+        layers, cache = model.unstack(), cache.unstack()
     logits = model.logits(hidden)
     if how.beams.num_beams > 1:
         cache = cache.take(jnp.repeat(jnp.arange(b), how.beams.num_beams))

@@ -88,7 +88,7 @@ def test_decoding_on_a_cpu_copies_no_cache(model, rows, dtype):
     how = Generator(graphdef, eos=(), cache_dtype=dtype)
     draws = jax.random.key(0), np.zeros(rows, np.int32), how.sampling.numbers()
     some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(4), jnp.int32(rows)
-    lowered = _generate.lower(how, room, copies.APART, params, *some)
+    lowered = _generate.lower(how, room, copies.APART_FIRST, params, *some)
     text = lowered.compile(compiler_options=compiler_options.LIBRARY).as_text()
     c = model.config.decoder
     sizes = f"1,{rows},{c.num_kv_heads},{room}"
@@ -115,7 +115,7 @@ class Device:
 def test_a_gpu_takes_layers_apart_where_it_has_room_for_a_second_copy(model, monkeypatch):
     graphdef, params = nnx.split(model)
     how = Generator(graphdef, eos=(), beside=1000)
-    assert how._copy(params, 2, 64) == "apart"  # a CPU has room
+    assert how._copy(params, 2, 64) == "apart first"  # a CPU has room
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     kept = sum(x.nbytes for x in jax.tree.leaves(model.init_cache(2, 64)))
     need = 2 * weights + kept * 3 // 2 + 1000

@@ -50,7 +50,7 @@ def test_weights_travel_once_an_answer_and_not_once_a_token(tied):
         params = jax.device_put(params, parameter_shardings(params, mesh))
         draws = jax.random.key(0), np.zeros(4, np.int32), how.sampling.numbers()
         some = batch, lengths, draws, how.beams.ranking(room), jnp.int32(6), jnp.int32(4)
-        for copy in (None, copies.WHOLE, copies.APART):
+        for copy in (None, copies.WHOLE, copies.APART_FIRST):
             run = _generate.lower(how, room, copy, params, *some).compile()
             tokens, counts = run(params, *some)
             got = [row[:n].tolist() for row, n in zip(tokens[:, 0], counts[:, 0], strict=True)]

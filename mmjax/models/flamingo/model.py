@@ -54,8 +54,9 @@ class FlamingoCache:
         return self.text.length
 
     def unstack(self) -> FlamingoCache:
-        """Return the empty cache with a buffer for each layer; ``prefill`` fills in the media."""
-        return dataclasses.replace(self, text=self.text.unstack())
+        """Return the cache with a buffer for each layer, and once it is filled each gated block."""
+        k, v = (None if x is None else tuple(x) for x in (self.k, self.v))
+        return dataclasses.replace(self, text=self.text.unstack(), k=k, v=v)
 
     def take(self, rows: Array) -> FlamingoCache:
         """Return the cache of the rows int32[b'], which may repeat."""
