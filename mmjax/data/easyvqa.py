@@ -35,7 +35,8 @@ class EasyVQASource:
     told: text alone; where a picture would stand, its caption stands. Pictures without one (see
     ``EasyVQACaptions``) are left out.
     meta: ``answers`` (one), ``group`` (told from the answer), ``image_id``.
-    Raises MMJaxError when the package is not installed, or for an unknown split or group.
+    Raises MMJaxError when the package is not installed, for an unknown split or group, or where no
+    question is kept.
     """
 
     def __init__(

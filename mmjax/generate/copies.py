@@ -26,8 +26,8 @@ def choose(params: nnx.State, kept: int, beside: int) -> str | None:
 
     params: as they lie. kept: bytes of keys and values on a device. beside: other bytes that stay
     there. A copy counts in the dtype of the parameters, though it is made in the compute dtype,
-    and half as much again as ``kept`` is for the prefill. Several devices keep layers stacked: one
-    by one they would compile for longer than most answers take.
+    and half as much again as ``kept`` is for the prefill. Several devices keep layers stacked,
+    which compiles faster; what a token takes either way is not measured.
 
     It goes by the memory that JAX may take, not by what is free at the moment: programs may round
     differently, and a run that goes on must answer as one that was never stopped.
