@@ -148,7 +148,8 @@ def resize(image: Image.Image, width: int, height: int, resample: int = 2) -> np
     """Resize with Pillow's antialiased filter (2 is bilinear) into uint8[h,w,c].
 
     First along the rows, then along the columns, with grey levels in between, as torchvision does;
-    Pillow in one call picks the cheaper order, which moves some values by one grey level. Each pass
+    Pillow in one call picks the cheaper order, which moves some values by one grey level, and more
+    with the filters that overshoot (1 and 3), for what leaves 0 to 255 is cut in between. Each pass
     of a large image is cut into stripes for threads (Pillow lets the interpreter go while it
     works); a pass never looks across its stripes, so the result is the same bit for bit.
     """

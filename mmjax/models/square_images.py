@@ -23,6 +23,14 @@ from mmjax.data.images import (
     source_name,
     to_rgb,
 )
+from mmjax.models.image_settings import (
+    check_colours,
+    check_filter,
+    check_keys,
+    check_rescaled,
+    is_count,
+    merged,
+)
 from mmjax.models.json_files import read_json
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
 from mmjax.types import BadSample, ImageSource, MMJaxError
@@ -60,7 +68,9 @@ class SquareImages:
     def __post_init__(self) -> None:
         """Raise MMJaxError for settings that no pipeline has."""
         self.check_word("fit", Fit)
-        self.check_counts("image_size")
+        self.check_counts("image_size", *["shortest_edge"] * (self.shortest_edge is not None))
+        check_filter(self.resample)
+        check_colours(self.image_mean, self.image_std)
         if self.shortest_edge is not None and self.shortest_edge < self.image_size:
             raise MMJaxError(
                 f"shortest_edge = {self.shortest_edge} is less than the {self.image_size} pixels "
@@ -76,7 +86,7 @@ class SquareImages:
     def check_counts(self, *names: str) -> None:
         """Raise MMJaxError where a field is no number from 1 up."""
         for name in names:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not is_count(getattr(self, name)):
                 raise MMJaxError(f"{name} is {getattr(self, name)!r}; give a number from 1 up")
 
     def check_model(self, image_size: int, config: Any) -> None:
@@ -146,18 +156,17 @@ class SquareImages:
 
         Raises MMJaxError on settings mmjax cannot follow.
         """
-        data = {**data, **(data.get("image_processor") or {})}
+        data = merged(data)
         crop = data.get("do_center_crop", True)
         data = {key: value for key, value in data.items() if value is not None}
-        for key in ("do_resize", "do_rescale", "do_normalize"):
-            if data.get(key) is False:
-                raise MMJaxError(f"{key} = false: a tower expects resized, normalised pixels")
-        factor = data.get("rescale_factor", 1 / 255)
-        if abs(factor * 255 - 1) > 1e-6:
-            raise MMJaxError(f"rescale_factor = {factor}: only 1/255 is supported")
+        steps = ("do_resize", "do_rescale", "do_normalize")
+        check_rescaled(data, steps, "a tower expects resized, normalised pixels")
         siglip = str(data.get("image_processor_type")).startswith("Siglip")
         size = data.get("size", cls.image_size)
-        shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size
+        shortest = size
+        if isinstance(size, Mapping):
+            check_keys(size, (("shortest_edge",), ("height", "width")))
+            shortest = size.get("shortest_edge")
         squash = shortest is None
         side = _square(size, "size") if squash else shortest
         if not squash and not crop:
@@ -176,11 +185,14 @@ class SquareImages:
             "image_size": image_size,
             "shortest_edge": None if side == image_size else side,
             "fit": "squash" if squash else "crop_down",
-            "resample": int(data.get("resample", cls.resample)),
-            "image_mean": tuple(data.get("image_mean", SIGLIP_MEAN if siglip else CLIP_MEAN)),
-            "image_std": tuple(data.get("image_std", SIGLIP_STD if siglip else CLIP_STD)),
+            "resample": data.get("resample", cls.resample),
+            "image_mean": _each(data.get("image_mean", SIGLIP_MEAN if siglip else CLIP_MEAN)),
+            "image_std": _each(data.get("image_std", SIGLIP_STD if siglip else CLIP_STD)),
         }
-        own = {k: v for k, v in data.get(_OWN, {}).items() if k in cls.OWN}
+        stated = data.get(_OWN, {})
+        if not isinstance(stated, Mapping):
+            raise MMJaxError(f"{_OWN} = {stated!r}: expected an object of settings")
+        own = {k: v for k, v in stated.items() if k in cls.OWN}
         return cls(**{**fields, **own})
 
     def to_hf(self) -> dict[str, Any]:
@@ -220,6 +232,11 @@ def read_image_file(folder: str | os.PathLike) -> dict[str, Any] | None:
 def is_own(data: Mapping[str, Any] | None) -> bool:
     """Tell whether mmjax wrote such a file: it then holds every setting."""
     return bool(data) and _OWN in data
+
+
+def _each(value: Any) -> Any:
+    """Return one value a channel: of a list as they are, of a number the same three times."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * 3
 
 
 def _square(value: Any, name: str) -> int:

@@ -11,11 +11,23 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.images import MAX_PIXELS
+from mmjax.models.image_settings import (
+    check_colours,
+    check_filter,
+    check_keys,
+    check_rescaled,
+    is_count,
+    is_number,
+    merged,
+)
 from mmjax.models.json_files import read_json
 from mmjax.types import MMJaxError
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _OPEN_KEY = "mmjax_max_size"  # beside HF's ``size``, which cannot say "no limit"
+
+_OPEN = ("max_height", "max_width", "max_image_tokens", "max_pixels")
+_LEAST = {"patch_size": 1, "num_channels": 1, **dict.fromkeys(_OPEN, 1), "max_image_tokens": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +59,20 @@ class ProcessorConfig:
     eos_token_id: int = 71013
     pad_token_id: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise MMJaxError for settings that no pipeline has."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not (is_count(value, least) or (value is None and name in _OPEN)):
+                none = ", or None for no limit" * (name in _OPEN)
+                raise MMJaxError(f"{name} is {value!r}; give a number from {least} up{none}")
+        check_filter(self.resample)
+        check_colours(self.image_mean, self.image_std, self.num_channels)
+        if not is_number(self.padding_value) or not 0 <= self.padding_value <= 255:
+            raise MMJaxError(
+                f"padding_value is {self.padding_value!r}; give a grey level from 0 to 255"
+            )
+
     @property
     def patch_dim(self) -> int:
         """Values in one patch."""
@@ -64,13 +90,8 @@ class ProcessorConfig:
         ``size`` and ``patch_size`` may be numbers or dicts; the first release's ``target_height``
         and ``target_width`` are understood. Raises MMJaxError on settings mmjax cannot follow.
         """
-        data = {**data, **data.get("image_processor", {})}
-        for key in ("do_rescale", "do_normalize"):
-            if data.get(key) is False:
-                raise MMJaxError(f"{key} = false: Fuyu expects normalised pixels; remove it")
-        factor = data.get("rescale_factor", 1 / 255)
-        if abs(factor * 255 - 1) > 1e-6:
-            raise MMJaxError(f"rescale_factor = {factor}: only 1/255 is supported")
+        data = {key: value for key, value in merged(data).items() if value is not None}
+        check_rescaled(data, ("do_rescale", "do_normalize"), "Fuyu expects normalised pixels")
         if data.get("padding_mode", "constant") != "constant":
             raise MMJaxError(
                 f"padding_mode = {data['padding_mode']!r}: only 'constant' is supported"
@@ -81,7 +102,7 @@ class ProcessorConfig:
         if data.get("do_resize") is False:
             height = width = None
         if _OPEN_KEY in data:
-            height, width = data[_OPEN_KEY]
+            height, width = _height_width(data[_OPEN_KEY], _OPEN_KEY)
         sides = _height_width(data.get("patch_size") or cls.patch_size, "patch_size")
         if sides[0] != sides[1]:
             raise MMJaxError(f"patch_size = {sides}: Fuyu's patches are square")
@@ -90,7 +111,7 @@ class ProcessorConfig:
             max_height=height,
             max_width=width,
             max_image_tokens=data.get("max_image_tokens"),
-            resample=int(data.get("resample", cls.resample)),
+            resample=data.get("resample", cls.resample),
             padding_value=data.get("padding_value", cls.padding_value),
             image_mean=_number_or_tuple(data.get("image_mean", cls.image_mean)),
             image_std=_number_or_tuple(data.get("image_std", cls.image_std)),
@@ -161,6 +182,8 @@ class ProcessorConfig:
 def _height_width(value: Any, name: str) -> tuple[int | None, int | None]:
     """Read a side given as a number, a pair or a dict."""
     if isinstance(value, Mapping):
+        if value:
+            check_keys(value, (("height", "width"),))
         return value.get("height"), value.get("width")
     if isinstance(value, int):
         return value, value
@@ -171,4 +194,4 @@ def _height_width(value: Any, name: str) -> tuple[int | None, int | None]:
 
 def _number_or_tuple(value: Any) -> float | tuple[float, ...]:
     """Make a JSON list hashable."""
-    return tuple(value) if isinstance(value, list | tuple) else float(value)
+    return tuple(value) if isinstance(value, list) else value

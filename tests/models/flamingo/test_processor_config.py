@@ -18,6 +18,18 @@ from mmjax.types import MMJaxError
         ({"size": {"shortest_edge": 8}, "do_center_crop": False}, "would not be square"),
         ({"size": {"shortest_edge": 8}, "crop_size": 9}, "shortest_edge = 8 is less than the 9"),
         ({"size": {"height": 8, "width": 8}, "crop_size": 6}, "a squashed picture is not cropped"),
+        # The peer shortens the longer side to 16 then: another picture, not another word.
+        ({"size": {"shortest_edge": 8, "longest_edge": 16}}, "longest_edge.*cannot be followed"),
+        ({"size": {"max_height": 8, "max_width": 8}}, "it takes shortest_edge or height and width"),
+        ({"size": "8"}, "image_size is '8'"),
+        ({"image_processor": [8]}, "image_processor = .*expected an object"),
+        ({"mmjax": [8]}, "mmjax = .*expected an object"),
+        ({"rescale_factor": [1]}, "only 1/255"),
+        ({"resample": "bicubic"}, "resample is 'bicubic'; give one of Pillow's filters: 0 nearest"),
+        ({"resample": 6}, "resample is 6"),
+        ({"image_mean": [0.5, 0.5]}, "give a number, or 3: one a channel"),
+        ({"image_std": {"r": 1}}, "image_std is .*give a number"),
+        ({"image_std": [0.5, 0, 0.5]}, "what divides pixels cannot be 0"),
     ],
 )
 def test_files_that_cannot_be_followed(data, says):
@@ -57,6 +69,8 @@ def test_null_in_a_file_says_nothing():
     assert ProcessorConfig.from_hf({"image_processor": said | none}) == want
     assert ProcessorConfig.from_hf(said | {"crop_size": 6}).image_size == 8  # not cropped
     assert ProcessorConfig.from_hf(said | {"do_center_crop": True}) == want
+    one = ProcessorConfig.from_hf(said | {"image_mean": 0.5, "image_std": 0.5})  # for all channels
+    assert one.image_mean == one.image_std == (0.5, 0.5, 0.5)
 
 
 def test_what_a_files_format_has_no_word_for_is_kept():

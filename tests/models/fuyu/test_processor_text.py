@@ -293,11 +293,25 @@ def test_hub_files_are_read(tmp_path, file, data, want):
         ({"rescale_factor": 1.0}, "rescale_factor"),
         ({"padding_mode": "reflect"}, "reflect"),
         ({"size": "big"}, "big"),
+        ({"size": {"longest_edge": 8}}, "it takes height and width"),
+        ({"size": {"height": 0, "width": 8}}, "max_height is 0; give a number from 1 up, or None"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"max_image_tokens": 1}, "max_image_tokens is 1; give a number from 2 up"),
+        ({"resample": "bilinear"}, "resample is 'bilinear'"),
+        ({"padding_value": [1]}, "give a grey level from 0 to 255"),
+        ({"image_mean": "x"}, "image_mean is 'x'"),
+        ({"image_std": 0}, "cannot be 0"),
+        ({"image_processor": "x"}, "expected an object"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(data, match):
     with pytest.raises(MMJaxError, match=match):
         ProcessorConfig.from_hf(data)
+
+
+def test_null_in_a_file_says_nothing():
+    none = dict.fromkeys(("image_processor", "size", "patch_size", "image_mean", "resample"))
+    assert ProcessorConfig.from_hf(none | {"rescale_factor": None}) == ProcessorConfig()
 
 
 def test_json_errors_name_the_file(tmp_path):
