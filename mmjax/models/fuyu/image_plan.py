@@ -20,7 +20,7 @@ from mmjax.data.images import (
     to_rgb,
 )
 from mmjax.models.fuyu.processor_config import ProcessorConfig
-from mmjax.types import BadSample, ImageSource, MMJaxError
+from mmjax.types import BadSample, ImageSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +94,7 @@ def fitted_size(width: int, height: int, config: ProcessorConfig) -> tuple[int, 
     fitted = fit_size(width, height, config.max_width, config.max_height)
     if config.max_image_tokens is None:
         return fitted
-    within = largest_within(*fitted, config.patch_size, config.max_image_tokens)
-    if within is None:
-        raise MMJaxError(
-            f"max_image_tokens = {config.max_image_tokens}: one patch and its row end need 2"
-        )
-    return within
+    return largest_within(*fitted, config.patch_size, config.max_image_tokens)
 
 
 def largest_within(width: int, height: int, patch: int, tokens: int) -> tuple[int, int] | None:

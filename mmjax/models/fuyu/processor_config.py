@@ -96,14 +96,14 @@ class ProcessorConfig:
             raise MMJaxError(
                 f"padding_mode = {data['padding_mode']!r}: only 'constant' is supported"
             )
-        height, width = _height_width(data.get("size") or {}, "size")
-        height = height or data.get("target_height", cls.max_height)
-        width = width or data.get("target_width", cls.max_width)
+        height, width = _height_width(data.get("size", {}), "size")
+        height = data.get("target_height", cls.max_height) if height is None else height
+        width = data.get("target_width", cls.max_width) if width is None else width
         if data.get("do_resize") is False:
             height = width = None
         if _OPEN_KEY in data:
             height, width = _height_width(data[_OPEN_KEY], _OPEN_KEY)
-        sides = _height_width(data.get("patch_size") or cls.patch_size, "patch_size")
+        sides = _height_width(data.get("patch_size", cls.patch_size), "patch_size")
         if sides[0] != sides[1]:
             raise MMJaxError(f"patch_size = {sides}: Fuyu's patches are square")
         return cls(

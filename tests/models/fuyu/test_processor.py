@@ -10,7 +10,7 @@ from tiny_tokenizer import build_tiny_tokenizer
 
 from mmjax.data.templates import fuyu_prompt, fuyu_spaced_prompt
 from mmjax.data.tokenizers_small import build_word_tokenizer
-from mmjax.models.fuyu.image_plan import fitted_size, largest_within
+from mmjax.models.fuyu.image_plan import largest_within
 from mmjax.models.fuyu.model import FuyuConfig
 from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
 from mmjax.models.fuyu.special_tokens import check_vocabulary
@@ -95,8 +95,8 @@ def test_no_cap_and_token_cap():
     assert budget.image_tokens(449, 449) == budget.image_tokens(448, 448)
     assert 200 <= budget.image_tokens(1920, 1080) <= 240
     assert budget.with_options(max_image_tokens=None).image_tokens(1920, 1080) == 2340
-    with pytest.raises(MMJaxError, match="max_image_tokens = 1"):
-        fitted_size(100, 100, ProcessorConfig(max_image_tokens=1))
+    with pytest.raises(MMJaxError, match="max_image_tokens is 1; give a number from 2 up"):
+        ProcessorConfig(max_image_tokens=1)
 
 
 def test_largest_within_is_the_largest():
