@@ -44,6 +44,9 @@ def test_stablelm_epoch_says_the_same_in_other_words():
     "said, names",
     [
         (dict(model_type="phi", qk_layernorm=True), "qk_layernorm True"),
+        (dict(model_type="phi", tie_word_embeddings=True), "tie_word_embeddings True"),
+        (dict(model_type="llama", partial_rotary_factor=0.5), "llama .* partial_rotary_factor 0.5"),
+        (dict(model_type="gpt_neox", rotary_pct=0.375), "rotate 3 of a head's 8 dimensions"),
         (dict(model_type="phi3", num_key_value_heads=2), "num_key_value_heads 2"),
         (dict(model_type="phi3", rope_scaling={"type": "su"}), "phi3 model says rope_type 'su'"),
         (dict(model_type="qwen2", use_sliding_window=True), "use_sliding_window True"),
@@ -61,7 +64,7 @@ def test_stablelm_epoch_says_the_same_in_other_words():
         (dict(model_type="stablelm", rotary_scaling_factor=2.0), "rotary_scaling_factor 2.0"),
         (dict(**MPT, tie_word_embeddings=False), "tie_word_embeddings False"),
         (dict(**MPT, norm_type="rmsnorm"), "norm_type 'rmsnorm'"),
-        (dict(**MPT, attn_config={"rope": True}), "rope True"),
+        (dict(**MPT, attn_config={"rope": True, "model_type": ""}), "a mpt model says rope True"),
         (dict(**MPT, attn_config={"sliding_window_size": 4}), "sliding_window_size 4"),
         (dict(**MPT, ffn_config={"ffn_type": "mptglu"}), "ffn_type 'mptglu'"),
         (dict(MPT, model_type="mosaic_gpt", alibi=False), "alibi False"),

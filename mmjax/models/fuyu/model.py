@@ -11,7 +11,7 @@ from jax import Array
 
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
-from mmjax.models.language.architecture import rope_kind, stated_token
+from mmjax.models.language.architecture import check_rotation, rope_kind, stated_token
 from mmjax.models.undone import tell_undone
 from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, Linear, LoRA
@@ -104,6 +104,7 @@ class FuyuConfig:
             residual_dropout=float(pick("hidden_dropout", 0.0)),
             residual_dropout_on="mlp",
         )
+        check_rotation(decoder, "fuyu")
         tell_undone({**hf, **nested, "model_type": "fuyu"})
         plain = ("patch_size", "num_channels", "image_token_id")
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")

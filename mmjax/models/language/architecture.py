@@ -47,7 +47,9 @@ class Architecture:
                 f"config.json of a {self.model_type} model does not say {error.args[0]}; give the "
                 "one that was published with the weights, or state it"
             ) from error
-        tell_undone({"model_type": self.model_type, **hf, **(hf.get("attn_config") or {})})
+        check_rotation(found, self.model_type)
+        # transformers 5 writes a model_type of "" among the values of attention.
+        tell_undone({**hf, **(hf.get("attn_config") or {}), "model_type": self.model_type})
         return found
 
 
@@ -78,12 +80,13 @@ _LLAMA3 = {
 }
 
 
-def rope_of(hf: Mapping[str, Any], theta: float, fraction: float = 1.0) -> dict[str, Any]:
+def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict[str, Any]:
     """Return the decoder's ``rope_...`` values from any of the places transformers keeps them.
 
-    theta, fraction: where nothing is stated. Where both are, ``rope_scaling`` wins over
-    ``rope_parameters``, as in transformers. Raises MMJaxError for a rotation that is scaled in
-    another way than Llama 3.1's.
+    theta, fraction: where nothing is stated; a fraction of None is that of an architecture that
+    rotates whole heads, where transformers reads none or fails. Where both are, ``rope_scaling``
+    wins over ``rope_parameters``, as in transformers. Raises MMJaxError for a rotation that is
+    scaled in another way than Llama 3.1's, and for a part of a head where none may be stated.
     """
     new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     kind, stated = rope_kind(old or new), {**new, **old}
@@ -101,12 +104,33 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float = 1.0) -> dict[
         values = (place.get(key) for place in (stated, hf) for key in keys)
         return float(next((value for value in values if value is not None), default))
 
+    part = pick("partial_rotary_factor", "rotary_pct", "rope_pct", default=fraction or 1.0)
+    if fraction is None and part != 1.0:
+        raise MMJaxError(
+            f"config.json of a {hf.get('model_type')} model says partial_rotary_factor {part:g}; "
+            "supported is 1.0, for its heads are rotated whole. Remove it if the weights were "
+            "trained so, as transformers runs them"
+        )
     scaled = {ours: stated[theirs] for ours, theirs in _LLAMA3.items()} if kind == "llama3" else {}
     return {
         "rope_theta": pick("rope_theta", "rotary_emb_base", default=theta),
-        "rope_fraction": pick("partial_rotary_factor", "rotary_pct", "rope_pct", default=fraction),
+        "rope_fraction": part,
         "rope_scaling": rope.Llama3Scaling(**scaled) if scaled else None,
     }
+
+
+def check_rotation(c: DecoderConfig, model_type: str) -> None:
+    """Raise MMJaxError unless the rotated part of a head is made of pairs.
+
+    Of an odd one transformers' GPT-NeoX and Phi-3 rotate one dimension more; its others fail.
+    """
+    rotated = int(c.head_dim * c.rope_fraction)
+    if c.position == "rope" and (rotated < 2 or rotated % 2):
+        raise MMJaxError(
+            f"config.json of a {model_type} model says to rotate {rotated} of a head's "
+            f"{c.head_dim} dimensions (partial_rotary_factor {c.rope_fraction:g}), which makes no "
+            "pairs; state the sizes that the weights were trained with"
+        )
 
 
 def rope_kind(stated: Mapping[str, Any]) -> str:

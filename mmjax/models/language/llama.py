@@ -14,8 +14,8 @@ from mmjax.weights.rules import Rule
 LAYER = "model.layers.{l}."
 
 
-def read(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Return the decoder of a LLaMA config.json."""
+def read(hf: Mapping[str, Any], fraction: float | None = None) -> DecoderConfig:
+    """Return the decoder of a LLaMA config.json; fraction: see ``rope_of``."""
     refuse(hf, hidden_act="silu")
     heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
     bias = bool(hf.get("attention_bias", False))
@@ -38,7 +38,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
         max_positions=hf.get("max_position_embeddings", 2048),
         init_std=hf.get("initializer_range", 0.02),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        **rope_of(hf, 10_000.0),
+        **rope_of(hf, 10_000.0, fraction),
     )
 
 

@@ -73,7 +73,7 @@ def read_mpt(hf: Mapping[str, Any]) -> DecoderConfig:
     ``attn_config.qk_ln`` and ``alibi_bias_max`` are obeyed; transformers' modeling_mpt.py reads
     neither: it has no query and key norms, and its steepest slope is always that of 8.
     """
-    attn = {**hf, **(hf.get("attn_config") or {})}
+    attn = {**hf, **(hf.get("attn_config") or {}), "model_type": hf.get("model_type")}
     refuse(
         attn, alibi=True, rope=False, attn_type="multihead_attention", prefix_lm=False,
         softmax_scale=None, sliding_window_size=-1,

@@ -21,6 +21,9 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
     states it and has one.
     """
     refuse(hf, hidden_act="gelu_new", qk_layernorm=False)
+    head_bias = bool(hf.get("lm_head_bias", True))
+    if head_bias:  # which a table has not
+        refuse(hf, tie_word_embeddings=(False, None))
     heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -39,7 +42,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
         max_positions=hf.get("max_position_embeddings", 2048),
         init_std=hf.get("initializer_range", 0.02),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        head_bias=bool(hf.get("lm_head_bias", True)),
+        head_bias=head_bias,
         **rope_of(hf, 10_000.0, 0.5),
     )
 

@@ -29,7 +29,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
             f"beside num_attention_heads {heads}; supported are models with as many of both "
             "(Phi-3-mini)"
         )
-    plain = llama.read({**hf, "attention_bias": False, "mlp_bias": False})
+    plain = llama.read({**hf, "attention_bias": False, "mlp_bias": False}, 1.0)
     window = hf.get("sliding_window")
     binds = window is not None and window < plain.max_positions
     return dataclasses.replace(

@@ -8,21 +8,20 @@ from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language import llama
-from mmjax.models.language.architecture import Architecture, refuse, rope_of
+from mmjax.models.language.architecture import Architecture, refuse
 
 
 def read(hf: Mapping[str, Any]) -> DecoderConfig:
     """Return the decoder of a StableLM config.json, also in the words of ``stablelm_epoch``."""
     refuse(hf, qk_layernorm=False, rotary_scaling_factor=1.0)
     return dataclasses.replace(
-        llama.read({**hf, "attention_bias": False, "mlp_bias": False}),
+        llama.read({**hf, "attention_bias": False, "mlp_bias": False}, 0.25),
         norm="layer",
         norm_eps=hf.get("layer_norm_eps", hf.get("norm_eps", 1e-5)),
         residual="shared" if hf.get("use_parallel_residual", False) else "sequential",
         residual_dropout=float(hf.get("hidden_dropout") or 0.0),
         residual_dropout_on="mlp",
         qkv_bias=bool(hf.get("use_qkv_bias", False)),
-        **rope_of(hf, 10_000.0, 0.25),
     )
 
 
