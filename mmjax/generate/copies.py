@@ -11,31 +11,27 @@ from mmjax.nn.embed import Embed
 from mmjax.nn.linear import Linear
 from mmjax.parallel.sharding import several_devices
 
-WHOLE = "whole"
-"""Gathered over fsdp once: every token would fetch what other devices hold. Layers stay stacked."""
 APART = "apart"
-"""That, and layer by layer: a scan copies each layer out of its stack for every token. The prefill,
-where that costs little, scans: layer by layer it takes several times as long to compile."""
+"""Layer by layer, whole over fsdp: for every token a scan copies each layer out of its stack, and a
+device fetches what others hold. The prefill, where both cost little, reads the weights where they
+lie: layer by layer it takes several times as long to compile."""
 APART_FIRST = "apart first"
-"""Layer by layer in the prefill too, for CPUs: no stacked cache ever exists, whose pages would be
-new with each call and cost more than what is written into them. A scan copies it there, too."""
+"""So in the prefill too, for CPUs: no stacked cache ever exists, whose pages would be new with each
+call and cost more than what is written into them. A scan copies it there, too."""
 
 
 def choose(params: nnx.State, kept: int, beside: int) -> str | None:
-    """Return which copy the devices of the mesh in use have room for: WHOLE, APART or None.
+    """Return which copy the devices of the mesh in use have room for: APART or None.
 
     params: as they lie. kept: bytes of keys and values on a device. beside: other bytes that stay
     there. A copy counts in the dtype of the parameters, though it is made in the compute dtype,
-    and half as much again as ``kept`` is for the prefill. Several devices keep layers stacked,
-    which compiles faster; what a token takes either way is not measured.
+    and half as much again as ``kept`` is for the prefill.
 
     It goes by the memory that JAX may take, not by what is free at the moment: programs may round
     differently, and a run that goes on must answer as one that was never stopped.
     """
     mesh = jax.sharding.get_mesh()
     several = several_devices()
-    if several and mesh.shape["fsdp"] == 1:
-        return None
     held = whole = 0
     for x in jax.tree.leaves(params):
         size = int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
@@ -43,14 +39,20 @@ def choose(params: nnx.State, kept: int, beside: int) -> str | None:
         whole += size * (mesh.shape["fsdp"] if several and _cut_by_fsdp(x) else 1)
     if _least_memory(mesh) < beside + held + whole + 1.5 * kept:
         return None
-    return WHOLE if several else APART
+    return APART
 
 
-def gather(model: nnx.Module) -> None:
-    """Make what runs for every token whole over fsdp, in the compute dtype; within a program."""
-    for _, part in nnx.iter_graph(model.each_token):
+def make(model: nnx.Module) -> tuple:
+    """Return the layers one by one, for a program to decode with.
+
+    They, and in the model what makes logits, are from now on whole over fsdp and in the compute
+    dtype.
+    """
+    layers = model.unstack()
+    for _, part in nnx.iter_graph((layers, model.to_logits)):
         if isinstance(part, Linear | Embed):
             part.gather()
+    return layers
 
 
 def _cut_by_fsdp(x: jax.Array) -> bool:

@@ -177,14 +177,12 @@ def _generate(how, room, copy, params, batch, lengths, draws, ranking, max_new, 
 
     cache = model.init_cache(b, room, how.cache_dtype)
     layers = None
-    if copy is not None:
-        copies.gather(model)
     if copy == copies.APART_FIRST:
-        layers, cache = model.unstack(), cache.unstack()
+        layers, cache = copies.make(model), cache.unstack()
     # The head runs on each prompt's last position only.
     hidden, cache = model.prefill(batch, lengths, cache, layers)
     if copy == copies.APART:
-        layers, cache = model.unstack(), cache.unstack()
+        layers, cache = copies.make(model), cache.unstack()
     logits = model.logits(hidden)
     if how.beams.num_beams > 1:
         cache = cache.take(jnp.repeat(jnp.arange(b), how.beams.num_beams))

@@ -50,7 +50,7 @@ class Model(Protocol):
     """
 
     config: Config
-    each_token: tuple[Any, ...]  # modules that run for every new token: layers, what makes logits
+    to_logits: Any  # the module that makes logits: the head, or a tied embedding
 
     def __call__(self, batch: Batch, at: Array | None = None) -> Array:
         """Return hidden states [b, t, d], or [b, m, d] at the positions ``at``, int32[b, m]."""

@@ -63,9 +63,9 @@ class CausalModel(nnx.Module):
         return hidden[:, 0], cache
 
     @property
-    def each_token(self) -> tuple[nnx.Module, ...]:
-        """What runs for every new token, layers stacked."""
-        return self.decoder.each_token
+    def to_logits(self) -> nnx.Module:
+        """What makes logits."""
+        return self.decoder.to_logits
 
     def unstack(self):
         """Return the decoder's layers one by one; see ``Decoder.unstack``."""

@@ -219,9 +219,9 @@ class Decoder(nnx.Module):
         return self.final_norm(x), Cache.of(buffers, length)
 
     @property
-    def each_token(self) -> tuple[nnx.Module, ...]:
-        """What runs for every new token: the stacked layers, and what makes logits."""
-        return self.layers, self.embed if self.head is None else self.head
+    def to_logits(self) -> nnx.Module:
+        """What makes logits: the head, or the table it is tied to."""
+        return self.embed if self.head is None else self.head
 
     def unstack(self) -> tuple[Layer, ...]:
         """Return the layers one by one, to run them without a scan."""

@@ -32,7 +32,14 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 def unstack(layers: nnx.Module, count: int) -> tuple[nnx.Module, ...]:
     """Return stacked layers as ``count`` modules, each with parameters of its own."""
     graphdef, state = nnx.split(layers)
-    return tuple(nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(count))  # noqa: B023
+
+    def take(i: int) -> nnx.State:
+        def one(x: nnx.Variable) -> nnx.Variable:
+            return x.replace(x[...][i], out_sharding=x.get_metadata()["out_sharding"][1:])
+
+        return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    return tuple(nnx.merge(graphdef, take(i)) for i in range(count))
 
 
 @dataclasses.dataclass(frozen=True)

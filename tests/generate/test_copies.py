@@ -1,4 +1,4 @@
-"""Answers of weights where they lie, gathered, and layer by layer: the same tokens."""
+"""Answers of weights where they lie and of their copies: the same tokens."""
 
 import jax
 import numpy as np

@@ -145,12 +145,12 @@ def test_gpus_gather_over_fsdp_where_each_has_room_for_all(model, monkeypatch):
                 for x, size in zip(jax.tree.leaves(own), shards, strict=True)
             ]
             need = sum(shards) + sum(cut) + 1.5 * (kept // ways)
-            for limit, copy in ((int(need) + 1, "whole"), (int(need) - 1, None)):
+            for limit, copy in ((int(need) + 1, "apart"), (int(need) - 1, None)):
                 monkeypatch.setattr(copies, "_devices", lambda _, limit=limit: [Device(limit)] * 4)
                 assert how._copy(own, 4, 64) == copy
     monkeypatch.setattr(copies, "_devices", lambda mesh: [Device(10**12)] * 2)
     with use(make_mesh({"tensor": 2}, jax.devices()[:2])):
-        assert how._copy(params, 4, 64) is None  # nothing to gather
+        assert how._copy(params, 4, 64) == "apart"  # nothing to gather, but a scan would copy
 
 
 def test_greedy_takes_the_first_of_equals_and_an_index_whatever_comes():

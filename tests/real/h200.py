@@ -164,7 +164,7 @@ def cases(folder: Path, here: bool = False) -> dict[str, Callable[[], str]]:
         name = " ".join((f"step {recipe} on {count}", *overrides))
         mine = here or count == 1
         found[name] = partial(step, recipe, count, overrides) if mine else partial(with_flags, name)
-    for count, copy in ((1, None), (1, copies.APART), (8, None), (8, copies.WHOLE)):
+    for count, copy in ((1, None), (1, copies.APART), (8, None), (8, copies.APART)):
         name = f"generation fuyu_8b on {count}, weights {copy or 'where they lie'}"
         mine = here or count == 1
         found[name] = partial(generation, count, copy) if mine else partial(with_flags, name)

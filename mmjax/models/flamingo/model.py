@@ -202,9 +202,9 @@ class Flamingo(nnx.Module):
         return hidden[:, 0], dataclasses.replace(cache, text=text)
 
     @property
-    def each_token(self) -> tuple[nnx.Module, ...]:
-        """What runs for every new token, layers stacked."""
-        return *self.decoder.each_token, self.cross
+    def to_logits(self) -> nnx.Module:
+        """What makes logits."""
+        return self.decoder.to_logits
 
     def unstack(self):
         """Return the decoder's layers and the gated blocks, one by one."""
