@@ -152,11 +152,7 @@ class LoadedModel:
         if batch_size < 1:
             raise MMJaxError(f"batch_size is {batch_size}; give at least 1")
         self._check_positions(examples, max_new_tokens)
-        if beams.num_beams > self.config.vocab_size:
-            raise MMJaxError(
-                f"num_beams is {beams.num_beams}, more than the vocabulary of "
-                f"{self.config.vocab_size}; give fewer"
-            )
+        beams.check_vocabulary(self.config.vocab_size)
         graphdef, params = self._split
         generator = Generator(
             graphdef, self.end_tokens(stop), sampling, cache_dtype, beams, constraints, self.beside

@@ -95,7 +95,10 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
             return made if kind is list else tuple(made)
     elif kind in (dict, collections.abc.Mapping):
         if is_mapping(value):
-            inner = args[1] if args else Any
+            key, inner = args or (Any, Any)
+            if wrong := [k for k in value if key is str and not isinstance(k, str)]:
+                problems.append(_wrong(f"a key of {path}", wrong[0], "a name in quotes"))
+                return None
             return {k: _convert(inner, v, f"{path}.{k}", problems) for k, v in value.items()}
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -96,6 +96,11 @@ def test_to_dataclass_names_every_problem_at_once():
     assert any(line.startswith("config.steps is missing") for line in lines)
 
 
+def test_names_are_text():
+    with pytest.raises(MMJaxError, match="a key of config.names: expected a name in quotes, got i"):
+        schema.to_dataclass(Run, {"steps": 1, "names": {1: 2.0}})
+
+
 @pytest.mark.parametrize("steps", [True, 3.0, "3", None])
 def test_int_is_strict(steps):
     with pytest.raises(MMJaxError, match=r"config\.steps: expected int, got"):

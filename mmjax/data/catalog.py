@@ -51,7 +51,7 @@ def make_source(spec: Mapping[str, Any]) -> Source:
 
     Raises MMJaxError for an unknown kind or argument, naming the nearest.
     """
-    if spec.get("kind") in LISTS:
+    if _stands_for_several(spec):
         raise MMJaxError(
             f"data source kind {spec['kind']!r} stands for several sources; it can be named in "
             "data.sources, and here only one of its datasets, with that dataset's own kind "
@@ -68,7 +68,7 @@ def make_sources(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Source]:
     """
     single: dict[str, Mapping[str, Any]] = {}
     for name, spec in specs.items():
-        expanded = _call(spec, LISTS) if spec.get("kind") in LISTS else {name: spec}
+        expanded = _call(spec, LISTS) if _stands_for_several(spec) else {name: spec}
         for inner, one in expanded.items():
             if inner in single:
                 raise MMJaxError(
@@ -77,6 +77,10 @@ def make_sources(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Source]:
                 )
             single[inner] = one
     return {name: _named(name, spec) for name, spec in single.items()}
+
+
+def _stands_for_several(spec: Mapping[str, Any]) -> bool:
+    return str(spec.get("kind")) in LISTS
 
 
 def _named(name: str, spec: Mapping[str, Any]) -> Source:
@@ -91,7 +95,7 @@ def _call(spec: Mapping[str, Any], kinds: Mapping[str, str]) -> Any:
     """Import what a kind names and call it with the specification's other values."""
     arguments = dict(spec)
     kind = arguments.pop("kind", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         every = [*KINDS, *LISTS]
         near = nearest(str(kind), every)
         raise MMJaxError(f"data source kind {kind!r} is unknown, one of {', '.join(every)}{near}")

@@ -52,6 +52,13 @@ class Beams:
                 f"{self.num_beams}; give 1 to num_beams, or more beams"
             )
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise MMJaxError for more beams than there are tokens for the first one to go on with."""
+        if self.num_beams > size:
+            raise MMJaxError(
+                f"num_beams is {self.num_beams}, more than the vocabulary of {size}; give fewer"
+            )
+
     def ranking(self, most: int) -> Ranking:
         """Return the part that is data to the program, so that its values compile nothing anew."""
         lengths = np.arange(1, most + 1, dtype=np.float64)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmjax.models.stated_sizes import check_sizes
 from mmjax.models.undone import tell_undone
 from mmjax.models.vit import ViTConfig
 from mmjax.nn.mlp import check_activation
@@ -81,6 +82,7 @@ def read_vision_config(hf: Mapping[str, Any]) -> ViTConfig:
             f"{', '.join(FAMILIES)}"
         )
     tell_undone(hf, f"vision_config of a {family}")
+    check_sizes(hf, "vision_config")
     base = FAMILIES[family]
     sizes = {ours: hf[theirs] for theirs, ours in _KEYS.items() if hf.get(theirs) is not None}
     if "activation" in sizes:

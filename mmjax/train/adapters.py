@@ -41,10 +41,12 @@ def make_lora(settings: LoRASettings, maps: Sequence[str]) -> LoRA | None:
                 "rank, or leave lora.init empty"
             )
         return None
-    if settings.rank < 0 or not settings.alpha > 0 or not 0 <= settings.dropout < 1:
+    alpha = settings.alpha
+    if settings.rank < 0 or not 0 < alpha < math.inf or not 0 <= settings.dropout < 1:
         raise MMJaxError(
-            f"lora.rank is {settings.rank}, lora.alpha {settings.alpha} and lora.dropout "
-            f"{settings.dropout}; rank and alpha must be above 0, dropout at least 0 and below 1"
+            f"lora.rank is {settings.rank}, lora.alpha {alpha} and lora.dropout "
+            f"{settings.dropout}; rank and alpha must be finite and above 0, dropout at least 0 "
+            "and below 1"
         )
     return LoRA(
         settings.rank, settings.alpha, expand(settings.targets, maps), settings.rslora,

@@ -53,7 +53,7 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
             require_wandb(settings.log.wandb)
         design = make_design(settings, mesh)
         check_attention(settings.model, ranges=True)
-        tasks.check(settings, design.plan.processor)
+        tasks.check(settings, design.plan.processor, design.plan.config.vocab_size)
         if lead:
             startup.print_startup(mesh, design, workdir)
         training = Training(design, workdir, mesh, stop)

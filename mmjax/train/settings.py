@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from mmjax.checkpoint import CheckpointSettings
@@ -214,6 +215,9 @@ class RunSettings:
     bad_steps: BadStepSettings = dataclasses.field(default_factory=BadStepSettings)
 
 
+_MAY_BE_INFINITE = ("optim.clip_norm", "bad_steps.max_loss")
+
+
 def check_numbers(settings: RunSettings) -> None:
     """Raise MMJaxError for what cannot work, whatever model and data: before anything is built."""
     data, optim, asked = settings.data, settings.optim, settings.eval
@@ -243,6 +247,17 @@ def check_numbers(settings: RunSettings) -> None:
         for name, value in values.items():
             if not value >= bound:  # which nan is not
                 raise MMJaxError(f"config.{name} is {value}; it must be at least {bound}")
+    for name, value in least[0].items():
+        if value == math.inf and name not in _MAY_BE_INFINITE:
+            raise MMJaxError(f"config.{name} is {value}; give a finite number")
+    for name, value, limit in (("seed", settings.seed, 63), ("steps", settings.steps, 31)):
+        if value >= 2**limit:
+            raise MMJaxError(f"config.{name} is {value}; it must be below 2**{limit}")
+    if (window := settings.log.profile) is not None and window[0] >= settings.steps:
+        raise MMJaxError(
+            f"config.log.profile is {window} and config.steps {settings.steps}: steps count from "
+            "0, and no step of this run would be traced; lower its start"
+        )
     for name in ("b1", "b2"):
         if (value := getattr(optim, name)) >= 1:
             raise MMJaxError(

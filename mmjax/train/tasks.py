@@ -37,16 +37,20 @@ def with_tasks(settings: RunSettings, path: str | Path) -> RunSettings:
     return dataclasses.replace(settings, eval=eval_settings)
 
 
-def check(settings: RunSettings, processor: Processor | None = None) -> None:
+def check(
+    settings: RunSettings, processor: Processor | None = None, vocabulary: int | None = None
+) -> None:
     """Raise MMJaxError for what the first evaluation, or ``checkpoint.best``, would stumble on.
 
     Sources of tasks are opened and their first record is looked at: a run must not end after days
-    because of a path.
+    because of a path. vocabulary: the model's number of tokens.
     """
     tasks, chosen = tasks_of(settings.eval), settings.eval
     if tasks and (chosen.every or chosen.final):
         check_tasks(settings)
         check_processor(settings, processor)
+        if vocabulary is not None:
+            beams_of(chosen).check_vocabulary(vocabulary)
     if (best := settings.checkpoint.best) is None:
         return
     known = [name for task in tasks for name in metric_names(task)]

@@ -52,6 +52,7 @@ def test_targets_are_patterns(patterns, expected):
         (dict(dropout=1.0), ["lora.dropout 1.0", "below 1"]),
         (dict(rank=-1), ["lora.rank is -1"]),
         (dict(alpha=0.0), ["lora.alpha 0.0"]),
+        (dict(alpha=float("inf")), ["lora.alpha inf", "finite"]),
         (dict(rank=0, init="/runs/a"), ["/runs/a", "set lora.rank"]),
     ],
 )

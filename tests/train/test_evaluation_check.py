@@ -53,6 +53,7 @@ def settings(best=None, saves=5, task=(), **changes):
         (dict(task={"demos": UNTOLD, "shots": 1}), "0 of 2 records can be shown"),
         (dict(task={"source": CAPTIONS, "prompt": "{question}!"}), "no question for the prompt"),
         (dict(template="fuyu_promt"), "'fuyu_promt'; did you mean 'fuyu_prompt'"),
+        (dict(num_beams=65), "num_beams is 65, more than the vocabulary of 64"),
         (dict(best="eval/vqa/acuracy"), "'eval/vqa/acuracy'.*mean 'eval/vqa/accuracy'.*there are"),
         (dict(best="eval/vqa/loss"), "no evaluation reports an accuracy of this name"),
         (dict(best="eval/vqa/accuracy", saves=4), "every is 10 and .*every 4.*such as 8"),
@@ -61,7 +62,7 @@ def settings(best=None, saves=5, task=(), **changes):
 )
 def test_mistakes_of_evaluation_are_told_at_the_start(given, says):
     with pytest.raises(MMJaxError, match=says):
-        tasks.check(settings(**given))
+        tasks.check(settings(**given), vocabulary=64)
 
 
 @pytest.mark.parametrize("template", ["fuyu_prompt", "bunny_minicpm_prompt"])

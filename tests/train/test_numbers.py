@@ -1,5 +1,7 @@
 """Numbers of a config that cannot work, and would train without a word."""
 
+import re
+
 import pytest
 
 from mmjax.schema import to_dataclass
@@ -22,13 +24,34 @@ from mmjax.types import MMJaxError
         ("eval", "batch_size", 0, "at least 1"),
         ("eval", "limit", 0, "at least 1"),
         ("bad_steps", "max_loss", -1.0, "at least 0"),
+        (None, "seed", 2**63, "below 2**63"),
+        (None, "steps", 2**31, "below 2**31"),  # the count of steps is an int32
     ],
 )
 def test_numbers_that_cannot_work_are_named(room, name, value, bound):
     config = {name: value} if room is None else {room: {name: value}}
     path = name if room is None else f"{room}.{name}"
-    with pytest.raises(MMJaxError, match=f"config.{path} is {value}; it .*must be {bound}"):
+    with pytest.raises(
+        MMJaxError, match=f"config.{path} is {value}; it .*must be {re.escape(bound)}"
+    ):
         check_numbers(to_dataclass(RunSettings, config))
+
+
+@pytest.mark.parametrize("name", ["lr", "warmup", "final_lr", "eps", "weight_decay"])
+def test_infinite_numbers_are_refused(name):
+    """eps would train nothing without a word, lr make all a NaN, warmup end in a traceback."""
+    with pytest.raises(MMJaxError, match=f"config.optim.{name} is inf; give a finite number"):
+        check_numbers(to_dataclass(RunSettings, {"optim": {name: float("inf")}}))
+
+
+def test_a_profile_behind_the_last_step_is_refused():
+    def given(start):
+        config = {"steps": 5, "log": {"profile": (start, 9)}}
+        check_numbers(to_dataclass(RunSettings, config))
+
+    given(4)
+    with pytest.raises(MMJaxError, match=r"config.log.profile is \(5, 9\) and config.steps 5"):
+        given(5)
 
 
 @pytest.mark.parametrize("name", ["dtype", "param_dtype"])

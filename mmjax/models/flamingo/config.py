@@ -12,6 +12,7 @@ from mmjax.models.flamingo.perceiver import PerceiverConfig
 from mmjax.models.language.architecture import stated_token
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
+from mmjax.models.stated_sizes import check_sizes
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
 from mmjax.models.work import Work
@@ -98,7 +99,10 @@ class FlamingoConfig:
         name = architecture_of(text)
         decoder = ARCHITECTURES[name].decoder({**text, "model_type": name})
         vision = read_vision_config(hf.get("vision_config") or {})
-        own = hf.get("perceiver_config") or {}
+        own, gated = (hf.get(key) or {} for key in ("perceiver_config", "cross_config"))
+        check_sizes(hf, "config.json of a Flamingo")
+        check_sizes(own, "perceiver_config")
+        check_sizes(gated, "cross_config")
         perceiver = PerceiverConfig(
             d_model=vision.d_model,
             max_frames=hf.get("max_num_frames"),
@@ -111,7 +115,7 @@ class FlamingoConfig:
             num_latents=perceiver.num_latents,
             init_std=_torch_std(decoder.d_model),
             only_immediate=hf.get("only_attend_immediate_media", True),
-            **{k: v for k, v in (hf.get("cross_config") or {}).items() if k in _CROSS_KEYS},
+            **{key: gated[key] for key in _CROSS_KEYS if key in gated},
         )
         first = TOKENIZER_LENGTHS[name]
 

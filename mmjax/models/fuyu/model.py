@@ -12,6 +12,7 @@ from jax import Array
 from mmjax.models.causal import CausalModel
 from mmjax.models.decoder import Decoder, DecoderConfig
 from mmjax.models.language.architecture import check_rotation, rope_kind, stated_token
+from mmjax.models.stated_sizes import check_sizes, head_width
 from mmjax.models.undone import tell_undone
 from mmjax.models.work import Work
 from mmjax.nn.linear import DTypes, Linear, LoRA
@@ -67,6 +68,8 @@ class FuyuConfig:
                 f"config.json says model_type {hf['model_type']!r}; a Fuyu model says 'fuyu'"
             )
         nested = hf.get("text_config") or {}
+        told = {key: value for key, value in nested.items() if value is not None}
+        check_sizes({**hf, **told}, "config.json of a Fuyu")
         base = DecoderConfig()
 
         def pick(key, default):
@@ -90,7 +93,7 @@ class FuyuConfig:
             num_layers=pick("num_hidden_layers", base.num_layers),
             num_heads=heads,
             num_kv_heads=heads,
-            head_dim=d_model // heads,
+            head_dim=head_width(d_model, heads),
             d_mlp=pick("intermediate_size", base.d_mlp),
             activation=activation,
             norm_eps=pick("layer_norm_eps", base.norm_eps),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
+from mmjax.models.stated_sizes import check_sizes
 from mmjax.models.undone import tell_undone
 from mmjax.nn import rope
 from mmjax.types import MMJaxError
@@ -40,6 +41,7 @@ class Architecture:
 
         Raises MMJaxError for what is not supported, and for a size that is not stated.
         """
+        check_sizes(hf, f"config.json of a {self.model_type} model")
         try:
             found = self.read(hf)
         except KeyError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architecture import Architecture, refuse, rope_json, rope_of
+from mmjax.models.stated_sizes import head_width
 from mmjax.weights import tables
 from mmjax.weights.operations import transpose
 from mmjax.weights.rules import Rule
@@ -25,7 +26,7 @@ def read(hf: Mapping[str, Any], fraction: float | None = None) -> DecoderConfig:
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or d_model // heads,
+        head_dim=hf.get("head_dim") or head_width(d_model, heads),
         d_mlp=hf["intermediate_size"],
         activation="silu",
         gated=True,

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architecture import Architecture, refuse
+from mmjax.models.stated_sizes import head_width
 from mmjax.weights import tables
 from mmjax.weights.rules import Rule
 
@@ -26,7 +27,7 @@ def _decoder(hf: Mapping[str, Any], *, expansion: float, qk_norm: bool, clip, ma
         num_layers=hf["n_layers"],
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=d_model // heads,
+        head_dim=head_width(d_model, heads),
         d_mlp=int(expansion * d_model),
         activation="gelu",
         norm_bias=False,

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architecture import Architecture, refuse
+from mmjax.models.stated_sizes import head_width
 from mmjax.types import MMJaxError
 from mmjax.weights import tables
 from mmjax.weights.operations import transpose
@@ -38,7 +39,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=d_model // heads,
+        head_dim=head_width(d_model, heads),
         d_mlp=hf["ffn_dim"],
         activation=hf.get("activation_function", "relu"),
         qk_norm="none",

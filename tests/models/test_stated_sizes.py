@@ -1,0 +1,62 @@
+"""Sizes that no model has, in a config.json or ``model.config``, are named as they are read."""
+
+import pytest
+
+from mmjax.models.flamingo.config import FlamingoConfig
+from mmjax.models.fuyu.model import FuyuConfig
+from mmjax.models.language.model import LanguageConfig
+from mmjax.models.vision_config import read_vision_config
+from mmjax.recipes import FLAMINGO_TOY
+from mmjax.types import MMJaxError
+
+FUYU = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = dict(model_type="llama", vocab_size=64, **FUYU)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("num_attention_heads", 0), ("hidden_size", -1), ("num_hidden_layers", 0),
+     ("patch_size", "30"), ("intermediate_size", 64.0), ("max_position_embeddings", True)],
+)  # fmt: skip
+def test_a_size_is_a_whole_number(key, value):
+    """They ended in a ZeroDivisionError or within JAX, or made a model without layers."""
+    told = f"config.json of a Fuyu says {key} {value!r}; give a whole number from 1 up"
+    with pytest.raises(MMJaxError, match=told):
+        FuyuConfig.from_hf(FUYU | {key: value})
+    if key in FUYU:
+        with pytest.raises(MMJaxError, match=told):
+            FuyuConfig.from_hf({"text_config": FUYU | {key: value}})
+        with pytest.raises(MMJaxError, match=f"llama model says {key} {value!r}"):
+            LanguageConfig.from_hf(LLAMA | {key: value})
+
+
+def test_a_stub_beside_the_sizes_says_nothing():
+    assert FuyuConfig.from_hf(FUYU | {"text_config": {"hidden_size": None}}).decoder.d_model == 32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.02, "0.02"])
+def test_a_spread_of_weights_is_a_number(value):
+    with pytest.raises(MMJaxError, match=f"says initializer_range {value!r}; give a number from 0"):
+        FuyuConfig.from_hf(FUYU | {"initializer_range": value})
+
+
+def test_heads_divide_the_width_unless_theirs_is_stated():
+    """Rounded down, a head would be narrower than the one that the peers' files have."""
+    seven = {"num_attention_heads": 7, "num_key_value_heads": 7}
+    with pytest.raises(MMJaxError, match="a width of 32 and 7 attention heads"):
+        FuyuConfig.from_hf(FUYU | seven)
+    with pytest.raises(MMJaxError, match="a width of 32 and 7 attention heads"):
+        LanguageConfig.from_hf(LLAMA | seven)
+    assert LanguageConfig.from_hf(LLAMA | seven | {"head_dim": 8}).decoder.head_dim == 8
+    with pytest.raises(MMJaxError, match="num_key_value_heads 3 beside num_attention_heads 4"):
+        LanguageConfig.from_hf(LLAMA | {"num_key_value_heads": 3})
+
+
+def test_parts_of_a_flamingo_are_named():
+    for part, key in (("perceiver_config", "num_latents"), ("cross_config", "num_heads")):
+        with pytest.raises(MMJaxError, match=f"{part} says {key} 0; give a whole number"):
+            FlamingoConfig.from_hf(FLAMINGO_TOY | {part: FLAMINGO_TOY[part] | {key: 0}})
+    with pytest.raises(MMJaxError, match="a Flamingo says cross_attn_every_n_layers '2'"):
+        FlamingoConfig.from_hf(FLAMINGO_TOY | {"cross_attn_every_n_layers": "2"})
+    with pytest.raises(MMJaxError, match="vision_config says num_hidden_layers 0"):
+        read_vision_config({"num_hidden_layers": 0})
