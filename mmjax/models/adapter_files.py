@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,39 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return about
 
 
-def peft_names(raw: Reader, family: registry.Family) -> Renamed:
+def peft_names(raw: Reader, family: registry.Family, table: Sequence[R.Rule]) -> Renamed:
     """Return a PEFT adapter's tensors in the names of the family's table."""
+    weights = family.weights
+    # What stands in no layer may have a name in memory by which no model is told, as lm_head.
+    known = {_module(weights.from_hub(r.theirs, weights.ADAPTER_LAYOUT)): r for r in table}
 
     def rename(key: str) -> str:
         # An adapted head or embedding is also saved whole, under its wrapper's name.
         key = key.removeprefix(peft.PREFIX).replace(".base_layer.", ".")
+        if rule := known.get(module := _module(key)):
+            return _module(rule.theirs) + key.removeprefix(module)
         layout = family.weights.detect_layout([key])
         return family.weights.to_hub(key, layout) if layout else key
 
     return Renamed(raw, rename)
+
+
+def _module(key: str) -> str:
+    """Return the name of the module that a tensor is of, adapters included."""
+    return key.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
+
+
+def whole_tensors(
+    named: Renamed, table: Sequence[R.Rule], shapes: Mapping[str, R.Shape]
+) -> tuple[str, ...]:
+    """Return our parameters that an adapter trained whole: modules_to_save, and biases.
+
+    named: as ``peft_names`` returns it. The kernel under an adapted head is the base's own.
+    """
+    untrained = re.compile(r"\.lora_|\.base_layer\.weight$")
+    keys = {key for key, own in named.names.items() if not untrained.search(own)}
+    mine = R.by_ours(table, shapes).items()
+    return tuple(name for name, rule in mine if not keys.isdisjoint(rule.keys(shapes[name])))
 
 
 def refuse_untied(

@@ -14,6 +14,7 @@ from mmjax.models.adapter_files import (
     partial_adapter,
     peft_names,
     refuse_untied,
+    whole_tensors,
     without_config,
 )
 from mmjax.models.json_files import read_json
@@ -59,7 +60,8 @@ def open_pretrained(
     raw = [open_reader(one) for one in chain]
     keys = [key for reader in raw for key in reader.keys()]  # noqa: SIM118
     about = (folders[0] / "adapter_config.json").is_file()
-    if any(about or key.startswith(peft.PREFIX) for key in keys if ".lora_A." in key):
+    adapted = (key for key in keys if ".lora_A." in key or ".lora_embedding_A" in key)
+    if any(about or key.startswith(peft.PREFIX) for key in adapted):
         return _open_adapter(folders[0], Overlay(*raw), base, parts, hf)
     path = Path(",".join(map(str, chain)))
     try:
@@ -134,10 +136,13 @@ def _assemble(
 
 def _adapted(under: Pretrained, reader: Reader, about: Mapping[str, Any]):
     """Return ``adapter_pairs`` of the adapters in a reader that belong to a model."""
+    return adapter_pairs(reader, about, under.family, under.rules, _shapes(under))
+
+
+def _shapes(under: Pretrained) -> dict[str, tuple[int, ...]]:
     with use():
         abstract = abstract_params(under.family, under.config)
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    return adapter_pairs(reader, about, under.family, under.rules, shapes)
+    return {name: tuple(leaf.shape) for name, leaf in abstract.items()}
 
 
 def _options(given: Parts) -> str:
@@ -182,7 +187,8 @@ def _open_adapter(
         raise MMJaxError(
             f"--base {base}: holds adapters itself; merge them first (convert_weights.merge)"
         )
-    pairs, rules, lora = _adapted(under, peft_names(raw, under.family), about)
+    named = peft_names(raw, under.family, under.rules)
+    pairs, rules, lora = _adapted(under, named, about)
     refuse_untied(folder, about, pairs, under.rules, under.config)
     return dataclasses.replace(
         under,
@@ -193,6 +199,7 @@ def _open_adapter(
         rules=(*under.rules, *rules),
         lora=lora,
         folders=(folder, *under.folders),
+        trained=whole_tensors(named, under.rules, _shapes(under)),
     )
 
 
@@ -251,5 +258,5 @@ def open_adapters(path: str | Path, family: registry.Family, config: Any) -> Pre
     raw, folder = open_reader(path), path if path.is_dir() else path.parent
     table = tuple(family.weights.rules(config))
     alone = Pretrained(path, "peft", family, {}, config, raw, table, (), None, (folder,))
-    pairs, rules, lora = _adapted(alone, peft_names(raw, family), adapter_config(folder))
+    pairs, rules, lora = _adapted(alone, peft_names(raw, family, table), adapter_config(folder))
     return dataclasses.replace(alone, reader=pairs, rules=tuple(rules), lora=lora)

@@ -41,7 +41,13 @@ class AdapterReader:
         self.reader, self.files = reader, reader.files
         folder = reader.files[0].parent if reader.files else Path()
         _refuse(config, folder)
-        modules = {k.removesuffix(".lora_A.weight") for k in list(reader.keys()) if ".lora_A." in k}
+        names = list(reader.keys())
+        if table := next((k for k in sorted(names) if ".lora_embedding_" in k), None):
+            raise MMJaxError(
+                f"{folder}: adapts a table of tokens ({table}), and only maps are adapted here; "
+                "merge the adapter with PEFT (merge_and_unload), save the model and convert it"
+            )
+        modules = {k.removesuffix(".lora_A.weight") for k in names if ".lora_A." in k}
         self.kernels, self._like = [], {}
         for rule in rules:
             if not rule.ours.endswith(".kernel") or rule.ours not in shapes:
@@ -55,7 +61,8 @@ class AdapterReader:
         if unknown := sorted(modules - self._like.keys()):
             raise MMJaxError(
                 f"{folder}: an adapter of another model: of its {len(modules)} modules "
-                f"{len(unknown)} are none of this model's, first {unknown[0]}; give its own base"
+                f"{len(unknown)} are none of this model's, first {unknown[0]}; give its own base "
+                "(a head tied to the embedding is no map of its own)"
             )
         # Sorted: a set has another order in every process.
         keys = {name: f"{name}.lora_A.weight" for name in sorted(modules)}
@@ -119,7 +126,8 @@ class AdapterReader:
 # Settings under which PEFT computes something else than W + scale B A.
 _SWITCHES = (
     "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
-    "alora_invocation_tokens",
+    "alora_invocation_tokens", "target_parameters", "trainable_token_indices", "arrow_config",
+    "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 # Ways to begin that take the first B A out of W: the file holds no such W.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -11,6 +11,7 @@ import mmjax
 from mmjax.models import exports, opening, pretrained
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
+from tests.parity.parameters import read_all
 
 VOCAB, WIDTH, LAYERS, HEADS = 96, 32, 3, 4
 EOS = 1
@@ -185,6 +186,48 @@ def test_an_adapter_with_a_table_of_its_own_needs_an_untied_head(tmp_path, saved
         want = peer(torch.from_numpy(PROMPTS[0])[None]).logits[0].numpy()
     _, got = mmjax.load(tmp_path / "adapter", base=tmp_path / "base").logits(PROMPTS[0].tolist())
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_head_that_has_another_name_in_files_is_adapted_or_trained_whole(
+    tmp_path, adapted, caplog
+):
+    """PEFT says lm_head of GPT-NeoX's, which files call embed_out; so does our own export."""
+    peer = PEERS["neox_parallel"]()
+    peer.save_pretrained(tmp_path / "base")
+    more = dict(target_modules=["lm_head"] if adapted else ["dense"])
+    more |= {} if adapted else dict(modules_to_save=["lm_head"], bias="lora_only")
+    peer = get_peft_model(peer, LoraConfig(r=2, **more))
+    for parameter in peer.parameters():
+        parameter.data.add_(torch.randn_like(parameter) if parameter.requires_grad else 0.0)
+    peer.save_pretrained(tmp_path / "adapter")
+    opened, ours = read_all(tmp_path / "adapter", base=tmp_path / "base")
+    head = peer.base_model.model.lm_head
+    with use():
+        abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)
+    _, files = exports.plan_export(opened, abstract, adapter=True)
+    if adapted:
+        for name, pair in (("lora_a", head.lora_A), ("lora_b", head.lora_B)):
+            want = pair["default"].weight.detach().numpy().T
+            np.testing.assert_array_equal(ours[f"decoder.head.{name}"], want)
+        assert opened.trained == () and files["adapter_config.json"]["target_modules"] == [
+            "lm_head"
+        ]
+        return
+    want = head.modules_to_save["default"].weight.detach().numpy().T
+    np.testing.assert_array_equal(ours["decoder.head.kernel"], want)
+    assert set(opened.trained) == {"decoder.head.kernel", "decoder.layers.attn.o.bias"}
+    assert "leaves out decoder.head.kernel, decoder.layers.attn.o.bias" in caplog.text
+
+
+def test_an_adapter_of_a_table_of_tokens_is_refused(tmp_path):
+    peer = PEERS["llama"]()
+    peer.save_pretrained(tmp_path / "base")
+    get_peft_model(peer, LoraConfig(target_modules=["embed_tokens"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(MMJaxError, match="adapts a table of tokens .model.embed_tokens.lora_emb"):
+        mmjax.load(tmp_path / "adapter", base=tmp_path / "base")
 
 
 @pytest.mark.heavy

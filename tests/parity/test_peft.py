@@ -165,6 +165,9 @@ def test_an_alpha_pattern_speaks_of_modules_by_pefts_own_names(base, tmp_path):
         ("alora_invocation_tokens", [9]),
         ("layer_replication", [[0, 1], [0, 1]]),
         ("use_dora", True),
+        ("target_parameters", ["mlp.dense_h_to_4h.weight"]),
+        ("trainable_token_indices", [3]),
+        ("kasa_config", {"beta": 0.1}),
     ],
 )
 def test_what_is_more_than_a_pair_beside_its_base_is_refused(base, theirs, tmp_path, name, value):
