@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,11 +49,15 @@ def fill(cls: type, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _group(made: Any, plain: Mapping[str, Any]) -> ConfigDict:
-    """Turn ``plain``, a dataclass as dicts, into groups: fixed ones where it is a dataclass."""
+    """Turn ``plain``, a dataclass as dicts, into groups: fixed ones where it is a dataclass.
+
+    One that may also be None is given as a whole, so its group is open.
+    """
+    hints = typing.get_type_hints(type(made))
     return Group(
         {
             name: _group(getattr(made, name), value)
-            if dataclasses.is_dataclass(getattr(made, name))
+            if dataclasses.is_dataclass(hints[name])
             else _opened(value)
             for name, value in plain.items()
         }
@@ -193,7 +198,8 @@ def _override(config: Any, item: str) -> tuple[str, str]:
             what = f"{done} has: {', '.join(map(str, known))}" if known else f"{done} has no fields"
             raise MMJaxError(f"unknown config key {name!r}{nearest(part, known)} ({what})")
         done += f".{part}"
-    if is_mapping(at) and not _grows(at) and not text.strip().startswith("{"):
+    whole = text.strip().startswith("{") and not isinstance(at, Group)
+    if is_mapping(at) and not _grows(at) and not whole:
         raise MMJaxError(
             f"{done} is a group of settings ({', '.join(map(str, at.keys()))}); "
             f"set one of them: --{done}.{next(iter(at.keys()), 'key')}=..."

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mmjax import cli, config, schema
+from mmjax.data.multiturn import Multiturn
 from mmjax.train.settings import RunSettings
 from mmjax.types import MMJaxError
 
@@ -317,6 +318,15 @@ def test_a_setting_of_several_kinds_can_change_its_kind():
     assert (made.data.resolutions, made.data.template) == (sides, {"a": "plain"})
     made = settings("otterhd_8b.py", "data.augment={'a': ('flip',)}")
     assert made.data.augment == {"a": ("flip",)}
+    clever = "clever_flamingo_9b.py"  # which has a multiturn: it can be replaced, and left out
+    assert settings(clever, "data.multiturn={'turns': 3}").data.multiturn == Multiturn(3)
+    assert settings(clever, "data.multiturn.turns=3").data.multiturn == Multiturn(3, 16, 2048)
+    assert settings(clever, "data.multiturn=None").data.multiturn is None
+    for wrong in ("data.multiturn.turn=3", "data.multiturn={'turn': 3}"):
+        with pytest.raises(MMJaxError, match="unknown config key .*did you mean 'turns'"):
+            settings(clever, wrong)
+    with pytest.raises(MMJaxError, match="config.optim is a group of settings .* set one of them"):
+        settings(clever, "optim={'lr': 1e-3}")
     magnifier = settings("magnifier_resolution.py", "data.resolutions=(48, None)")
     assert magnifier.data.resolutions == (48, None)
     assert settings("openflamingo_3b.py", "data.weights=sqrt").data.weights == "sqrt"
