@@ -101,7 +101,7 @@ def _dataset(
         if not isinstance(value, str | os.PathLike) or not value:
             problems.append(f"{at}: {field} is {value!r}; it names {names}")
             continue
-        found = next((p for p in (folder / value, Path(value)) if p.exists()), None)
+        found = next((p for p in (folder / value, Path(value)) if os.path.exists(p)), None)
         if found is None:
             problems.append(f"{at}: {field} {str(value)!r} does not exist, nor in {folder}")
         spec[name] = str(found or value)

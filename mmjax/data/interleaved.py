@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import sys
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -179,7 +180,7 @@ def _similarities(info: Mapping[str, Any], sentences: int, where: str) -> np.nda
     """Return float[pictures, sentences], how alike they are."""
     try:
         found = _floats(info.get("similarity_matrix"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an integer that no float holds
         found = np.zeros(0)
     wanted = (len(info["image_info"]), sentences)
     if found.shape != wanted or not sentences or not np.isfinite(found).all():
@@ -195,6 +196,8 @@ def _match(one: Mapping[str, Any], sentences: int, where: str) -> tuple[int, flo
     """Read the sentence that the file names for a picture, and how alike they are."""
     index, score = one.get("matched_text_index"), one.get("matched_sim")
     both = isinstance(index, int) and isinstance(score, Real)
+    if isinstance(score, int) and abs(score) > sys.float_info.max:  # JSON's have no largest
+        both = False
     if not both or not 0 <= index < sentences:
         raise _bad(
             where,

@@ -86,6 +86,10 @@ class MimicitSource:
         if frames is None and frames_as == "medium" and group == "VIDEO_TEXT":
             self.frames = max_frames
         lines = [task_description] if isinstance(task_description, str) else task_description
+        if not isinstance(lines, Sequence) or not all(isinstance(x, str) for x in lines):
+            raise MMJaxError(
+                f"{mimicit_path}: task_description is {task_description!r:.60}; expected texts"
+            )
         self.task_description = tuple(lines)
         self._entries = KeyedJson(self.path, "data", _gather_ids, index_dir)
         if not len(self._entries):

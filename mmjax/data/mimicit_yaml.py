@@ -90,7 +90,7 @@ def _dataset(folder: Path, at: str, values: Any, problems: list[str]) -> dict[st
         elif value is None or value == "":
             continue  # "images_path:" with nothing behind it is as good as left out
         elif key in PATHS:
-            found = [p for p in (folder / str(value), Path(str(value))) if p.exists()]
+            found = [p for p in (folder / str(value), Path(str(value))) if os.path.exists(p)]
             spec[key] = str(found[0]) if found else str(value)
             if not found:
                 problems.append(

@@ -83,6 +83,11 @@ class ParquetSource:
             check_one_split(folder, self._files.files)
         self.image_root = image_folder(image_root, folder)
         there = self._files.columns
+        if not isinstance(fields or {}, Mapping):
+            raise MMJaxError(
+                f"{self.path}: fields is {fields!r}; give columns by what they hold, such as "
+                "{'question': 'query'}"
+            )
         fields = dict(fields or {})
         unknown = sorted(set(fields) - set(_COLUMNS))
         absent = sorted(set(fields.values()) - set(there))
@@ -185,8 +190,14 @@ def _id_column(files: ParquetFiles) -> str | None:
     """Find the column that holds the ids: pandas tells of its index in the file's metadata."""
     metadata = files.file(0).schema_arrow.metadata or {}
     if b"pandas" in metadata:
-        index = json.loads(metadata[b"pandas"]).get("index_columns", [])
-        if len(index) == 1 and index[0] in files.columns:
+        try:
+            index = json.loads(metadata[b"pandas"]).get("index_columns", [])
+        except (ValueError, AttributeError) as e:
+            raise MMJaxError(
+                f"{files.files[0]}: what pandas wrote of its index is no JSON object ({e}); the "
+                "file is damaged: fetch it again"
+            ) from e
+        if isinstance(index, list) and len(index) == 1 and index[0] in files.columns:
             return index[0]
     known = ("__index_level_0__", "id", "image_id")
     return next((name for name in known if name in files.columns), None)

@@ -85,7 +85,9 @@ class ParquetFiles:
         if number not in self._open:
             pq = pyarrow_parquet()
             try:
-                self._open[number] = pq.ParquetFile(self.files[number])
+                found = pq.ParquetFile(self.files[number])
+                _ = found.schema_arrow.names  # of a damaged file they are not UTF-8
+                self._open[number] = found
             except Exception as e:  # pyarrow raises its own and Python's errors for broken files
                 raise MMJaxError(
                     f"{self.files[number]}: cannot be read as parquet ({e}); is it cut off?"
@@ -98,15 +100,21 @@ class ParquetFiles:
     def check_groups(self, columns: Sequence[str]) -> None:
         """Raise MMJaxError when a row group of these columns is too large to hold."""
         for file, group, _ in self._groups:
+            name = self.files[int(file)]
             meta = self.file(int(file)).metadata.row_group(int(group))
             parts = [meta.column(c) for c in range(meta.num_columns)]
-            size = sum(
-                p.total_uncompressed_size
-                for p in parts
-                if p.path_in_schema.split(".")[0] in columns
-            )
+            try:
+                size = sum(
+                    p.total_uncompressed_size
+                    for p in parts
+                    if p.path_in_schema.split(".")[0] in columns
+                )
+            except UnicodeDecodeError as e:
+                raise MMJaxError(
+                    f"{name}: row group {group} has a column whose name is not UTF-8 ({e}); the "
+                    "file is damaged: fetch it again"
+                ) from e
             if size > MAX_GROUP_BYTES:
-                name = self.files[int(file)]
                 raise MMJaxError(
                     f"{name}: row group {group} holds {size / 2**20:.0f} MiB, and reading one row "
                     f"reads them all (limit {MAX_GROUP_BYTES // 2**20} MiB); write it anew with "

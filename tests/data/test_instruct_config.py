@@ -107,6 +107,7 @@ def test_everything_wrong_is_said_at_once(config):
     rows[1] |= {"img_dir": "gone", "ratio": 0}
     rows.append(dict(rows[1], dataset_name="d", json_path="sets/large.json", img_dir=["a"]))
     rows += [dict(rows[1], dataset_name="small"), {"dataset_name": "c", "json_path": None}]
+    rows.append(dict(dataset_name="e", json_path="e" * 300))  # longer than a name may be
     write(config, rows)
     with pytest.raises(MMJaxError) as error:
         expand_config(config, num_samples=10)
@@ -123,6 +124,8 @@ def test_everything_wrong_is_said_at_once(config):
             "(small): dataset_name 'small' is a text that no other dataset has",
             "(c): json_path is None; it names the samples",
             "(c): ratio is None",
+            "(e): json_path 'eee",
+            "(e): ratio is None",
         ],
         strict=True,
     ):

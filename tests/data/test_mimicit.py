@@ -257,6 +257,8 @@ def test_symbols_are_kept_unless_asked(folder):
         ({"A": entry(1)}, dict(num_samples=-2), "num_samples -2"),
         ({"A": entry(1)}, dict(frames_as="video"), "frames_as 'video'.*images or medium"),
         ({"A": entry(1)}, dict(frames=0), "frames 0"),
+        ({"A": entry(1)}, dict(task_description=["a", 3]), r"task_description is \['a', 3\]"),
+        ({"A": entry(1)}, dict(task_description=3), "task_description is 3; expected texts"),
         ({"A": entry(1)}, dict(images_path="x.tar"), "x.tar: images are a .parquet"),
         ({"A": entry(1)}, dict(images_path="gone.parquet"), "gone.parquet: no such file"),
     ],
@@ -443,6 +445,7 @@ def test_everything_wrong_in_a_yaml_is_said_at_once(folder):
         ("TEXT_ONLY:\n  A: {mimicit_path: ins.json}\n  A: {}", "'A' is given twice"),
         ("TEXT_ONLY:\n  A: {num_samples: 3}", "A: mimicit_path is missing"),
         ("TEXT_ONLY:\n  A: 3", "TEXT_ONLY.A: expected keys"),
+        ("TEXT_ONLY:\n  A: {mimicit_path: " + "a" * 300 + "}", "a' does not exist"),
         (
             "IMAGE_TEXT:\n  2023: {mimicit_path: ins.json}\n"
             "TEXT_ONLY:\n  2023: {mimicit_path: ins.json}",

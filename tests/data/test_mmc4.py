@@ -134,9 +134,10 @@ def test_matched_takes_the_pairs_of_the_file(one):
         picture_info |= {"matched_text_index": index, "matched_sim": score}
     text, order = laid_out(one(info, assignment="matched"))
     assert (text, order) == ("<image>Aa.<|endofchunk|><image>Bb.<|endofchunk|></s>", [1, 0])
-    info["image_info"][1]["matched_text_index"] = 2
-    with pytest.raises(BadSample, match="picture 1: 'matched_text_index' 2 and .* none of 2 sent"):
-        one(info, assignment="matched")
+    for wrong in (dict(matched_text_index=2), dict(matched_sim=10**400)):
+        info["image_info"][1] |= dict(matched_text_index=1, matched_sim=0.5) | wrong
+        with pytest.raises(BadSample, match="picture 1: 'matched_text.* none of 2 sent"):
+            one(info, assignment="matched")
 
 
 def test_single_pictures_are_kept_by_seed_and_id(tmp_path):
@@ -191,6 +192,7 @@ def spoilt(**changes):
         (spoilt(similarity_matrix=[[0.5, 0.2]]), "bad_record", r"shape \[1, 2\].* 1 sentences"),
         (spoilt(similarity_matrix=[[0.5], [0.1]]), "bad_record", "one row for each of 1 pictures"),
         (spoilt(similarity_matrix=[[None]]), "bad_record", "similarity_matrix"),
+        (spoilt(similarity_matrix=[[10**400]]), "bad_record", "similarity_matrix"),
         (spoilt(similarity_matrix=[[0.5], "x"]), "bad_record", "similarity_matrix"),
         (spoilt(similarity_matrix=None), "bad_record", "similarity_matrix"),
         (spoilt(image_info=[{"image_base64": 5}]), "corrupt_image", "picture 0: is int"),

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -218,6 +219,15 @@ def test_a_damaged_row_group_is_a_bad_sample_and_a_damaged_id_column_an_error(tm
         ParquetSource(path)[0]
     with pytest.raises(MMJaxError, match="a.parquet: row group 0 .*fetch the file again"):
         ParquetImages(path)
+    names = [m.start() for m in re.finditer(b"question", raw)]  # the schema's, the row group's
+    for at, says in zip(names, ("cannot be read as parquet", "row group 0 has a col"), strict=True):
+        (tmp_path / "c").write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])
+        with pytest.raises(MMJaxError, match=f"c: {says}.* 0xff"):
+            ParquetSource(tmp_path / "c")
+    pq.write_table(pa.table(columns).replace_schema_metadata({"pandas": "{"}), tmp_path / "c")
+    with pytest.raises(MMJaxError, match="c: what pandas wrote of its index is no JSON object"):
+        ParquetImages(tmp_path / "c")
+    (tmp_path / "c").unlink()
     for source, target in ((path, "b"), (tmp_path / "no.parquet", "b"), (path, "no/b")):
         with pytest.raises(MMJaxError, match="cannot be written anew as"):
             regroup(source, tmp_path / target)
@@ -240,6 +250,11 @@ def test_text_that_is_not_utf8_is_a_bad_sample_and_ids_an_error(tmp_path):
     [
         ({"text": ["a"]}, {}, "none of the columns text is 'question'"),
         ({"question": ["a"]}, dict(fields={"questin": "question"}), r"\['questin'\] are none of"),
+        (
+            {"question": ["a"]},
+            dict(fields="question"),
+            "fields is 'question'; give columns by what",
+        ),
         ({"question": ["a"]}, dict(fields={"answer": "b"}), r"no columns \['b'\]; the columns are"),
     ],
 )
