@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -172,19 +173,24 @@ class CheckpointManager:
     def restore(self, abstract: TrainState, data: Any, step: int | None = None) -> TrainState:
         """Load a step, the newest by default, onto the shardings of ``abstract``.
 
-        data: the fresh data iterator; it is moved to where the saved one stood.
+        data: the fresh data iterator; it is moved to where the saved one stood. Raises MMJaxError
+        where the step is of another config, and where its files cannot be read.
         """
         step = self.latest if step is None else step
         want = {"params": paths.flatten(abstract.params), "opt": _flat(abstract.opt), "data": data}
-        saved = self._manager.checkpointables_metadata(step)
-        problem, cause = _misfit(saved.metadata, want), None
         # Where the data iterator refuses, Orbax leaves what was to read the rest: no word of that.
         warnings.filterwarnings("ignore", "coroutine '.*_background_load' was never awaited")
-        if not problem:
-            try:
+        cause = None
+        try:
+            saved = self._manager.checkpointables_metadata(step)
+            problem = _misfit(saved.metadata, want)
+            if not problem:
                 got = self._manager.load_checkpointables(step, want)
-            except (ValueError, KeyError) as error:
-                problem, cause = _told(error), error
+        except (ValueError, KeyError, OSError) as error:
+            problem, cause = _refused(error), error
+            if not problem:
+                _ignore_late_reads()
+                raise self._unreadable(step, error) from error
         if problem:
             raise MMJaxError(
                 f"checkpoint {self.directory}/{step} does not fit this config: {problem}. Continue "
@@ -227,6 +233,17 @@ class CheckpointManager:
             cleanup_tmp_directories=True,  # what a killed or failed save left behind
         )
 
+    def _unreadable(self, step: int, error: BaseException) -> MMJaxError:
+        """Say that the files of a step are damaged, and where the run can go on."""
+        before = max((s for s in self._steps() if s < step), default=None)
+        way = "there is none before it, so start anew with another --workdir"
+        if before is not None:
+            way = f"move it out of there and start again: the run goes on from step {before}"
+        return MMJaxError(
+            f"checkpoint {self.directory}/{step} cannot be read: files of it are missing or "
+            f"damaged ({_root(error)}); {way}"
+        )
+
     def _drop(self, step: int, size: int, reason: str) -> None:
         """Report a save that the disk did not take, and forget it."""
         for _ in range(2):  # closing raises the failure of the save once more
@@ -245,8 +262,10 @@ class CheckpointManager:
 
     def _on_disk(self) -> int | None:
         """Return the newest finished step; the manager counts one that is being saved."""
-        found = (int(p.name) for p in self.directory.glob("*") if p.name.isdigit())
-        return max(found, default=None)
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        return [int(p.name) for p in self.directory.glob("*") if p.name.isdigit()]
 
     def _name(self, step: int | None) -> str:
         return "none yet" if step is None else f"step {step}"
@@ -300,14 +319,32 @@ def memory_trouble(error: BaseException | None) -> str | None:
     return None
 
 
-def _told(error: BaseException) -> str:
-    """Return what we ourselves said where Orbax wraps it, as of the data iterator, else all."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MMJaxError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return str(error)
+def _refused(error: BaseException | None) -> str:
+    """Return what we ourselves said where Orbax wraps it, as the data iterator, or nothing."""
+    while error is not None:
+        if isinstance(error, MMJaxError):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _ignore_late_reads() -> None:
+    """Keep quiet about what Orbax still reads when a read beside it has failed."""
+    tell = sys.unraisablehook
+
+    def told(unraisable) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            tell(unraisable)
+
+    sys.unraisablehook = told
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _root(error: BaseException) -> str:
+    """Return the first line of the error behind all that Orbax and others made of it."""
+    while (behind := error.__cause__ or error.__context__) is not None:
+        error = behind
+    return (str(error).strip() or repr(error)).splitlines()[0][:_SHOWN]
 
 
 def _misfit(held: Mapping[str, Any], want: Mapping[str, Any]) -> str:
@@ -388,8 +425,8 @@ def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[s
     except (ValueError, KeyError, OSError) as error:
         why = "is gone: its run keeps the newest alone (checkpoint.keep) and has removed it"
         if (folder / str(step)).is_dir():
-            told = (str(error).strip() or repr(error)).splitlines()[0][:_SHOWN]
-            why = f"cannot be read: files of it are missing, damaged, or being removed ({told})"
+            why = "cannot be read: files of it are missing, damaged, or being removed "
+            why += f"({_root(error)})"
         fix = "give another, or the workdir, once more, for its newest"
         raise MMJaxError(f"checkpoint {step} of {workdir} {why}; {fix}") from error
     raise MMJaxError(f"checkpoint {step} of {workdir} does not fit the model: {problem}")

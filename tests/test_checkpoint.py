@@ -287,6 +287,37 @@ class Refusing:
         return read()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of late reads
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("params/manifest.ocdbt", ""),  # what a host that lost its power leaves of a file
+        ("params/_METADATA", "x"),
+        ("opt/manifest.ocdbt", None),
+        ("data", None),
+    ],
+)
+def test_a_damaged_step_says_from_which_a_run_can_go_on(saved, tmp_path, file, text):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved[0], workdir)
+    for earlier in (None, 3):
+        if earlier:
+            shutil.copytree(saved[0] / FOLDER / "5", workdir / FOLDER / "3")
+        path = workdir / FOLDER / "5" / file
+        if text is not None:
+            path.write_text(text)
+        elif path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        way = "move it out .* goes on from step 3$" if earlier else "another --workdir$"
+        with use() as mesh:
+            abstract, _ = build(mesh)
+            checkpoints = opened(workdir)
+            with pytest.raises(MMJaxError, match=f"5 cannot be read: files of it are .*{way}") as e:
+                checkpoints.restore(abstract, numbers())
+            checkpoints.close()
+        assert "incompatible handler" not in str(e.value) and len(str(e.value)) < 600
+
+
 def test_what_the_data_iterator_says_is_what_is_told(saved):
     with use() as mesh:
         abstract, _ = build(mesh)

@@ -125,12 +125,17 @@ class Streams:
         return write()
 
     async def load(self, directory: Any):
-        """Read the state of this process's streams, whichever process wrote it."""
+        """Read the state of this process's streams, whichever process wrote it.
+
+        Raises MMJaxError when there were others, and FileNotFoundError where a file is lost.
+        """
 
         async def read() -> None:
             names = [path.name for path in directory.iterdir()]
             state = {}
             for name in map(self._file, self._streams):
+                if name not in names and _counts(names) <= {str(self._count)}:
+                    raise FileNotFoundError(f"{directory}: no {name}")
                 if name not in names:
                     raise self._other(names)
                 state[name] = json.loads(await asyncio.to_thread((directory / name).read_text))
@@ -142,9 +147,13 @@ class Streams:
         return f"stream_{number}-of-{self._count}.json"
 
     def _other(self, names) -> MMJaxError:
-        counts = {n.removesuffix(".json").rpartition("-of-")[2] for n in names if "-of-" in n}
+        saved = " or ".join(sorted(_counts(names))) or "no"
         return MMJaxError(
-            f"the saved data position is of {' or '.join(sorted(counts)) or 'no'} stream(s) and "
-            f"this run has {self._count}; set config.data.streams to what it was, or start a new "
-            "workdir"
+            f"the saved data position is of {saved} stream(s) and this run has {self._count}; set "
+            "config.data.streams to what it was, or start a new workdir"
         )
+
+
+def _counts(names) -> set[str]:
+    """Return of how many streams files are, as their names say it."""
+    return {n.removesuffix(".json").rpartition("-of-")[2] for n in names if "-of-" in n}
