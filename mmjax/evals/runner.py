@@ -60,11 +60,7 @@ def evaluate(
     A kill loses the unfinished task alone: files change only when a task is complete. Raises
     MMJaxError where they cannot be written.
     """
-    names = [t.name for t in tasks]
-    if len({predictions_path("", name) for name in names}) != len(names):
-        raise MMJaxError(
-            f"tasks need different names, that make different files, got {', '.join(names)}"
-        )
+    check_names(tasks)
     console = console or Console()
     results: dict[str, dict[str, Any]] = {}
     kept: list[str] = []
@@ -102,6 +98,15 @@ def evaluate(
                 _keep(task, entries if scored else {}, rows, source, workdir, console)
                 kept.append(task.name)
     return results
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Raise MMJaxError for tasks of one name, or of two that one file would stand for."""
+    names = [t.name for t in tasks]
+    if len({predictions_path("", name) for name in names}) != len(names):
+        raise MMJaxError(
+            f"tasks need different names, that make different files, got {', '.join(names)}"
+        )
 
 
 def _keep(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmjax.data.limits import spread
+from mmjax.data.resizing import list_resolutions
 from mmjax.data.turns import IMAGE_MARK
 from mmjax.evals.benchmarks import expand
 from mmjax.evals.cuts import get_cut
@@ -81,10 +82,19 @@ class Task:
                 f"task {self.name}: resolutions {self.resolutions} must be one or more different "
                 "longest sides (None for the full picture)"
             )
-        for name in ("limit", "max_new_tokens"):
+        try:
+            list_resolutions(self.resolutions)
+        except MMJaxError as error:
+            raise MMJaxError(f"task {self.name}: {error}") from error
+        least = dict(limit=1, max_new_tokens=1, train_limit=1, shots=0, text_shots=0, pictures=0)
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MMJaxError(f"task {self.name}: {name} is {value}; give at least 1")
+            if value is not None and value < bound:
+                raise MMJaxError(f"task {self.name}: {name} is {value}; give at least {bound}")
+        if self.chance is not None and not 0 <= self.chance <= 1:
+            raise MMJaxError(
+                f"task {self.name}: chance is {self.chance}; it is a share, from 0 to 1"
+            )
         if bool(self.shots or self.text_shots) != (self.demos is not None) or (
             self.shots and self.text_shots
         ):

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmjax.data.benchmarks.files import read_json
 from mmjax.data.templates import asking, get_template
 from mmjax.evals.few_shot import demonstrations
+from mmjax.evals.runner import check_names
 from mmjax.evals.scorers import get_scorer
 from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
 from mmjax.generate.beam import Beams
@@ -21,7 +22,9 @@ from mmjax.types import BadSample, MMJaxError, nearest
 
 def tasks_of(settings: EvalSettings) -> list[Task]:
     """Make the tasks of a config; raises MMJaxError for what they cannot be."""
-    return [make_task(t, f"config.eval.tasks[{i}]") for i, t in enumerate(settings.tasks)]
+    tasks = [make_task(t, f"config.eval.tasks[{i}]") for i, t in enumerate(settings.tasks)]
+    check_names(tasks)
+    return tasks
 
 
 def with_tasks(settings: RunSettings, path: str | Path) -> RunSettings:

@@ -336,6 +336,15 @@ def test_task_settings_are_checked():
     assert made == Task("t", {"kind": "magnifier"}, resolutions=(None, 24))
     with pytest.raises(MMJaxError, match="did you mean 'scorer'"):
         make_task({"name": "t", "source": (), "score": "x"})
+    for wrong, told in (
+        (dict(shots=-1, demos=()), "shots is -1; give at least 0"),  # ended within itertools
+        (dict(train_limit=0), "train_limit is 0; give at least 1"),
+        (dict(resolutions=(0,)), "0 is not a number of pixels"),  # asked at one pixel
+        (dict(resolutions=(None, -24)), "-24 is not a number of pixels"),
+        (dict(chance=25.0), "chance is 25.0; it is a share, from 0 to 1"),
+    ):
+        with pytest.raises(MMJaxError, match=f"task t: .*{told}"):
+            make_task({"name": "t", "source": (), **wrong})
     with pytest.raises(MMJaxError, match="different names"):
         run([vqa("a", colours()), vqa("a", colours())])
     with pytest.raises(MMJaxError, match="different files, got a b, a_b"):

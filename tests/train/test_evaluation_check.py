@@ -65,6 +65,13 @@ def test_mistakes_of_evaluation_are_told_at_the_start(given, says):
         tasks.check(settings(**given), vocabulary=64)
 
 
+def test_two_tasks_of_one_name_are_told_at_the_start():
+    one = settings()
+    twice = dataclasses.replace(one.eval, tasks=one.eval.tasks * 2)
+    with pytest.raises(MMJaxError, match="tasks need different names.* got vqa, vqa"):
+        tasks.check(dataclasses.replace(one, eval=twice))
+
+
 @pytest.mark.parametrize("template", ["fuyu_prompt", "bunny_minicpm_prompt"])
 def test_a_template_of_other_tokens_is_told_at_the_start(template):
     """A dialogue's earlier answers end with a token, too: else the evaluation fails at its end."""
