@@ -338,6 +338,7 @@ def _ignore_late_reads() -> None:
 
     sys.unraisablehook = told
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited")
 
 
 def _root(error: BaseException) -> str:
