@@ -40,6 +40,13 @@ def test_stablelm_epoch_says_the_same_in_other_words():
     assert config.to_hf()["model_type"] == "stablelm"
 
 
+def test_gpt_neox_is_rotated_as_its_own_words_say():
+    """transformers reads no others at the top of its config.json."""
+    said = dict(BASE, model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=500)
+    decoder = architecture(said).decoder(said | dict(partial_rotary_factor=1.0, rope_theta=10_000))
+    assert (decoder.rope_fraction, decoder.rope_theta) == (0.5, 500.0)
+
+
 @pytest.mark.parametrize(
     "said, names",
     [
@@ -47,6 +54,9 @@ def test_stablelm_epoch_says_the_same_in_other_words():
         (dict(model_type="phi", tie_word_embeddings=True), "tie_word_embeddings True"),
         (dict(model_type="llama", partial_rotary_factor=0.5), "llama .* partial_rotary_factor 0.5"),
         (dict(model_type="gpt_neox", rotary_pct=0.375), "rotate 3 of a head's 8 dimensions"),
+        (dict(model_type="gpt_neox", head_dim=4), "head_dim 4; supported is None or 8"),
+        (dict(model_type="phi", head_dim=4), "head_dim 4"),
+        (dict(model_type="stablelm", head_dim=4), "head_dim 4"),
         (dict(model_type="phi3", num_key_value_heads=2), "num_key_value_heads 2"),
         (dict(model_type="phi3", rope_scaling={"type": "su"}), "phi3 model says rope_type 'su'"),
         (dict(model_type="qwen2", use_sliding_window=True), "use_sliding_window True"),
@@ -116,7 +126,7 @@ def test_dropout_of_mpt_and_fuyu_comes_back_from_their_files():
     assert fuyu.to_hf()["text_config"]["hidden_dropout"] == 0.25
 
 
-def test_activations_of_other_parts_that_are_unknown_are_refused():
+def test_what_other_parts_say_and_is_unknown_is_refused():
     with pytest.raises(MMJaxError, match="vision_config says activation 'mish'.*one of relu2"):
         read_vision_config({"hidden_act": "mish"})
     assert read_vision_config({"hidden_act": "gelu_fast"}).activation == "gelu_tanh"
@@ -124,6 +134,8 @@ def test_activations_of_other_parts_that_are_unknown_are_refused():
         read_vision_config({"hidden_size": 768})  # of CLIP-B 12, not the 16 of CLIP-L
     with pytest.raises(MMJaxError, match="config.json of a Fuyu says activation 'mish'"):
         registry.family("fuyu").Config.from_hf({"hidden_act": "mish"})
+    with pytest.raises(MMJaxError, match="a Fuyu says head_dim 32; supported is .*, 64"):
+        registry.family("fuyu").Config.from_hf({"head_dim": 32})
 
 
 def test_where_no_end_is_stated_the_tokenizers_ends_an_answer(tmp_path):

@@ -87,6 +87,11 @@ class FuyuConfig:
         check_activation(activation, "config.json of a Fuyu")
         heads = pick("num_attention_heads", base.num_heads)
         d_model = pick("hidden_size", base.d_model)
+        if (own := pick("head_dim", d_model // heads)) != d_model // heads:
+            raise MMJaxError(
+                f"config.json of a Fuyu says head_dim {own}; supported is hidden_size over "
+                f"num_attention_heads, {d_model // heads}"
+            )
         decoder = DecoderConfig(
             vocab_size=pick("vocab_size", base.vocab_size),
             d_model=d_model,

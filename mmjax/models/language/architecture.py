@@ -85,7 +85,8 @@ _LLAMA3 = {
 def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict[str, Any]:
     """Return the decoder's ``rope_...`` values from any of the places transformers keeps them.
 
-    theta, fraction: where nothing is stated; a fraction of None is that of an architecture that
+    GPT-NeoX's own words, ``rotary_...``, count before the others. theta, fraction: where nothing is
+    stated; a fraction of None is that of an architecture that
     rotates whole heads, where transformers reads none or fails. Where both are, ``rope_scaling``
     wins over ``rope_parameters``, as in transformers. Raises MMJaxError for a rotation that is
     scaled in another way than Llama 3.1's, and for a part of a head where none may be stated.
@@ -106,7 +107,7 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict
         values = (place.get(key) for place in (stated, hf) for key in keys)
         return float(next((value for value in values if value is not None), default))
 
-    part = pick("partial_rotary_factor", "rotary_pct", "rope_pct", default=fraction or 1.0)
+    part = pick("rotary_pct", "partial_rotary_factor", "rope_pct", default=fraction or 1.0)
     if fraction is None and part != 1.0:
         raise MMJaxError(
             f"config.json of a {hf.get('model_type')} model says partial_rotary_factor {part:g}; "
@@ -115,7 +116,7 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict
         )
     scaled = {ours: stated[theirs] for ours, theirs in _LLAMA3.items()} if kind == "llama3" else {}
     return {
-        "rope_theta": pick("rope_theta", "rotary_emb_base", default=theta),
+        "rope_theta": pick("rotary_emb_base", "rope_theta", default=theta),
         "rope_fraction": part,
         "rope_scaling": rope.Llama3Scaling(**scaled) if scaled else None,
     }

@@ -19,8 +19,8 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh
 
 def read(hf: Mapping[str, Any]) -> DecoderConfig:
     """Return the decoder of a GPT-NeoX config.json."""
-    refuse(hf, hidden_act=tuple(_ACTIVATIONS))
     heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
+    refuse(hf, hidden_act=tuple(_ACTIVATIONS), head_dim=(None, d_model // heads))
     bias = bool(hf.get("attention_bias", True))
     parallel = hf.get("use_parallel_residual", True)
     dropout = float(hf.get("hidden_dropout") or 0.0)

@@ -26,6 +26,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
     if head_bias:  # which a table has not
         refuse(hf, tie_word_embeddings=(False, None))
     heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
+    refuse(hf, head_dim=(None, d_model // heads))
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
         d_model=d_model,

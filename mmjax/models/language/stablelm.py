@@ -13,7 +13,8 @@ from mmjax.models.language.architecture import Architecture, refuse
 
 def read(hf: Mapping[str, Any]) -> DecoderConfig:
     """Return the decoder of a StableLM config.json, also in the words of ``stablelm_epoch``."""
-    refuse(hf, qk_layernorm=False, rotary_scaling_factor=1.0)
+    width = hf["hidden_size"] // hf["num_attention_heads"]
+    refuse(hf, qk_layernorm=False, rotary_scaling_factor=1.0, head_dim=(None, width))
     return dataclasses.replace(
         llama.read({**hf, "attention_bias": False, "mlp_bias": False}, 0.25),
         norm="layer",
