@@ -31,7 +31,10 @@ def check(settings: Any, limit: int | None = None, threads: int = 1) -> list[Sou
     from mmjax.parallel.mesh import use
     from mmjax.train import tuning
     from mmjax.train.build import blueprint, train_loader
+    from mmjax.train.loss import source_weights
+    from mmjax.train.settings import check_numbers
 
+    check_numbers(settings)
     if limit is not None and limit < 1:
         raise MMJaxError(f"--limit={limit}: look at 1 record of each source at least")
     if threads < 1:
@@ -41,6 +44,7 @@ def check(settings: Any, limit: int | None = None, threads: int = 1) -> list[Sou
         processor = blueprint(settings.model, settings.lora, settings.seed).processor
     load = train_loader(settings, processor)
     mixture = load.mixture
+    source_weights(settings.data.loss_weights, mixture.names)
     total = sum(len(spread(len(source), limit)) for source in mixture.sources)
     found: list[SourceReport] = []
     records = survey(mixture, load, limit, threads)

@@ -56,6 +56,12 @@ def listed_as(meta: Mapping[str, Any]) -> Iterator[None]:
         raise
 
 
+def check_share(max_bad_share: float) -> None:
+    """Raise MMJaxError for what is no share."""
+    if not 0 <= max_bad_share <= 1:
+        raise MMJaxError(f"max_bad_share {max_bad_share} is a share; give it between 0 and 1")
+
+
 class SkipLog:
     """Count samples and list the bad ones; fail above a share.
 
@@ -70,8 +76,7 @@ class SkipLog:
         max_bad_share: float = 0.05,
         min_samples: int = 100,
     ):
-        if not 0 <= max_bad_share <= 1:
-            raise MMJaxError(f"max_bad_share {max_bad_share} is a share; give it between 0 and 1")
+        check_share(max_bad_share)
         self.path = None if path is None else Path(path)
         self.max_bad_share, self.min_samples = max_bad_share, min_samples
         self.seen = 0

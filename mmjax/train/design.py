@@ -83,7 +83,7 @@ def make_design(settings: RunSettings, mesh: jax.sharding.Mesh) -> Design:
     settings, told = tuning.applied(settings)
     choose = partial(train_state.chosen_by, settings)
     plan = blueprint(settings.model, settings.lora, settings.seed, choose)
-    _check_positions(plan.config, settings.data.seq_len)
+    check_positions(plan.config, settings.data.seq_len)
     outline = make_outline(settings, plan.make, mesh)
     params = outline.state.params
     check_divides(paths.flatten(params) | paths.flatten(outline.frozen))
@@ -99,7 +99,7 @@ def make_design(settings: RunSettings, mesh: jax.sharding.Mesh) -> Design:
     return Design(settings, plan, outline, rows, told)
 
 
-def _check_positions(config: Config, seq_len: int) -> None:
+def check_positions(config: Config, seq_len: int) -> None:
     """Raise MMJaxError where a sample may be longer than the model's table of positions."""
     limit = config.decoder.longest
     if limit is not None and seq_len > limit:

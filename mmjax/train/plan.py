@@ -28,10 +28,11 @@ from mmjax.train import rows as trained_rows
 from mmjax.train import state as train_state
 from mmjax.train.activations import activations
 from mmjax.train.build import absent_files, blueprint, maker
-from mmjax.train.design import Outline, abstract_batch, make_outline
+from mmjax.train.design import Outline, abstract_batch, check_positions, make_outline
+from mmjax.train.lengths import check_lengths
 from mmjax.train.loss import LossOptions
 from mmjax.train.plan_answer import AnswerPlan, plan_answers
-from mmjax.train.settings import RunSettings
+from mmjax.train.settings import RunSettings, check_numbers
 from mmjax.train.step import compile_step, make_train_step
 
 PARTS = {
@@ -97,14 +98,18 @@ def make_plan(
     """Plan a run on some devices, all by default; they are counted and not used.
 
     compile_: also compile the step for them and ask the compiler. Raises MMJaxError as ``run`` does
-    for a mesh or a batch that does not divide.
+    for numbers that cannot work, a mesh or a batch that does not divide, and rows that are too long
+    for the model.
     """
+    check_numbers(settings)
     mesh = make_mesh(settings.mesh, devices)
     data = settings.data
     check_batch(mesh, data.batch_size, data.seq_len, settings.accumulate)
+    check_lengths(data, mesh)
     with use(mesh):
         settings, _ = tuning.applied(settings)
         make, config, processor, known, note = _model(settings)
+        check_positions(config, data.seq_len)
         outline = make_outline(settings, make, mesh)
         batch = abstract_batch(settings, processor, data.batch_size, mesh)
         rows = {}

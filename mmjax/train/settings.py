@@ -10,6 +10,7 @@ from mmjax.checkpoint import CheckpointSettings
 from mmjax.data.grouping import check_group
 from mmjax.data.mixture import check_one_given
 from mmjax.data.multiturn import Multiturn
+from mmjax.data.skips import check_share
 from mmjax.nn.cache import DTYPES
 from mmjax.train.optim import OptimSettings
 from mmjax.train.rows import RowSettings
@@ -223,6 +224,7 @@ def check_numbers(settings: RunSettings) -> None:
     data, optim, asked = settings.data, settings.optim, settings.eval
     check_one_given(data.weights, data.counts)
     check_group(data.group, data.pack, data.multiturn)
+    check_share(data.max_bad_share)
     least: dict[float, dict[str, float]] = {
         1: {
             "steps": settings.steps, "accumulate": settings.accumulate,

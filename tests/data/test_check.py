@@ -119,6 +119,13 @@ def test_a_limit_is_spread_and_ids_given_twice_are_named(tmp_path):
         command.check(run, limit=0)
     with pytest.raises(MMJaxError, match="--threads=0: records are read by 1"):
         command.check(run, threads=0)
+    for wrong, told in (  # what a run refuses, and passed here
+        (dict(workers=-1), "config.data.workers is -1"),
+        (dict(max_bad_share=float("nan")), "max_bad_share nan is a share"),
+        (dict(loss_weights={"b": 1.0}), "data.loss_weights names 'b'.* there are a"),
+    ):
+        with pytest.raises(MMJaxError, match=told):
+            command.check(settings({"a": spec}, **wrong))
 
 
 def test_what_would_stop_training_is_in_the_table_too(tmp_path, monkeypatch):

@@ -277,6 +277,20 @@ def test_a_batch_that_does_not_divide_is_named():
         plan.make_plan(small(accumulate=3), jax.devices()[:1])
 
 
+def test_a_plan_refuses_what_the_run_would_refuse():
+    def planned(**changes):
+        plan.make_plan(dataclasses.replace(small(), **changes), jax.devices()[:1])
+
+    with pytest.raises(MMJaxError, match="config.accumulate is 0; it must be at least 1"):
+        planned(accumulate=0)  # ended in a ZeroDivisionError
+    with pytest.raises(MMJaxError, match="data.lengths holds 128 and data.seq_len is 128"):
+        planned(data=dataclasses.replace(small().data, lengths=(128,)))
+    sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4)
+    opt = dict(model_type="opt", vocab_size=64, max_position_embeddings=64, **sizes)
+    with pytest.raises(MMJaxError, match="data.seq_len is 128, and the model's table has .* 64"):
+        planned(model=ModelSettings(family="language", init="nowhere", config=opt))
+
+
 @pytest.mark.heavy
 def test_the_command_plans_for_devices_that_are_not_here():
     done = subprocess.run(
