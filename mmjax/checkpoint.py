@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,18 +178,16 @@ class CheckpointManager:
         """
         step = self.latest if step is None else step
         want = {"params": paths.flatten(abstract.params), "opt": _flat(abstract.opt), "data": data}
-        # Where the data iterator refuses, Orbax leaves what was to read the rest: no word of that.
-        warnings.filterwarnings("ignore", "coroutine '.*_background_load' was never awaited")
         cause = None
         try:
-            saved = self._manager.checkpointables_metadata(step)
-            problem = _misfit(saved.metadata, want)
-            if not problem:
-                got = self._manager.load_checkpointables(step, want)
+            with _one_word():
+                saved = self._manager.checkpointables_metadata(step)
+                problem = _misfit(saved.metadata, want)
+                if not problem:
+                    got = self._manager.load_checkpointables(step, want)
         except (ValueError, KeyError, OSError) as error:
             problem, cause = _refused(error), error
             if not problem:
-                _ignore_late_reads()
                 raise self._unreadable(step, error) from error
         if problem:
             raise MMJaxError(
@@ -328,17 +326,25 @@ def _refused(error: BaseException | None) -> str:
     return ""
 
 
-def _ignore_late_reads() -> None:
-    """Keep quiet about what Orbax still reads when a read beside it has failed."""
-    tell = sys.unraisablehook
+@contextlib.contextmanager
+def _one_word() -> Iterator[None]:
+    """Load within it: of a load that fails the error alone is told, now and later.
+
+    Orbax reads all arrays at a time. Where one cannot be read, or the data iterator refuses, the
+    others come to a loop that is closed, or are never awaited, and each would print a traceback.
+    """
+    tell, log = sys.unraisablehook, logging.getLogger("asyncio")
 
     def told(unraisable) -> None:
         if "Event loop is closed" not in str(unraisable.exc_value):
             tell(unraisable)
 
-    sys.unraisablehook = told
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before, sys.unraisablehook = log.level, told
+    log.setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited")
+    yield
+    sys.unraisablehook = tell
+    log.setLevel(before)
 
 
 def _root(error: BaseException) -> str:
@@ -419,7 +425,7 @@ def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[s
     logging.getLogger("absl").addFilter(_ORBAX_LOG)
     want, folder = {"params": dict(abstract)}, Path(workdir).absolute() / FOLDER
     try:
-        with ocp.training.Checkpointer(folder) as manager:
+        with ocp.training.Checkpointer(folder) as manager, _one_word():
             problem = _misfit(manager.checkpointables_metadata(step).metadata, want)
             if not problem:
                 return manager.load_checkpointables(step, want)["params"]
