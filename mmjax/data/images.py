@@ -46,6 +46,22 @@ def source_name(source: ImageSource) -> str:
     return f"<array {getattr(source, 'dtype', type(source).__name__)}{np.shape(source)}>"
 
 
+def to_numpy(source: Any) -> np.ndarray:
+    """Return an array of any library as numpy's.
+
+    Raises BadSample("bad_image_type") for what numpy cannot hold or reach, as a tensor of bfloat16
+    or on a GPU.
+    """
+    try:
+        return np.asarray(source)
+    except (TypeError, RuntimeError) as error:  # torch's, of which JAX's arrays have none
+        raise BadSample(
+            "bad_image_type",
+            f"{source_name(source)}: cannot be read as a numpy array ({error}); give "
+            "x.detach().float().cpu().numpy() of a tensor x",
+        ) from error
+
+
 def open_image(
     source: ImageSource, *, max_pixels: int | None = MAX_PIXELS, transpose: bool = False
 ) -> Image.Image:
@@ -255,7 +271,7 @@ def _open_encoded(source: Any, name: str) -> Image.Image:
 
 def _from_array(source: Any, name: str) -> Image.Image:
     """Wrap uint8 pixels in a PIL image, whichever side the channels stand on."""
-    array = np.zeros(0) if isinstance(source, list | tuple) else np.asarray(source)
+    array = np.zeros(0) if isinstance(source, list | tuple) else to_numpy(source)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise BadSample(
             "bad_image_type",

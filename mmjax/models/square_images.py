@@ -21,6 +21,7 @@ from mmjax.data.images import (
     open_image,
     resize_shortest,
     source_name,
+    to_numpy,
     to_rgb,
 )
 from mmjax.models.image_settings import (
@@ -122,7 +123,7 @@ class SquareImages:
         """
         side = self.image_size
         if hasattr(source, "__array__") and getattr(source, "ndim", 0):
-            array = np.asarray(source)
+            array = to_numpy(source)
             if np.issubdtype(array.dtype, np.floating):
                 return _normalised(array, source_name(source), side)
             source = array

@@ -19,7 +19,11 @@ from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcesso
 
 from mmjax.data.images import fit_size
 from mmjax.data.tokenizers_small import build_word_tokenizer
+from mmjax.models.flamingo.media import media_rows
+from mmjax.models.flamingo.processor_config import ProcessorConfig as MediaConfig
 from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
+from mmjax.models.square_images import SquareImages
+from mmjax.types import BadSample
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden", "fuyu_processor.npz")
 PROMPT = "Generate a coco-style caption.\n"
@@ -148,6 +152,20 @@ def test_a_folder_saved_by_transformers_loads_here(tmp_path):
     ready = processor.encode_prompt(out["input_ids"][0].tolist(), [out["pixel_values"]])
     np.testing.assert_array_equal(ready["patches"], out["pixel_values"].numpy())
     np.testing.assert_array_equal(ready["visual_index"], example["visual_index"])
+
+
+@pytest.mark.parametrize("how", [dict(dtype=torch.bfloat16), dict(requires_grad=True)])
+def test_a_tensor_that_numpy_cannot_hold_is_refused_with_the_way_out(how):
+    """Such as the peer's pixels, cast for its model."""
+    tensor = torch.zeros(3, 8, 8, **how)
+    video = MediaConfig(image_size=8, frames=2)
+    for read, image in (
+        (lambda x: FuyuProcessor(SMALL).encode_prompt([1], [x]), tensor),
+        (SquareImages(image_size=8).pixels, tensor),
+        (lambda x: media_rows([x], video), torch.stack([tensor] * 2)),
+    ):
+        with pytest.raises(BadSample, match=r"x\.detach\(\)\.float\(\)\.cpu\(\)\.numpy\(\)"):
+            read(image)
 
 
 def test_decoded_answer_equals_the_peers():

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mmjax.data.images import to_numpy
 from mmjax.models.flamingo.processor_config import ProcessorConfig
 from mmjax.types import BadSample, ImageSource
 
@@ -56,7 +57,7 @@ def _frames(source: ImageSource) -> list[Any]:
         return list(source)
     if getattr(source, "ndim", 0) < 4:
         return [source]
-    array = np.asarray(source)
+    array = to_numpy(source)
     while array.ndim > 4 and len(array) == 1:  # the peer's axes for batch and media
         array = array[0]
     return list(array)

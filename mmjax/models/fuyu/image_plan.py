@@ -17,6 +17,7 @@ from mmjax.data.images import (
     resize,
     scale_of,
     source_name,
+    to_numpy,
     to_rgb,
 )
 from mmjax.models.fuyu.processor_config import ProcessorConfig
@@ -162,5 +163,5 @@ def _float_array(source: ImageSource) -> np.ndarray | None:
     """Return float pixels or patches as float32; None for every other kind of image."""
     if isinstance(source, Image.Image) or not hasattr(source, "__array__"):
         return None
-    array = np.asarray(source)
+    array = to_numpy(source)
     return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else None
