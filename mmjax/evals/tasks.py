@@ -70,6 +70,15 @@ class Task:
     pictures: int = 24
 
     def __post_init__(self):
+        for name in ("source", "demos", "train"):
+            given = getattr(self, name)
+            # Lists and mixtures of others' own alike: whatever has a length and items.
+            held = hasattr(given, "__getitem__") and not isinstance(given, str | bytes)
+            if not held and (name == "source" or given is not None):
+                raise MMJaxError(
+                    f"task {self.name}: {name} is {given!r}; describe a source, such as "
+                    '{"kind": "json", "path": "test.json"}, or give its records'
+                )
         get_scorer(self.scorer)
         if self.summary is not None:
             get_summary(self.summary)

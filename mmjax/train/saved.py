@@ -17,7 +17,7 @@ from mmjax.train.build import Blueprint, absent_files
 from mmjax.train.design import Design, make_design
 from mmjax.train.export import export_model
 from mmjax.train.initial import init_frozen
-from mmjax.train.settings import RunSettings
+from mmjax.train.settings import ModelSettings, RunSettings
 from mmjax.train.workdir import read_config
 from mmjax.types import MMJaxError
 from mmjax.weights.writer import check_destination
@@ -72,6 +72,7 @@ def export_step(
         have = sorted(int(p.name) for p in saved.parent.glob("*") if p.name.isdigit())
         raise MMJaxError(f"{saved} is not there; {found} has steps {', '.join(map(str, have))}")
     own = settings.model
+    _check_moved(workdir, own, init, parts or {})
     moved = {"parts": {**own.parts, **(parts or {})}} | ({"init": init} if init else {})
     # How attention is computed changes no weight, and may be for another machine.
     model = dataclasses.replace(own, **moved, attention="auto")
@@ -89,6 +90,25 @@ def export_step(
             overwrite=overwrite,
         )  # fmt: skip
     return workdir, step
+
+
+def _check_moved(
+    workdir: Path, own: ModelSettings, init: str | None, parts: Mapping[str, str]
+) -> None:
+    """Raise MMJaxError for a place of something that the run did not begin with.
+
+    What is frozen would be read from there: another model than the one that was trained.
+    """
+    had = [*(["model.init"] if own.init else []), *(f"model.parts {x}" for x in own.parts)]
+    strange = ["--init"] if init and not own.init else []
+    for name in parts:  # a file that is elsewhere may need the words for it anew
+        if name not in own.parts and (name in ("lm", "vision") or not had):
+            strange.append(f"--{name.replace('_', '-')}")
+    if strange:
+        raise MMJaxError(
+            f"the run in {workdir} began with {', '.join(had) or 'random weights alone'}; leave "
+            f"{', '.join(strange)} away"
+        )
 
 
 def _run_of(path: Path) -> tuple[Path, RunSettings]:

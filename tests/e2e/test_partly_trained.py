@@ -124,6 +124,10 @@ def test_a_run_trains_its_part_and_goes_on_where_it_stood(tmp_path, capsys):
         assert json_of(folder) == json_of(tmp_path / "cut/model")
     with pytest.raises(MMJaxError, match=r"checkpoints/3 is not there; .*cut has steps 2, 4"):
         from_run.main([str(tmp_path / "cut/checkpoints/3"), str(tmp_path / "at_3")])
+    for given in ("--lm", "--vision-config", "--init"):  # another model, or a message of None
+        asked = [str(tmp_path / "cut"), str(tmp_path / "other"), given, str(folder)]
+        with pytest.raises(MMJaxError, match=f"with random weights alone; leave {given} away"):
+            from_run.main(asked)
     with pytest.raises(MMJaxError, match=r"at_4 exists; give another destination, or --overw"):
         from_run.main([str(tmp_path / "nothing"), str(folder)])  # told first
     with pytest.raises(MMJaxError, match=r"at_4 is no run of train.py: give its workdir"):

@@ -337,6 +337,8 @@ def test_task_settings_are_checked():
     with pytest.raises(MMJaxError, match="did you mean 'scorer'"):
         make_task({"name": "t", "source": (), "score": "x"})
     for wrong, told in (
+        (dict(source=None), "source is None; describe a source"),  # ended in a TypeError
+        (dict(train="train.json"), "train is 'train.json'; describe a source"),
         (dict(shots=-1, demos=()), "shots is -1; give at least 0"),  # ended within itertools
         (dict(train_limit=0), "train_limit is 0; give at least 1"),
         (dict(resolutions=(0,)), "0 is not a number of pixels"),  # asked at one pixel
