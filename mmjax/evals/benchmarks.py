@@ -83,7 +83,7 @@ def expand(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """
     given = dict(config)
     name = given.pop("benchmark")
-    if name not in BENCHMARKS:
+    if not isinstance(name, str) or name not in BENCHMARKS:
         raise MMJaxError(
             f"{path}.benchmark is {name!r}{nearest(str(name), BENCHMARKS)} "
             f"(there are {', '.join(BENCHMARKS)})"

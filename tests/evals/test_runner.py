@@ -347,6 +347,9 @@ def test_task_settings_are_checked():
     ):
         with pytest.raises(MMJaxError, match=f"task t: .*{told}"):
             make_task({"name": "t", "source": (), **wrong})
+    for name in (["pope"], "popes"):  # what no table has as a key, too
+        with pytest.raises(MMJaxError, match=r"config.eval.tasks.benchmark is .*there are "):
+            make_task({"benchmark": name})
     with pytest.raises(MMJaxError, match="different names"):
         run([vqa("a", colours()), vqa("a", colours())])
     with pytest.raises(MMJaxError, match="different files, got a b, a_b"):
