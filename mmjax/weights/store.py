@@ -122,19 +122,12 @@ class StoreReader:
             )
         self.folder, self.files = tree, [tree / "_METADATA"]
         metadata = _metadata(tree)
+        self._names = _names(tree, metadata)
         self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         self._ocdbt = (tree / "manifest.ocdbt").is_file()
         # Where zeros are written like other numbers, what is not there was lost.
         self._complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
         self._stores: dict[str, Any] = {}
-        self._names = {}
-        for entry in metadata["tree_metadata"].values():
-            if entry["value_metadata"].get("skip_deserialize"):
-                continue
-            names = [str(part["key"]) for part in entry["key_metadata"]]
-            # nnx keeps the array of a Variable under "value".
-            path = names[:-1] if names[-1] in ("value", "raw_value") else names
-            self._names[".".join(path)] = ".".join(names)
 
     def keys(self) -> Iterable[str]:
         return self._names.keys()
@@ -189,6 +182,25 @@ def _files(folder: Path) -> dict[str, str]:
     """
     plain = os.path.realpath(folder) if ".." in folder.parts else os.path.abspath(folder)
     return {"driver": "file", "path": f"{plain}/"}
+
+
+def _names(tree: Path, metadata: dict[str, Any]) -> dict[str, str]:
+    """Return the arrays' folders by dotted path; raises MMJaxError where a tree's file lacks it."""
+    found = {}
+    try:
+        for entry in metadata["tree_metadata"].values():
+            if entry["value_metadata"].get("skip_deserialize"):
+                continue
+            names = [str(part["key"]) for part in entry["key_metadata"]]
+            # nnx keeps the array of a Variable under "value".
+            path = names[:-1] if names[-1] in ("value", "raw_value") else names
+            found[".".join(path)] = ".".join(names)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise MMJaxError(
+            f"{tree / '_METADATA'}: not that of an Orbax tree ({error!r}); the folder is damaged, "
+            "copy it anew or make it again"
+        ) from error
+    return found
 
 
 def _metadata(tree: Path) -> dict[str, Any]:

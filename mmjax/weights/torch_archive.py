@@ -6,6 +6,7 @@ when they are read.
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -104,15 +105,27 @@ def _read_zip(file: Path) -> Any:
 
 
 def _zip_place(raw: BinaryIO, member: zipfile.ZipInfo) -> tuple[int, int, str | None]:
-    if member.compress_type != zipfile.ZIP_STORED:
+    if member.compress_type == zipfile.ZIP_DEFLATED:
         return 0, member.file_size, member.filename
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise MMJaxError(
+            f"{raw.name}: damaged zip, {member.filename} is compressed in way "
+            f"{member.compress_type}, and torch writes 0; copy it again"
+        )
     # The local header's extra field (torch's alignment padding) is not that of the directory.
     raw.seek(member.header_offset)
     header = raw.read(30)
     if header[:4] != b"PK\x03\x04":
         raise MMJaxError(f"{raw.name}: damaged zip, no header at {member.filename}; copy it again")
     name, extra = struct.unpack("<HH", header[26:30])
-    return member.header_offset + 30 + name + extra, member.file_size, None
+    start, size = member.header_offset + 30 + name + extra, os.fstat(raw.fileno()).st_size
+    end = start + member.file_size
+    if end > size:
+        raise MMJaxError(
+            f"{raw.name}: damaged zip, {member.filename} ends at byte {end} of a file of {size}; "
+            "copy it again"
+        )
+    return start, member.file_size, None
 
 
 def _read_legacy(file: Path) -> Any:

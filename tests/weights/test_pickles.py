@@ -170,6 +170,16 @@ def test_numbers_that_are_cut_off_or_turned_round_are_refused(tmp_path):
     refused("/data/", lambda x: x[:8], "'w' needs 16 bytes of a storage of 8")
     refused("/byteorder", lambda x: b"big", "big-endian torch files are not supported")
     raw = bytearray(file.read_bytes())
+    entry = raw.rfind(b"a/data/0") - 46  # of the zip's directory
+    for at, value, says in (
+        (10, b"\x63", "in way 99"),
+        (26, b"\x01", "ends at byte 6.* a file of"),
+    ):
+        other = raw.copy()
+        other[entry + at : entry + at + 1] = value
+        (tmp_path / "c.pt").write_bytes(other)
+        with pytest.raises(MMJaxError, match=f"damaged zip, a/data/0 .*{says}"):
+            read_torch(tmp_path / "c.pt")
     with zipfile.ZipFile(file) as source:  # what says where the numbers of a member begin
         raw[source.getinfo("a/data/0").header_offset] = 0
     file.write_bytes(raw)

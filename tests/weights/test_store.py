@@ -166,6 +166,10 @@ def cut(file):
         ("decoder.layers.mlp.up.kernel/c/0/0/0", cut),
         ("decoder.layers.mlp.up.kernel/zarr.json", Path.unlink),
         ("_METADATA", cut),
+        (
+            "_METADATA",
+            lambda file: file.write_bytes(file.read_bytes().replace(b"key_m", b"kez_m", 1)),
+        ),
     ],
 )
 def test_what_a_copy_lost_is_named_and_never_read_as_zeros(params, tmp_path, name, damage):
