@@ -19,7 +19,7 @@ from mmjax.generate.loop import Generator, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.models.api import Config, Processor
 from mmjax.parallel.mesh import use
-from mmjax.types import Example, ImageSource, MMJaxError
+from mmjax.types import Example, ImageSource, MMJaxError, is_count
 
 Prompt = str | Sequence[int]
 Images = ImageSource | Sequence[ImageSource] | None
@@ -147,10 +147,9 @@ class LoadedModel:
         (seed, its place in ``examples``), whatever batch it falls into. With num_return_sequences
         above 1, each prompt has a list of so many.
         """
-        if max_new_tokens < 1:
-            raise MMJaxError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-        if batch_size < 1:
-            raise MMJaxError(f"batch_size is {batch_size}; give at least 1")
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if not is_count(value):
+                raise MMJaxError(f"{name} is {value!r}; give a whole number from 1 up")
         self._check_positions(examples, max_new_tokens)
         beams.check_vocabulary(self.config.vocab_size)
         graphdef, params = self._split

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -110,6 +111,22 @@ _SYSTEM = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.EIO),
 )
+
+
+def is_number(value: Any) -> bool:
+    """Tell a finite number from everything else, True and False included."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Tell a whole number from ``least`` up from everything else, True and False included."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(value >= least)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from mmjax.generate.constraints import Constraints
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, is_count, is_number
 
 # The score of what is no candidate. Finite, as in transformers: where constraints forbid every
 # token (-inf), such a row still ranks below the empty beams and never turns into a NaN.
@@ -38,17 +37,18 @@ class Beams:
     num_return_sequences: int = 1
 
     def __post_init__(self):
-        if self.num_beams < 1:
-            raise MMJaxError(f"num_beams is {self.num_beams}; give at least 1")
-        if not math.isfinite(self.length_penalty):
-            raise MMJaxError(f"length_penalty is {self.length_penalty}; give a finite number")
+        if not is_count(self.num_beams):
+            raise MMJaxError(f"num_beams is {self.num_beams!r}; give a whole number from 1 up")
+        if not is_number(self.length_penalty):
+            raise MMJaxError(f"length_penalty is {self.length_penalty!r}; give a finite number")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise MMJaxError(
                 f'early_stopping is {self.early_stopping!r}; give False, True or "never"'
             )
-        if not 1 <= self.num_return_sequences <= self.num_beams:
+        several = self.num_return_sequences
+        if not is_count(several) or several > self.num_beams:
             raise MMJaxError(
-                f"num_return_sequences is {self.num_return_sequences} with num_beams="
+                f"num_return_sequences is {several!r} with num_beams="
                 f"{self.num_beams}; give 1 to num_beams, or more beams"
             )
 

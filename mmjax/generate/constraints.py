@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, is_count, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,15 @@ class Constraints:
     min_new_tokens: int = 0
 
     def __post_init__(self):
-        if not self.repetition_penalty > 0:
+        if not is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
             raise MMJaxError(
-                f"repetition_penalty is {self.repetition_penalty}; give a number above 0 (1 is off)"
+                f"repetition_penalty is {self.repetition_penalty!r}; give a number above 0 (1 is "
+                "off)"
             )
-        if self.no_repeat_ngram_size < 0 or self.min_new_tokens < 0:
+        if not is_count(self.no_repeat_ngram_size, 0) or not is_count(self.min_new_tokens, 0):
             raise MMJaxError(
-                f"no_repeat_ngram_size is {self.no_repeat_ngram_size} and min_new_tokens is "
-                f"{self.min_new_tokens}; neither may be below 0 (0 is off)"
+                f"no_repeat_ngram_size is {self.no_repeat_ngram_size!r} and min_new_tokens is "
+                f"{self.min_new_tokens!r}; both are whole numbers from 0 up (0 is off)"
             )
 
     def __call__(

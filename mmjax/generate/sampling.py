@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, is_count, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        numbers = is_number(self.temperature) and is_number(self.top_p) and is_count(self.top_k, 0)
+        if not numbers or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise MMJaxError(
                 f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
+                f"temperature={self.temperature!r}, top_k={self.top_k!r}, top_p={self.top_p!r}"
             )
 
     def numbers(self) -> np.ndarray:

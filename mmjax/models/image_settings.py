@@ -6,11 +6,10 @@ anywhere. numpy free: processors are built on this.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, is_number
 
 _FILTERS = "0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming"
 
@@ -58,14 +57,3 @@ def check_colours(mean: Any, std: Any, channels: int = 3) -> None:
             raise MMJaxError(f"{name} is {value!r}; give a number, or {channels}: one a channel")
         if name == "image_std" and not all(each):
             raise MMJaxError(f"image_std is {value!r}; what divides pixels cannot be 0")
-
-
-def is_number(value: Any) -> bool:
-    """Tell a finite number from everything else that JSON has."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def is_count(value: Any, least: int = 1) -> bool:
-    """Tell a whole number from ``least`` up from everything else."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -29,12 +29,11 @@ from mmjax.models.image_settings import (
     check_filter,
     check_keys,
     check_rescaled,
-    is_count,
     merged,
 )
 from mmjax.models.json_files import read_json
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
-from mmjax.types import BadSample, ImageSource, MMJaxError
+from mmjax.types import BadSample, ImageSource, MMJaxError, is_count
 
 Fit = Literal["crop", "crop_down", "squash"]
 

@@ -123,7 +123,7 @@ def test_mistakes_are_named_before_a_model_is_loaded():
         Task("t", records(), cut="openflamingo_vqa")
     with pytest.raises(MMJaxError, match="unknown submission 'vqa2'; did you mean 'vqa'"):
         Task("t", records(), submission="vqa2")
-    with pytest.raises(MMJaxError, match="num_beams is 0; give at least 1"):
+    with pytest.raises(MMJaxError, match="num_beams is 0; give a whole number from 1 up"):
         check_tasks(RunSettings(eval=EvalSettings(num_beams=0)))
 
 

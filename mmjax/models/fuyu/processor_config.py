@@ -16,12 +16,10 @@ from mmjax.models.image_settings import (
     check_filter,
     check_keys,
     check_rescaled,
-    is_count,
-    is_number,
     merged,
 )
 from mmjax.models.json_files import read_json
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, is_count, is_number
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _OPEN_KEY = "mmjax_max_size"  # beside HF's ``size``, which cannot say "no limit"
