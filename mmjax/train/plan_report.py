@@ -97,7 +97,7 @@ def print_plan(settings: RunSettings, *, devices: int = 0, memory: float = 0.0) 
     devices: simulated ones, so many; 0 plans and compiles for those of this machine. memory: GB
     of each; 0 asks the devices, which a CPU does not answer.
     """
-    if devices < 0 or memory < 0:
+    if devices < 0 or not memory >= 0:  # which nan is not
         raise MMJaxError(
             f"--plan_devices is {devices} and --plan_memory {memory}; give positive numbers"
         )

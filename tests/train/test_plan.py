@@ -285,6 +285,9 @@ def test_a_plan_refuses_what_the_run_would_refuse():
         planned(accumulate=0)  # ended in a ZeroDivisionError
     with pytest.raises(MMJaxError, match="data.lengths holds 128 and data.seq_len is 128"):
         planned(data=dataclasses.replace(small().data, lengths=(128,)))
+    for memory in (-1.0, float("nan")):
+        with pytest.raises(MMJaxError, match=f"--plan_memory {memory}; give positive numbers"):
+            plan_report.print_plan(small(), memory=memory)
     sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4)
     opt = dict(model_type="opt", vocab_size=64, max_position_embeddings=64, **sizes)
     with pytest.raises(MMJaxError, match="data.seq_len is 128, and the model's table has .* 64"):
