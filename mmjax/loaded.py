@@ -273,6 +273,11 @@ def pair(prompts: Any, images: Any) -> tuple[list[Prompt], list[Any]]:
     """
     if hasattr(prompts, "__array__"):  # of numpy, jax or torch, whose numbers are arrays themselves
         prompts = np.asarray(prompts)
+    listed = prompts.ndim if isinstance(prompts, np.ndarray) else isinstance(prompts, Sequence)
+    if not listed:
+        raise MMJaxError(
+            f"prompts are {prompts!r:.60}; give a string, a list of token ids, or a list of these"
+        )
     single = isinstance(prompts, str) or (
         len(prompts) > 0 and all(isinstance(x, int | np.integer) for x in prompts)
     )

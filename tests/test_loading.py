@@ -358,6 +358,9 @@ def test_bad_string_prompts_are_explained(loaded):
     for image in ("a.jpg", b"jpg", Image.new("RGB", (4, 4))):  # one image, in whatever form
         with pytest.raises(MMJaxError, match="2 prompts and images for 1"):
             loaded.generate(["a", "b"], image)
+    for none in (None, 3, iter("a"), np.array("a")):
+        with pytest.raises(MMJaxError, match="prompts are .*; give a string, a list of token ids"):
+            loaded.generate(none)
     with pytest.raises(MMJaxError, match="max_new_tokens is 0"):
         loaded.generate("a", max_new_tokens=0)
 
