@@ -12,12 +12,12 @@ from mmjax.nn.linear import Linear
 from mmjax.parallel.sharding import several_devices
 
 APART = "apart"
-"""Layer by layer, whole over fsdp: for every token a scan copies each layer out of its stack, and a
-device fetches what others hold. The prefill, where both cost little, reads the weights where they
-lie: layer by layer it takes several times as long to compile."""
+"""Layer by layer, and whole over fsdp. Without it, every token copies each layer out of its stack,
+and fetches what other devices hold. The prefill, where both cost little, reads the weights where
+they lie: layer by layer it takes several times as long to compile."""
 APART_FIRST = "apart first"
-"""So in the prefill too, for CPUs: no stacked cache ever exists, whose pages would be new with each
-call and cost more than what is written into them. A scan copies it there, too."""
+"""The prefill reads that copy too, for CPUs: no stacked cache ever exists, whose pages would be new
+with each call and cost more than what is written into them, and which a scan would copy."""
 
 
 def choose(params: nnx.State, kept: int, beside: int) -> str | None:

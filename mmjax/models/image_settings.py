@@ -1,7 +1,7 @@
 """What the files of image processors may say, checked before a picture is read.
 
 People edit these files and give the same settings on the command line, so that any value may stand
-anywhere. numpy free: processors are built on this.
+anywhere.
 """
 
 from __future__ import annotations
