@@ -83,12 +83,16 @@ class Loss(_Compiled):
         hidden, head = (jnp.asarray(inputs[k], case.options["dtype"]) for k in ("hidden", "head"))
         index, labels = jnp.asarray(inputs["index"]), jnp.asarray(inputs["labels"])
         weights = jnp.ones(labels.shape, jnp.float32)
+        chunk = xent.chunk_rows(head.shape[-1])
 
         def mean(hidden, head, index, labels, weights):
             def logits(rows):
                 return (rows @ head).astype(jnp.float32)
 
-            return xent.chunked_nll(logits, hidden[index], labels, weights) / weights.sum()
+            return (
+                xent.chunked_nll(logits, hidden[index], labels, weights, chunk=chunk)
+                / weights.sum()
+            )
 
         gradient = jax.value_and_grad(mean, argnums=(0, 1))
         self._compile(gradient, (hidden, head, index, labels, weights))

@@ -29,6 +29,9 @@ from mmjax.parallel.sharding import constrain
 TRIM_LIMIT = 2**25
 """Weights of all layers up to which a copy of them costs next to nothing: 128 MiB in float32."""
 
+TRIM_SHARE = 0.5
+"""The share of a row up to which it pays to run the last layer on the states asked for alone."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(LayerConfig):
@@ -74,7 +77,7 @@ class DecoderConfig(LayerConfig):
         """
         most = min(tokens, self.window or tokens)
         seen = most * (tokens - (most - 1) / 2)  # keys that all queries see
-        layers = self.num_layers - (1 - asked if self.trims_last_layer else 0)
+        layers = self.num_layers - (1 - asked if self.trims_last_layer(asked) else 0)
         weights = self.num_layers * self.key_side_weights + layers * self.query_side_weights
         head = "decoder.embed.*" if self.tied else "decoder.head.*"
         logits = asked * tokens * self.d_model * self.vocab_size
@@ -87,13 +90,14 @@ class DecoderConfig(LayerConfig):
             Work({"decoder.final_norm.*": 0.0, head: 2.0 * logits}),
         )
 
-    @property
-    def trims_last_layer(self) -> bool:
-        """Whether the last layer's queries, and what follows them, run only where states are asked.
+    def trims_last_layer(self, asked: float) -> bool:
+        """Tell whether the last layer's queries, and what follows them, run on states asked alone.
 
-        It copies the weights of the other layers, so small models alone do it: TRIM_LIMIT.
+        asked: their share of a row. It copies the weights of the other layers, so small models
+        alone do it (TRIM_LIMIT), and where it leaves much out (TRIM_SHARE).
         """
-        return self.num_layers * (self.key_side_weights + self.query_side_weights) <= TRIM_LIMIT
+        weights = self.num_layers * (self.key_side_weights + self.query_side_weights)
+        return asked <= TRIM_SHARE and weights <= TRIM_LIMIT
 
     @property
     def alibi_slopes(self) -> tuple[float, ...]:
@@ -182,7 +186,7 @@ class Decoder(nnx.Module):
         x = constrain(x, "batch", "length", "embed")
         trim = at is not None and length_shards(*x.shape[1::-1]) == 1
         if cache is None:
-            trim = trim and c.trims_last_layer
+            trim = trim and c.trims_last_layer(at.shape[1] / x.shape[1])
             x = scan(
                 self.layers,
                 c.num_layers,

@@ -11,6 +11,16 @@ from jax.ad_checkpoint import checkpoint_name
 from mmjax.parallel.sharding import constrain, shards
 
 CHUNK = 1024
+CHUNK_BYTES = 64 * 2**20
+
+
+def chunk_rows(vocab_size: int, given: int | None = None) -> int:
+    """Return how many rows' logits exist at one time: those given, else at least CHUNK.
+
+    Of a small vocabulary as many as CHUNK_BYTES hold in float32: computing them a second time costs
+    more than that memory is worth.
+    """
+    return max(CHUNK, CHUNK_BYTES // (4 * vocab_size)) if given is None else given
 
 
 @jax.custom_vjp
@@ -47,7 +57,7 @@ def chunked_nll(
     targets: Array,
     weights: Array,
     *,
-    chunk: int = CHUNK,
+    chunk: int,
 ) -> Array:
     """Return weighted sums of negative log-likelihoods without the logits of all tokens.
 

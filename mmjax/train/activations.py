@@ -18,6 +18,7 @@ from jax.extend.core.primitives import remat_p, scan_p
 from mmjax.nn import paths
 from mmjax.nn.dropout import dropout_key
 from mmjax.nn.linear import axes_apart
+from mmjax.ops import xent
 from mmjax.parallel.mesh import use
 from mmjax.parallel.sharding import RULES
 from mmjax.train import frozen as frozen_part
@@ -39,7 +40,8 @@ def activations(
     data = settings.data
     targets = rows * data.max_targets  # of one device's rows, which context shares
     own = targets // mesh.shape["context"]
-    chunked = own > settings.loss_chunk
+    chunk = xent.chunk_rows(config.vocab_size, settings.loss_chunk)
+    chunked = own > chunk
     trace = dict(rows=rows, chunk=max(1, targets // 2) if chunked else targets)
     cut = Cut(settings, params, frozen, mesh, rows)
     program = partial(traced, settings, config=config, processor=processor, **trace)
@@ -51,7 +53,7 @@ def activations(
         return sum(cut.bytes(r) for r in some if cut.in_stack(r, size))
 
     tensor = mesh.shape["tensor"]
-    logits = min(own, settings.loss_chunk) * config.vocab_size // tensor
+    logits = min(own, chunk) * config.vocab_size // tensor
     return {
         "kept": sum(map(cut.bytes, kept)),
         # What was not kept is there again while its layer is differentiated, and gradients of all.

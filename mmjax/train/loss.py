@@ -21,15 +21,15 @@ class LossOptions:
     num_sources: datasets whose losses are told apart, by ``batch["target_source"]``. weights: the
     loss is then sum_s w_s mean_s, each mean over the targets of its own source in the whole batch,
     not the mean over all of them; a source without any adds nothing. chunk: targets that the head
-    runs on at a time.
+    runs on at a time, None for ``chunk_rows`` of ``ops.xent``.
     """
 
     num_sources: int = 1
     weights: Sequence[float] | None = None
-    chunk: int = xent.CHUNK
+    chunk: int | None = None
 
 
-def loss_sum(model: nnx.Module, batch: Batch, *, chunk: int = xent.CHUNK) -> tuple[Array, Array]:
+def loss_sum(model: nnx.Module, batch: Batch, *, chunk: int | None = None) -> tuple[Array, Array]:
     """Return (sum of negative log-likelihoods, number of targets) of a batch, both float32.
 
     Sums, not means: microbatches and hosts add up, and one division ends it.
@@ -39,7 +39,7 @@ def loss_sum(model: nnx.Module, batch: Batch, *, chunk: int = xent.CHUNK) -> tup
 
 
 def loss_by_source(
-    model: nnx.Module, batch: Batch, num_sources: int, *, chunk: int = xent.CHUNK
+    model: nnx.Module, batch: Batch, num_sources: int, *, chunk: int | None = None
 ) -> tuple[Array, Array]:
     """Return the same sums for each source, both float32[sources], in one pass.
 
@@ -57,7 +57,7 @@ def loss_by_source(
         picked.reshape(-1, picked.shape[-1]),
         labels.reshape(-1),
         weights,
-        chunk=chunk,
+        chunk=xent.chunk_rows(model.config.vocab_size, chunk),
     )
     return totals, weights.sum(0)
 

@@ -190,18 +190,19 @@ class RunSettings:
     """A whole run.
 
     steps: optimizer steps. accumulate: microbatches of one step. loss_chunk: targets of a device
-    whose logits exist at a time. train: glob patterns of the parameters that are trained,
-    ``("perceiver.*", "cross.*")``, everything else is frozen; beside adapters, those that are
-    trained whole. Without any, everything, or the adapters alone. freeze: patterns of parameters
-    that are not trained after all. train_rows: tables of the vocabulary of which some rows alone
-    are trained, beside what ``train`` names. mesh: devices per axis, one of them -1 for the rest.
+    whose logits exist at a time, None for 1,024 or what 64 MiB hold (``ops.xent.chunk_rows``).
+    train: glob patterns of the parameters that are trained, ``("perceiver.*", "cross.*")``,
+    everything else is frozen; beside adapters, those that are trained whole. Without any,
+    everything, or the adapters alone. freeze: patterns of parameters that are not trained after
+    all. train_rows: tables of the vocabulary of which some rows alone are trained, beside what
+    ``train`` names. mesh: devices per axis, one of them -1 for the rest.
     """
 
     name: str = "run"
     seed: int = 0
     steps: int = 1000
     accumulate: int = 1
-    loss_chunk: int = 1024
+    loss_chunk: int | None = None
     train: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
     train_rows: tuple[RowSettings, ...] = ()
@@ -228,7 +229,7 @@ def check_numbers(settings: RunSettings) -> None:
     least: dict[float, dict[str, float]] = {
         1: {
             "steps": settings.steps, "accumulate": settings.accumulate,
-            "loss_chunk": settings.loss_chunk, "data.batch_size": data.batch_size,
+            "data.batch_size": data.batch_size,
             "data.seq_len": data.seq_len, "data.max_targets": data.max_targets,
             "log.every": settings.log.every, "checkpoint.every": settings.checkpoint.every,
             "checkpoint.keep": settings.checkpoint.keep, "eval.limit": asked.limit,
@@ -245,6 +246,8 @@ def check_numbers(settings: RunSettings) -> None:
             "optim.weight_decay": optim.weight_decay, "optim.clip_norm": optim.clip_norm,
         },
     }  # fmt: skip
+    if settings.loss_chunk is not None:
+        least[1]["loss_chunk"] = settings.loss_chunk
     for bound, values in least.items():
         for name, value in values.items():
             if not value >= bound:  # which nan is not

@@ -67,7 +67,7 @@ def test_states_asked_for_are_those_of_the_whole_row(residual):
     c = dataclasses.replace(
         tiny.CONFIG.decoder, residual=residual, residual_dropout=0.3, embedding_dropout=0.2
     )
-    assert c.trims_last_layer
+    assert c.trims_last_layer(2 / 16)
     decoder = Decoder(c, dtypes=DTypes(), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 16, c.d_model))
     positions, at = jnp.arange(16)[None].repeat(2, 0), jnp.array([[3, 15], [0, 8]])

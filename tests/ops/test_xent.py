@@ -33,6 +33,12 @@ def test_chunks_change_neither_loss_nor_gradients():
             np.testing.assert_allclose(ours, whole, atol=1e-5)
 
 
+def test_a_chunk_of_a_small_vocabulary_has_more_rows():
+    """64 MiB of float32 logits, and never fewer than 1,024 rows; what is given is taken."""
+    assert [xent.chunk_rows(v) for v in (512, 4096, 16_384, 262_144)] == [32_768, 4096, 1024, 1024]
+    assert xent.chunk_rows(512, 16) == 16
+
+
 def test_large_and_masked_logits_stay_finite():
     logits = jnp.array([[1e4, -jnp.inf, 0.0], [-1e4, -1e4, -jnp.inf]])
     loss, grads = jax.value_and_grad(lambda x: xent.nll(x, jnp.array([2, 0])).sum())(logits)

@@ -115,6 +115,12 @@ def test_states_at_asked_positions_are_those_of_the_whole(layers, monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4)
 
 
+def test_the_last_layer_of_a_small_model_is_cut_down_to_half_a_row_at_most():
+    decoder = dataclasses.replace(tiny.CONFIG.decoder, num_layers=2)
+    whole, half, most = (decoder.work(64, asked=share)[1].scores for share in (1.0, 0.5, 0.75))
+    assert (half, most) == (0.75 * whole, whole)
+
+
 def test_flops_of_fuyu_8b():
     config = FuyuConfig()
     # Two for each weight that multiplies; embeddings and norms are looked up or cheap.
