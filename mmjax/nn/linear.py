@@ -168,5 +168,27 @@ def _contract(x: Array, kernel: Array, n: int, dtype=None) -> Array:
     rows, d_out = x.shape[: x.ndim - n], kernel.shape[n:]
     size = math.prod(x.shape[x.ndim - n :])
     matrices = x.reshape(math.prod(rows), size), kernel.reshape(size, math.prod(d_out))
-    y = jnp.matmul(*matrices, preferred_element_type=dtype)
+    y = _matmul(*matrices) if dtype is None else jnp.matmul(*matrices, preferred_element_type=dtype)
     return y.reshape(*rows, *d_out)
+
+
+@jax.custom_vjp
+def _matmul(x: Array, kernel: Array) -> Array:
+    """Multiply [r, i] by [i, o] on a CPU, where a tall kernel's gradient is made transposed."""
+    return x @ kernel
+
+
+def _matmul_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(residuals, grad):
+    x, kernel = residuals
+    if kernel.shape[0] <= kernel.shape[1]:
+        d_kernel = x.T @ grad
+    else:  # a third faster. Without the barrier XLA would turn the product around again.
+        d_kernel = jax.lax.optimization_barrier(grad.T @ x).T
+    return grad @ kernel.T, d_kernel
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -1,6 +1,7 @@
 """The small modules against formulas in float64."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from mmjax.nn.linear import DTypes, Linear, LoRA
 from mmjax.nn.mlp import MLP, squared_relu
 from mmjax.nn.norm import LayerNorm, RMSNorm
 from mmjax.train import matrices
+from tests import compiler_options
 
 RNG = np.random.default_rng(0)
 
@@ -109,6 +111,27 @@ def test_linear_contracts_groups_of_axes():
         layer.bias[...]
     )
     np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 24), (24, 8)], ids=["wide", "tall"])
+def test_gradients_of_a_kernel_equal_the_formula(size):
+    """On a CPU that of a tall kernel is the product of a wide one, turned around behind it."""
+    layer, rng = linear(d_in=size[:1], d_out=size[1:]), np.random.default_rng(0)
+    graphdef, params = nnx.split(layer)
+    x, grad = (jnp.asarray(rng.normal(size=(3, 5, n)), jnp.float32) for n in size)
+
+    def gradients(params, x, grad):
+        return jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)[1](grad)
+
+    lowered = jax.jit(gradients).lower(params, x, grad)
+    compiled = lowered.compile(compiler_options=compiler_options.LIBRARY)
+    (d_params, d_x), kernel = compiled(params, x, grad), layer.kernel[...]
+    np.testing.assert_allclose(d_x, grad @ kernel.T, atol=1e-5)
+    d_kernel = np.einsum("bti,bto->io", np.float64(x), np.float64(grad))
+    np.testing.assert_allclose(d_params["kernel"][...], d_kernel, atol=1e-5)
+    made = re.findall(r"f32\[([\d,]+)\]{([\d,]+)} dot\(", compiled.as_text())
+    wide = [("8,24", "1,0"), ("24,8", "0,1")]  # the same product, as it lies in memory
+    assert len(made) == 2 and len(set(made) & set(wide)) == 1
 
 
 def test_an_adapter_starts_at_nothing_and_equals_the_merged_kernel():
