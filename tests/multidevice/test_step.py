@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,8 @@ def test_a_bad_step_is_told_and_moves_nothing_when_it_is_skipped():
 
 class Dropped(nnx.Module):
     """A model of ones that are dropped, so that a loss tells of its mask alone."""
+
+    config = SimpleNamespace(vocab_size=4)
 
     def __init__(self):
         rng = np.random.default_rng(0)
