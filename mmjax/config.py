@@ -139,6 +139,16 @@ def split_recipe(recipe: str | os.PathLike) -> tuple[str, str | None]:
     return (f"{file}.py", arg) if mark else (text, None)
 
 
+def folder_of_runs(recipe: str | os.PathLike) -> str:
+    """Return where a recipe's run lives if nobody says: ``runs/x`` of ``configs/x.py``.
+
+    An argument is part of the name, ``runs/x-quick``, with ``_`` for what file names rarely hold.
+    """
+    file, arg = split_recipe(recipe)
+    name = os.path.basename(file).removesuffix(".py") + (f"-{arg}" if arg else "")
+    return os.path.join("runs", re.sub(r"[^\w.,=-]", "_", name))
+
+
 def _write_home(config: Any) -> None:
     """Write the home folder out in all texts of a ConfigDict."""
     for name, value in config.items():

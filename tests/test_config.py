@@ -64,6 +64,18 @@ def recipe(tmp_path):
     return str(path)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "folder"),
+    [
+        ("configs/easyvqa.py", "runs/easyvqa"),
+        ("/home/me/own.py:quick", "runs/own-quick"),
+        ("own.py:steps=20,path=/data/a b", "runs/own-steps=20,path=_data_a_b"),
+    ],
+)
+def test_a_run_lives_under_its_recipes_name_unless_told_where(recipe, folder):
+    assert config.folder_of_runs(recipe) == folder
+
+
 def test_to_dataclass_follows_nested_types():
     raw = ConfigDict(
         dict(steps=3, optim=dict(lr=1, schedule="linear"), mesh=[2, 2, 1], sizes=(48, None))
