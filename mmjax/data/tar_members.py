@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 BLOCK = 512
 _END = bytes(BLOCK)
+_MOST_PADDING = 2**20  # behind the mark; tar writes 10 KiB at most unless it is told otherwise
 _NO_DATA = b"123456"  # links, devices, folders, pipes
 _LONG = b"xgLK"  # headers that say more about the member behind them
 
@@ -76,6 +77,24 @@ def read_member(read: Read, start: int, end: int) -> Member | None:
             f"ends at byte {end}"
         )
     return Member(shown, start, data, size, data + _padded(size), kind not in _NO_DATA)
+
+
+def check_end(read: Read, start: int, end: int) -> None:
+    """Raise DamagedTar unless little but zeros follows the mark that ends an archive.
+
+    A download with a hole in it has such a mark too, as have archives joined with ``cat``, and what
+    stands behind it is never read. Arguments as of ``read_member``.
+    """
+    if read(start, _MOST_PADDING).strip(b"\0"):
+        raise DamagedTar(
+            f"zeros at byte {start} mark its end, and there is data behind them: a download with a "
+            "hole, or archives that were joined, to be given one by one"
+        )
+    if end - start > _MOST_PADDING:
+        raise DamagedTar(
+            f"its last {end - start} bytes, from {start} on, begin with 1 MiB of zeros: a download "
+            "that was broken off"
+        )
 
 
 def _checked_length(header: bytes, at: int) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 
 from mmjax.data.index_cache import Arrays, cached_index
 from mmjax.data.skips import listed_as
-from mmjax.data.tar_members import DamagedTar, read_member
+from mmjax.data.tar_members import DamagedTar, check_end, read_member
 from mmjax.data.turns import IMAGE_MARK
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
@@ -80,7 +80,7 @@ class Shards:
         self.files = expand_shards(path)
 
         def load(file: Path) -> Arrays:
-            return cached_index(file, [file], "samples", lambda: index_shard(file), index_dir)
+            return cached_index(file, [file], "whole shard", lambda: index_shard(file), index_dir)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             found = list(pool.map(load, self.files))
@@ -191,6 +191,8 @@ def index_shard(path: Path) -> Arrays:
         while True:
             try:
                 member = read_member(read, at, end)
+                if member is None:
+                    check_end(read, at, end)
             except DamagedTar as e:
                 damage = str(e)
                 at = starts.pop() if starts else 0

@@ -200,6 +200,13 @@ def flip(at):
         (cut(7680), "ends at byte 7680 without the mark", 2),
         (flip(5120 + 1), "no tar header at byte 5120", 1),
         (flip(2560 + 130), "no tar header at byte 2560", 0),
+        (
+            lambda raw: raw[:5120] + bytes(512) + raw[5632:],
+            "zeros at byte 5120 mark its end, and there is data behind them",
+            1,
+        ),
+        (lambda raw: raw + raw, "zeros at byte 7680 mark its end, and there is data behind", 2),
+        (lambda raw: raw + bytes(2**20), "its last 1051136 bytes, from 7680 on, begin with", 2),
         (lambda raw: b"<!DOCTYPE html>" + bytes(800), r"byte 0 \(it begins b'<!DOCTYPE html>", 0),
         (lambda raw: b"", "ends at byte 0 without", 0),
     ],
