@@ -45,6 +45,33 @@ def test_gpt_neox_is_rotated_as_its_own_words_say():
     said = dict(BASE, model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=500)
     decoder = architecture(said).decoder(said | dict(partial_rotary_factor=1.0, rope_theta=10_000))
     assert (decoder.rope_fraction, decoder.rope_theta) == (0.5, 500.0)
+    alone = dict(BASE, model_type="gpt_neox", partial_rotary_factor=1.0, rope_theta=500)
+    assert rotation_of(alone) == peers_rotation(alone) == (0.25, 10_000.0)
+
+
+@pytest.mark.parametrize("top", [{}, {"rope_theta": 700.0, "partial_rotary_factor": 1.0}])
+def test_nothing_of_rope_parameters_counts_beside_a_rope_scaling(top):
+    """As transformers reads both: what the second leaves out is that of the top, or the default."""
+    new = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}
+    said = dict(BASE, **top, model_type="phi", rope_parameters=new)
+    assert rotation_of(said) == peers_rotation(said) == (0.25, 500.0)
+    said["rope_scaling"] = {"type": "default"}
+    want = (1.0, 700.0) if top else (0.5, 10_000.0)
+    assert rotation_of(said) == peers_rotation(said) == want
+    said["rope_scaling"] = {}  # states nothing
+    assert rotation_of(said) == peers_rotation(said) == (0.25, 500.0)
+
+
+def rotation_of(said):
+    """Our part of a head that is rotated, and the base."""
+    decoder = architecture(said).decoder(said)
+    return decoder.rope_fraction, decoder.rope_theta
+
+
+def peers_rotation(said):
+    said = json.loads(json.dumps(said))  # it writes into what it is given
+    read = T.AutoConfig.for_model(said.pop("model_type"), **said).rope_parameters
+    return read["partial_rotary_factor"], read["rope_theta"]
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict
 
     GPT-NeoX's own words, ``rotary_...``, count before the others. theta, fraction: where nothing is
     stated; a fraction of None is that of an architecture that rotates whole heads, where
-    transformers reads none or fails. Where both are, ``rope_scaling`` wins over
-    ``rope_parameters``, as in transformers. Raises MMJaxError for a rotation that is scaled in
+    transformers reads none or fails. Where both are, ``rope_scaling`` counts and nothing of
+    ``rope_parameters`` does, as in transformers. Raises MMJaxError for a rotation that is scaled in
     another way than Llama 3.1's, for a part of a head where none may be stated, and for what is no
     number.
     """
@@ -98,7 +98,8 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict
         if not isinstance(hf.get(place) or {}, Mapping):
             raise MMJaxError(f"{where} says {place} {hf[place]!r}; give an object of its values")
     new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    kind, stated = rope_kind(old or new), {**new, **old}
+    stated = old or new
+    kind = rope_kind(stated)
     if kind not in ("default", "llama3"):
         raise MMJaxError(
             f"{where} says rope_type {kind!r}; supported is 'default' or 'llama3'. Give a model of "

@@ -24,6 +24,8 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(hf.get("attention_bias", True))
     parallel = hf.get("use_parallel_residual", True)
     dropout = float(hf.get("hidden_dropout") or 0.0)
+    # At the top transformers reads rotary_emb_base and rotary_pct, and no others' words.
+    rotation = {key: hf[key] for key in hf.keys() - {"rope_theta", "partial_rotary_factor"}}
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
         d_model=d_model,
@@ -43,7 +45,7 @@ def read(hf: Mapping[str, Any]) -> DecoderConfig:
         tied=bool(hf.get("tie_word_embeddings", False)),
         residual_dropout=dropout,
         embedding_dropout=dropout,
-        **rope_of(hf, 10_000.0, 0.25),
+        **rope_of(rotation, 10_000.0, 0.25),
     )
 
 
