@@ -53,11 +53,14 @@ class CrossAttention(nnx.Module):
         k_start: Array | None = None,
         k_end: Array | None = None,
         uniform: Array | None = None,
+        *,
+        times: Array | None = None,
     ) -> Array:
         """Map [b, t, d] to [b, t, d].
 
         k, v: of ``keys_values``. k_start, k_end: int32[b, t], the keys a query sees; an empty
         range gives 0. uniform: bool[b, t], queries that weigh all keys of their range alike.
+        times: a trained number that what is returned is multiplied by; see ``mmjax.nn.mlp.MLP``.
         """
         q = checkpoint_name(self.q(x), "qkv")
         if uniform is not None:
@@ -66,11 +69,16 @@ class CrossAttention(nnx.Module):
         out = attention(
             q, k, v, k_start=k_start, k_end=k_end, causal=False, implementation=self.implementation
         )
-        return self.o(constrain(out, "batch", "length", "heads", None))
+        out = constrain(out, "batch", "length", "heads", None)
+        return self.o(out if times is None else times * out)
 
-    def decode(self, x: Array, k: Array, v: Array, length: Array) -> Array:
+    def decode(
+        self, x: Array, k: Array, v: Array, length: Array, *, times: Array | None = None
+    ) -> Array:
         """Map one token a row, [b, 1, d], to [b, 1, d].
 
         k, v: [b, n, s, h], heads before length. length: int32[b], how many of the keys are seen.
+        times: as for a call.
         """
-        return self.o(decode_attention(self.q(x)[:, 0], k, v, length)[:, None])
+        out = decode_attention(self.q(x)[:, 0], k, v, length)[:, None]
+        return self.o(out if times is None else times * out)

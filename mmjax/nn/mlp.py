@@ -72,12 +72,18 @@ class MLP(nnx.Module):
         self.sub_norm = sub_norm
         self.down = Linear((f,), (d,), ("mlp", "embed"), name=f"{prefix}mlp.down", **shared)
 
-    def __call__(self, x: Array) -> Array:
-        """Map [b, t, d] to [b, t, d]."""
+    def __call__(self, x: Array, times: Array | None = None) -> Array:
+        """Map [b, t, d] to [b, t, d].
+
+        times: a trained number that what is returned is multiplied by. ``down`` is given the
+        product: after it, the number's gradient would be made of what ``down`` returns, for which
+        remat would run it again.
+        """
         act = ACTIVATIONS[self.activation]
         up = _hidden(self.up(x))
         hidden = act(up) if self.gate is None else act(_hidden(self.gate(x))) * up
-        return self.down(hidden if self.sub_norm is None else self.sub_norm(hidden))
+        hidden = hidden if self.sub_norm is None else self.sub_norm(hidden)
+        return self.down(hidden if times is None else times * hidden)
 
 
 def _hidden(x: Array) -> Array:

@@ -184,18 +184,22 @@ class GatedCrossAttention(nnx.Module):
         self, x: Array, k: Array, v: Array, k_start: Array, k_end: Array, uniform: Array
     ) -> Array:
         """Map text [b, t, d] to [b, t, d]; the last three are those of ``media_ranges``."""
-        out = self.attn(self.attn_norm(x), k, v, k_start, k_end, uniform)
+        seen = k_start, k_end, uniform
+        out = self.attn(self.attn_norm(x), k, v, *seen, times=_open(self.attn_gate, x))
         return self._add(x, out)
 
     def decode(self, x: Array, k: Array, v: Array, length: Array) -> Array:
         """Map one token a row, [b, 1, d], to [b, 1, d]; the rest is of ``keys_of_next_token``."""
-        return self._add(x, self.attn.decode(self.attn_norm(x), k, v, length))
+        gate = _open(self.attn_gate, x)
+        return self._add(x, self.attn.decode(self.attn_norm(x), k, v, length, times=gate))
 
     def _add(self, x: Array, out: Array) -> Array:
-        """Add what attention returned to the stream, then the MLP."""
-        attn_gate, ff_gate = (
-            jnp.tanh(gate[...].astype(jnp.float32)).astype(x.dtype)
-            for gate in (self.attn_gate, self.ff_gate)
-        )
-        x = checkpoint_name(constrain(x + attn_gate * out, "batch", "length", "embed"), "attn_sum")
-        return constrain(x + ff_gate * self.mlp(self.mlp_norm(x)), "batch", "length", "embed")
+        """Add what attention returned, gated, to the stream, then the MLP."""
+        x = checkpoint_name(constrain(x + out, "batch", "length", "embed"), "attn_sum")
+        out = self.mlp(self.mlp_norm(x), _open(self.ff_gate, x))
+        return constrain(x + out, "batch", "length", "embed")
+
+
+def _open(gate: nnx.Param, x: Array) -> Array:
+    """Return how far a gate is open, [1], in the dtype of x."""
+    return jnp.tanh(gate[...].astype(jnp.float32)).astype(x.dtype)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mmjax.models.flamingo import cross_attention as X
-from mmjax.nn import paths
+from mmjax.nn import paths, stack
 from mmjax.nn.linear import DTypes, LoRA
 
 B, T, M, N, D, DV = 2, 9, 3, 4, 8, 6
@@ -193,6 +193,24 @@ def test_gradients_equal_differences_in_float64(only_immediate):
             sides.append(np.sum(out * weight))
         slope = (sides[0] - sides[1]) / (2 * eps)
         np.testing.assert_allclose(np.sum(np.asarray(grad) * step), slope, rtol=1e-4, atol=1e-4)
+
+
+def test_no_matmul_runs_twice_for_the_gradients_of_the_gates():
+    """Remat by names keeps what matmuls are given, so a gate may not ask for what they return."""
+    graphdef, params = block()
+    x, media = inputs()
+
+    def matmuls(run):
+        def loss(params, x, media):
+            return jnp.sum(run(params, x, media) ** 2)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(params, x, media).compile()
+        return compiled.as_text().count(" dot(")
+
+    def whole(params, x, media):
+        return forward((graphdef, params), x, media, ranges())
+
+    assert matmuls(jax.checkpoint(whole, policy=stack.REMAT["names"])) == matmuls(whole) > 18
 
 
 @pytest.mark.heavy
