@@ -18,6 +18,7 @@ from mmjax.checkpoint_failures import (
     disk_trouble,
     first_cause,
     memory_trouble,
+    metrics_told,
     one_error,
     own_refusal,
 )
@@ -198,7 +199,14 @@ class CheckpointManager:
                 f"checkpoint {self.directory}/{step} does not fit this config: {problem}. Continue "
                 "with the config it was trained with, or choose another --workdir"
             ) from cause
-        self.notes = dict((saved.custom_metadata or {}).get("notes", {}))
+        notes = (saved.custom_metadata or {}).get("notes")
+        if notes is None:  # Orbax itself goes on without them
+            self.warn(
+                f"checkpoint {self.directory}/{step}: _CHECKPOINT_METADATA is missing or damaged. "
+                "Parameters, optimizer and data are as saved; forgotten are the bad steps so far, "
+                "which are counted from 0 again, and whether an evaluation was due"
+            )
+        self.notes = dict(notes or {})
         params = paths.replace(abstract.params, got["params"])
         opt = _unflat(abstract.opt, got["opt"])
         count = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
@@ -227,13 +235,14 @@ class CheckpointManager:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        return ocp.training.Checkpointer(
-            self.directory,
-            context=context,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,  # what a killed or failed save left behind
-        )
+        with metrics_told(self.directory):
+            return ocp.training.Checkpointer(
+                self.directory,
+                context=context,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,  # what a killed or failed save left behind
+            )
 
     def _unreadable(self, step: int, error: BaseException) -> MMJaxError:
         """Say that the files of a step are damaged, and where the run can go on."""
@@ -321,7 +330,7 @@ def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
     folder = path / FOLDER
     found = []
     if folder.is_dir():
-        with ocp.training.Checkpointer(folder) as manager:
+        with metrics_told(folder), ocp.training.Checkpointer(folder) as manager:
             found = manager.checkpoints
     if not found:
         raise MMJaxError(

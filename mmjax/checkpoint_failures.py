@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from mmjax.types import MMJaxError
 
@@ -88,6 +90,26 @@ def one_error() -> Iterator[None]:
     yield
     sys.unraisablehook = tell
     log.setLevel(before)
+
+
+@contextlib.contextmanager
+def metrics_told(folder: Path) -> Iterator[None]:
+    """Open the checkpoints of a folder within it: Orbax reads the metrics of every step then.
+
+    Raises MMJaxError naming the file of those that are damaged.
+    """
+    try:
+        yield
+    except ValueError as error:
+        for file in sorted(folder.glob("*/metrics/metrics")):
+            try:
+                json.loads(file.read_bytes())
+            except ValueError as why:
+                raise MMJaxError(
+                    f"{file} is damaged ({why}); remove it: its step then counts as one that was "
+                    "never measured, and all else of it is there"
+                ) from error
+        raise
 
 
 def first_cause(error: BaseException) -> str:

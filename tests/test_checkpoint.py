@@ -320,6 +320,40 @@ def test_a_damaged_step_says_from_which_a_run_can_go_on(saved, tmp_path, file, t
     gc.collect()  # what Orbax never awaited, before another test listens
 
 
+@pytest.mark.parametrize("text", [None, "", '{"item_handlers": {'])
+def test_lost_notes_are_told_and_the_rest_is_restored(saved, tmp_path, text):
+    workdir, told = tmp_path / "run", []
+    shutil.copytree(saved[0], workdir)
+    file = workdir / FOLDER / "5" / "_CHECKPOINT_METADATA"
+    with use() as mesh:
+        abstract, _ = build(mesh)
+        for says in (0, 1):
+            if says:
+                file.unlink() if text is None else file.write_text(text)
+            checkpoints = CheckpointManager(
+                workdir, CheckpointSettings(), about={}, warn=told.append
+            )
+            got = checkpoints.restore(abstract, numbers())
+            checkpoints.close()
+            assert int(got.step) == 5 and checkpoints.notes == {} and len(told) == says
+    assert f"{FOLDER}/5: _CHECKPOINT_METADATA is missing or damaged" in told[0]
+
+
+@pytest.mark.parametrize("text", [b"", b'{"train/loss": 2.', b'\xfb"train/loss": 2.0}'])
+def test_damaged_metrics_are_told_with_their_file(saved, tmp_path, text):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved[0], workdir)
+    file = workdir / FOLDER / "5" / "metrics" / "metrics"
+    file.write_bytes(text)
+    for attempt in (opened, find_step):
+        with pytest.raises(MMJaxError, match=f"{file} is damaged .*; remove it: .* never meas"):
+            attempt(workdir)
+    file.unlink()
+    checkpoints = opened(workdir)
+    assert checkpoints.latest == 5 and find_step(workdir, "train/loss") == (workdir, 5)
+    checkpoints.close()
+
+
 def test_what_the_data_iterator_says_is_what_is_told(saved):
     with use() as mesh:
         abstract, _ = build(mesh)
