@@ -16,15 +16,27 @@ _COUNTS = (
     *("image_size", "patch_size", "num_channels"),
 )
 _FACTORS = ("rope_theta", "rotary_emb_base", "scale_emb", "scale_depth", "dim_model_base")
-_NUMBERS = ("initializer_range", "init_std", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+_NUMBERS = (
+    *("initializer_range", "init_std", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+    *("hidden_dropout", "partial_rotary_factor"),
+)
+_OBJECTS = (
+    *("text_config", "vision_config", "perceiver_config", "cross_config", "attn_config"),
+    *("rope_parameters", "rope_scaling"),
+)
 
 
 def check_sizes(hf: Mapping[str, Any], where: str) -> None:
     """Raise MMJaxError for a size that is no whole number from 1 up, or a number below 0.
 
+    And for what holds values of its own, as ``rope_parameters``, and is no object.
+
     where: who states them. What is None is not stated. Key heads divide the heads of queries. A
     rotation's base and what multiplies streams are above 0: others make numbers of no model.
     """
+    for key in _OBJECTS:
+        if hf.get(key) and not isinstance(hf[key], Mapping):
+            raise MMJaxError(f"{where} says {key} {hf[key]!r}; give an object of its values")
     for key in _COUNTS:
         check_count(key, hf.get(key), where)
     for key in _NUMBERS:

@@ -76,7 +76,7 @@ def read_vision_config(hf: Mapping[str, Any]) -> ViTConfig:
     MMJaxError for another family.
     """
     family = hf.get("model_type") or "clip_vision_model"
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise MMJaxError(
             f"vision_config says model_type {family!r}, no vision tower of mmjax; one of "
             f"{', '.join(FAMILIES)}"
@@ -86,8 +86,8 @@ def read_vision_config(hf: Mapping[str, Any]) -> ViTConfig:
     base = FAMILIES[family]
     sizes = {ours: hf[theirs] for theirs, ours in _KEYS.items() if hf.get(theirs) is not None}
     if "activation" in sizes:
+        check_activation(sizes["activation"], "vision_config", *_ACTIVATIONS)
         sizes["activation"] = _ACTIVATIONS.get(sizes["activation"], sizes["activation"])
-        check_activation(sizes["activation"], "vision_config")
     width, heads = sizes.get("d_model", base.d_model), sizes.get("num_heads", base.num_heads)
     if width != base.d_model and "num_heads" not in sizes:
         raise MMJaxError(

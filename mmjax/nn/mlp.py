@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def check_activation(name: str, where: str) -> None:
-    """Raise MMJaxError for an activation that is none of ``ACTIVATIONS``; where: who names it."""
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
+def check_activation(name: Any, where: str, *more: str) -> None:
+    """Raise MMJaxError for an activation that is none of ``ACTIVATIONS`` nor of ``more``.
+
+    where: who names it.
+    """
+    good = tuple(dict.fromkeys((*ACTIVATIONS, *more)))
+    if name not in good:
+        known = ", ".join(good)
         raise MMJaxError(f"{where} says activation {name!r}, which is unknown; one of {known}")
 
 

@@ -162,6 +162,21 @@ def test_what_other_parts_say_and_is_unknown_is_refused():
     assert read_vision_config({"hidden_act": "gelu_fast"}).activation == "gelu_tanh"
     with pytest.raises(MMJaxError, match="hidden_size 768 and no num_attention_heads"):
         read_vision_config({"hidden_size": 768})  # of CLIP-B 12, not the 16 of CLIP-L
+    for odd in (["gelu"], {"name": "gelu"}, 1):
+        with pytest.raises(MMJaxError, match="vision_config says activation .*one of relu2"):
+            read_vision_config({"hidden_act": odd})
+        with pytest.raises(MMJaxError, match="vision_config says model_type .*one of clip_"):
+            read_vision_config({"model_type": odd})
+        with pytest.raises(MMJaxError, match="config.json of a Fuyu says activation .*one of"):
+            registry.family("fuyu").Config.from_hf({"hidden_act": odd})
+    for key in ("text_config", "rope_parameters", "rope_scaling"):
+        with pytest.raises(MMJaxError, match=f"a Fuyu says {key} 'x'; give an object"):
+            registry.family("fuyu").Config.from_hf({key: "x"})
+    for key in ("text_config", "vision_config", "perceiver_config", "cross_config"):
+        with pytest.raises(MMJaxError, match=f"a Flamingo says {key} .1.; give an object"):
+            FlamingoConfig.from_hf({"text_config": dict(BASE, model_type="llama"), key: [1]})
+    with pytest.raises(MMJaxError, match="a Fuyu says partial_rotary_factor .0.5.; give a number"):
+        registry.family("fuyu").Config.from_hf({"text_config": {"partial_rotary_factor": [0.5]}})
     with pytest.raises(MMJaxError, match="config.json of a Fuyu says activation 'mish'"):
         registry.family("fuyu").Config.from_hf({"hidden_act": "mish"})
     with pytest.raises(MMJaxError, match="a Fuyu says head_dim 32; supported is .*, 64"):

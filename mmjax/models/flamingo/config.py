@@ -94,13 +94,13 @@ class FlamingoConfig:
         Those name neither token ids nor the resampler's sizes: the ids are then the first behind
         the architecture's tokenizer, the sizes OpenFlamingo's.
         """
+        check_sizes(hf, "config.json of a Flamingo")
         text = dict(hf.get("text_config") or {})
         text |= {key: hf[key] for key in ("vocab_size",) if key in hf}
         name = architecture_of(text)
         decoder = ARCHITECTURES[name].decoder({**text, "model_type": name})
         vision = read_vision_config(hf.get("vision_config") or {})
         own, gated = (hf.get(key) or {} for key in ("perceiver_config", "cross_config"))
-        check_sizes(hf, "config.json of a Flamingo")
         check_sizes(own, "perceiver_config")
         check_sizes(gated, "cross_config")
         perceiver = PerceiverConfig(

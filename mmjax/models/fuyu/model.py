@@ -67,6 +67,7 @@ class FuyuConfig:
             raise MMJaxError(
                 f"config.json says model_type {hf['model_type']!r}; a Fuyu model says 'fuyu'"
             )
+        check_sizes(hf, "config.json of a Fuyu")
         nested = hf.get("text_config") or {}
         told = {key: value for key, value in nested.items() if value is not None}
         check_sizes({**hf, **told}, "config.json of a Fuyu")

@@ -94,9 +94,6 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict
     number.
     """
     where = f"config.json of a {hf.get('model_type')} model"
-    for place in ("rope_parameters", "rope_scaling"):
-        if not isinstance(hf.get(place) or {}, Mapping):
-            raise MMJaxError(f"{where} says {place} {hf[place]!r}; give an object of its values")
     new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     stated = old or new
     kind = rope_kind(stated)
