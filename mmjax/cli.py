@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -23,6 +26,7 @@ _CONFIG_HELP = (
     "which\n    is overridden by --config.any.key=value"
 )
 READER_GONE = 141  # as a program has that SIGPIPE ends
+_AGAIN_SECONDS = 0.05  # until an interruption that was swallowed comes again
 
 
 def run_with_config(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> None:
@@ -50,7 +54,8 @@ def run_guarded(call: Callable[[], int | None]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = call() or 0
+        with _never_swallowed():
+            code = call() or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -79,6 +84,34 @@ def run_guarded(call: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("\nstopped by the keyboard", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _never_swallowed() -> Iterator[None]:
+    """Let an interruption by the keyboard come again where it fell into what cannot raise it.
+
+    From a destructor, and from a callback of the garbage collector, which JAX has, Python reports
+    it to ``sys.unraisablehook`` and goes on as if nothing had been pressed.
+    """
+    hook, timers = sys.unraisablehook, []
+    main = threading.main_thread().ident
+
+    def again(told: Any) -> None:
+        if not issubclass(told.exc_type, KeyboardInterrupt):
+            hook(told)
+            return
+        # Later, and by a real signal: the hook cannot raise either, and a wait has to be woken.
+        timers.append(threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT)))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for timer in timers:
+            timer.cancel()
 
 
 def print_error(message: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,6 +295,35 @@ def test_keyboard_interrupt_is_exit_code_130(capsys):
 
     assert cli.run_guarded(interrupt) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_a_keyboard_interrupt_that_a_destructor_swallows_comes_again(capsys):
+    """As one does that falls into a callback of the garbage collector, which JAX has."""
+    hook, swallowed = sys.unraisablehook, []
+
+    class Dies:
+        def __del__(self):
+            swallowed.append(True)
+            raise KeyboardInterrupt if len(swallowed) < 3 else ValueError("another fault")
+
+    def work():
+        Dies()
+        try:
+            threading.Event().wait(5)
+        except KeyboardInterrupt:
+            Dies()  # and once more
+            threading.Event().wait(5)
+
+    assert cli.run_guarded(work) == 130
+    assert "stopped" in capsys.readouterr().err and len(swallowed) == 2
+    told = []
+    sys.unraisablehook = told.append
+    try:
+        assert cli.run_guarded(lambda: Dies() and None) == 0
+        assert [one.exc_type for one in told] == [ValueError]  # goes where it went
+        assert sys.unraisablehook == told.append
+    finally:
+        sys.unraisablehook = hook
 
 
 def test_a_value_inside_a_list_of_groups_can_be_overridden():
