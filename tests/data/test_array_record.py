@@ -87,14 +87,17 @@ def test_turns_with_several_images_and_videos_come_back_in_order(tmp_path):
 
 def test_documents_of_webdataset_shards_are_copied_whole(tmp_path):
     info = document(["Aa.", "Bb.", "Cc."], [[0.1, 0.9, 0.2], [0.7, 0.2, 0.1], [0.1, 0.2, 0.5]])
+    few = document(["Aa."], [[0.9]])
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("1.json", "2.json", "3.txt"):
+        for name, one in (("1.json", info), ("2.json", info), ("3.txt", info), ("4.json", few)):
             member = tarfile.TarInfo(name)
-            data = json.dumps(info).encode()
+            data = json.dumps(one).encode()
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    arguments = ["kind=mmc4", f"path={tmp_path}/a.tar", "--max_bad_share=0.4"]
-    assert main([str(tmp_path / "out"), *arguments]) == 0
+    arguments = ["kind=mmc4", f"path={tmp_path}/a.tar", "min_images=2"]
+    # What the source's own settings leave out is no sign of damage: one of four is broken here.
+    assert main([str(tmp_path / "out"), *arguments, "--max_bad_share=0.24"]) == 1
+    assert main([str(tmp_path / "again"), *arguments, "--max_bad_share=0.25"]) == 0
     given = make_source(dict(kind="mmc4", path=str(tmp_path / "a.tar")))
     source = ArrayRecordSource(tmp_path / "out")
     assert len(source) == 2 and [source[i] for i in (0, 1)] == [given[i] for i in (0, 1)]
