@@ -198,9 +198,13 @@ class MimicitSource:
             raise BadSample("bad_record", f"{where}: field {field!r} is missing or is no text")
         # As pre_question and pre_answer of Otter's pipeline/mimicit_utils/mimicit_dataset.py.
         text = entry[field]
-        text = text.strip() if field == "answer" else text.strip(" ").strip("\n")
+        if field == "answer":
+            text = text.strip()
+            text = text if self.keep_symbols else strip_symbols(text, answer=True)
+            return text.replace("\r\n", "\n")
+        # In this order: a Windows line end behind a question goes as a whole.
         text = text if self.keep_symbols else strip_symbols(text)
-        return text.replace("\r\n", "\n") if field == "answer" else text
+        return text.strip(" ").strip("\n")
 
     def _read_images(self, names: list[str], where: str, show: bool) -> tuple[bytes, ...]:
         """Read images by their ids; without ``show`` only find them."""

@@ -138,7 +138,8 @@ def plain(record: Record) -> list[Segment]:
 def fuyu_legacy_otter(record: Record) -> list[Segment]:
     """Lay out ``fuyu_chat`` with the faults of OtterHD's own code, for its published numbers.
 
-    Text loses its symbols (``strip_symbols``). Answers but the last have no <eos>. Targets are what
+    Text loses its symbols (``strip_symbols``). White space around an answer stays: MimicitSource
+    has taken it off before symbols went. Answers but the last have no <eos>. Targets are what
     ``get_labels`` of Otter's src/otter_ai/models/fuyu/processing_fuyu.py takes, the tokens behind
     the first <answer> up to and with the second, and the last <eos>: with several turns that is the
     first answer, then the second *question*; no later answer is ever learnt. A single turn comes
@@ -146,7 +147,9 @@ def fuyu_legacy_otter(record: Record) -> list[Segment]:
     """
     need_answer(record)
     stripped = tuple(
-        m if m.role == "system" else dataclasses.replace(m, text=strip_symbols(m.text))
+        m
+        if m.role == "system"
+        else dataclasses.replace(m, text=strip_symbols(m.text, m.role == "assistant"))
         for m in record.messages
     )
     record = dataclasses.replace(record, messages=stripped)
@@ -159,7 +162,7 @@ def fuyu_legacy_otter(record: Record) -> list[Segment]:
             continue
         if message.role == "assistant":
             answers += 1
-            segments += answer(record, message, supervised=answers == 1)[:1]
+            segments += answer(record, message, supervised=answers == 1, strip=False)[:1]
             continue
         turn = [Segment("text", "User:"), *parts, Segment("text", " Assistant:")]
         turn.append(Segment("special", "answer"))
@@ -167,15 +170,19 @@ def fuyu_legacy_otter(record: Record) -> list[Segment]:
     return join_text([*segments, Segment("special", "eos", True)])
 
 
-def strip_symbols(text: str) -> str:
+def strip_symbols(text: str, answer: bool = False) -> str:
     """Remove all but letters, digits, white space and ``.,?!()"'``, as Otter did by default.
 
-    Reproduces ``pre_question`` and ``pre_answer`` of Otter's
+    Reproduces ``pre_question`` and, for an answer, ``pre_answer`` of Otter's
     pipeline/mimicit_utils/mimicit_dataset.py without ``--keep_symbols``: code, formulas, dates
-    and markdown are damaged, and every run of white space becomes one space. Image marks stay.
+    and markdown are damaged, and every run of white space becomes one space. Image marks stay. An
+    answer keeps the space that a symbol leaves at an end: ``- One`` begins with it.
     """
     parts = (re.sub(r"[^\w\s.,?!()\"']", "", part) for part in text.split(IMAGE_MARK))
-    return IMAGE_MARK.join(re.sub(r"\s{2,}", " ", part).strip(" \n") for part in parts)
+    if not answer:
+        parts = (part.strip(" ") for part in parts)
+    ends = "\n" if answer else " \n"
+    return IMAGE_MARK.join(re.sub(r"\s{2,}", " ", part).strip(ends) for part in parts)
 
 
 TEMPLATES: dict[str, Template] = {

@@ -246,6 +246,14 @@ def test_symbols_are_kept_unless_asked(folder):
     assert {m.text for m in stripped.messages} == {'abc x 1 2 3 it\'s (5) "q"?!'}
 
 
+def test_symbols_at_the_ends_leave_what_otters_own_code_leaves(folder):
+    """A space beside one stays of an answer alone; a Windows line end goes with it."""
+    around = dict(instruction=" - Why? *\r\n", answer="- Red *\r\n")
+    path = instructions(folder / "t.json", {"T": entry(0, [], **around)})
+    stripped = MimicitSource(path, keep_symbols=False)[0]
+    assert [m.text for m in stripped.messages] == ["Why?", " Red "]
+
+
 @pytest.mark.parametrize(
     "entries, options, says",
     [

@@ -132,7 +132,7 @@ def test_bunnys_unmarked_images_stand_once_and_a_system_message_is_the_records_o
 
 
 def test_the_legacy_template_is_the_right_one_for_a_single_turn():
-    one = record(("u", "<image>\nWhat?"), ("a", " A cat "), images=1)
+    one = record(("u", "<image>\nWhat?"), ("a", "A cat"), images=1)
     assert fuyu_legacy_otter(one) == fuyu_chat(one)
 
 
@@ -159,9 +159,13 @@ def test_the_legacy_template_learns_the_second_question_instead_of_the_second_an
 def test_the_legacy_template_strips_symbols():
     assert strip_symbols("f(x) = 2*x  # {a: 'b'}\n\nOK, 50%?") == "f(x) 2x a 'b' OK, 50?"
     assert strip_symbols("<image>\nIs 1 < 2?") == "<image>Is 1 2?"
+    assert strip_symbols("- One *", answer=True) == " One "  # as the peer's pre_answer leaves it
+    assert strip_symbols("- One *") == "One"
     talk = record(("u", "<image>\n2*3?"), ("a", "**6**"), images=1)
     assert flat(fuyu_legacy_otter(talk)) == [IMAGE, BOS, "User:23? Assistant:", ANSWER, "6", EOS]
     assert flat(fuyu_chat(talk))[2:5:2] == ["User:2*3? Assistant:", "**6**"]
+    listed = record(("u", "List."), ("a", "- One\n- Two *"))
+    assert flat(fuyu_legacy_otter(listed))[3] == " One Two "
     task = record(("s", "Task: a*b"), ("u", "q"), ("a", "b"))  # the peer cleans turns alone
     assert flat(fuyu_legacy_otter(task))[1] == "Task: a*b\nUser:q Assistant:"
     with pytest.raises(BadSample, match="an assistant turn is empty"):
