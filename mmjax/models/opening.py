@@ -19,7 +19,7 @@ from mmjax.models.adapter_files import (
 )
 from mmjax.models.json_files import read_json
 from mmjax.models.parts import Assembled, Parts, differing, split_chain
-from mmjax.models.pretrained import Pretrained, abstract_params
+from mmjax.models.pretrained import Pretrained, abstract_params, refuse_own_head
 from mmjax.models.views import Subset, is_lora
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
@@ -128,6 +128,7 @@ def _assemble(
         made.rows,
         made.options,
     )
+    refuse_own_head(opened)
     if made.adapter is None:
         return opened
     pairs, rules, lora = _adapted(opened, made.reader, made.adapter)

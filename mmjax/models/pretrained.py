@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from mmjax.models import registry
@@ -22,6 +23,7 @@ from mmjax.weights.load import Each, Progress, load_params
 from mmjax.weights.reader import Reader
 
 _LAYER = re.escape("{l}")
+_ROWS = 4096  # of a table that are compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,28 @@ def require_trained(opened: Pretrained) -> None:
             f"{opened.path}: nothing holds {', '.join(opened.fresh)}, which would be random "
             "numbers; give the file that does, or train it first (train.py with model.parts)"
         )
+
+
+def refuse_own_head(opened: Pretrained) -> None:
+    """Raise MMJaxError where a model's head is its embedding and its files hold another head.
+
+    transformers 5 keeps the two apart then, whatever config.json says; 4 let the embedding be both.
+    """
+    if not opened.config.decoder.tied:
+        return
+    reader, there = opened.reader, set(opened.reader.keys())
+    embed = next(rule.theirs for rule in opened.rules if rule.ours == "decoder.embed.embedding")
+    for key in sorted(key for key in there if key.endswith("lm_head.weight")):
+        if embed not in there or reader.shape(key) != reader.shape(embed):
+            continue
+        for start in range(0, reader.shape(key)[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            if not np.array_equal(reader.read(key, rows), reader.read(embed, rows)):
+                raise MMJaxError(
+                    f"{opened.path}: config.json says tie_word_embeddings, and {key} is another "
+                    f"table than {embed}: transformers 5 runs both, 4 the embedding alone. Set "
+                    "tie_word_embeddings to false to keep the head, or remove its tensor"
+                )
 
 
 def abstract_params(

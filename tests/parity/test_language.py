@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers as T
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
 import mmjax
@@ -186,6 +187,24 @@ def test_an_adapter_with_a_table_of_its_own_needs_an_untied_head(tmp_path, saved
         want = peer(torch.from_numpy(PROMPTS[0])[None]).logits[0].numpy()
     _, got = mmjax.load(tmp_path / "adapter", base=tmp_path / "base").logits(PROMPTS[0].tolist())
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_tied_model_with_another_head_in_its_files_is_refused(tmp_path):
+    """The peer keeps both then; a copy of the embedding is what older saves hold."""
+    peer = PEERS["llama_tied_gqa"]().eval()
+    state = {key: value.clone() for key, value in peer.state_dict().items()}
+    peer.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        want = peer(torch.from_numpy(PROMPTS[0])[None]).logits[0].numpy()
+    got = mmjax.load(tmp_path).logits(PROMPTS[0].tolist())[1]
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    state["lm_head.weight"][-1, 0] += 1
+    save_file(state, tmp_path / "model.safetensors")
+    theirs = type(peer).from_pretrained(tmp_path)
+    assert theirs.lm_head.weight is not theirs.model.embed_tokens.weight
+    with pytest.raises(MMJaxError, match="lm_head.weight is another table than model.embed_tokens"):
+        mmjax.load(tmp_path)
 
 
 @pytest.mark.parametrize("adapted", [True, False])
