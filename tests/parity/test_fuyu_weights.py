@@ -12,13 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import FuyuConfig, FuyuForCausalLM
 
+import mmjax
 from convert_weights import inspect, to_hf, to_jax
 from convert_weights.progress import gigabytes
+from mmjax.generate.loop import pad_batch
 from mmjax.models import converted, opening, pretrained
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError
 from mmjax.weights.writer import Arrays
+from tests.parity import forward, peer
 
 IDS = torch.tensor([[1, 5, 5, 9, 33, 12, 60, 2]])
 PATCHES = torch.randn(2, 48, generator=torch.Generator().manual_seed(3))
@@ -33,7 +36,7 @@ def randomise(model, seed=0, part=""):
     return model.eval()
 
 
-def tiny_fuyu():
+def tiny_fuyu(**more):
     text = dict(
         model_type="persimmon",
         vocab_size=64,
@@ -50,7 +53,7 @@ def tiny_fuyu():
         },
     )
     config = FuyuConfig(
-        text_config=text, patch_size=4, image_token_id=5, hidden_size=32, vocab_size=64
+        text_config=text, patch_size=4, image_token_id=5, hidden_size=32, vocab_size=64, **more
     )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -206,6 +209,24 @@ def test_export_reloads_in_transformers_with_the_same_logits(published, tmp_path
     again = FuyuForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
     assert np.abs(logits(again) - logits(published[1])).max() <= 1e-5
     assert again.config.text_config.rope_parameters["rope_theta"] == 25000.0
+
+
+def test_a_tied_head_is_the_embedding_and_goes_back_as_that(tmp_path):
+    theirs = tiny_fuyu(tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path / "tied")
+    assert not [key for key in load_file(tmp_path / "tied/model.safetensors") if "lm_head" in key]
+    ours = mmjax.load(tmp_path / "tied")
+    batch, _ = pad_batch(peer.examples([(IDS[0].numpy(), PATCHES.numpy())]))
+    got = forward.logits(ours, batch)[0, : IDS.shape[1]]
+    np.testing.assert_allclose(got, logits(theirs)[0], atol=1e-4)
+    to_hf.main([str(tmp_path / "tied"), str(tmp_path / "out")])
+    again = FuyuForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    np.testing.assert_array_equal(logits(again.eval()), logits(theirs))
+    state = load_file(tmp_path / "tied/model.safetensors")
+    head = state["language_model.model.embed_tokens.weight"].clone()
+    save_file(state | {"language_model.lm_head.weight": head}, tmp_path / "tied/model.safetensors")
+    assert_same(read_all(tmp_path / "tied")[1], read_all(tmp_path / "out")[1])
 
 
 def test_bfloat16_conversion_rounds_and_reloads_bit_equal(published, tmp_path):

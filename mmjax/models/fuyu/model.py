@@ -110,6 +110,7 @@ class FuyuConfig:
             ),
             max_positions=pick("max_position_embeddings", base.max_positions),
             init_std=pick("initializer_range", base.init_std),
+            tied=bool(hf.get("tie_word_embeddings")),  # transformers reads it at the top alone
             residual_dropout=float(pick("hidden_dropout", 0.0)),
             residual_dropout_on="mlp",
         )
@@ -146,7 +147,7 @@ class FuyuConfig:
             },
             "hidden_dropout": self.decoder.residual_dropout,
             "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": c.tied,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
             "pad_token_id": self.pad_token_id,

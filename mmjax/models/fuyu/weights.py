@@ -43,8 +43,13 @@ def rules(config: Any, layout: str = "hub") -> tuple[Rule, ...]:
     return _TABLE
 
 
-IGNORE = (r"rotary_emb\.inv_freq$", r"(^|\.)image_patch_projection")
-"""Tables of angles that old saves kept, and a projection of Adept's that no model uses."""
+IGNORE = (
+    r"rotary_emb\.inv_freq$",
+    r"(^|\.)image_patch_projection",
+    r"^language_model\.lm_head\.weight$",
+)
+"""Tables of angles that old saves kept, a projection of Adept's that no model uses, and a tied head
+that is written out beside the embedding."""
 
 # (layout, mark that only its keys have, renames to the hub's names)
 _LAYOUTS = (
