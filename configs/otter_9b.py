@@ -8,7 +8,8 @@ COMMAND
 The YAML is Otter's training YAML (docs/data_formats.md). As in its README for MPT: AdamW at 2e-5,
 cosine, 1 % of warm-up, three epochs at a batch of 64; trained are the resampler, the gated blocks
 and the embeddings, as its model freezes all else. Weight decay of 0.1 acts, as in its code, on the
-kernels of the gated blocks alone. steps = epochs * records / batch: set them for your data.
+gated blocks alone: on their kernels and, as it goes by names and that one is feed_forward.0, on the
+scale of the norm before the MLP. steps = epochs * records / batch: set them for your data.
 
 The images of an entry are the frames of one medium, as Otter has them; in-context examples have a
 medium each. Pairs (SD, CGD) are media of two frames, and a model takes one number of frames: set
@@ -66,7 +67,11 @@ def settings(name: str, *, max_patches: int = 24, batch_size: int = 16) -> dict[
             workers=8,
         ),
         optim=dict(
-            lr=2e-5, schedule="cosine", warmup=0.01, weight_decay=0.1, decay=("cross.*kernel",)
+            lr=2e-5,
+            schedule="cosine",
+            warmup=0.01,
+            weight_decay=0.1,
+            decay=("cross.*kernel", "cross.mlp_norm.scale"),
         ),
         mesh=dict(fsdp=-1),
         checkpoint=dict(every=500, keep=2),

@@ -146,12 +146,14 @@ def test_a_recipe_resolves_at_its_full_size(file):
 @pytest.mark.parametrize("name", ["otter_9b", "otter_video", "clever_flamingo_lora",
                                   "clever_flamingo_9b", "openflamingo_3b"])  # fmt: skip
 def test_weight_decay_of_flamingos_is_for_gated_blocks_alone(name):
-    """As the peers group their parameters; Otter leaves gates and norms out."""
+    """As the peers group their parameters; Otter leaves gates, biases and what it names a norm."""
     found = to_dataclass(RunSettings, resolve_recipe(ROOT / f"configs/{name}.py")).optim
     names = {
         "cross.attn.q.kernel": True,
         "cross.attn_gate": not name.startswith("otter"),
         "cross.attn_norm.scale": not name.startswith("otter"),
+        "cross.mlp_norm.scale": True,
+        "cross.mlp_norm.bias": not name.startswith("otter"),
         "perceiver.layers.mlp.up.kernel": False,
         "decoder.layers.attn.q.lora_a": False,
     }
