@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from mmjax.data.resizing import at_resolution, pixel_limit
 from mmjax.data.templates import get_template
 from mmjax.generate.beam import Beams
 from mmjax.loaded import LoadedModel
+from mmjax.parallel.distributed import check_same_arrays
 from mmjax.types import BadSample, MMJaxError, Record
 
 
@@ -23,7 +26,8 @@ def answerer(
 
     resolution: longest side in pixels that images are reduced to, or None. In the place of a record
     that cannot be read, or whose prompt leaves no positions for an answer, stands its BadSample: it
-    counts as wrong, it is not left out.
+    counts as wrong, it is not left out. Several processes must all ask the same, and are told where
+    they do not.
     cache_dtype, beams: see ``LoadedModel.generate_tokens``.
     """
     lay_out, limit = get_template(template), pixel_limit(model.processor)
@@ -48,6 +52,8 @@ def answerer(
                 scales.append(model.coordinate_scale(record.images))
             except BadSample as error:
                 answers[place] = error
+        arrays = (np.asarray(example[name]) for example in examples for name in sorted(example))
+        check_same_arrays("some questions of the evaluation", arrays)
         tokens = model.generate_tokens(
             examples,
             max_new_tokens=max_new_tokens,

@@ -272,7 +272,8 @@ def _ask_batch(
             continue
         records[index] = record
         asked.append(_at_resolution(laid, resolution) if task.enlarge else laid)
-    texts = generate_fn(asked, resolution, task.max_new_tokens) if asked else []
+    # Also of none: where another process has some, both have to notice.
+    texts = generate_fn(asked, resolution, task.max_new_tokens)
     if len(texts) != len(asked):
         raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")
     for (index, record), text in zip(records.items(), texts, strict=True):

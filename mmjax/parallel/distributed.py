@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,21 @@ def check_same(facts: Mapping[str, Any]) -> None:
             + "; ".join(differences)
             + ". Start all of them with the same command, the same code and the same files"
         )
+
+
+def check_same_arrays(what: str, arrays: Iterable[np.ndarray]) -> None:
+    """Raise MMJaxError, in every process, unless all of them have the same arrays.
+
+    what: they are, for the message. A process hands over its own rows of a batch that all of them
+    make: where a file is another one on one host, or missing, a row would be two halves of two.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array))
+    check_same({f"the hash of {what}": digest.hexdigest()})
 
 
 def check_shared(folder: Path, name: str) -> None:

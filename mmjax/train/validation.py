@@ -13,6 +13,7 @@ from mmjax.data.packing import BatchBuilder, BatchShape, Origin
 from mmjax.data.templates import get_template
 from mmjax.evals.tasks import Task, answers_of, ask, chosen, open_source
 from mmjax.models.api import Processor
+from mmjax.parallel.distributed import check_same_arrays
 from mmjax.parallel.sharding import process_rows, put_batch
 from mmjax.train.loss import loss_by_source
 from mmjax.train.settings import RunSettings
@@ -55,9 +56,11 @@ class ValidationLoss:
         total = np.zeros((2, len(self.tasks)))
         rows = process_rows(self._mesh, self._shape.rows)
         for batch in self._batches():
+            _check_alike(batch)
             local = {name: value[rows] for name, value in batch.items()}
             placed = put_batch(local, self._mesh, self._shape.rows)
             total += np.stack(jax.device_get(self._sums(params, frozen, placed)))
+        _check_alike({})  # one that has fewer of them
         return {
             f"eval/{task.name}/loss": float(loss / count)
             for task, loss, count in zip(self.tasks, *total, strict=True)
@@ -90,6 +93,12 @@ class ValidationLoss:
                     builder.try_add(example)
         if builder:
             yield builder.batch()
+
+
+def _check_alike(batch: Batch) -> None:
+    """Raise MMJaxError unless all processes have made the same batch."""
+    arrays = (np.asarray(batch[name]) for name in sorted(batch))
+    check_same_arrays("some records of the evaluation", arrays)
 
 
 def _answered(task: Task, source: Sequence[Record], index: int) -> Record | None:

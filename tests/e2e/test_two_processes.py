@@ -1,5 +1,6 @@
 """Two real processes through jax.distributed: the curve of one, and what ends or parts them."""
 
+import json
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.e2e.faults import ROOT, logged, parameters, saved_steps
 
@@ -198,3 +200,25 @@ def test_a_workdir_that_is_not_shared_is_told_before_the_first_step(tmp_path):
     left = {p.name for p in (own[0] / "run").iterdir()}
     assert not left & {"checkpoints", "config.json"} and not any("shared" in x for x in left)
     assert not (own[1] / "run" / "checkpoints").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("differs", ["a question", "a picture that one lacks"])
+def test_questions_that_differ_between_hosts_are_told(tmp_path, differs):
+    # One name for two files, as local disks have it: each host would answer its own questions.
+    own = [tmp_path / "host0", tmp_path / "host1"]
+    rows = [{"question": f"what is {i}", "answers": ["4"]} for i in range(3)]
+    for folder in own:
+        folder.mkdir()
+        rows[1]["image"] = "1.png"
+        Image.new("RGB", (16, 16), (9, 8, 7)).save(folder / "1.png")
+        (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows[0]["question"] += " more" * (differs == "a question")
+    if differs != "a question":
+        (own[1] / "1.png").unlink()
+    task = {"name": "q", "source": {"kind": "json", "path": "q.jsonl"}}
+    asked = [f"eval.tasks={[task]}", "eval.every=2", "eval.limit=3"]
+    codes, out = finish(start(tmp_path / "run", 2, asked, asked, cwd=own))
+    assert codes == [2, 2], out
+    for text in out:
+        assert "the processes of this run do not agree: the hash of " in text, text
