@@ -148,8 +148,9 @@ def spreadsheet(table: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _clean(value: Any) -> str:
-    """Escape a text for XML, which has no control characters."""
-    return escape("".join(c for c in str(value) if c in "\t\n\r" or c >= " "))
+    """Escape a text for XML, which has neither control characters nor U+FFFE and U+FFFF."""
+    kept = (c for c in str(value) if c in "\t\n\r" or (c >= " " and c not in "\ufffe\uffff"))
+    return escape("".join(kept))
 
 
 def _json(value: Any) -> bytes:

@@ -95,7 +95,7 @@ def test_the_files_own_rotations_and_shared_pictures(tmp_path):
 def test_a_test_split_gives_a_file_for_the_server_and_no_score(tmp_path):
     path = write(tmp_path / "a.tsv", [TWO, FOUR], drop=("answer",))
     task = make_task({"benchmark": "mmbench", "path": path})  # no rotations but the file's
-    say = lambda records, *_: ["B. <dog> & co\x00"] * len(records)  # noqa: E731
+    say = lambda records, *_: ["B. <dog> & co\x00\ufffe"] * len(records)  # noqa: E731
     found = runner.evaluate([task], say, workdir=tmp_path / "run", progress=False)
     assert found == {} and not (tmp_path / "run/results.json").exists()
     rows = predictions.read_predictions(tmp_path / "run/predictions/mmbench.jsonl")
