@@ -33,10 +33,12 @@ class AdapterReader:
         rules: Sequence[Rule],
         shapes: Mapping[str, Shape],
         theirs: Mapping[str, str] | None = None,
+        unused: Sequence[str] = (),
     ):
         """reader: keys without PEFT's prefix, in the names of ``rules``. shapes: of our kernels.
 
         theirs: keys of the reader -> those of PEFT's file, which patterns of its config speak of.
+        unused: patterns of the weights that no output depends on; their pairs are left out.
         """
         self.reader, self.files = reader, reader.files
         folder = reader.files[0].parent if reader.files else Path()
@@ -48,6 +50,7 @@ class AdapterReader:
                 "merge the adapter with PEFT (merge_and_unload), save the model and convert it"
             )
         modules = {k.removesuffix(".lora_A.weight") for k in names if ".lora_A." in k}
+        modules = {m for m in modules if not any(re.search(p, f"{m}.weight") for p in unused)}
         self.kernels, self._like = [], {}
         for rule in rules:
             if not rule.ours.endswith(".kernel") or rule.ours not in shapes:

@@ -233,6 +233,23 @@ def test_an_adapter_answers_as_in_peft_merged_or_not(phi, lora, batch, tmp_path)
     assert_close(run(mmjax.load(tmp_path / "merged"), batch[0]), want, batch)
 
 
+def test_an_adapter_of_continued_training_has_maps_of_the_tower_too(phi, lora, tmp_path):
+    """PEFT takes what is named as Phi's maps are, there and in the pooling, which nobody asks."""
+    folder, base, _ = lora
+    pairs, rng = load_file(folder / "adapter_model.safetensors"), np.random.default_rng(0)
+    for name in ("encoder.layers.0.self_attn.q_proj", "head.mlp.fc1", "head.mlp.fc2"):
+        out, n = phi.golden.weights[f"{TOWER}vision_model.{name}.weight"].shape
+        key = f"base_model.model.{TOWER}vision_model.{name}.lora_"
+        pairs[f"{key}A.weight"] = rng.normal(size=(8, n)).astype(np.float32)
+        pairs[f"{key}B.weight"] = rng.normal(size=(out, 8)).astype(np.float32)
+    shutil.copytree(folder, tmp_path / "lora")
+    tensors = bunny_files.tensors(pairs)
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    got, _ = read_all(tmp_path / "lora", base=base, vision=phi.tower, vision_config=phi.sizes)
+    maps = {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"}
+    assert set(got.lora.targets) == maps | {"vision.attn.q"}
+
+
 @pytest.mark.heavy
 def test_an_adapter_is_the_same_in_every_form(phi, lora, tmp_path):
     folder, base, _ = lora

@@ -62,6 +62,12 @@ def test_a_layer_that_is_left_out_adds_nothing():
     assert np.array_equal(got.read("l.1.k.lora_B.weight"), arrays["l.1.k.lora_B.weight"])
 
 
+def test_pairs_of_a_map_that_is_never_used_are_left_out():
+    arrays = pairs(l_1_k=2, pool_q=7)
+    got = AdapterReader(Arrays(arrays), {"r": 2}, RULES, SHAPES, unused=(r"^pool\.",))
+    assert (got.rank, got.kernels) == (2, ["layers.k.kernel"])
+
+
 @pytest.mark.parametrize(
     "arrays, says",
     [

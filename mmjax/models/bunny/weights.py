@@ -37,6 +37,9 @@ LAYOUTS = ("bunny", "projector")
 ADAPTER_LAYOUT = "bunny"
 IGNORE = (
     r"^lm_head\.bias$",  # of phi; Bunny's head has none
+    # SigLIP's pooling. Towers are read without; PEFT adapts its maps where they are called as Phi's
+    # are, in the peer's continuous fine-tuning.
+    rf"^{re.escape(TOWER)}vision_model\.head\.",
     *language.IGNORE,
     *projector.IGNORE,
 )
