@@ -15,7 +15,8 @@ from flax import nnx
 from mmjax.data.tokenize import token_id
 from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
-from mmjax.generate.loop import Generator, pad_batch
+from mmjax.generate.likelihood import Continuations, log_likelihoods
+from mmjax.generate.loop import Generator, check_cache_dtype, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.models.api import Config, Processor
 from mmjax.parallel.mesh import use
@@ -170,6 +171,33 @@ class LoadedModel:
                 )
                 for i, tokens in zip(some, got, strict=True):
                     out[i] = tokens
+        return out
+
+    def log_likelihoods(
+        self,
+        asked: Sequence[Continuations],
+        *,
+        batch_size: int = 8,
+        cache_dtype: str | None = None,
+    ) -> list[np.ndarray]:
+        """Return how likely answers are behind their prompts, float64[answers] a prompt.
+
+        asked: see ``mmjax.generate.likelihood.continuations``. The sum over an answer's tokens of
+        their log-probabilities; ``Continuations.counts`` tells how many they are. A prompt runs
+        once for all its answers. cache_dtype: as in ``generate``.
+        """
+        check_cache_dtype(cache_dtype)
+        for one in asked:
+            self._check_positions([one.prompt], one.longest)
+        graphdef, params = self._split
+        out: list[np.ndarray] = [None] * len(asked)
+        rows = min(batch_size, sum(len(one.tokens) for one in asked))
+        with use(self.mesh):
+            for some in batches([one.prompt for one in asked], rows):
+                chosen = [asked[i] for i in some]
+                got = log_likelihoods(graphdef, params, chosen, rows=rows, cache_dtype=cache_dtype)
+                for i, values in zip(some, got, strict=True):
+                    out[i] = values
         return out
 
     def end_tokens(self, stop: int | str | Sequence[int | str] = ()) -> tuple[int, ...]:

@@ -93,10 +93,13 @@ _ASKED = ("split", "scorer", "n", "shots", "text_shots", "longest_side")
 # The same, in results that say it: those of older versions do not.
 _TOLD = ("source", "prompt", "cut", "summary", "max_new_tokens", "num_beams", "length_penalty")
 
+# What results say only where it was so: those without it were asked otherwise.
+_SAID = ("rank", "options")
+
 
 def _check_alike(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:
     told = [what for what in _TOLD if what in ours and what in theirs]
-    for what in (*_ASKED, *told):
+    for what in (*_ASKED, *_SAID, *told):
         if ours.get(what) != theirs.get(what):
             raise MMJaxError(
                 f"{what} is {ours.get(what)} in {first!r} and {theirs.get(what)} in {name!r}; "

@@ -11,27 +11,20 @@ from typing import Any
 from rich.console import Console
 
 from mmjax.data.limits import spread
-from mmjax.data.resizing import at_resolution
+from mmjax.evals.asking import Generate, ask_batch
 from mmjax.evals.benchmarks import source_settings
-from mmjax.evals.cuts import get_cut
-from mmjax.evals.few_shot import Demonstrations, demonstrations
+from mmjax.evals.few_shot import demonstrations
 from mmjax.evals.pictures import picture_size
 from mmjax.evals.predictions import predictions_path, save_predictions
 from mmjax.evals.results import (
     blind_baselines,
     chance_level,
-    facts_of,
-    judge,
     merge_results,
     summarise,
 )
-from mmjax.evals.tasks import Task, ask, chosen, open_source
+from mmjax.evals.tasks import Task, chosen, open_source
 from mmjax.monitor.terminal import track
 from mmjax.types import BadSample, MMJaxError, Record
-
-Generate = Callable[[Sequence[Record], int | None, int], list[str | BadSample]]
-"""generate(records, resolution, max_new_tokens) -> one answer a record, in their order, or why
-there is none."""
 
 
 def evaluate(
@@ -196,7 +189,7 @@ def _run_task(
         for batch in watch(batches, task.name if key == task.split else f"{task.name} at {key}"):
             if stop():
                 return None
-            mine += _ask_batch(task, source, batch, resolution, generate_fn, demos)
+            mine += ask_batch(task, source, batch, resolution, generate_fn, demos)
         rows += mine
         side = resolution or native
         if resolution and native and not task.enlarge:
@@ -223,6 +216,8 @@ def _facts(
     """
     facts: dict[str, Any] = {"split": task.split, "scorer": task.scorer, "summary": task.summary}
     facts |= {"prompt": task.prompt, "cut": task.cut, "max_new_tokens": task.max_new_tokens}
+    if task.rank is not None:
+        facts |= {"rank": task.rank, "options": list(task.options) or "of each record"}
     facts |= {"source": source_settings(task.source)}
     if task.train is not None and blind:
         train = open_source(task.train)
@@ -242,68 +237,3 @@ def _readable(source: Sequence[Record], indices: Sequence[int]) -> Iterator[Reco
             yield source[index]
         except BadSample:
             continue
-
-
-def _ask_batch(
-    task: Task,
-    source: Sequence[Record],
-    batch: Sequence[int],
-    resolution: int | None,
-    generate_fn: Generate,
-    demos: Demonstrations | None,
-) -> list[dict[str, Any]]:
-    """Ask some questions and score the answers; a record that cannot be used counts as wrong."""
-    rows: dict[int, dict[str, Any]] = {}
-    records: dict[int, Record] = {}
-    asked: list[Record] = []
-    for index in batch:
-        record = None
-        try:
-            record = source[index]
-            rows[index] = _row(task, index, record, resolution)
-            laid = ask(task, record)
-            laid = laid if demos is None else demos.before(laid, index)
-        except MMJaxError as e:  # unreadable, or without a question, or an answer to score with
-            if index not in rows:
-                meta = getattr(e, "meta", {}) if record is None else record.meta
-                rows[index] = _row(task, index, None, resolution)
-                rows[index]["id"] = str(meta.get("id", index))
-            rows[index]["error"] = str(e)
-            continue
-        records[index] = record
-        asked.append(_at_resolution(laid, resolution) if task.enlarge else laid)
-    # Also of none: where another process has some, both have to notice.
-    texts = generate_fn(asked, resolution, task.max_new_tokens)
-    if len(texts) != len(asked):
-        raise MMJaxError(f"generate_fn gave {len(texts)} answers to {len(asked)} questions")
-    for (index, record), text in zip(records.items(), texts, strict=True):
-        if isinstance(text, BadSample):
-            rows[index]["error"] = str(text)
-            continue
-        rows[index]["prediction"] = kept = text if task.cut is None else get_cut(task.cut)(text)
-        if kept != text:
-            rows[index]["generated"] = text
-        try:
-            rows[index] |= judge(task, kept, record)
-        except MMJaxError as e:
-            rows[index]["error"] = str(e)
-    return [rows[i] for i in batch]
-
-
-def _at_resolution(record: Record, resolution: int | None) -> Record:
-    """Bring pictures to a size, up or down; one that cannot be read fails where it is encoded."""
-    try:
-        return at_resolution(record, resolution, enlarge=True)
-    except BadSample:
-        return record
-
-
-def _row(task: Task, index: int, record: Record | None, resolution: int | None) -> dict[str, Any]:
-    """Begin a line of the predictions file."""
-    row: dict[str, Any] = {"id": str(index), "index": index, "task": task.name}
-    row |= {"resolution": resolution, "key": task.result_key(resolution)}
-    if record is not None:
-        row |= {"id": str(record.meta.get("id", index))} | facts_of(task, record)
-        if record.images and isinstance(record.images[0], str | os.PathLike):
-            row["image"] = os.fspath(record.images[0])
-    return row | {"prediction": "", "score": 0.0, "correct": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mmjax.data.limits import spread
 from mmjax.data.resizing import list_resolutions
@@ -31,6 +31,10 @@ class Task:
         written beside the predictions, or None.
     prompt: how the question is asked, such as ``"{question} Answer with one word."``; None asks it
         as it is.
+    rank: how one of the options is taken for the answer: the one of the highest ``likelihood``
+        behind the prompt, or ``mean_likelihood`` of its tokens, as if the model had said its letter
+        (with the scorers of multiple choice) or its text. None lets the model write an answer.
+        options: those of every question; () takes those of the record.
     cut: a name in ``cuts.CUTS``, of what is cut away from an answer before it is scored; None
         scores it as it is.
     resolutions: longest sides in pixels at which the same questions are asked, None for the
@@ -55,6 +59,8 @@ class Task:
     summary: str | None = None
     submission: str | None = None
     prompt: str | None = None
+    rank: Literal["likelihood", "mean_likelihood"] | None = None
+    options: tuple[str, ...] = ()
     cut: str | None = None
     resolutions: tuple[int | None, ...] = (None,)
     enlarge: bool = False
@@ -91,6 +97,16 @@ class Task:
                 f"task {self.name}: cut 'evalai' and scorer 'vqa_accuracy_evalai' bring an answer "
                 "into the same form, and twice is another one ('whats', \"what's\", \"what 's\"); "
                 "leave cut out"
+            )
+        if self.options and (self.rank is None or len(set(self.options)) < 2):
+            raise MMJaxError(
+                f"task {self.name}: options {self.options} with rank {self.rank!r}; give two or "
+                "more different texts and rank='likelihood', or leave options out"
+            )
+        if self.rank is not None and self.cut is not None:
+            raise MMJaxError(
+                f"task {self.name}: cut {self.cut!r} with rank {self.rank!r}, which takes an "
+                "option as it stands; leave cut out"
             )
         if not self.resolutions or len(set(self.resolutions)) != len(self.resolutions):
             raise MMJaxError(
@@ -217,6 +233,17 @@ def choices_of(record: Record) -> list[str]:
             f"are {choices!r}; give a list, A first"
         )
     return [str(choice) for choice in choices]
+
+
+def options_of(task: Task, record: Record) -> list[str]:
+    """Return what is ranked to answer a record; raises MMJaxError for fewer than two texts."""
+    options = list(task.options) or choices_of(record)
+    if len(options) < 2 or any(IMAGE_MARK in text or not text.strip() for text in options):
+        raise MMJaxError(
+            f"task {task.name}: record {record.meta.get('id', '?')} has the options {options}, and "
+            f"rank {task.rank!r} needs two or more texts; give the task options, or leave rank out"
+        )
+    return options
 
 
 def answers_of(record: Record) -> list[str]:

@@ -31,6 +31,15 @@ def bucket(n: int, smallest: int = 32) -> int:
     return size
 
 
+def check_cache_dtype(dtype: str | None) -> None:
+    """Raise MMJaxError for what keys and values cannot be stored in."""
+    if dtype not in (None, *DTYPES):
+        known = ", ".join(f'"{name}"' for name in DTYPES)
+        raise MMJaxError(
+            f"cache_dtype is {dtype!r}; give one of {known}, or None for the model's own"
+        )
+
+
 def room_for(t: int, max_new_tokens: int) -> int:
     """Return the cache's places for prompts padded to t and their answers.
 
@@ -94,12 +103,7 @@ class Generator:
     beside: int = 0
 
     def __post_init__(self):
-        if self.cache_dtype not in (None, *DTYPES):
-            known = ", ".join(f'"{name}"' for name in DTYPES)
-            raise MMJaxError(
-                f"cache_dtype is {self.cache_dtype!r}; give one of {known}, or None for the "
-                "model's own"
-            )
+        check_cache_dtype(self.cache_dtype)
         if self.beams.num_beams > 1 and self.sampling.temperature > 0:
             raise MMJaxError(
                 f"num_beams is {self.beams.num_beams} with temperature "

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mmjax import __version__, checkpoint, runtime
 from mmjax.evals import report, runner
-from mmjax.evals.answer import answerer
+from mmjax.evals.answer import Answerer
 from mmjax.evals.table import metric_tables, results_table
 from mmjax.evals.tasks import Task
 from mmjax.loaded import LoadedModel
@@ -92,9 +92,9 @@ def full(
     return runner.as_metrics(got)
 
 
-def _answerer(model: LoadedModel, settings: RunSettings) -> runner.Generate:
+def _answerer(model: LoadedModel, settings: RunSettings) -> Answerer:
     s = settings.eval
-    return answerer(
+    return Answerer(
         model,
         template=template_of(settings),
         batch_size=s.batch_size,

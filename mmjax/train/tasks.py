@@ -12,7 +12,15 @@ from mmjax.data.templates import asking, get_template
 from mmjax.evals.few_shot import demonstrations
 from mmjax.evals.runner import check_names
 from mmjax.evals.scorers import get_scorer
-from mmjax.evals.tasks import Task, answers_of, ask, choices_of, make_task, open_source
+from mmjax.evals.tasks import (
+    Task,
+    answers_of,
+    ask,
+    choices_of,
+    make_task,
+    open_source,
+    options_of,
+)
 from mmjax.generate.beam import Beams
 from mmjax.home import in_home
 from mmjax.models.api import Processor
@@ -124,6 +132,8 @@ def _check_sources(task: Task) -> None:
     demos = demonstrations(task)
     with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
         first = ask(task, source[0])
+        if task.rank is not None:
+            options_of(task, first)
         if not first.meta.get("unscored"):
             get_scorer(task.scorer)("", answers_of(first), choices_of(first))
         if demos is not None:

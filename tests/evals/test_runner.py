@@ -13,7 +13,7 @@ from rich.console import Console
 from mmjax.data.images import open_image
 from mmjax.data.limits import spread
 from mmjax.evals import charts, predictions, report, results, runner
-from mmjax.evals.answer import answerer
+from mmjax.evals.answer import Answerer
 from mmjax.evals.table import results_table
 from mmjax.evals.tasks import Task, answers_of, make_task, multiple_choice, question_of, vqa
 from mmjax.types import BadSample, Message, MMJaxError, Record
@@ -286,7 +286,7 @@ def test_a_picture_that_is_not_there_counts_as_wrong_and_is_told(tmp_path):
 
     there, lost = record(0, "Q?", "red"), record(1, "Q?", "red")
     lost = dataclasses.replace(lost, images=("/nowhere/a.png",))
-    generate = answerer(Model, template="fuyu_prompt", batch_size=2)
+    generate = Answerer(Model, template="fuyu_prompt", batch_size=2)
     for resolutions in ((None,), (6,)):
         task = vqa("t", [lost, there], resolutions=resolutions)
         got = runner.evaluate([task], generate, workdir=tmp_path, progress=False)

@@ -7,6 +7,7 @@ from flax import nnx
 
 import mmjax
 from mmjax.generate.beam import Beams
+from mmjax.generate.likelihood import Continuations
 from mmjax.generate.loop import pad_batch
 from mmjax.models import registry
 from mmjax.parallel.mesh import use
@@ -117,6 +118,27 @@ def test_three_beams_find_the_same_tokens(pair):
     start = golden.input_ids.shape[1]
     for row, tokens in zip(golden.beam3[:, start:], got, strict=True):
         np.testing.assert_array_equal(tokens, row[: [*row, end].index(end)])
+
+
+def test_likelihoods_behind_a_prompt_with_images_are_the_peers(pair):
+    """Its logits of whole rows tell how likely the last two tokens, or one, are behind the rest.
+
+    Each prompt has both answers, of which one is the other's beginning; one ends with a picture.
+    """
+    golden, ours = pair
+    asked, want = [], []
+    for example, logits in zip(flamingo_peer.examples(golden), golden.logits, strict=True):
+        tokens, at = example["tokens"], len(example["tokens"]) - 2
+        fields = {name: x if name == "patches" else x[:at] for name, x in example.items()}
+        answers = tokens[at:], tokens[at:-1]
+        counted = tuple(np.ones(len(x), bool) for x in answers)
+        asked.append(Continuations(fields, answers, counted))
+        shifted = np.float64(logits[-3:-1])
+        log_p = shifted - np.logaddexp.reduce(shifted, axis=-1, keepdims=True)
+        each = log_p[np.arange(2), tokens[at:]]
+        want.append([each.sum(), each[0]])
+    for found, right in zip(ours.log_likelihoods(asked), want, strict=True):
+        np.testing.assert_allclose(found, right, atol=2e-4)
 
 
 @pytest.mark.heavy

@@ -13,6 +13,7 @@ from transformers.generation import logits_process
 import mmjax.loading
 from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
+from mmjax.generate.likelihood import Continuations
 from mmjax.generate.loop import Generator, _generate
 from mmjax.generate.sampling import Sampling
 from mmjax.parallel.mesh import use
@@ -195,3 +196,24 @@ def test_draws_have_the_peers_distribution(given):
     shares = np.bincount(drawn, minlength=6) / 4000
     np.testing.assert_array_equal(shares > 0, want > 0)
     np.testing.assert_allclose(shares, want, atol=0.03)
+
+
+def test_likelihoods_of_given_answers_are_the_peers(both):
+    """The peer's from its logits of prompt and answer in one pass, each alone."""
+    theirs, ours = both
+    rng, asked, want = np.random.default_rng(1), [], []
+    for row, (tokens, patches) in enumerate(prompts()):
+        answers = [rng.integers(8, VOCAB, n).astype(np.int32) for n in (1, 3, 1 + row)]
+        counted = tuple(np.ones(len(x), bool) for x in answers)
+        prompt = ours.encode(tokens) | {"patches": patches}
+        asked.append(Continuations(prompt, tuple(answers), counted))
+        want.append([])
+        for answer in answers:
+            whole = torch.tensor(np.concatenate([tokens, answer])[None].astype(np.int64))
+            with torch.no_grad():
+                logits = theirs(input_ids=whole).logits[0].double()
+            log_p = torch.log_softmax(logits, -1)[len(tokens) - 1 : -1]
+            own = torch.gather(log_p, 1, torch.tensor(answer.astype(np.int64))[:, None])
+            want[-1].append(float(own.sum()))
+    for found, right in zip(ours.log_likelihoods(asked), want, strict=True):
+        np.testing.assert_allclose(found, right, atol=1e-4)

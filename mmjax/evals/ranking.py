@@ -1,0 +1,61 @@
+"""Options ranked by their likelihood behind a prompt, in place of an answer that a model writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.evals.scorers import LETTERS
+from mmjax.evals.tasks import Task, options_of
+from mmjax.types import BadSample, MMJaxError, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """What stands for an answer: the letter or the text of the likeliest option.
+
+    likelihoods: what was compared, of each option: natural logarithms, by the task's ``rank`` of
+    the whole option or a mean over its tokens.
+    """
+
+    text: str
+    likelihoods: tuple[float, ...]
+
+
+def rank(
+    task: Task,
+    records: Sequence[Record],
+    asked: Sequence[Record],
+    resolution: int | None,
+    generate_fn: Callable,
+) -> list[Ranked | BadSample]:
+    """Rank each record's options; asked: the records as they are laid out, examples before them.
+
+    The first of equally likely options is taken. Raises MMJaxError where generate_fn ranks nothing.
+    """
+    score = getattr(generate_fn, "rank", None)
+    if score is None:
+        raise MMJaxError(
+            f"task {task.name} has rank {task.rank!r}, and what answers it has no method rank; "
+            "leave rank out, or use mmjax.evals.answer.Answerer"
+        )
+    options = [options_of(task, record) for record in records]
+    found = score(asked, options, resolution, mean=task.rank == "mean_likelihood")
+    pairs = zip(options, found, strict=True)
+    return [x if isinstance(x, BadSample) else _best(task, texts, x) for texts, x in pairs]
+
+
+def _best(task: Task, options: Sequence[str], likelihoods: Any) -> Ranked:
+    values = np.asarray(likelihoods, np.float64)
+    if not np.isfinite(values).any():
+        raise MMJaxError(
+            f"task {task.name}: the likelihoods of {list(options)} are no numbers; the model's "
+            "weights or its compute dtype are at fault"
+        )
+    best = int(np.nanargmax(values))
+    lettered = task.is_multiple_choice or task.has_open_questions
+    own = lettered and not task.options and len(options) <= len(LETTERS)
+    return Ranked(LETTERS[best] if own else options[best], tuple(values.tolist()))
