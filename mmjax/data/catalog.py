@@ -28,6 +28,7 @@ KINDS = {
     "ai2d": "mmjax.data.benchmarks.ai2d:Ai2dSource",
     "chartqa": "mmjax.data.benchmarks.chartqa:ChartQaSource",
     "gqa": "mmjax.data.benchmarks.gqa:GqaSource",
+    "hateful_memes": "mmjax.data.benchmarks.hateful_memes:HatefulMemesSource",
     "karpathy": "mmjax.data.benchmarks.captions:KarpathySource",
     "magnifierbench": "mmjax.data.benchmarks.magnifierbench:MagnifierBenchSource",
     "mmbench": "mmjax.data.benchmarks.mmbench:MmbenchSource",

@@ -208,6 +208,20 @@ def get_template(name: str | Template) -> Template:
     return TEMPLATES[name]
 
 
+def answered(name: str) -> Template:
+    """Return the template that lays out what this one asks with the answer behind it.
+
+    ``x_chat`` for ``x_prompt``. Raises MMJaxError where there is none.
+    """
+    chat = f"{str(name).removesuffix('_prompt')}_chat"
+    if not str(name).endswith("_prompt") or chat not in TEMPLATES:
+        raise MMJaxError(
+            f"template {name!r} does not say how an answer stands behind it; ask with one of "
+            f"{', '.join(x for x in TEMPLATES if x.endswith('_prompt'))}"
+        )
+    return TEMPLATES[chat]
+
+
 def asking(trained: Iterable[str]) -> str:
     """Return the name of the template that asks as these train: ``x_prompt`` for ``x_chat``.
 

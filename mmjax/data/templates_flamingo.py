@@ -65,6 +65,7 @@ OTTER_TIGHT = Turns("User:", " GPT:", "answer", close=True)
 # open_flamingo/eval/eval_model.py and its subclasses; evaluate.py ends each example with a newline.
 CAPTION = Turns("Output:", "", between="\n", ask=False)
 VQA = Turns("Question:", " Short answer:", between="\n")
+CLASS = Turns("", "")
 # instruct_flamingo's instruction_tuning/data.py. The prompt ends with a space, which a tokenizer
 # would join to the answer's first word: the peer tokenises them apart. It so begins each part with
 # LLaMA's <s>, which stands here once; MPT, of which its models are, has none.
@@ -124,6 +125,16 @@ def open_flamingo_vqa_chat(record: Record) -> list[Segment]:
 def open_flamingo_vqa_prompt(record: Record) -> list[Segment]:
     """Lay out what stands before the last answer of ``open_flamingo_vqa_chat``, no targets."""
     return _prompt(record, VQA)
+
+
+def open_flamingo_class_chat(record: Record) -> list[Segment]:
+    """Lay out ``<image>{q}{a}<|endofchunk|>``, nothing between examples: Hateful Memes' form."""
+    return _chat(record, CLASS)
+
+
+def open_flamingo_class_prompt(record: Record) -> list[Segment]:
+    """Lay out what stands before the last answer of ``open_flamingo_class_chat``, no targets."""
+    return _prompt(record, CLASS)
 
 
 def guanaco_chat(record: Record) -> list[Segment]:
@@ -212,6 +223,7 @@ TEMPLATES = (
     *(otter_chat, otter_prompt, otter_tight_chat, otter_tight_prompt),
     *(open_flamingo_caption_chat, open_flamingo_caption_prompt),
     *(open_flamingo_vqa_chat, open_flamingo_vqa_prompt),
+    *(open_flamingo_class_chat, open_flamingo_class_prompt),
     *(guanaco_chat, guanaco_prompt, guanaco_no_prompt_chat, guanaco_no_prompt_prompt),
     *(guanaco_eoc_chat, guanaco_eoc_prompt),
     *(laion_caption, interleaved),

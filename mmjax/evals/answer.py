@@ -10,13 +10,13 @@ from functools import cached_property
 import numpy as np
 
 from mmjax.data.resizing import at_resolution, pixel_limit
-from mmjax.data.templates import get_template
-from mmjax.data.turns import Template
+from mmjax.data.templates import answered, get_template
+from mmjax.data.turns import Template, messages_before_answer
 from mmjax.generate.beam import Beams
 from mmjax.generate.likelihood import Continuations, continuations
 from mmjax.loaded import LoadedModel
 from mmjax.parallel.distributed import check_same_arrays
-from mmjax.types import BadSample, MMJaxError, Record, Segment
+from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
 
 
 _QUESTIONS = "some questions of the evaluation"
@@ -81,8 +81,10 @@ class Answerer:
     ) -> list[list[float] | BadSample]:
         """Return the log-likelihood of each option behind its record's prompt.
 
-        An option is tokenised where it stands, as an answer is in training, and its end token does
-        not count. mean: over its tokens, in place of their sum: longer options lose nothing by it.
+        An option stands there as an answer does in training, with the space that a template puts
+        before it; the end token behind it does not count. mean: over its tokens, in place of their
+        sum, so that a longer option loses nothing by its length. Raises MMJaxError for a template
+        that does not tell how an answer stands behind it.
         """
         answers: list[list[float] | BadSample] = [[] for _ in records]
         asked: list[Continuations] = []
@@ -95,8 +97,8 @@ class Answerer:
             except BadSample as error:
                 answers[place] = error
         arrays = (np.asarray(one.prompt[name]) for one in asked for name in sorted(one.prompt))
-        answered = (tokens for one in asked for tokens in one.tokens)
-        check_same_arrays(_QUESTIONS, itertools.chain(arrays, answered))
+        behind = (tokens for one in asked for tokens in one.tokens)
+        check_same_arrays(_QUESTIONS, itertools.chain(arrays, behind))
         found = self.model.log_likelihoods(
             asked, batch_size=self.batch_size, cache_dtype=self.cache_dtype
         )
@@ -105,12 +107,14 @@ class Answerer:
         return answers
 
     def _continuations(self, record: Record, options: Sequence[str]) -> Continuations:
-        segments, encode = self._lay_out(record), self.model.processor.encode
-        answers = [Segment("text", option, loss=True) for option in options]
         room = self._room(1)  # the last token of an answer is not read
-        return continuations(
-            [encode([*segments, one], record.images, max_tokens=room) for one in answers]
-        )
+        asked, lay_out = messages_before_answer(record), answered(self.template)
+        examples = []
+        for option in options:
+            whole = dataclasses.replace(record, messages=(*asked, Message("assistant", option)))
+            segments = _last_answer_alone(lay_out(whole))
+            examples.append(self.model.processor.encode(segments, record.images, max_tokens=room))
+        return continuations(examples)
 
     def _room(self, new: int) -> int | None:
         """Return the most tokens of a prompt beside ``new`` ones, None for any number."""
@@ -129,3 +133,12 @@ class Answerer:
     @cached_property
     def _limit(self) -> int | None:
         return pixel_limit(self.model.processor)
+
+
+def _last_answer_alone(segments: Sequence[Segment]) -> list[Segment]:
+    """Return the segments up to the end of the last answer's text, which alone is a target."""
+    begin = end = max(i for i, one in enumerate(segments) if one.loss and one.kind == "text")
+    while segments[begin - 1].loss and begin:
+        begin -= 1
+    before = (dataclasses.replace(one, loss=False) for one in segments[:begin])
+    return [*before, *segments[begin : end + 1]]

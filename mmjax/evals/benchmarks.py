@@ -31,6 +31,9 @@ UNANSWERABLE = (
 )
 """How LLaVA asks VizWiz, where many questions have no answer."""
 
+HATEFUL = "is an image with: '{question}' written on it. Is it hateful? Answer:"
+"""How OpenFlamingo asks Hateful Memes, behind the picture."""
+
 _CAPTION = dict(scorer="word_f1", summary="cider", max_new_tokens=20)
 _LETTER = dict(prompt=LETTER, scorer="multiple_choice", max_new_tokens=16)
 _VQA = dict(prompt=SHORT, scorer="vqa_accuracy", submission="vqa", max_new_tokens=16, cut="evalai")
@@ -62,6 +65,16 @@ BENCHMARKS: dict[str, Preset] = {
     "mmvet": Preset("mmvet", dict(submission="mmvet", max_new_tokens=1024)),
     "mme": Preset("mme", dict(scorer="yes_no", summary="mme", max_new_tokens=16)),
     "gqa": Preset("gqa", dict(prompt=SHORT, scorer="gqa", summary="gqa", submission="gqa")),
+    "hateful_memes": Preset(
+        "hateful_memes",
+        dict(
+            prompt=HATEFUL,
+            rank="mean_likelihood",
+            options=("no", "yes"),
+            scorer="exact_match_strict",
+            summary="roc_auc",
+        ),
+    ),
     "vqav2": Preset("vqa", _VQA),
     "okvqa": Preset("vqa", _VQA),
     "textvqa": Preset("vqa", _TEXT),

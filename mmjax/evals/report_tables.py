@@ -14,6 +14,8 @@ _ASKED = {
     "template": "template",
     "source": "source",
     "prompt": "prompt",
+    "rank": "options ranked by",
+    "options": "options",
     "scorer": "scorer",
     "cut": "cut",
     "max_new_tokens": "new tokens at most",

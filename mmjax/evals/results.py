@@ -49,6 +49,7 @@ def facts_of(task: Task, record: Record) -> dict[str, Any]:
         row |= {"answer": answers[0]} | ({"answers": answers} if len(set(answers)) > 1 else {})
     choices = choices_of(record)
     row |= {"choices": choices} if choices else {}
+    row |= {"options": list(task.options)} if task.options else {}
     row |= {"group": record.meta[task.group]} if task.group in record.meta else {}
     return row | ({"unit": record.meta["unit"]} if "unit" in record.meta else {})
 

@@ -3,7 +3,8 @@
 A scorer judges one answer; a summary is a pure function of all rows of a result, and of those of
 each of its groups: F1, accuracy over pairs of questions, sums of scores. A row has ``prediction``
 (after cutting), ``answer``, ``answers``, ``score``, ``group``, ``unit`` (questions of one unit are
-judged together) and ``read``: what the scorer made of the prediction, None where nothing.
+judged together) and ``read``: what the scorer made of the prediction, None where nothing. Of a task
+with ``rank`` and ``options`` also those, and ``likelihoods``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from mmjax.data.benchmarks.mme import COGNITION, PERCEPTION
 from mmjax.data.benchmarks.mmmu import DISCIPLINES, SUBJECTS
@@ -183,6 +186,30 @@ def seedbench(rows: Sequence[Row]) -> Metrics:
     return {name: share(sum(found), len(found)) for name, found in kinds.items() if found}
 
 
+def roc_auc(rows: Sequence[Row]) -> Metrics:
+    """Return the area under the ROC curve of the last option's probability among all options.
+
+    The chance that a question whose answer is that option has a higher one than another question;
+    equal ones count half. A question that could not be asked is below, or above, all others. None
+    where all answers are alike.
+    """
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for row in rows:
+        if (answer := row.get("answer")) is None or "options" not in row:
+            continue
+        wanted = answer == row["options"][-1]
+        if "likelihoods" in row:
+            each = np.exp(np.array(row["likelihoods"]) - max(row["likelihoods"]))
+            found[wanted].append(float(each[-1] / each.sum()))
+        else:
+            found[wanted].append(-1.0 if wanted else 2.0)
+    right, others = found[True], sorted(found[False])
+    if not right or not others:
+        return {}
+    above = np.searchsorted(others, right, "left") + np.searchsorted(others, right, "right")
+    return {"ROC AUC": share(float(above.sum()) / 2, len(right) * len(others))}
+
+
 SUMMARIES: dict[str, Summary] = {
     "cider": Summary(("CIDEr",), cider.cider, check=cider.check),
     "circular": Summary(("circular", "plain"), circular),
@@ -191,6 +218,7 @@ SUMMARIES: dict[str, Summary] = {
         ("accuracy", "accuracy+", "neither", "score", "perception", "cognition"), mme, _mme_sums
     ),
     "mmmu": Summary((*DISCIPLINES, "options", "open", "unread"), whole=mmmu),
+    "roc_auc": Summary(("ROC AUC",), roc_auc),
     "seedbench": Summary(("image", "video"), whole=seedbench),
     "yes_no": Summary(("precision", "recall", "F1", "yes", "neither", "mean F1"), yes_no, _mean_f1),
 }

@@ -103,6 +103,11 @@ class Task:
                 f"task {self.name}: options {self.options} with rank {self.rank!r}; give two or "
                 "more different texts and rank='likelihood', or leave options out"
             )
+        if self.summary == "roc_auc" and not self.options:
+            raise MMJaxError(
+                f"task {self.name}: summary 'roc_auc' is of the last of a task's options; give "
+                "rank and options, such as ('no', 'yes')"
+            )
         if self.rank is not None and self.cut is not None:
             raise MMJaxError(
                 f"task {self.name}: cut {self.cut!r} with rank {self.rank!r}, which takes an "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmjax.data.benchmarks.files import read_json
-from mmjax.data.templates import asking, get_template
+from mmjax.data.templates import answered, asking, get_template
 from mmjax.evals.few_shot import demonstrations
 from mmjax.evals.runner import check_names
 from mmjax.evals.scorers import get_scorer
@@ -42,8 +42,8 @@ def with_tasks(settings: RunSettings, path: str | Path) -> RunSettings:
     if not tasks or not all(isinstance(task, dict) for task in tasks):
         raise MMJaxError(f"{path}: expected a list of tasks, each an object of settings")
     for task in tasks:  # JSON has lists alone
-        if isinstance(task.get("resolutions"), list):
-            task["resolutions"] = tuple(task["resolutions"])
+        lists = (name for name in ("resolutions", "options") if isinstance(task.get(name), list))
+        task |= {name: tuple(task[name]) for name in lists}
     eval_settings = dataclasses.replace(settings.eval, tasks=tuple(tasks))
     return dataclasses.replace(settings, eval=eval_settings)
 
@@ -97,6 +97,8 @@ def check_tasks(settings: RunSettings) -> None:
             f"config.eval.batch_size is {settings.eval.batch_size}; it must be at least 1"
         )
     for task in tasks_of(settings.eval):
+        if task.rank is not None:
+            answered(template_of(settings))
         _check_sources(task)
 
 

@@ -8,7 +8,7 @@ import pytest
 from mmjax.evals import compare, cuts, predictions, report, runner
 from mmjax.evals.benchmarks import BENCHMARKS
 from mmjax.evals.scorers import READERS
-from mmjax.evals.tasks import Task, ask, question_of
+from mmjax.evals.tasks import Task, ask, make_task, question_of
 from mmjax.generate.beam import Beams
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.train.tasks import beams_of, check_tasks, with_tasks
@@ -110,6 +110,9 @@ def test_tasks_from_a_file(tmp_path):
     path.write_text('[{"name": "t", "source": {"kind": "sums"}, "resolutions": [null, 24]}]')
     chosen = with_tasks(RunSettings(), path).eval
     assert chosen.tasks[0]["resolutions"] == (None, 24)
+    path.write_text('{"name": "t", "source": {"kind": "sums"}, "options": ["1", "2"]}')
+    ranked = {"rank": "likelihood"} | with_tasks(RunSettings(), path).eval.tasks[0]
+    assert make_task(ranked).options == ("1", "2")
     path.write_text('{"benchmark": "pope"}')
     with pytest.raises(MMJaxError, match="benchmark 'pope' needs path and images"):
         check_tasks(with_tasks(RunSettings(), path))

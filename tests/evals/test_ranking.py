@@ -150,6 +150,34 @@ def test_an_option_is_as_likely_as_training_finds_it(model):
             np.testing.assert_allclose(each, want / len(at), atol=1e-4)
 
 
+def test_an_option_begins_as_answers_do_and_examples_before_it_do_not_count():
+    """Otter's template puts a space before an answer."""
+    turns = ("user", "<image>Q?"), ("assistant", "old"), ("user", "Q2?"), ("assistant", "right")
+    messages = tuple(Message(*turn) for turn in turns)
+    asked = dataclasses.replace(record(0), messages=messages)
+    seen = []
+
+    class Model:
+        class processor:
+            def encode(segments, images, max_tokens):
+                seen.append(segments)
+                raise BadSample("seen", "enough")
+
+        def longest_prompt(new):
+            return None
+
+        def log_likelihoods(asked, **_):
+            return []
+
+    for template, want in (("otter_prompt", " new"), ("guanaco_prompt", "new")):
+        Answerer(Model, template, batch_size=4).rank([asked], [["new", "other"]], None)
+        segments = seen.pop()
+        assert [s.value for s in segments if s.loss] == [want] and segments[-1].loss
+        assert not any("right" in str(s.value) for s in segments)
+    with pytest.raises(MMJaxError, match="template 'plain' does not say how an answer stands"):
+        Answerer(Model, "plain", batch_size=4).rank([asked], [["new", "other"]], None)
+
+
 def test_pictures_that_cannot_be_read_are_left_to_their_record(model):
     lost = dataclasses.replace(record(0), images=(b"none",))
     options = [["yes", "no"]] * 2

@@ -53,6 +53,23 @@ def say(records, *_):
     return [{"101669": "A.", "101670": "Three", "v1962": "C"}[r.meta["id"]] for r in records]
 
 
+def test_ranked_options_of_a_question_that_stands_alone(first, tmp_path):
+    class Ranks:
+        def rank(self, records, options, resolution, *, mean):
+            assert [r.messages[0].text for r in records] == ["Question: How many?\nAnswer:"] * 2
+            assert options == [["One", "B", "3", "4"]] * 2 and not mean
+            return [[-1.0, -2.0, -3.0, -4.0]] * 2
+
+    ranked = {"layout": "question", "rank": "likelihood", "prompt": "Question: {question}\nAnswer:"}
+    task = make_task(first | ranked)
+    found = runner.evaluate([task], Ranks(), workdir=tmp_path / "run", progress=False)
+    assert (found["seedbench"]["test"]["n"], found["seedbench"]["test"]["correct"]) == (2, 1)
+    sent = (tmp_path / "run/predictions/seedbench.test.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in sent] == ["A", "A"]
+    with pytest.raises(MMJaxError, match="layout is 'letters'; it is 'options' or 'question'"):
+        SeedBenchSource(first["path"], first["images"], layout="letters")
+
+
 def test_the_pictures_alone(first, tmp_path):
     found = runner.evaluate([make_task(first)], say, workdir=tmp_path / "run", progress=False)
     whole = found["seedbench"]["test"]

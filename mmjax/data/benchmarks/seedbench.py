@@ -35,7 +35,8 @@ class SeedBenchSource:
     frames: a folder of one frame of each video; without it, questions about videos are left away.
     images_v2: the folder of SEED-Bench-2's own pictures, which it needs. level: of SEED-Bench-2;
         L1 is about pictures and videos, L2 has text between pictures too. L3, whose options are
-        pictures to be made, cannot be asked with letters.
+        pictures to be made, cannot be asked with letters. layout: whether the options stand behind
+        a question, or the ``question`` stands alone, for tasks that rank them.
     meta: ``answers``, ``choices``, ``group`` (the question type). Raises MMJaxError for missing
         fields and pictures, an answer that is no option, and ids given twice.
     """
@@ -47,7 +48,10 @@ class SeedBenchSource:
         frames: str | os.PathLike | None = None,
         images_v2: str | os.PathLike | None = None,
         level: Literal["L1", "L2"] = "L2",
+        layout: Literal["options", "question"] = "options",
     ):
+        if layout not in ("options", "question"):
+            raise MMJaxError(f"{path}: layout is {layout!r}; it is 'options' or 'question'")
         if level not in _LEVELS:
             raise MMJaxError(f"{path}: level is {level!r}; it is 'L1' or 'L2'")
         self.path = os.fspath(path)
@@ -80,7 +84,8 @@ class SeedBenchSource:
                 folder, names = "images", [field(question, "data_id", where)]
             places = range(len(wanted[folder]), len(wanted[folder]) + len(names))
             wanted[folder] += [(str(name), where) for name in names]
-            self._rows.append(_read(question, kinds, where) | {"folder": folder, "at": places})
+            row = _read(question, kinds, where, alone=layout == "question")
+            self._rows.append(row | {"folder": folder, "at": places})
         if not self._rows:
             raise MMJaxError(f"{path}: holds no questions about pictures; give {_WHAT}")
         unique([(row["id"], row["where"]) for row in self._rows], "question")
@@ -108,7 +113,9 @@ class SeedBenchSource:
         return Record((Message("user", row["text"]),), images, meta)
 
 
-def _read(question: Mapping[str, Any], kinds: Mapping[Any, str], where: str) -> dict[str, Any]:
+def _read(
+    question: Mapping[str, Any], kinds: Mapping[Any, str], where: str, *, alone: bool
+) -> dict[str, Any]:
     """Return id, text with its options, choices, answer and question type of a question."""
     text = field(question, "question", where)
     for mark in ("<img>", "[img]"):  # its description has the one, its code the other
@@ -129,7 +136,7 @@ def _read(question: Mapping[str, Any], kinds: Mapping[Any, str], where: str) -> 
         "id": str(field(question, "question_id", where, (str, int))),
         "where": where,
         "number": int(where.rpartition(" ")[2]),
-        "text": "\n".join([text, *lines]),
+        "text": text if alone else "\n".join([text, *lines]),
         "choices": choices,
         "answer": answer,
         "group": kinds[kind],
