@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from mmjax.generate import copies
+from mmjax.generate.likelihood import Continuations, log_likelihoods
 from mmjax.generate.loop import Generator, _generate, pad_batch, room_for
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import parameter_shardings
@@ -59,3 +60,21 @@ def test_weights_travel_once_an_answer_and_not_once_a_token(tied):
             # Of a token: what a row looked up, and whether it has ended. No keys, and no values.
             most = max(travels(run.as_text()))
             assert most == 2 * D * D if copy is None else most <= D
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_answers_are_as_likely_on_a_mesh(rows):
+    """Of rows that divide over the devices, and of rows that do not."""
+    rng = np.random.default_rng(0)
+    asked = []
+    for t, p in ((9, 3), (17, 5)):
+        answers = tuple(rng.integers(8, 64, n).astype(np.int32) for n in (1, 3, 2))
+        counted = tuple(np.ones(len(x), bool) for x in answers)
+        asked.append(Continuations(tiny.example(rng, t, p), answers, counted))
+    graphdef, params = nnx.split(tiny.model())
+    want = log_likelihoods(graphdef, params, asked, rows=rows)
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    with use(mesh):
+        params = jax.device_put(params, parameter_shardings(params, mesh))
+        got = log_likelihoods(graphdef, params, asked, rows=rows)
+    np.testing.assert_allclose(np.concatenate(got), np.concatenate(want), atol=1e-4)

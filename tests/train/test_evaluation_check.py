@@ -55,11 +55,11 @@ def settings(best=None, saves=5, task=(), **changes):
         (dict(template="fuyu_promt"), "'fuyu_promt'; did you mean 'fuyu_prompt'"),
         (
             dict(task={"rank": "likelihood"}),
-            r"has the options \[\], and rank 'likelihood' needs two",
+            r"the options \[\], and rank 'likelihood' needs two",
         ),
         (
             dict(task={"rank": "likelihood", "options": ("a", "b")}, template="plain"),
-            "template 'plain' does not say how an answer stands behind it; ask with one of fuyu_pro",
+            "template 'plain' does not say how an answer stands behind it; ask with one of fuyu",
         ),
         (dict(batch_size=0), "config.eval.batch_size is 0; it must be at least 1"),
         (dict(num_beams=65), "num_beams is 65, more than the vocabulary of 64"),
