@@ -187,6 +187,8 @@ class LoadedModel:
         once for all its answers. cache_dtype: as in ``generate``.
         """
         check_cache_dtype(cache_dtype)
+        if not asked:
+            return []
         for one in asked:
             self._check_positions([one.prompt], one.longest)
         graphdef, params = self._split

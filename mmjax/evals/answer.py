@@ -18,7 +18,6 @@ from mmjax.loaded import LoadedModel
 from mmjax.parallel.distributed import check_same_arrays
 from mmjax.types import BadSample, Message, MMJaxError, Record, Segment
 
-
 _QUESTIONS = "some questions of the evaluation"
 
 

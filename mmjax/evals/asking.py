@@ -50,9 +50,8 @@ def ask_batch(
             continue
         records[index] = record
         asked.append(_at_resolution(laid, resolution) if task.enlarge else laid)
-    if not asked:
-        texts = []
-    elif task.rank is None:
+    # Also of none: where another process has some, both have to notice.
+    if task.rank is None:
         texts = generate_fn(asked, resolution, task.max_new_tokens)
     else:
         texts = rank(task, list(records.values()), asked, resolution, generate_fn)
