@@ -50,15 +50,14 @@ def continuations(examples: Sequence[Example]) -> Continuations:
     """
     first, shared = examples[0]["tokens"], len(examples[0]["tokens"])
     for example in examples:
-        begin = int(np.argmax(example["loss_mask"]))
-        if not example["loss_mask"].any() or not begin:
+        shared = min(shared, int(np.argmax(example["loss_mask"])))
+        apart = example["tokens"][:shared] != first[:shared]
+        shared = int(np.argmax(apart)) if apart.any() else shared
+        if not shared or not example["loss_mask"].any():
             raise BadSample(
                 "no_answer",
                 "an answer has no token of its own behind its prompt; word one of them otherwise",
             )
-        shared = min(shared, begin)
-        apart = example["tokens"][:shared] != first[:shared]
-        shared = int(np.argmax(apart)) if apart.any() else shared
     prompt = {name: x if name == "patches" else x[:shared] for name, x in examples[0].items()}
     for example in examples:
         seen = example["visual_index"][shared - 1 :]
