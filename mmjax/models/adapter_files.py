@@ -117,7 +117,8 @@ def adapter_pairs(
     table, shapes: of the model they belong to; the table says how its maps are cut.
     """
     theirs = reader.names if isinstance(reader, Renamed) else None
-    pairs = AdapterReader(reader, about, table, shapes, theirs, family.weights.IGNORE)
+    unused = getattr(family.weights, "UNUSED_MAPS", ())
+    pairs = AdapterReader(reader, about, table, shapes, theirs, unused)
     stems = tuple(kernel.removesuffix("kernel") for kernel in pairs.kernels)
     rules = [r for r in peft.adapter_rules(table) if r.ours.startswith(stems)]
     targets = tuple(family.weights.lora_target(kernel) for kernel in pairs.kernels)

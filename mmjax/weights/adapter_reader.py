@@ -38,7 +38,8 @@ class AdapterReader:
         """reader: keys without PEFT's prefix, in the names of ``rules``. shapes: of our kernels.
 
         theirs: keys of the reader -> those of PEFT's file, which patterns of its config speak of.
-        unused: patterns of the weights that no output depends on; their pairs are left out.
+        unused: patterns of maps that no output depends on; their pairs are left out. (Not of all
+        that a model is read without: a head that is tied in one model is a map in another.)
         """
         self.reader, self.files = reader, reader.files
         folder = reader.files[0].parent if reader.files else Path()

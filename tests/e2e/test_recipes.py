@@ -217,7 +217,7 @@ def test_resolutions_can_be_set_from_the_command_line():
 @pytest.mark.parametrize("arg", ["pretrain", "lora"])
 def test_the_toy_of_s2_looks_at_two_scales(arg):
     toy = resolve_recipe(f"{ROOT}/configs/bunny_llama3_8b_s2.py:{arg},quick")
-    config = BunnyConfig.from_hf(toy.model.config)
+    config = BunnyConfig.from_hf(toy.model.config.to_dict())
     assert (config.s2_scales, config.vision.image_size, config.image_size) == ((32, 64), 32, 64)
 
 

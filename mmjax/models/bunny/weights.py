@@ -35,11 +35,12 @@ _SHORT = re.compile(
 )
 LAYOUTS = ("bunny", "projector")
 ADAPTER_LAYOUT = "bunny"
+# SigLIP's pooling, which no feature depends on. PEFT adapts its maps where they are called as Phi's
+# are, in the peer's continuous fine-tuning.
+UNUSED_MAPS = (rf"^{re.escape(TOWER)}vision_model\.head\.",)
 IGNORE = (
     r"^lm_head\.bias$",  # of phi; Bunny's head has none
-    # SigLIP's pooling. Towers are read without; PEFT adapts its maps where they are called as Phi's
-    # are, in the peer's continuous fine-tuning.
-    rf"^{re.escape(TOWER)}vision_model\.head\.",
+    *UNUSED_MAPS,
     *language.IGNORE,
     *projector.IGNORE,
 )
