@@ -250,6 +250,28 @@ def test_an_adapter_of_continued_training_has_maps_of_the_tower_too(phi, lora, t
     assert set(got.lora.targets) == maps | {"vision.attn.q"}
 
 
+def test_an_adapter_may_have_maps_of_the_projector(phi, lora, tmp_path):
+    """As a run with lora.targets=("projector.*",) trains them: they count, by the same names."""
+    folder, base, _ = lora
+    pairs, rng = {}, np.random.default_rng(0)
+    for name in ("0", "2"):
+        out, n = phi.golden.weights[f"{PROJECTOR}{name}.weight"].shape
+        key = f"base_model.model.{PROJECTOR}{name}.lora_"
+        pairs[f"{key}A.weight"] = rng.normal(size=(8, n)).astype(np.float32)
+        pairs[f"{key}B.weight"] = rng.normal(size=(out, 8)).astype(np.float32)
+    shutil.copytree(folder, tmp_path / "lora")
+    save_file(bunny_files.tensors(pairs), tmp_path / "lora" / "adapter_model.safetensors")
+    parts = {"base": base, "vision": phi.tower, "vision_config": phi.sizes}
+    got, params = read_all(tmp_path / "lora", **parts)
+    assert got.lora == adapters.make_lora(
+        LoRASettings(rank=8, alpha=16.0, dropout=0.05, targets=("projector.*",)),
+        adapters.linear_maps(["projector.layers.0.kernel", "projector.layers.1.kernel"]),
+    )
+    for i, name in enumerate(("0", "2")):
+        theirs = pairs[f"base_model.model.{PROJECTOR}{name}.lora_A.weight"]
+        np.testing.assert_array_equal(params[f"projector.layers.{i}.lora_a"], theirs.T)
+
+
 @pytest.mark.heavy
 def test_an_adapter_is_the_same_in_every_form(phi, lora, tmp_path):
     folder, base, _ = lora

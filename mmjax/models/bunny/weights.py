@@ -90,9 +90,9 @@ def from_hub(key: str, layout: str) -> str:
 
 
 def lora_target(kernel: str) -> str:
-    """Return the name by which ``nn.LoRA.targets`` knows a kernel: ``vision.attn.q``."""
+    """Return the name by which ``nn.LoRA.targets`` knows a kernel: ``attn.q``, ``projector.0``."""
     name = re.sub(r"^decoder\.(layers\.)?", "", kernel).removesuffix(".kernel")
-    return re.sub(r"^vision\.layers\.", "vision.", name)
+    return re.sub(r"^(vision|projector)\.layers\.", r"\1.", name)
 
 
 def _of_projector(key: str, config: Any) -> bool:
