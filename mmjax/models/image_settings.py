@@ -6,10 +6,13 @@ anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmjax.types import MMJaxError, is_number
+
+OWN_KEY = "mmjax"
+"""The key, in a file of Hugging Face's, of what that has no word for."""
 
 _FILTERS = "0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming"
 
@@ -23,6 +26,14 @@ def merged(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(inner, Mapping):
         raise MMJaxError(f"image_processor = {inner!r}: expected an object of settings")
     return {**data, **inner}
+
+
+def own_settings(data: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return what a file states under our own key of these names; MMJaxError for no object."""
+    stated = data.get(OWN_KEY) or {}
+    if not isinstance(stated, Mapping):
+        raise MMJaxError(f"{OWN_KEY} = {stated!r}: expected an object of settings")
+    return {name: value for name, value in stated.items() if name in names}
 
 
 def check_rescaled(data: Mapping[str, Any], steps: tuple[str, ...], seen_by: str) -> None:

@@ -25,11 +25,13 @@ from mmjax.data.images import (
     to_rgb,
 )
 from mmjax.models.image_settings import (
+    OWN_KEY,
     check_colours,
     check_filter,
     check_keys,
     check_rescaled,
     merged,
+    own_settings,
 )
 from mmjax.models.json_files import read_json
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
@@ -38,7 +40,6 @@ from mmjax.types import BadSample, ImageSource, MMJaxError, is_count
 Fit = Literal["crop", "crop_down", "squash"]
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
-_OWN = "mmjax"  # the key of what Hugging Face's file has no word for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,15 @@ class SquareImages:
     max_pixels: int | None = MAX_PIXELS
     transpose: bool = False
 
-    OWN: ClassVar[tuple[str, ...]] = ("fit",)  # fields that Hugging Face's file has no word for
+    # Fields that Hugging Face's file has no word for.
+    OWN: ClassVar[tuple[str, ...]] = ("fit", "max_pixels", "transpose")
     SQUASHES: ClassVar[str] = "CLIPImageProcessor"  # the class that is told to squash
 
     def __post_init__(self) -> None:
         """Raise MMJaxError for settings that no pipeline has."""
         self.check_word("fit", Fit)
-        self.check_counts("image_size", *["shortest_edge"] * (self.shortest_edge is not None))
+        open_ = ("shortest_edge", "max_pixels")
+        self.check_counts("image_size", *(x for x in open_ if getattr(self, x) is not None))
         check_filter(self.resample)
         check_colours(self.image_mean, self.image_std)
         if self.shortest_edge is not None and self.shortest_edge < self.image_size:
@@ -189,11 +192,7 @@ class SquareImages:
             "image_mean": _each(data.get("image_mean", SIGLIP_MEAN if siglip else CLIP_MEAN)),
             "image_std": _each(data.get("image_std", SIGLIP_STD if siglip else CLIP_STD)),
         }
-        stated = data.get(_OWN, {})
-        if not isinstance(stated, Mapping):
-            raise MMJaxError(f"{_OWN} = {stated!r}: expected an object of settings")
-        own = {k: v for k, v in stated.items() if k in cls.OWN}
-        return cls(**{**fields, **own})
+        return cls(**{**fields, **own_settings(data, cls.OWN)})
 
     def to_hf(self) -> dict[str, Any]:
         """Write the preprocessor_config.json that transformers' image processors load."""
@@ -212,7 +211,7 @@ class SquareImages:
             "do_normalize": True,
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
-            _OWN: {name: getattr(self, name) for name in self.OWN},
+            OWN_KEY: {name: getattr(self, name) for name in self.OWN},
         }
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -226,12 +225,12 @@ class SquareImages:
 def read_image_file(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Read what a folder says of its pictures, None for nothing; errors as ``read_json``."""
     new, old = (read_json(folder, file) for file in _FILES)
-    return new if new and {"image_processor", "size", _OWN} & set(new) else old
+    return new if new and {"image_processor", "size", OWN_KEY} & set(new) else old
 
 
 def is_own(data: Mapping[str, Any] | None) -> bool:
     """Tell whether mmjax wrote such a file: it then holds every setting."""
-    return bool(data) and _OWN in data
+    return bool(data) and OWN_KEY in data
 
 
 def _each(value: Any) -> Any:

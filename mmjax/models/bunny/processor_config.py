@@ -41,7 +41,8 @@ class ProcessorConfig(SquareImages):
     eos_token_id: int | None = None
 
     OWN: ClassVar[tuple[str, ...]] = (
-        *("fit", "image_aspect_ratio", "image_tokens", "model_max_length", "bos", "end_token"),
+        *(*SquareImages.OWN, "image_aspect_ratio", "image_tokens"),
+        *("model_max_length", "bos", "end_token"),
     )
     SQUASHES: ClassVar[str] = "SiglipImageProcessor"
 

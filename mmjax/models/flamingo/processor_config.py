@@ -43,7 +43,7 @@ class ProcessorConfig(SquareImages):
     pad_token_id: int | None = None
 
     OWN: ClassVar[tuple[str, ...]] = (
-        *("fit", "frames", "attend_mode", "bos", "answer_token", "image_mark"),
+        *(*SquareImages.OWN, "frames", "attend_mode", "bos", "answer_token", "image_mark"),
     )
 
     def __post_init__(self) -> None:

@@ -12,17 +12,20 @@ import numpy as np
 
 from mmjax.data.images import MAX_PIXELS
 from mmjax.models.image_settings import (
+    OWN_KEY,
     check_colours,
     check_filter,
     check_keys,
     check_rescaled,
     merged,
+    own_settings,
 )
 from mmjax.models.json_files import read_json
 from mmjax.types import MMJaxError, is_count, is_number
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _OPEN_KEY = "mmjax_max_size"  # beside HF's ``size``, which cannot say "no limit"
+_NO_WORD = ("max_pixels", "transpose")  # nor has HF's file for these
 
 _OPEN = ("max_height", "max_width", "max_image_tokens", "max_pixels")
 _LEAST = {"patch_size": 1, "num_channels": 1, **dict.fromkeys(_OPEN, 1), "max_image_tokens": 2}
@@ -113,13 +116,14 @@ class ProcessorConfig:
             padding_value=data.get("padding_value", cls.padding_value),
             image_mean=_number_or_tuple(data.get("image_mean", cls.image_mean)),
             image_std=_number_or_tuple(data.get("image_std", cls.image_std)),
+            **own_settings(data, _NO_WORD),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """Write the preprocessor_config.json that transformers 4 and 5 both load.
 
         A box without limits has no word there: transformers then gets Fuyu's own 1080x1920, and
-        mmjax reads its own key back, as it does ``max_image_tokens``.
+        mmjax reads its own keys back, as it does ``max_image_tokens``.
         """
         height = ProcessorConfig.max_height if self.max_height is None else self.max_height
         width = ProcessorConfig.max_width if self.max_width is None else self.max_width
@@ -143,6 +147,9 @@ class ProcessorConfig:
             data[_OPEN_KEY] = [self.max_height, self.max_width]
         if self.max_image_tokens is not None:
             data["max_image_tokens"] = self.max_image_tokens
+        own = {name: getattr(self, name) for name in _NO_WORD}
+        if any(value != getattr(ProcessorConfig, name) for name, value in own.items()):
+            data[OWN_KEY] = own
         return data
 
     @classmethod

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mmjax.models.bunny.processor import ProcessorConfig as BunnyConfig
 from mmjax.models.flamingo.processor import ProcessorConfig
 from mmjax.types import MMJaxError
 
@@ -45,6 +46,7 @@ def test_files_that_cannot_be_followed(data, says):
         ({"frames": 0}, "frames is 0"),
         ({"image_size": 2.5}, "image_size is 2.5"),
         ({"image_mark": ""}, "image_mark is empty"),
+        ({"max_pixels": 0}, "max_pixels is 0; give a number from 1 up"),
     ],
 )
 def test_options_that_no_pipeline_has(options, says):
@@ -80,6 +82,10 @@ def test_what_a_files_format_has_no_word_for_is_kept():
     assert ProcessorConfig.from_hf(config.to_hf()) == config
     squashed = ProcessorConfig(image_size=8, fit="squash", answer_token=True)
     assert ProcessorConfig.from_hf(squashed.to_hf()) == squashed
+    for kind in (ProcessorConfig, BunnyConfig):  # else an export would see turned pictures again
+        turned = kind(transpose=True, max_pixels=None)
+        assert kind.from_hf(json.loads(json.dumps(turned.to_hf()))) == turned
+        assert kind.from_hf(kind(max_pixels=9).to_hf()).max_pixels == 9
 
 
 @pytest.mark.parametrize(

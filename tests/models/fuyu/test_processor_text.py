@@ -283,6 +283,8 @@ def test_hub_files_are_read(tmp_path, file, data, want):
     assert config == ProcessorConfig.from_hf(json.loads(json.dumps(config.to_hf())))
     bounded = dataclasses.replace(config, max_image_tokens=600)
     assert bounded == ProcessorConfig.from_hf(json.loads(json.dumps(bounded.to_hf())))
+    turned = dataclasses.replace(config, transpose=True, max_pixels=None)
+    assert turned == ProcessorConfig.from_hf(json.loads(json.dumps(turned.to_hf())))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +304,7 @@ def test_hub_files_are_read(tmp_path, file, data, want):
         ({"image_mean": "x"}, "image_mean is 'x'"),
         ({"image_std": 0}, "cannot be 0"),
         ({"image_processor": "x"}, "expected an object"),
+        ({"mmjax": ["transpose"]}, "mmjax = .*expected an object"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(data, match):
