@@ -93,8 +93,9 @@ $(KEPT): build/flamingo/files/%: build/flamingo/files/%/instruct.npz .venv/insta
 	$$check --export $@/merged --golden $@/instruct.npz --adapter $@/peft
 
 parity-flamingo: .venv/installed-test $(FLAMINGO) $(KEPT)  ## 5 language models x every 1, 2, 4, beside OpenFlamingo
+	PYTHONPATH=. $(PEER) tests/golden/make_rices_golden.py --out build/flamingo/rices.npz
 	XLA_FLAGS= FLAMINGO_GOLDENS=build/flamingo $(PY) -m pytest -v tests/parity/test_flamingo_matrix.py \
-	  tests/parity/test_flamingo_towers.py tests/parity/test_flamingo_model.py
+	  tests/parity/test_flamingo_towers.py tests/parity/test_flamingo_model.py tests/parity/test_rices.py
 
 # instruct_flamingo's own code, of Clever Flamingo, in the same environment.
 parity-clever: .venv/installed-test .venv-flamingo/installed  ## instruct_flamingo: CLEVER=/path/to/checkout

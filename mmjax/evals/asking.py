@@ -31,7 +31,7 @@ def ask_batch(
     """Ask some questions and score the answers; a record that cannot be used counts as wrong."""
     rows: dict[int, dict[str, Any]] = {}
     records: dict[int, Record] = {}
-    asked: list[Record] = []
+    asked: list[list[Record]] = []  # more than one of a record: its examples in several orders
     for index in batch:
         record = None
         try:
@@ -39,8 +39,9 @@ def ask_batch(
             rows[index] = _row(task, index, record, resolution)
             if task.rank is not None:
                 options_of(task, record)
-            laid = ask(task, record)
-            laid = laid if demos is None else demos.before(laid, index)
+            laid = [ask(task, record)]
+            if demos is not None:
+                laid = demos.in_orders(laid[0], index, task.orders or 1)
         except MMJaxError as e:  # unreadable, or without a question, or an answer to score with
             if index not in rows:
                 meta = getattr(e, "meta", {}) if record is None else record.meta
@@ -49,10 +50,10 @@ def ask_batch(
             rows[index]["error"] = str(e)
             continue
         records[index] = record
-        asked.append(_at_resolution(laid, resolution) if task.enlarge else laid)
+        asked.append([_at_resolution(x, resolution) for x in laid] if task.enlarge else laid)
     # Also of none: where another process has some, both have to notice.
     if task.rank is None:
-        texts = generate_fn(asked, resolution, task.max_new_tokens)
+        texts = generate_fn([one for [one] in asked], resolution, task.max_new_tokens)
     else:
         texts = rank(task, list(records.values()), asked, resolution, generate_fn)
     if len(texts) != len(asked):

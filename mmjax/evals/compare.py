@@ -94,7 +94,7 @@ _ASKED = ("split", "scorer", "n", "shots", "text_shots", "longest_side")
 _TOLD = ("source", "prompt", "cut", "summary", "max_new_tokens", "num_beams", "length_penalty")
 
 # What results say only where it was so: those without it were asked otherwise.
-_SAID = ("rank", "options")
+_SAID = ("rank", "options", "rices", "orders")
 
 
 def _check_alike(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:

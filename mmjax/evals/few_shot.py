@@ -6,13 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmjax.data.turns import IMAGE_MARK, marked
 from mmjax.evals.tasks import Task, answers_of, ask, open_source
 from mmjax.types import Message, MMJaxError, Record
+
+if TYPE_CHECKING:
+    from mmjax.evals.rices import Likeness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Demonstrations:
     leave their pictures out (the peer shows two such examples where it speaks of zero shots);
     lay_out: puts an example's question into the words of the one that is asked, ``tasks.ask``;
     asked_too: the questions are these very records, so that an index names one without an id.
+    likeness: takes those whose pictures are most like the question's in place of drawn ones, out of
+    the whole source; the most like one stands next to the question, as in OpenFlamingo's RICES.
     A question's examples are a function of (seed, its index), and never the question itself. One
     whose record does not end with its answer shows the first right one.
     """
@@ -35,6 +42,7 @@ class Demonstrations:
     text_only: bool = False
     lay_out: Callable[[Record], Record] | None = None
     asked_too: bool = False
+    likeness: Likeness | None = None
 
     def __post_init__(self) -> None:
         if len(self.source) <= self.shots:
@@ -48,16 +56,36 @@ class Demonstrations:
 
         Raises MMJaxError where fewer than ``shots`` records can be read and have an answer.
         """
-        drawn = np.random.default_rng((self.seed, index)).permutation(self._among)
+        return join([*self._examples(record, index), record])
+
+    def in_orders(self, record: Record, index: int, count: int) -> list[Record]:
+        """Return a question behind its examples in so many orders, that of ``before`` first.
+
+        All orders there are where there are fewer; no two are the same. Raises as ``before`` does.
+        """
+        examples = self._examples(record, index)
+        rng = np.random.default_rng((self.seed, index, 1))
+        return [
+            join([*(examples[i] for i in order), record])
+            for order in _orders(len(examples), count, rng)
+        ]
+
+    def _examples(self, record: Record, index: int) -> list[Record]:
+        """Return the examples of a question in their order."""
         own = record.meta.get("id")
-        others = list(itertools.islice(self._others(drawn, own, index), self.shots))
-        if len(others) < self.shots:
+        if self.likeness is None:
+            places = np.random.default_rng((self.seed, index)).permutation(self._among)
+        else:
+            places = self.likeness.order(record)
+        found = list(itertools.islice(self._others(places, own, index), self.shots))
+        if len(found) < self.shots:
+            among = len(self._among) if self.likeness is None else len(self.source)
             raise MMJaxError(
-                f"{len(others)} of {len(drawn)} records can be shown before record {own}, and "
+                f"{len(found)} of {among} records can be shown before record {own}, and "
                 f"{self.shots} are asked for: the rest cannot be read or have no answers; mend the "
                 "source of demos, or lower shots"
             )
-        return join([*others, record])
+        return found if self.likeness is None else found[::-1]
 
     @functools.cached_property
     def _among(self) -> np.ndarray:
@@ -65,9 +93,9 @@ class Demonstrations:
         every = np.random.default_rng(self.seed).permutation(len(self.source))
         return every[: max(self.pool, self.shots + 1)].copy()  # a view would keep all of them
 
-    def _others(self, drawn: Sequence[int], own: str | None, index: int) -> Iterator[Record]:
-        """Yield examples in the drawn order, without the question's own and the unreadable."""
-        for i in drawn:
+    def _others(self, places: Iterable[int], own: str | None, index: int) -> Iterator[Record]:
+        """Yield examples by their places, without the question's own and the unreadable."""
+        for i in places:
             if self.asked_too and i == index:
                 continue
             with contextlib.suppress(MMJaxError):
@@ -98,8 +126,19 @@ def join(records: Sequence[Record]) -> Record:
     )
 
 
+def _orders(shots: int, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Draw different orders of so many examples, the first of which leaves them as they are."""
+    as_they_are = tuple(range(shots))
+    if math.factorial(shots) <= count:
+        return list(itertools.permutations(as_they_are))
+    drawn = {as_they_are: None}
+    while len(drawn) < count:
+        drawn[tuple(rng.permutation(shots).tolist())] = None
+    return list(drawn)
+
+
 def demonstrations(task: Task) -> Demonstrations | None:
-    """Return the examples that stand before a task's questions, None without."""
+    """Return the examples that stand before a task's questions, drawn ones; None without."""
     if task.demos is None:
         return None
     return Demonstrations(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,13 +29,15 @@ class Ranked:
 def rank(
     task: Task,
     records: Sequence[Record],
-    asked: Sequence[Record],
+    asked: Sequence[Sequence[Record]],
     resolution: int | None,
     generate_fn: Callable,
 ) -> list[Ranked | BadSample]:
-    """Rank each record's options; asked: the records as they are laid out, examples before them.
+    """Rank each record's options, the first of equally likely ones.
 
-    The first of equally likely options is taken. Raises MMJaxError where generate_fn ranks nothing.
+    asked: each record as it is laid out, behind its examples, in as many orders of them as the
+    task asks for: the mean over these is compared, as in OpenFlamingo's prompt ensembling. Raises
+    MMJaxError where generate_fn ranks nothing.
     """
     score = getattr(generate_fn, "rank", None)
     if score is None:
@@ -43,9 +46,17 @@ def rank(
             "leave rank out, or use mmjax.evals.answer.Answerer"
         )
     options = [options_of(task, record) for record in records]
-    found = score(asked, options, resolution, mean=task.rank == "mean_likelihood")
-    pairs = zip(options, found, strict=True)
-    return [x if isinstance(x, BadSample) else _best(task, texts, x) for texts, x in pairs]
+    each = [one for some in asked for one in some]
+    texts = [own for own, some in zip(options, asked, strict=True) for _ in some]
+    found = iter(score(each, texts, resolution, mean=task.rank == "mean_likelihood"))
+    of_each = [list(itertools.islice(found, len(some))) for some in asked]
+    return [_mean_best(task, *pair) for pair in zip(options, of_each, strict=True)]
+
+
+def _mean_best(task: Task, options: Sequence[str], found: Sequence[Any]) -> Ranked | BadSample:
+    """Return the best option by the mean of what was found, or the first reason for none."""
+    bad = next((one for one in found if isinstance(one, BadSample)), None)
+    return bad or _best(task, options, np.mean(np.asarray(found, np.float64), axis=0))
 
 
 def _best(task: Task, options: Sequence[str], likelihoods: Any) -> Ranked:

@@ -21,6 +21,8 @@ _ASKED = {
     "max_new_tokens": "new tokens at most",
     "shots": "shots",
     "text_shots": "shots without pictures",
+    "rices": "examples like the question by",
+    "orders": "orders of the examples",
     "num_beams": "beams",
     "length_penalty": "length penalty",
     "limit": "questions at most",

@@ -22,6 +22,7 @@ from mmjax.evals.results import (
     merge_results,
     summarise,
 )
+from mmjax.evals.rices import by_likeness
 from mmjax.evals.tasks import Task, chosen, open_source
 from mmjax.monitor.terminal import track
 from mmjax.types import BadSample, MMJaxError, Record
@@ -179,6 +180,11 @@ def _run_task(
     native = picture_size(_readable(source, indices[:32]))
     facts = _facts(task, source, indices, blind=limit is None) | {"limit": most, **facts}
     demos = demonstrations(task)
+    if demos is not None and task.rices is not None:
+        label = f"{task.name}: pictures of examples"
+        demos = by_likeness(task, demos, watch=lambda batches: watch(batches, label), stop=stop)
+        if demos is None:
+            return None
     entries: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for resolution in task.resolutions:
@@ -228,6 +234,10 @@ def _facts(
         facts["chance"] = chance
     if task.demos is not None:
         facts |= {"shots": task.shots, "text_shots": task.text_shots}
+    if task.rices is not None:
+        facts |= {"rices": os.path.basename(os.path.normpath(task.rices))}
+    if task.orders is not None:
+        facts |= {"orders": task.orders}
     return facts
 
 

@@ -45,7 +45,10 @@ class Task:
         together stay together.
     shots: solved examples before each question, drawn from ``demos``, a source or its description;
         text_shots: so many without their pictures. They are asked by the same ``prompt``. See
-        ``evals.few_shot``.
+        ``evals.few_shot``. rices: the file or folder of a CLIP, by which the examples are those
+        whose pictures are most like the question's; rices_config: its published name or a JSON
+        file, where nothing there tells its sizes. orders: in so many orders of the examples
+        options are ranked, by the mean; None in one.
     train: training records (or their description), from which blind baselines are made: the most
         frequent answer, and the most frequent answer to the same question.
     chance: accuracy of guessing; None works it out for multiple choice. group: the key of
@@ -69,6 +72,9 @@ class Task:
     shots: int = 0
     text_shots: int = 0
     demos: Any = None
+    rices: str | None = None
+    rices_config: str | None = None
+    orders: int | None = None
     train: Any = None
     train_limit: int = 50_000
     chance: float | None = None
@@ -122,7 +128,8 @@ class Task:
             list_resolutions(self.resolutions)
         except MMJaxError as error:
             raise MMJaxError(f"task {self.name}: {error}") from error
-        least = dict(limit=1, max_new_tokens=1, train_limit=1, shots=0, text_shots=0, pictures=0)
+        least = dict(limit=1, max_new_tokens=1, train_limit=1, orders=2)
+        least |= dict(shots=0, text_shots=0, pictures=0)
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -137,6 +144,21 @@ class Task:
             raise MMJaxError(
                 f"task {self.name}: shots {self.shots}, text_shots {self.text_shots} and demos "
                 f"{self.demos!r}: give one of the two numbers together with demos"
+            )
+        if self.demos is None and (self.rices is not None or self.orders is not None):
+            given = "rices" if self.rices is not None else "orders"
+            raise MMJaxError(
+                f"task {self.name}: {given} {getattr(self, given)!r} is about the examples before "
+                "a question; give shots and demos, or leave it out"
+            )
+        if self.rices_config is not None and self.rices is None:
+            raise MMJaxError(
+                f"task {self.name}: rices_config {self.rices_config!r} without rices; give the CLIP"
+            )
+        if self.orders is not None and self.rank is None:
+            raise MMJaxError(
+                f"task {self.name}: orders {self.orders} without rank: written answers have no "
+                "mean; give rank='mean_likelihood', or leave orders out"
             )
         if self.prompt is not None and "{question}" not in self.prompt:
             raise MMJaxError(f"task {self.name}: the prompt {self.prompt!r} lacks '{{question}}'")

@@ -30,11 +30,11 @@ class ViTConfig(LayerConfig):
     """Sizes and switches of a vision tower; the defaults are OpenAI's CLIP ViT-L/14.
 
     image_size, patch_size in pixels; what a last whole patch leaves over at the right and bottom is
-    not seen. class_token: a learned token before the patches; it is never returned. position: a
-    learned table, or none. rope_grid: patches turn by rows and columns as well, counted as on a
-    grid of so many a side (EVA-02); None: they do not. pre_norm: a norm before the first layer.
-    patch_bias: of the patch map. feature_layer: the layer whose output is returned, counted from
-    the end as -1. final_norm: ``applied`` to that output; or ``kept``: files carry it,
+    not seen. class_token: a learned token before the patches, which ``tokens`` alone returns.
+    position: a learned table, or none. rope_grid: patches turn by rows and columns as well, counted
+    as on a grid of so many a side (EVA-02); None: they do not. pre_norm: a norm before the first
+    layer. patch_bias: of the patch map. feature_layer: the layer whose output is returned, counted
+    from the end as -1. final_norm: ``applied`` to that output; or ``kept``: files carry it,
     features are taken before it; or ``none``.
     """
 
@@ -148,6 +148,18 @@ class ViT(nnx.Module):
         Raises ValueError for an image of another size than the config's.
         """
         c = self.config
+        x = self.tokens(images)
+        if c.class_token:
+            x = x[:, 1:]
+        return self.final_norm(x) if c.final_norm == "applied" else x
+
+    def tokens(self, images: Array) -> Array:
+        """Map normalised images [b, H, W, c] to all tokens, [b, 1 + p, d], the class token first.
+
+        Without a class token [b, p, d]. They are those of the layer asked for, before the final
+        norm. Raises ValueError as a call does.
+        """
+        c = self.config
         x = self.embed(patches_of(images, c))
         if self.class_token is not None:
             first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (len(x), 1, c.d_model))
@@ -158,7 +170,7 @@ class ViT(nnx.Module):
             x = self.pre_norm(x)
         cos, sin = self._angles()
         context = Context(cos=cos, sin=sin, causal=False, implementation=self.attention)
-        x = scan(
+        return scan(
             self.layers,
             c.layers_run,
             lambda layer, x, i: layer(x, context, i),
@@ -166,9 +178,6 @@ class ViT(nnx.Module):
             remat=self.remat,
             unroll=self.scan_unroll,
         )
-        if c.class_token:
-            x = x[:, 1:]
-        return self.final_norm(x) if c.final_norm == "applied" else x
 
     def _angles(self) -> tuple[Array | None, Array | None]:
         """Return cos and sin, float32[1, t, h / 2], of all tokens; a class token stays."""

@@ -24,6 +24,7 @@ from mmjax.evals.tasks import (
 from mmjax.generate.beam import Beams
 from mmjax.home import in_home
 from mmjax.models.api import Processor
+from mmjax.models.clip import open_clip
 from mmjax.train.settings import EvalSettings, RunSettings
 from mmjax.types import BadSample, MMJaxError, nearest
 
@@ -132,6 +133,8 @@ def _check_sources(task: Task) -> None:
         if records is not None and not len(open_source(records)):
             raise MMJaxError(f"task {task.name}: its {name} holds no records")
     demos = demonstrations(task)
+    if task.rices is not None:
+        open_clip(task.rices, asked=task.rices_config)
     with contextlib.suppress(BadSample):  # one that cannot be read counts as wrong
         first = ask(task, source[0])
         if task.rank is not None:

@@ -166,3 +166,32 @@ def test_a_question_costs_the_same_however_many_records_there_are_to_show():
         tracemalloc.stop()
     assert again == first and len(first.images) == 3
     assert most < 2**20  # an order of all records has 8 MB
+
+
+def test_orders_of_the_examples_are_different_ones_and_the_drawn_one_is_first():
+    demos = Demonstrations(POOL, 4)
+    got = demos.in_orders(solved(99), 3, 6)
+    assert got[0] == demos.before(solved(99), 3) and got == demos.in_orders(solved(99), 3, 6)
+    shown = [r.images[:-1] for r in got]
+    assert len(set(shown)) == 6 and len({frozenset(s) for s in shown}) == 1
+    assert all(r.images[-1] == "picture 99" and r.meta["id"] == "r99" for r in got)
+    for r in got:  # each answer stays with its picture
+        said = [m.text for m in r.messages if m.role == "assistant"]
+        assert [f"picture {text[1:]}" for text in said] == list(r.images)
+    of_two = Demonstrations(POOL, 2).in_orders(solved(99), 3, 6)
+    assert len(of_two) == 2 and of_two[0].images[:2] == of_two[1].images[1::-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rices": "clip.pt"}, "rices 'clip.pt' is about the examples"),
+        ({"orders": 6, "rank": "likelihood"}, "orders 6 is about the examples"),
+        ({"orders": 6, "shots": 2, "demos": POOL}, "orders 6 without rank"),
+        ({"orders": 1, "rank": "likelihood", "shots": 2, "demos": POOL}, "orders is 1; give at"),
+        ({"rices_config": "ViT-L-14"}, "rices_config 'ViT-L-14' without rices"),
+    ],
+)
+def test_what_is_about_examples_needs_them(settings, named):
+    with pytest.raises(MMJaxError, match=named):
+        Task("t", POOL, **settings)

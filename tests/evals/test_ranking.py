@@ -85,6 +85,37 @@ def test_results_of_ranked_and_written_answers_are_not_compared(tmp_path):
     assert results.read_results(tmp_path / "ranked/results.json")["t"]["test"]["accuracy"] == 0
 
 
+class ByOrder:
+    """Ranks by the pictures of the examples: the first counts ten times the second."""
+
+    def rank(self, records, options, resolution, *, mean):
+        assert len(records) == len(options)
+        levels = [[int(p[0, 0, 0]) // 20 for p in r.images] for r in records]
+        if any(9 in of_one for of_one in levels):
+            return [BadSample("no", "no such picture") for _ in records]
+        return [[-float(a * 10 + b), -20.0] for a, b, *_ in levels]
+
+
+def test_options_are_ranked_by_their_mean_over_the_orders_of_the_examples(tmp_path):
+    def asked(shown, **more):
+        demos = [dataclasses.replace(record(i, "yes"), meta={"answers": ["yes"]}) for i in shown]
+        task = vqa("t", [record(5, "no")], rank="likelihood", options=("no", "yes"), shots=2,
+                   demos=demos, **more)  # fmt: skip
+        return run(task, ByOrder(), tmp_path / str(len(more)))
+
+    # A third record must be there to draw from; it is like the second.
+    once, rows = asked((1, 3, 3))
+    first = rows[0]["likelihoods"]
+    assert first[0] in (-13, -31, -33) and "orders" not in once["test"]
+    each, rows = asked((1, 3, 3), orders=6)  # of two examples there are two
+    mean = {-13: -22, -31: -22, -33: -33}[first[0]]
+    assert rows[0]["likelihoods"] == [mean, -20.0] and rows[0]["prediction"] == "yes"
+    assert each["test"]["orders"] == 6
+    with pytest.raises(MMJaxError, match="orders is None in '0' and 6 in '1'"):
+        compare.read_runs([f"{n}={tmp_path / n}" for n in ("0", "1")])
+    assert asked((9, 9, 9), orders=2)[1][0]["error"] == "no such picture"
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [
