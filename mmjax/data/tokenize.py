@@ -13,6 +13,7 @@ import numpy as np
 from mmjax.types import BadSample, MMJaxError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SHORT = 1024  # letters; thousands of documents would fill the memory of every data worker
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Any | None:
@@ -84,13 +85,22 @@ def opening_ids(tokenizer: Any, bos: bool | None) -> list[int]:
     return [tokenizer.bos_token_id] if bos else []
 
 
-@functools.lru_cache(maxsize=4096)
 def encode_text(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise without special tokens: ids int32[t] and character spans int32[t,2], read-only.
 
-    Remembered, because prompts repeat: the same question is asked of many images. Raises BadSample
-    ``bad_text`` for half a surrogate pair, which JSON can hold and no tokenizer reads.
+    Short texts are remembered, because prompts repeat: the same question is asked of many images.
+    Raises BadSample ``bad_text`` for half a surrogate pair, which JSON can hold and no tokenizer
+    reads.
     """
+    return (_remembered if len(text) <= _SHORT else _encoded)(tokenizer, text)
+
+
+def forget_texts() -> None:
+    """Forget the texts that ``encode_text`` remembers: a tokenizer has changed."""
+    _remembered.cache_clear()
+
+
+def _encoded(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -116,6 +126,9 @@ def encode_text(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     for array in arrays:
         array.flags.writeable = False
     return arrays
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_encoded)
 
 
 def supervised_tokens(spans: np.ndarray, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:

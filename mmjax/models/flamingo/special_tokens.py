@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from mmjax.data.tokenize import encode_text, token_id
+from mmjax.data.tokenize import forget_texts, token_id
 from mmjax.models.flamingo.processor_config import ProcessorConfig
 from mmjax.types import MMJaxError
 
@@ -34,7 +34,7 @@ def complete_tokenizer(tokenizer: Any, config: ProcessorConfig) -> dict[str, int
     if missing:
         told = ", ".join(f"{token} = {token_id(tokenizer, token)}" for token in missing)
         logging.getLogger(__name__).info("added to the tokenizer: %s", told)
-        encode_text.cache_clear()  # it remembers texts that now come out otherwise
+        forget_texts()  # they now come out otherwise
     ends = (token_id(tokenizer, token) for token in _ENDS)
     end = next(
         (i for i in (tokenizer.eos_token_id, config.eos_token_id, *ends) if i is not None), None

@@ -11,7 +11,13 @@ from tiny_tokenizer import build_tiny_tokenizer
 from tokenizers import normalizers
 
 from mmjax.data.resizing import at_resolution
-from mmjax.data.tokenize import load_tokenizer, opening_ids, supervised_tokens, token_id
+from mmjax.data.tokenize import (
+    encode_text,
+    load_tokenizer,
+    opening_ids,
+    supervised_tokens,
+    token_id,
+)
 from mmjax.data.tokenizers_small import UNDERSCORE, build_word_tokenizer
 from mmjax.models.fuyu.coordinates import split_coordinates, to_pixels, to_steps
 from mmjax.models.fuyu.processor import FuyuProcessor, ProcessorConfig
@@ -323,3 +329,14 @@ def test_json_errors_name_the_file(tmp_path):
         path.write_text(text)
         with pytest.raises(MMJaxError, match=r"preprocessor_config\.json"):
             ProcessorConfig.from_folder(tmp_path)
+
+
+def test_short_texts_are_remembered_and_long_ones_are_not():
+    """Questions repeat; documents do not, and thousands of them would fill a data worker."""
+    tokenizer = build_word_tokenizer(["a"])
+    short, long = "a " * 10, "a " * 10_000
+    for text, same in ((short, True), (long, False)):
+        first, again = (encode_text(tokenizer, text)[0] for _ in range(2))
+        assert (first is again) is same
+        np.testing.assert_array_equal(first, again)
+        assert not first.flags.writeable
