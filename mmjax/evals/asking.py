@@ -42,6 +42,7 @@ def ask_batch(
             laid = [ask(task, record)]
             if demos is not None:
                 laid = demos.in_orders(laid[0], index, task.orders or 1)
+                rows[index]["examples"] = laid[0].meta["examples"]
         except MMJaxError as e:  # unreadable, or without a question, or an answer to score with
             if index not in rows:
                 meta = getattr(e, "meta", {}) if record is None else record.meta

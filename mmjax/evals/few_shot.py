@@ -56,15 +56,18 @@ class Demonstrations:
 
         Raises MMJaxError where fewer than ``shots`` records can be read and have an answer.
         """
-        return join([*self._examples(record, index), record])
+        return self.in_orders(record, index, 1)[0]
 
     def in_orders(self, record: Record, index: int, count: int) -> list[Record]:
         """Return a question behind its examples in so many orders, that of ``before`` first.
 
-        All orders there are where there are fewer; no two are the same. Raises as ``before`` does.
+        All orders there are where there are fewer; no two are the same. ``meta["examples"]`` are
+        the ids of those before it. Raises as ``before`` does.
         """
         examples = self._examples(record, index)
         rng = np.random.default_rng((self.seed, index, 1))
+        told = {"examples": [str(one.meta.get("id", "")) for one in examples]}
+        record = dataclasses.replace(record, meta={**record.meta, **told})
         return [
             join([*(examples[i] for i in order), record])
             for order in _orders(len(examples), count, rng)

@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 
 from mmjax.evals.few_shot import Demonstrations, demonstrations, join
+from mmjax.evals.predictions import predictions_path, read_predictions
 from mmjax.evals.runner import evaluate
 from mmjax.evals.tasks import Task, ask
 from mmjax.types import BadSample, Message, MMJaxError, Record
@@ -79,7 +80,7 @@ def test_examples_without_pictures_and_pictures_without_marks():
     assert join([blind]).messages == blind.messages
 
 
-def test_a_task_asks_with_shots_and_says_so():
+def test_a_task_asks_with_shots_and_says_so(tmp_path):
     seen = []
 
     def answer(records, resolution, max_new_tokens):
@@ -87,9 +88,11 @@ def test_a_task_asks_with_shots_and_says_so():
         return [r.meta["answers"][0] for r in records]
 
     task = Task("few", [solved(i) for i in range(30, 33)], shots=4, demos=POOL)
-    results = evaluate([task], answer, progress=False)["few"]["test"]
+    results = evaluate([task], answer, progress=False, workdir=tmp_path)["few"]["test"]
     assert results["accuracy"] == 1.0 and results["shots"] == 4
     assert [len(r.images) for r in seen] == [5, 5, 5]
+    for row, r in zip(read_predictions(predictions_path(tmp_path, "few")), seen, strict=True):
+        assert row["examples"] == [f"r{image.split()[-1]}" for image in r.images[:-1]]
     seen.clear()
     blind = Task("few", [solved(30)], text_shots=1, demos=POOL)
     assert evaluate([blind], answer, progress=False)["few"]["test"]["text_shots"] == 1
