@@ -61,7 +61,12 @@ def toy_fuyu(recipe: dict[str, Any]) -> dict[str, Any]:
 FLAMINGO_TOY: dict[str, Any] = dict(
     cross_attn_every_n_layers=2,
     text_config=dict(
-        model_type="mpt", d_model=32, n_heads=4, n_layers=4, max_seq_len=128, vocab_size=64
+        model_type="mpt",
+        d_model=32,
+        n_heads=4,
+        n_layers=4,
+        max_seq_len=128,
+        vocab_size=320,  # as many as the words make: what is trained may be a `model.init`
     ),
     vision_config=dict(
         hidden_size=32,
@@ -102,7 +107,7 @@ def toy_flamingo(recipe: dict[str, Any]) -> dict[str, Any]:
 
 BUNNY_TOY: dict[str, Any] = dict(
     model_type="bunny-phi",
-    vocab_size=64,  # the words decide
+    vocab_size=384,  # as many as the words make: what is trained may be a `model.init`
     hidden_size=32,
     intermediate_size=64,
     num_hidden_layers=2,

@@ -18,9 +18,15 @@ from mmjax.data.resizing import list_resolutions
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
 from mmjax.schema import to_dataclass
-from mmjax.train import evaluation, loop, tasks
+from mmjax.train import build, evaluation, loop, tasks
 from mmjax.train.optim import decays
-from mmjax.train.settings import CheckpointSettings, LogSettings, RunSettings, check_numbers
+from mmjax.train.settings import (
+    CheckpointSettings,
+    LogSettings,
+    LoRASettings,
+    RunSettings,
+    check_numbers,
+)
 from mmjax.types import MMJaxError
 from tests.data import emoji_files
 from tests.evals import mmmu_files
@@ -219,6 +225,14 @@ def test_the_toy_of_s2_looks_at_two_scales(arg):
     toy = resolve_recipe(f"{ROOT}/configs/bunny_llama3_8b_s2.py:{arg},quick")
     config = BunnyConfig.from_hf(toy.model.config.to_dict())
     assert (config.s2_scales, config.vision.image_size, config.image_size) == ((32, 64), 32, 64)
+
+
+@pytest.mark.parametrize("recipe", ["bunny_phi2_siglip.py:pretrain,", "otter_9b.py:"])
+def test_a_toy_states_the_rows_that_its_words_make_so_another_toy_can_begin_from_it(recipe):
+    """What model.config states replaces what the folder in model.init says of itself."""
+    model = to_dataclass(RunSettings, resolve_recipe(f"{ROOT}/configs/{recipe}quick")).model
+    made = build.blueprint(model, LoRASettings(), 0).config
+    assert type(made).from_hf(model.config).vocab_size == made.vocab_size
 
 
 @pytest.mark.parametrize("name", SAME_TOY)
