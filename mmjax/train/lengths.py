@@ -28,9 +28,10 @@ def check_lengths(data: DataSettings, mesh: Mesh) -> None:
 def fitted(batch: Batch, lengths: Sequence[int]) -> Batch:
     """Return a batch with its rows cut to the shortest of some lengths that holds their samples.
 
-    batch: the rows of this process; all processes cut theirs alike. So many tokens have no more
-    targets, which stand in front: the head then runs on no more, too. Of patches, a batch without
-    images keeps one row. Without lengths the batch comes back as it is.
+    batch: the rows of this process; all processes cut theirs alike. What they need is told on the
+    devices, so that this then waits for the steps under way. So many tokens have no more targets,
+    which stand in front: the head then runs on no more, too. Of patches, a batch without images
+    keeps one row. Without lengths the batch comes back as it is.
     """
     if not lengths:
         return batch

@@ -211,7 +211,9 @@ class Training:
     def _next_batch(self, step: int) -> tuple[Batch, Batch]:
         """Return the next batch, this process's rows of it and on the devices, and tell of it."""
         with self.reports.meter.wait():
-            local = lengths.fitted(next(self._batches), self.settings.data.lengths)
+            local = next(self._batches)
+        # Apart: of several processes all agree on it, behind the step that is under way.
+        local = lengths.fitted(local, self.settings.data.lengths)
         self.reports.picture(step, local)
         batch = put_batch(local, self._mesh, self.settings.data.batch_size)
         self.reports.sample(step, local, batch, self.state, self.frozen)

@@ -1,6 +1,7 @@
 """Batches of one kind: who meets whom, on any number of streams and workers, and going on."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ from mmjax.data.grouping import Grouped, arrange
 from mmjax.data.mixture import Mixture
 from mmjax.data.pipeline import draw_records, make_train_iterator
 from mmjax.data.streams import Streams
+from mmjax.monitor.meter import Meter
 from mmjax.parallel.mesh import make_mesh
+from mmjax.train import loop
 from mmjax.train.lengths import check_lengths, fitted
-from mmjax.train.settings import DataSettings
+from mmjax.train.settings import DataSettings, RunSettings
 from mmjax.types import BadSample, Message, MMJaxError, Record
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
@@ -246,6 +249,28 @@ def test_rows_are_cut_to_the_shortest_length_that_holds_them():
     assert fitted(batch, (4,))["tokens"].shape == (2, 10) and fitted(batch, ()) is batch
     batch["visual_index"][1, 2] = 0
     assert fitted(batch, (8,))["patches"].shape == (2, 4, 3)
+
+
+def test_agreeing_on_a_length_is_no_wait_for_data(monkeypatch):
+    """Of several processes it waits for the step under way: more data workers would not help."""
+    now = [0.0]
+
+    def after(seconds, value):
+        now[0] += seconds
+        return value
+
+    meter = Meter(9, clock=lambda: now[0])
+    meter.step()  # compiles
+    monkeypatch.setattr(loop.lengths, "fitted", lambda batch, _: after(2.0, batch))
+    monkeypatch.setattr(loop, "put_batch", lambda batch, *_: batch)
+    training = object.__new__(loop.Training)
+    training.settings, training._batches = RunSettings(), (after(0.5, {}) for _ in range(1))
+    training._mesh = training.state = training.frozen = None
+    told = dict.fromkeys(("picture", "sample"), lambda *_: None)
+    training.reports = SimpleNamespace(meter=meter, **told)
+    training._next_batch(0)
+    meter.step()
+    assert meter.report() == {"perf/step_s": 2.5, "perf/data_wait_s": 0.5}
 
 
 def test_settings_that_make_no_sense_are_refused():
