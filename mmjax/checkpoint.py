@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mmjax.checkpoint_failures import (
@@ -120,6 +122,28 @@ class CheckpointManager:
             self._saving = (step, size, error)
             if jax.process_count() == 1:  # several find it together, before the next save
                 self.wait()
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add what was measured of a step when it was saved already: it may be the best.
+
+        Orbax takes metrics with a step alone, and reads their file when it is opened. A file that
+        cannot be written is told to ``warn``.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            file = self.directory / str(step) / "metrics" / "metrics"
+            try:
+                held = json.loads(file.read_bytes()) if file.is_file() else {}
+                file.parent.mkdir(exist_ok=True)
+                part = file.with_name("metrics.part")
+                part.write_text(json.dumps({**held, **metrics}))
+                part.replace(file)  # a kill leaves the old file or the new one
+            except OSError as error:
+                self.warn(f"{file}: what was measured of step {step} is not kept: {error}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"metrics of step {step}")
+        self._manager.close()
+        self._manager = self._open()
 
     def check(self) -> None:
         """Report a save that has failed, without waiting for one that is under way."""

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import gc
+import json
 import re
 import shutil
 import threading
@@ -78,6 +79,22 @@ def test_the_newest_n_and_the_best_stay(tmp_path):
     assert find_step(tmp_path, "eval/accuracy") == (tmp_path, 2)
     assert find_step(tmp_path, "eval/nothing") == (tmp_path, 5)
     assert find_step(tmp_path / FOLDER / "4") == (tmp_path, 4)
+
+
+def test_a_step_that_is_measured_behind_its_save_can_be_the_best(tmp_path):
+    """So it is where a signal ends an evaluation, which the next start then makes."""
+    with use() as mesh:
+        _, train = build(mesh)
+        checkpoints = opened(tmp_path, keep=1, best="eval/accuracy")
+        checkpoints.save(1, train, numbers(), {"train/loss": 2.0})
+        checkpoints.add_metrics(1, {"eval/accuracy": 0.9})
+        checkpoints.save(2, train, numbers(), {})
+        checkpoints.add_metrics(2, {"eval/accuracy": 0.5})
+        checkpoints.save(3, train, numbers(), {"eval/accuracy": 0.6})
+        checkpoints.close()
+    assert steps(tmp_path) == [1, 3] and find_step(tmp_path, "eval/accuracy") == (tmp_path, 1)
+    kept = json.loads((tmp_path / FOLDER / "1/metrics/metrics").read_text())
+    assert kept == {"train/loss": 2.0, "eval/accuracy": 0.9}
 
 
 def test_arrays_lie_on_the_disk_as_they_are_in_memory(saved):

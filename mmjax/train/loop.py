@@ -136,6 +136,8 @@ class Training:
         """Evaluate where the run was stopped before it could; False when told to stop again."""
         if self.checkpoints.notes.get("evaluation_owed"):
             self._evaluate(self.first)
+            if not self._owed:
+                self.checkpoints.add_metrics(self.first, self._measured)
         return not self._owed
 
     def step(self, step: int) -> bool:

@@ -75,6 +75,30 @@ def test_an_evaluation_that_a_signal_ends_is_made_at_the_next_start(tmp_path, mo
 
 
 @pytest.mark.heavy
+def test_a_step_whose_evaluation_a_signal_ends_may_be_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
+    file = write_data(tmp_path / "data")
+    task = {"name": "vqa", "source": settings(file).data.sources["train"]}
+    plain = dataclasses.replace(
+        settings(file), steps=4,
+        checkpoint=CheckpointSettings(every=1, keep=1, best=BEST, export=False),
+        eval=EvalSettings(tasks=(task,), every=2, limit=2, final=False),
+    )  # fmt: skip
+    scores, signals = iter([0.0, 0.9, 0.5]), [signal.SIGTERM]
+
+    def disturbed(*_):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return {BEST: next(scores)}
+
+    monkeypatch.setattr(loop.evaluation, "sample", disturbed)
+    loop.run(plain, tmp_path / "run")
+    loop.run(plain, tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [2, 4]
+    assert find_step(tmp_path / "run", BEST) == (tmp_path / "run", 2)
+
+
+@pytest.mark.heavy
 def test_a_model_that_finds_no_room_is_told_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         with atomic_folder(tmp_path / "run/model", nbytes=10**18):
