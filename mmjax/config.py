@@ -214,6 +214,8 @@ def _override(config: Any, item: str) -> tuple[str, str]:
             f"{done} is a group of settings ({', '.join(map(str, at.keys()))}); "
             f"set one of them: --{done}.{next(iter(at.keys()), 'key')}=..."
         )
+    if not mark and not isinstance(at, bool):
+        raise MMJaxError(f"{done} is given no value (now {at!r}); write --{done}=VALUE")
     return name, text
 
 

@@ -142,6 +142,8 @@ def test_recipe_with_argument_and_overrides(recipe):
         ("", ["optim=1"], "config.optim is a group of settings"),
         ("", ["steps.more=1"], "config.steps has no fields"),
         ("", ["steps=many"], "config.steps=many: expected int (now 10), got 'many'"),
+        ("", ["steps"], "config.steps is given no value (now 10); write --config.steps=VALUE"),
+        ("", ["optim.final"], "unknown config key 'optim.final'"),
     ],
 )
 def test_recipe_errors_name_the_fix(recipe, suffix, overrides, message):

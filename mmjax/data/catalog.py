@@ -47,6 +47,9 @@ LISTS = {
 """Kinds that stand for several sources: a function from arguments to name -> specification."""
 
 
+_PLACES = ("path", "mimicit_path", "name")  # settings that say where a source's records are
+
+
 def make_source(spec: Mapping[str, Any]) -> Source:
     """Build a source from ``{"kind": name, **arguments}``.
 
@@ -87,9 +90,13 @@ def _stands_for_several(spec: Mapping[str, Any]) -> bool:
 def _named(name: str, spec: Mapping[str, Any]) -> Source:
     """Build one source; an error says which it was."""
     try:
-        return make_source(spec)
+        source = make_source(spec)
+        if len(source) == 0:
+            where = next((spec[k] for k in _PLACES if k in spec), f"kind {spec['kind']!r}")
+            raise MMJaxError(f"{where} holds no records; check it, or remove the source")
     except MMJaxError as error:
         raise MMJaxError(f"data.sources.{name}: {error}") from error
+    return source
 
 
 def _call(spec: Mapping[str, Any], kinds: Mapping[str, str]) -> Any:

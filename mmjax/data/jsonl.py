@@ -187,6 +187,8 @@ def index_array(path: Path) -> np.ndarray:
     # JSON's structure is ASCII, and every record is decoded as UTF-8 when it is read.
     text = path.read_bytes().decode("latin-1")
     position = skip_space(text, first_byte(text))
+    if position == len(text):
+        raise MMJaxError(f"{path}: the file is empty; expected a JSON array of records")
     if text[position : position + 1] != "[":
         seen = text[position : position + 20]
         raise MMJaxError(

@@ -178,7 +178,8 @@ def _open_adapter(
     if "mmjax" in (read_json(base, "config.json") or {}):
         raise MMJaxError(
             f"--base {base}: the base of an adapter has to be a PyTorch checkpoint, and this one "
-            "is converted; give what it was converted from"
+            "is converted; give what it was converted from, or write it for PyTorch with "
+            "convert_weights.to_hf"
         )
     if beside is None:
         under = open_pretrained(base, **parts)

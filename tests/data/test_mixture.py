@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+from mmjax.data.catalog import make_sources
 from mmjax.data.mixture import Mixture, apportion
 from mmjax.data.pipeline import draw_records
 from mmjax.types import MMJaxError
@@ -145,3 +146,13 @@ def test_one_source_for_ever():
 def test_mistakes_are_named(sources, options, says):
     with pytest.raises(MMJaxError, match=says):
         Mixture.of(sources, **options)
+
+
+@pytest.mark.parametrize("kind, name, text", [("json", "a.json", "[]"), ("json", "a.jsonl", "")])
+def test_a_source_without_records_is_named_with_its_path(tmp_path, kind, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MMJaxError) as error:
+        make_sources({"train": {"kind": kind, "path": str(tmp_path / name)}})
+    assert str(error.value) == (
+        f"data.sources.train: {tmp_path / name} holds no records; check it, or remove the source"
+    )

@@ -272,6 +272,7 @@ def test_what_cannot_be_read_is_listed_by_its_line_and_id(tmp_path):
     "text, message",
     [
         ('{"a": 1}', "a.json:1: expected a JSON array of records in UTF-8, found '{"),
+        ("\n", "a.json: the file is empty; expected a JSON array of records"),
         ('[{"a": 1},\n {"a": }]', "a.json:2: not JSON at column 8"),
         ('[{"a": 1}\n {"a": 2}]', "a.json:2: expected ',' or ']' after record 1"),
         ('[{"a": 1},\n{"a": 2}', "a.json:2: expected ',' or ']' after record 2"),

@@ -192,7 +192,8 @@ def test_an_adapter_without_its_base_or_its_files(phi, lora, tmp_path):
             without(lora, "adapter_config.json", tmp_path), **base)  # fmt: skip
     refused("--base .* and --lm .* are given; leave one", lora, lm=phi.lm, **base)
     to_jax.main([str(phi.merged), str(tmp_path / "jax"), "--vision-config", str(phi.sizes)])
-    refused("base of an adapter has to be a PyTorch checkpoint, and this one is converted",
+    refused("base of an adapter has to be a PyTorch checkpoint, and this one is converted; "
+            "give what it was converted from, or write it for PyTorch with convert_weights.to_hf",
             lora, base=tmp_path / "jax")  # fmt: skip
 
 
