@@ -108,11 +108,16 @@ class Answerer:
     def _continuations(self, record: Record, options: Sequence[str]) -> Continuations:
         room = self._room(1)  # the last token of an answer is not read
         asked, lay_out = messages_before_answer(record), answered(self.template)
-        examples = []
+        examples, patches = [], None
         for option in options:
             whole = dataclasses.replace(record, messages=(*asked, Message("assistant", option)))
             segments = _last_answer_alone(lay_out(whole))
-            examples.append(self.model.processor.encode(segments, record.images, max_tokens=room))
+            examples.append(
+                self.model.processor.encode(
+                    segments, record.images, max_tokens=room, patches=patches
+                )
+            )
+            patches = examples[0]["patches"]  # the pictures are read for one of them
         return continuations(examples)
 
     def _room(self, new: int) -> int | None:

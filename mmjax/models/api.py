@@ -124,8 +124,12 @@ class Processor(Protocol):
         images: Sequence[ImageSource],
         *,
         max_tokens: int | None = None,
+        patches: np.ndarray | None = None,
     ) -> Example:
-        """Encode segments; raises BadSample for what cannot be used."""
+        """Encode segments; raises BadSample for what cannot be used.
+
+        patches: of an Example of the same images, which are then not read again.
+        """
 
     def encode_prompt(
         self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()

@@ -190,7 +190,7 @@ def test_an_option_begins_as_answers_do_and_examples_before_it_do_not_count():
 
     class Model:
         class processor:
-            def encode(segments, images, max_tokens):
+            def encode(segments, images, max_tokens, patches):
                 seen.append(segments)
                 raise BadSample("seen", "enough")
 
@@ -207,6 +207,15 @@ def test_an_option_begins_as_answers_do_and_examples_before_it_do_not_count():
         assert not any("right" in str(s.value) for s in segments)
     with pytest.raises(MMJaxError, match="template 'plain' does not say how an answer stands"):
         Answerer(Model, "plain", batch_size=4).rank([asked], [["new", "other"]], None)
+
+
+def test_pictures_are_read_for_one_of_the_options(model, monkeypatch):
+    read, cut = [], FuyuProcessor._patches
+    count = lambda self, plans: read.append(len(plans)) or cut(self, plans)  # noqa: E731
+    monkeypatch.setattr(FuyuProcessor, "_patches", count)
+    options = ["yes", "no", "a very red bird"]
+    Answerer(model, "fuyu_prompt", batch_size=4).rank([record(0), record(1)], [options] * 2, None)
+    assert read == [1, 1]
 
 
 def test_pictures_that_cannot_be_read_are_left_to_their_record(model):

@@ -157,6 +157,7 @@ class BunnyProcessor(FolderProcessor):
         images: Sequence[ImageSource],
         *,
         max_tokens: int | None = None,
+        patches: np.ndarray | None = None,
     ) -> Example:
         """Encode segments into an Example; text between images is tokenised as one string.
 
@@ -171,7 +172,7 @@ class BunnyProcessor(FolderProcessor):
         tokens, loss, visual = self._stream(segments).arrays()
         check_length(len(tokens), max_tokens and self._limit(max_tokens))
         check_targets(segments, loss)
-        rows = image_rows([images[i] for i in order], self.config)
+        rows = image_rows([images[i] for i in order], self.config) if patches is None else patches
         return make_example(tokens, loss, visual, rows)
 
     def truncate(self, example: Example, max_tokens: int) -> Example:

@@ -132,6 +132,7 @@ class FlamingoProcessor(FolderProcessor):
         images: Sequence[ImageSource],
         *,
         max_tokens: int | None = None,
+        patches: np.ndarray | None = None,
     ) -> Example:
         """Encode segments into an Example; text and special tokens are tokenised as one string.
 
@@ -155,7 +156,7 @@ class FlamingoProcessor(FolderProcessor):
         check_targets(segments, loss)
         ends = {"eoc": self.config.eoc_token_id, "eos": self.config.eos_token_id}
         check_ends(segments, tokens, loss, ends)
-        rows = media_rows([images[i] for i in order], self.config)
+        rows = media_rows([images[i] for i in order], self.config) if patches is None else patches
         return make_example(tokens, loss, self._look(media), rows)
 
     def drawn(self, rng: np.random.Generator) -> FlamingoProcessor:

@@ -143,6 +143,7 @@ class FuyuProcessor(FolderProcessor):
         images: Sequence[ImageSource],
         *,
         max_tokens: int | None = None,
+        patches: np.ndarray | None = None,
     ) -> Example:
         """Encode segments into an Example; neighbouring text segments are tokenised as one text.
 
@@ -165,7 +166,8 @@ class FuyuProcessor(FolderProcessor):
             )
         check_targets(segments, loss)
         check_ends(segments, tokens, loss, {"eos": self.config.eos_token_id})
-        return make_example(tokens, loss, visual, self._patches(plans))
+        rows = self._patches(plans) if patches is None else patches
+        return make_example(tokens, loss, visual, rows)
 
     def encode_prompt(
         self, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()

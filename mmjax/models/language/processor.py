@@ -70,12 +70,13 @@ class LanguageProcessor:
         images: Sequence[ImageSource],
         *,
         max_tokens: int | None = None,
+        patches: np.ndarray | None = None,
     ) -> Example:
         """Encode text segments; raises BadSample: image_mismatch, too_long, end_mark.
 
         Text runs between special tokens are tokenised whole; ``answer`` and ``cut`` marks stand for
-        nothing. Raises MMJaxError for a special token of another family's template, and for an
-        end that the tokenizer lacks.
+        nothing, as do ``patches``. Raises MMJaxError for a special token of another family's
+        template, and for an end that the tokenizer lacks.
         """
         if images or any(s.kind == "image" for s in segments):
             raise BadSample("image_mismatch", f"{len(images)} image(s) for a model of text alone")

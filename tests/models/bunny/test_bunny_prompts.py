@@ -1,5 +1,6 @@
 """Bunny's processor: where images stand, what is cut, files and back, and what it refuses."""
 
+import dataclasses
 import json
 import pickle
 from types import SimpleNamespace
@@ -400,3 +401,11 @@ def test_without_a_tokenizer_ids_serve():
     ):
         with pytest.raises(MMJaxError, match=r"no tokenizer\.json"):
             use()
+
+
+def test_pictures_that_were_read_before_are_not_read_again():
+    example = encode(PHI, "bunny_chat", ONE)
+    gone = dataclasses.replace(ONE, images=(b"gone",))
+    again = encode(PHI, "bunny_chat", gone, patches=example["patches"])
+    assert again["patches"] is example["patches"]
+    assert all(np.array_equal(again[name], example[name]) for name in example)

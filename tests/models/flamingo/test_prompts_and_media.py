@@ -1,6 +1,7 @@
 """Flamingo's processor: tokens of the peers' strings, targets, media and what looks at them."""
 
 import copy
+import dataclasses
 import logging
 import pickle
 from types import SimpleNamespace
@@ -396,3 +397,12 @@ def test_it_travels_to_a_worker_and_back_from_disk(tmp_path):
         got = other.encode_prompt("<image>a dog", [[picture(20, 9)] * 2])
         for key in want:
             np.testing.assert_array_equal(got[key], want[key])
+
+
+def test_pictures_that_were_read_before_are_not_read_again():
+    processor = next(iter(PROCESSORS.values()))
+    example = encode(processor, "otter_chat", TWO)
+    gone = dataclasses.replace(TWO, images=(b"gone", b"gone"))
+    again = encode(processor, "otter_chat", gone, patches=example["patches"])
+    assert again["patches"] is example["patches"]
+    assert all(np.array_equal(again[name], example[name]) for name in example)
