@@ -30,12 +30,21 @@ class OpenDict(ConfigDict):
 
 
 class Group(ConfigDict):
-    """A group of settings: their names are given, and a dict for an open one stays open."""
+    """A group of settings: their names are given, and a dict for an open one stays open.
+
+    A mapping may stand where another kind of value does, and the other way round, for
+    ``to_dataclass`` to check: some settings are of either kind, such as ``data.template``.
+    """
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if isinstance(self.get(name), OpenDict) and isinstance(value, Mapping | ConfigDict):
-            value = _opened(value)
-        super().__setitem__(name, value)
+        old = self.get(name)
+        if old is None or isinstance(old, Group):
+            super().__setitem__(name, value)
+        elif isinstance(value, Mapping | ConfigDict) or isinstance(old, OpenDict):
+            with self.ignore_type():
+                super().__setitem__(name, _opened(value))
+        else:
+            super().__setitem__(name, value)
 
 
 def fill(cls: type, values: Mapping[str, Any]) -> ConfigDict:

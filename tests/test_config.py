@@ -399,6 +399,25 @@ def test_a_setting_of_several_kinds_can_change_its_kind():
         settings("fuyu_8b.py", "mesh=8")
 
 
+def test_a_recipe_can_change_the_kind_of_such_a_setting_too():
+    made = config.resolve_recipe("configs/otterhd_8b.py")
+    with made.unlocked():
+        made.data.template = {"a": "plain"}
+        made.data.resolutions = {"min": 224, "max": 1024}
+        made.data.augment = {"a": ("flip",)}
+    config.apply_overrides(made, ["data.template.b=simple_chat", "data.resolutions.multiple=32"])
+    data = schema.to_dataclass(RunSettings, made).data
+    assert data.template == {"a": "plain", "b": "simple_chat"} and data.augment == {"a": ("flip",)}
+    assert data.resolutions == {"min": 224, "max": 1024, "multiple": 32}
+    with made.unlocked():
+        made.data.resolutions, made.data.template, made.data.seq_len = (448,), "plain", {"a": 1}
+    with pytest.raises(MMJaxError, match=r"config\.data\.seq_len: expected int, got dict {'a': 1}"):
+        schema.to_dataclass(RunSettings, made)
+    made.data.seq_len = 128
+    data = schema.to_dataclass(RunSettings, made).data
+    assert (data.resolutions, data.template, data.seq_len) == ((448,), "plain", 128)
+
+
 def written_commands():
     """Every command with a recipe and overrides that a page or a recipe's docstring tells."""
     for file in (Path("README.md"), *Path("docs").glob("*.md"), *Path("configs").glob("[!_]*.py")):
