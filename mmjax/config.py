@@ -32,19 +32,18 @@ class OpenDict(ConfigDict):
 class Group(ConfigDict):
     """A group of settings: their names are given, and a dict for an open one stays open.
 
-    A mapping may stand where another kind of value does, and the other way round, for
-    ``to_dataclass`` to check: some settings are of either kind, such as ``data.template``.
+    A value of another kind than the one before is left to ``to_dataclass``: some settings are of
+    several, such as ``data.template``, and it tells those that are wrong by their whole names.
     """
 
     def __setitem__(self, name: str, value: Any) -> None:
-        old = self.get(name)
-        if old is None or isinstance(old, Group):
+        if isinstance(self.get(name), OpenDict) and isinstance(value, Mapping | ConfigDict):
+            value = _opened(value)
+        try:
             super().__setitem__(name, value)
-        elif isinstance(value, Mapping | ConfigDict) or isinstance(old, OpenDict):
+        except TypeError:
             with self.ignore_type():
                 super().__setitem__(name, _opened(value))
-        else:
-            super().__setitem__(name, value)
 
 
 def fill(cls: type, values: Mapping[str, Any]) -> ConfigDict:
@@ -100,6 +99,11 @@ def resolve_recipe(recipe: str | os.PathLike, overrides: Iterable[str] = ()) -> 
         if arg is None:
             raise
         raise MMJaxError(f"{file} does not take the argument {arg!r}: {e}") from e
+    if not isinstance(config, ConfigDict):
+        raise MMJaxError(
+            f"{file}: get_config returns {type(config).__name__}, no ConfigDict: it ends with "
+            "return config"
+        )
     config.lock()
     config = apply_overrides(config, overrides)
     _write_home(config)

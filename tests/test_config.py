@@ -418,6 +418,27 @@ def test_a_recipe_can_change_the_kind_of_such_a_setting_too():
     assert (data.resolutions, data.template, data.seq_len) == ((448,), "plain", 128)
 
 
+def test_what_a_recipe_sets_wrongly_is_told_by_its_name(tmp_path):
+    file = tmp_path / "mine.py"
+    for line, told in (
+        ("config.steps = 'many'", "config.steps: expected int, got str 'many'"),
+        ("config.steps = 1e4", "config.steps: expected int, got float 10000.0"),
+        ("config.lora.targets = 'attn.*'", "config.lora.targets: expected tuple[str, ...], got"),
+        ("config.optim.lrr = 1", "unknown config key config.optim.lrr; did you mean 'lr'?"),
+        (
+            "config = None",
+            "mine.py: get_config returns NoneType, no ConfigDict: it ends with return config",
+        ),
+    ):
+        file.write_text(
+            "from configs import fuyu_8b_lora\n\n\ndef get_config(arg=None):\n"
+            f"    config = fuyu_8b_lora.get_config(arg)\n    {line}\n    return config\n"
+        )
+        with pytest.raises(MMJaxError) as error:
+            schema.to_dataclass(RunSettings, config.resolve_recipe(file))
+        assert told in str(error.value)
+
+
 def written_commands():
     """Every command with a recipe and overrides that a page or a recipe's docstring tells."""
     for file in (Path("README.md"), *Path("docs").glob("*.md"), *Path("configs").glob("[!_]*.py")):
