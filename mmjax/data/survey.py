@@ -93,10 +93,8 @@ def survey(
             chosen = spread(len(source), limit)
             for start in range(0, len(chosen), _WINDOW):
                 draws = [(number, i, 0) for i in chosen[start : start + _WINDOW]]
-                for draw, found in zip(
-                    draws, pool.map(lambda d: _load(load, d, mixture), draws), strict=True
-                ):
-                    _note(report, found, draw[1], seen)
+                for found in pool.map(lambda draw: _load(load, draw, mixture), draws):
+                    _note(report, found, seen)
                     yield report
 
 
@@ -141,7 +139,7 @@ def require_some_good(mixture: Mixture, load: Loader, tries: int = 64) -> None:
             found = load((number, index, 0))
             if not isinstance(found, Skip):
                 break
-            _note(report, found, index, set())
+            _note(report, found, set())
         else:
             counts = ", ".join(f"{reason}: {n}" for reason, n in report.counts.most_common())
             lines = [f"  {reason}: {first[0]}" for reason, first in report.first.items()]
@@ -162,7 +160,7 @@ def _load(load: Loader, draw: tuple[int, int, int], mixture: Mixture) -> Example
         return Skip(str(index), mixture.names[source], index, "stops_training", message)
 
 
-def _note(report: SourceReport, found: Example | Skip, index: int, seen: set[int]) -> None:
+def _note(report: SourceReport, found: Example | Skip, seen: set[int]) -> None:
     """Write one record into the report."""
     if isinstance(found, Skip):
         report.counts[found.reason] += 1

@@ -44,7 +44,8 @@ class OptimSettings:
     rates: parameters with another peak than ``lr``; of several that match, the first one counts.
     As in torch's parameter groups their weight decay is times their own learning rate.
     warmup: steps of linear warm-up, or a share of all steps when below 1.
-    final_lr: the last learning rate as a share of the peak (cosine and linear).
+    final_lr: where the learning rate comes down to behind the last step, as a share of the peak
+    (cosine and linear); the last step still has a little more, as in transformers.
     b1, b2: decays of the moments. Adafactor has a schedule of its own for the second; lion is
     usually given b2=0.99; muon's momentum is ``b1`` too. mu_dtype: of the momentum or first
     moment; auto is bfloat16 for adafactor and float32 for the others.

@@ -63,7 +63,7 @@ def assemble(
     named = None if tower is None else Renamed(tower.reader, lambda key: TOWERS[layout][1] + key)
     whole = Overlay(*(part for part in (lm, named, trained) if part is not None))
     if readers:
-        _check_there(whole, trained, own, parts, where)
+        _check_there(whole, trained, own, where)
         every = interval(trained, own, text, hf, where)
         measured = sizes(trained, own, text, tower.config, hf, where)
     else:  # as stated, and OpenFlamingo's where nothing is
@@ -197,9 +197,7 @@ def _tower(
     return towers.tower_in(Overlay(under, trained), where, root=VISION, **said), kind
 
 
-def _check_there(
-    whole: Reader, trained: Reader, own: Architecture, parts: Parts, where: str
-) -> None:
+def _check_there(whole: Reader, trained: Reader, own: Architecture, where: str) -> None:
     """Raise MMJaxError naming every part that is neither in the files nor given."""
     keys = list(whole.keys())
     missing = []
