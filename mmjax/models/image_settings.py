@@ -68,3 +68,13 @@ def check_colours(mean: Any, std: Any, channels: int = 3) -> None:
             raise MMJaxError(f"{name} is {value!r}; give a number, or {channels}: one a channel")
         if name == "image_std" and not all(each):
             raise MMJaxError(f"image_std is {value!r}; what divides pixels cannot be 0")
+
+
+def stated_colours(hf: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Return ``image_mean`` and ``image_std`` of a config.json, those that it states, per channel.
+
+    Raises MMJaxError as ``check_colours`` does.
+    """
+    stated = {key: hf[key] for key in ("image_mean", "image_std") if hf.get(key) is not None}
+    check_colours(stated.get("image_mean", 0.0), stated.get("image_std", 1.0))
+    return {key: tuple(x if isinstance(x, list | tuple) else [x] * 3) for key, x in stated.items()}

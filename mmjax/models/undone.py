@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from mmjax.types import is_number
+
 _DROPPED = {
     "attention_dropout": "attention's weights",
     "attn_pdrop": "attention's weights",
@@ -23,7 +25,7 @@ def tell_undone(hf: Mapping[str, Any], part: str = "") -> None:
     """
     where = part or f"config.json of a {hf.get('model_type')} model"
     for key, dropped in _DROPPED.items():
-        if isinstance(rate := hf.get(key), int | float) and rate > 0:
+        if is_number(rate := hf.get(key)) and rate > 0:
             _say(where, key, rate, dropped)
 
 

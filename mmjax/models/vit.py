@@ -58,9 +58,10 @@ class ViTConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         """Raise MMJaxError for sizes that no tower has."""
-        if not -self.num_layers <= self.feature_layer <= -1:
+        layer = self.feature_layer
+        if not isinstance(layer, int) or not -self.num_layers <= layer <= -1:
             raise MMJaxError(
-                f"feature_layer is {self.feature_layer}, and the tower has {self.num_layers} "
+                f"feature_layer is {layer!r}, and the tower has {self.num_layers} "
                 f"layers; set it to -1 for the last, down to {-self.num_layers} for the first"
             )
         if self.patch_size > self.image_size:

@@ -2,12 +2,13 @@
 
 import pytest
 
+from mmjax.models.bunny.config import BunnyConfig
 from mmjax.models.flamingo.config import FlamingoConfig
 from mmjax.models.fuyu.model import FuyuConfig
 from mmjax.models.language.model import LanguageConfig
 from mmjax.models.towers import tower_in
 from mmjax.models.vision_config import EVA02, read_vision_config
-from mmjax.recipes import FLAMINGO_TOY
+from mmjax.recipes import BUNNY_TOY, FLAMINGO_TOY
 from mmjax.types import MMJaxError
 from tests.parity import vision_peer
 
@@ -103,3 +104,87 @@ def test_parts_of_a_flamingo_are_named():
         FlamingoConfig.from_hf(FLAMINGO_TOY | {"cross_attn_every_n_layers": "2"})
     with pytest.raises(MMJaxError, match="vision_config says num_hidden_layers 0"):
         read_vision_config({"num_hidden_layers": 0})
+
+
+WRONG = ([1], {"a": 1}, "12", float("nan"), -1.5, 10**400)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=["list", "object", "text", "nan", "below", "huge"])
+def test_a_number_of_another_kind_is_told_wherever_it_stands(value):
+    """They ended in a traceback, or a model was made with them that answers nonsense."""
+    vision, gated = FLAMINGO_TOY["vision_config"], FLAMINGO_TOY["cross_config"]
+    text, mpt = {"model_type": "llama"}, {"model_type": "mpt"}
+    scaled = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+    stated = scaled | dict(factor=8.0, original_max_position_embeddings=32)
+    for key in stated.keys() - {"rope_type"}:
+        with pytest.raises(MMJaxError, match=f"a llama model says {key} .*; give a "):
+            LanguageConfig.from_hf(LLAMA | text | {"rope_scaling": stated | {key: value}})
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if value != [1]:
+            with pytest.raises(MMJaxError, match=f"says {key} .*; give a token's number"):
+                LanguageConfig.from_hf(LLAMA | {key: value})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        with pytest.raises(MMJaxError, match=f"says {key} .*; give a number"):
+            FuyuConfig.from_hf({"text_config": FUYU | {"rope_parameters": {key: value}}})
+    for key in ("expansion_ratio", "resid_pdrop", "emb_pdrop"):
+        with pytest.raises(MMJaxError, match=f"a mpt model says {key} .*; give a "):
+            LanguageConfig.from_hf(FLAMINGO_TOY["text_config"] | mpt | {key: value})
+    for key in ("alibi_bias_max", "clip_qkv"):
+        with pytest.raises(MMJaxError, match=f"a mpt model says {key} .*; give a number"):
+            LanguageConfig.from_hf(FLAMINGO_TOY["text_config"] | {"attn_config": {key: value}})
+    with pytest.raises(MMJaxError, match="feature_layer is .*; set it to -1 for the last"):
+        read_vision_config(vision | {"feature_layer": value})
+    for key in ("image_mean", "image_std"):
+        if value != -1.5:
+            for read, toy in ((FlamingoConfig, FLAMINGO_TOY), (BunnyConfig, BUNNY_TOY)):
+                with pytest.raises(MMJaxError, match=f"{key} is .*; give a number, or 3: one a"):
+                    read.from_hf(toy | {key: value})
+    with pytest.raises(MMJaxError, match="cross_config says ff_mult .*; give a whole number"):
+        FlamingoConfig.from_hf(FLAMINGO_TOY | {"cross_config": gated | {"ff_mult": value}})
+    if value != -1.5:
+        with pytest.raises(MMJaxError, match="cross_config says gate_init .*; give a number"):
+            FlamingoConfig.from_hf(FLAMINGO_TOY | {"cross_config": gated | {"gate_init": value}})
+    with pytest.raises(MMJaxError, match="says media_token_id .*; give a token's number"):
+        FlamingoConfig.from_hf(FLAMINGO_TOY | {"media_token_id": value})
+
+
+@pytest.mark.parametrize("value", ["false", [], 0.5, 2])
+def test_a_flag_is_true_or_false(value):
+    """A text of "false" tied the head to the table."""
+    with pytest.raises(MMJaxError, match="says tie_word_embeddings .*; give true or false"):
+        LanguageConfig.from_hf(LLAMA | {"tie_word_embeddings": value})
+    assert LanguageConfig.from_hf(LLAMA | {"tie_word_embeddings": None}).decoder.tied is False
+
+
+def test_colours_of_a_config_may_be_one_number_for_all_channels():
+    bunny = BunnyConfig.from_hf(BUNNY_TOY | {"image_mean": 0, "image_std": 0.5})
+    assert (bunny.image_mean, bunny.image_std) == ((0, 0, 0), (0.5, 0.5, 0.5))
+
+
+def test_no_more_than_a_whole_head_is_rotated():
+    with pytest.raises(MMJaxError, match="partial_rotary_factor 1.5; it is a share of a head"):
+        FuyuConfig.from_hf(FUYU | {"partial_rotary_factor": 1.5})
+
+
+def test_a_bound_of_nothing_bounds_nothing():
+    """As ``if self.clip_qkv`` in the peers; all queries, keys and values became 0."""
+    text = FLAMINGO_TOY["text_config"] | {"attn_config": {"clip_qkv": 0}}
+    assert LanguageConfig.from_hf(text).decoder.clip_qkv is None
+
+
+def test_what_is_null_in_the_parts_of_a_flamingo_is_not_stated():
+    nulls = {"cross_attn_every_n_layers": None, "only_attend_immediate_media": None}
+    parts = {
+        key: FLAMINGO_TOY[key] | {"ff_mult": None} for key in ("perceiver_config", "cross_config")
+    }
+    got = FlamingoConfig.from_hf(FLAMINGO_TOY | nulls | parts)
+    assert (got.cross_every, got.cross.only_immediate) == (4, True)
+    assert (got.perceiver.ff_mult, got.cross.ff_mult) == (4, 4)
+
+
+def test_a_model_type_of_another_kind_is_told():
+    with pytest.raises(MMJaxError, match=r"model_type \['llama'\], which is no language model"):
+        LanguageConfig.from_hf(LLAMA | {"model_type": ["llama"]})
+    with pytest.raises(MMJaxError, match=r"model_type \['mpt'\] .*, no language model"):
+        text = FLAMINGO_TOY["text_config"] | {"model_type": ["mpt"]}
+        FlamingoConfig.from_hf(FLAMINGO_TOY | {"text_config": text})

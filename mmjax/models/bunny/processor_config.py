@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from mmjax.models.image_settings import stated_colours
 from mmjax.models.json_files import read_json
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
 from mmjax.models.square_images import Fit, SquareImages, is_own, read_image_file
@@ -87,17 +88,14 @@ def seen_by_tower(model: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     kind = str(vision.get("model_type"))
     siglip = "siglip" in kind
-    seen = {
+    return {
         "image_size": vision.get("image_size", ProcessorConfig.image_size),
         # EVA-CLIP's transform is torchvision's, CLIP's is transformers' own.
         "fit": "squash" if siglip else "crop" if "eva" in kind else "crop_down",
         "image_mean": SIGLIP_MEAN if siglip else CLIP_MEAN,
         "image_std": SIGLIP_STD if siglip else CLIP_STD,
+        **stated_colours(model),
     }
-    for name in ("image_mean", "image_std"):
-        if model.get(name):
-            seen[name] = tuple(model[name])
-    return seen
 
 
 def _told_by_model(model: Mapping[str, Any]) -> dict[str, Any]:

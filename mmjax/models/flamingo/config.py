@@ -9,6 +9,7 @@ from typing import Any
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.flamingo.cross_attention import CrossAttentionConfig
 from mmjax.models.flamingo.perceiver import PerceiverConfig
+from mmjax.models.image_settings import stated_colours
 from mmjax.models.language.architecture import stated_token
 from mmjax.models.language.architectures import ARCHITECTURES
 from mmjax.models.normalisation import CLIP_MEAN, CLIP_STD
@@ -16,7 +17,7 @@ from mmjax.models.stated_sizes import check_sizes
 from mmjax.models.vision_config import read_vision_config, write_vision_config
 from mmjax.models.vit import ViTConfig
 from mmjax.models.work import Work
-from mmjax.types import MMJaxError
+from mmjax.types import MMJaxError, is_number
 
 # Where the tokenizer of an architecture ends: <|endofchunk|> and <image> are the next two ids.
 # These are the language models that a Flamingo was built on.
@@ -103,19 +104,21 @@ class FlamingoConfig:
         own, gated = (hf.get(key) or {} for key in ("perceiver_config", "cross_config"))
         check_sizes(own, "perceiver_config")
         check_sizes(gated, "cross_config")
+        if gated.get("gate_init") is not None and not is_number(gated["gate_init"]):
+            raise MMJaxError(f"cross_config says gate_init {gated['gate_init']!r}; give a number")
         perceiver = PerceiverConfig(
             d_model=vision.d_model,
             max_frames=hf.get("max_num_frames"),
             init_std=_torch_std(vision.d_model),
-            **{key: own[key] for key in _PERCEIVER_KEYS if key in own},
+            **{key: own[key] for key in _PERCEIVER_KEYS if own.get(key) is not None},
         )
         cross = CrossAttentionConfig(
             d_model=decoder.d_model,
             d_media=vision.d_model,
             num_latents=perceiver.num_latents,
             init_std=_torch_std(decoder.d_model),
-            only_immediate=hf.get("only_attend_immediate_media", True),
-            **{key: gated[key] for key in _CROSS_KEYS if key in gated},
+            only_immediate=hf.get("only_attend_immediate_media") in (None, True),
+            **{key: gated[key] for key in _CROSS_KEYS if gated.get(key) is not None},
         )
         first = TOKENIZER_LENGTHS[name]
 
@@ -129,14 +132,14 @@ class FlamingoConfig:
             vision=vision,
             perceiver=perceiver,
             cross=cross,
-            cross_every=hf.get("cross_attn_every_n_layers", 4),
+            cross_every=hf.get("cross_attn_every_n_layers") or 4,
             media_token_id=token("media_token_id", first + 1),
             eoc_token_id=token("eoc_token_id", first),
             answer_token_id=hf.get("answer_token_id"),
             bos_token_id=token("bos_token_id", None),
             eos_token_id=token("eos_token_id", 0),
             pad_token_id=token("pad_token_id", None),
-            **{key: tuple(hf[key]) for key in ("image_mean", "image_std") if hf.get(key)},
+            **stated_colours(hf),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -192,9 +195,9 @@ def _torch_std(d: int) -> float:
 
 def architecture_of(text: Mapping[str, Any]) -> str:
     """Tell the language model of a ``text_config``, by its model_type or its class."""
-    named = text.get("model_type")
-    by_class = _CLASSES.get((text.get("architectures") or [None])[0])
-    found = named if named in ARCHITECTURES else by_class
+    named, classes = text.get("model_type"), text.get("architectures")
+    own = classes[0] if isinstance(classes, list) and classes else None
+    found = named if str(named) in ARCHITECTURES else _CLASSES.get(str(own))
     if found not in TOKENIZER_LENGTHS:
         raise MMJaxError(
             f"text_config says model_type {named!r} and architectures "

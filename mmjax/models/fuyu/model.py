@@ -84,6 +84,8 @@ class FuyuConfig:
                 f"config.json of a Fuyu says rope_type {kind!r}; supported is 'default'. Give a "
                 "model of the shorter context, if there is one"
             )
+        part = rope.get("partial_rotary_factor")
+        part = pick("partial_rotary_factor", base.rope_fraction) if part is None else part
         activation = pick("hidden_act", base.activation)
         check_activation(activation, "config.json of a Fuyu")
         heads = pick("num_attention_heads", base.num_heads)
@@ -105,9 +107,7 @@ class FuyuConfig:
             norm_eps=pick("layer_norm_eps", base.norm_eps),
             qk_norm="head" if pick("qk_layernorm", True) else "none",
             rope_theta=float(_theta(hf, nested, rope, base.rope_theta)),
-            rope_fraction=rope.get(
-                "partial_rotary_factor", pick("partial_rotary_factor", base.rope_fraction)
-            ),
+            rope_fraction=part,
             max_positions=pick("max_position_embeddings", base.max_positions),
             init_std=pick("initializer_range", base.init_std),
             tied=bool(hf.get("tie_word_embeddings")),  # transformers reads it at the top alone

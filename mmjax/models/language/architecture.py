@@ -103,7 +103,7 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict
             "the shorter context, if there is one"
         )
     if kind == "llama3":
-        missing = [key for key in _LLAMA3.values() if key not in stated]
+        missing = [key for key in _LLAMA3.values() if stated.get(key) is None]
         if missing:
             raise MMJaxError(f"config.json says rope_type 'llama3' without {', '.join(missing)}")
 
@@ -131,7 +131,8 @@ def rope_of(hf: Mapping[str, Any], theta: float, fraction: float | None) -> dict
 def check_rotation(c: DecoderConfig, model_type: str) -> None:
     """Raise MMJaxError for a base that turns nothing, or a rotated part that makes no pairs.
 
-    Of an odd one transformers' GPT-NeoX and Phi-3 rotate one dimension more; its others fail.
+    Of an odd one transformers' GPT-NeoX and Phi-3 rotate one dimension more; its others fail. And
+    for a part that is more than the whole head.
     """
     if c.position == "rope" and not 0 < c.rope_theta < math.inf:
         raise MMJaxError(
@@ -139,6 +140,11 @@ def check_rotation(c: DecoderConfig, model_type: str) -> None:
             "above 0"
         )
     rotated = int(c.head_dim * c.rope_fraction)
+    if c.position == "rope" and rotated > c.head_dim:
+        raise MMJaxError(
+            f"config.json of a {model_type} model says partial_rotary_factor {c.rope_fraction:g}; "
+            "it is a share of a head's dimensions, at most 1"
+        )
     if c.position == "rope" and (rotated < 2 or rotated % 2):
         raise MMJaxError(
             f"config.json of a {model_type} model says to rotate {rotated} of a head's "

@@ -30,7 +30,7 @@ _ALIASES = {alias: one for one in ARCHITECTURES.values() for alias in one.aliase
 def architecture(hf: Mapping[str, Any]) -> Architecture:
     """Return the architecture that a config.json names; raises MMJaxError with those there are."""
     name = hf.get("model_type")
-    found = ARCHITECTURES.get(name) or _ALIASES.get(name)
+    found = ARCHITECTURES.get(str(name)) or _ALIASES.get(str(name))
     if found is None:
         raise MMJaxError(
             f"config.json says model_type {name!r}, which is no language model of mmjax; one of "

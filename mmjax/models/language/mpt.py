@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.models.decoder import DecoderConfig
 from mmjax.models.language.architecture import Architecture, refuse
-from mmjax.models.stated_sizes import head_width
+from mmjax.models.stated_sizes import head_width, without_nulls
 from mmjax.weights import tables
 from mmjax.weights.rules import Rule
 
@@ -33,7 +33,7 @@ def _decoder(hf: Mapping[str, Any], *, expansion: float, qk_norm: bool, clip, ma
         norm_bias=False,
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         qk_norm="model" if qk_norm else "none",
-        clip_qkv=clip,
+        clip_qkv=clip or None,  # 0 is no bound to the peers either
         qkv_bias=False,
         out_bias=False,
         mlp_bias=False,
@@ -74,7 +74,8 @@ def read_mpt(hf: Mapping[str, Any]) -> DecoderConfig:
     ``attn_config.qk_ln`` and ``alibi_bias_max`` are obeyed; transformers' modeling_mpt.py reads
     neither: it has no query and key norms, and its steepest slope is always that of 8.
     """
-    attn = {**hf, **(hf.get("attn_config") or {}), "model_type": hf.get("model_type")}
+    own = without_nulls(hf.get("attn_config") or {})
+    attn = {**hf, **own, "model_type": hf.get("model_type")}
     refuse(
         attn, alibi=True, rope=False, attn_type="multihead_attention", prefix_lm=False,
         softmax_scale=None, sliding_window_size=-1,
