@@ -90,7 +90,8 @@ def export_adapter(
     rename: their key to the name the exported adapter shall carry. task: what PEFT takes the model
     for, None for any module. The result computes exactly what ours does: q, k and v that no longer
     share one A become a pair of rank 3 r, whose ``rank_pattern`` and ``alpha_pattern`` keep the
-    scale alpha / r, or alpha / sqrt(r) with rslora.
+    scale alpha / r, or alpha / sqrt(r) with rslora. Raises MMJaxError where there is nothing to
+    write, and for adapters of convolutions.
     """
     adapted = [
         key.removesuffix("lora_a") + "kernel"
@@ -99,6 +100,13 @@ def export_adapter(
     ]
     if not adapted:
         raise MMJaxError("the model has no LoRA parameters; export it without --adapter")
+    known = {rule.ours for rule in adapter_rules(rules)}
+    stems = (kernel.removesuffix("kernel") for kernel in adapted)
+    if odd := [stem.removesuffix(".") for stem in stems if f"{stem}lora_a" not in known]:
+        raise MMJaxError(
+            f"{', '.join(odd)} is a convolution in PyTorch, whose adapters are not written: write "
+            "the model with them merged, without --adapter, or leave it out of lora.targets"
+        )
     groups: dict[str, list[str]] = {}
     for rule in rules:
         if rule.ours in adapted:

@@ -109,3 +109,13 @@ def test_whole_numbers_are_written_as_such_and_none_without_adapters():
     assert repr(about["lora_alpha"]) == "8" and about["task_type"] == "CAUSAL_LM"
     with pytest.raises(MMJaxError, match="no LoRA parameters"):
         export_adapter(RULES, Arrays({}), rank=4, alpha=8.0, rename=str)
+
+
+def test_adapters_of_convolutions_are_refused_with_the_way_out():
+    """A tower's patch map, which ``lora.targets=("*",)`` takes too, is one in the peer."""
+    rules = (*RULES, R.Rule("vision.embed.kernel", "patch.weight", O.conv_patch))
+    arrays, _ = adapters(("head",), 2)
+    arrays |= {"vision.embed.lora_a": np.zeros((2, 2, 3, 2)), "vision.embed.lora_b": np.eye(2, 4)}
+    says = "vision.embed is a convolution in PyTorch.*without --adapter, or leave it out of lora"
+    with pytest.raises(MMJaxError, match=says):
+        export_adapter(rules, Arrays(arrays), rank=2, alpha=2.0, rename=str)
