@@ -45,8 +45,6 @@ LISTS = {
     "instruct_flamingo": "mmjax.data.instruct_config:expand_config",
 }
 """Kinds that stand for several sources: a function from arguments to name -> specification."""
-
-
 _PLACES = ("path", "mimicit_path", "name")  # settings that say where a source's records are
 
 
@@ -105,6 +103,8 @@ def _call(spec: Mapping[str, Any], kinds: Mapping[str, str]) -> Any:
     kind = arguments.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:
         every = [*KINDS, *LISTS]
+        if kind is None:
+            raise MMJaxError(f"a data source needs a kind, one of {', '.join(every)}")
         near = nearest(str(kind), every)
         raise MMJaxError(f"data source kind {kind!r} is unknown, one of {', '.join(every)}{near}")
     module, name = kinds[kind].split(":")

@@ -69,7 +69,7 @@ def show(reports: list[SourceReport], settings: Any, console: Console) -> bool:
     tokens = sum(r.draws * (1 - r.bad_share) * r.mean_tokens() for r in reports)
     steps = tokens / (data.seq_len * data.batch_size)
     console.print(
-        f"An epoch draws {draws:,} records, about {human(tokens)} tokens: {steps:,.0f} steps of "
+        f"An epoch draws {draws:,} records, about {human(tokens)} tokens: {in_steps(steps)} of "
         f"{data.batch_size} full rows of {data.seq_len:,}."
     )
     failed = [r for r in reports if r.broken_share > data.max_bad_share or not r.good]
@@ -81,6 +81,13 @@ def show(reports: list[SourceReport], settings: Any, console: Console) -> bool:
         )
         console.print(Text(text, style="red"))
     return bool(failed)
+
+
+def in_steps(steps: float) -> str:
+    """Tell how many steps an epoch is."""
+    if steps < 1:
+        return "less than a step"
+    return "about one step" if round(steps) == 1 else f"{steps:,.0f} steps"
 
 
 def _sources(reports: list[SourceReport], max_bad_share: float) -> Table:

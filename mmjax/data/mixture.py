@@ -157,6 +157,10 @@ def _matched(what: str, given: Mapping, sizes: Mapping) -> Mapping:
     if set(given) == set(sizes):
         return given
     strange = sorted(set(given) - set(sizes))
-    near = difflib.get_close_matches(strange[0], sizes, n=1) if strange else []
-    hint = f"; did you mean {near[0]!r} by {strange[0]!r}?" if near else "; give one for each"
-    raise MMJaxError(f"{what} for {sorted(given)}, but sources {sorted(sizes)}{hint}")
+    if not strange:
+        hint = f"give one for {min(set(sizes) - set(given))!r} too"
+    elif near := difflib.get_close_matches(strange[0], sizes, n=1):
+        hint = f"did you mean {near[0]!r} by {strange[0]!r}?"
+    else:
+        hint = f"there is no source {strange[0]!r}"
+    raise MMJaxError(f"{what} for {sorted(given)}, but sources {sorted(sizes)}; {hint}")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from mmjax.data.tfds_files import TfdsFiles, as_text
-from mmjax.types import Message, MMJaxError, Record
+from mmjax.types import Message, MMJaxError, Record, nearest
 
 
 class TfdsSource:
@@ -30,9 +30,12 @@ class TfdsSource:
         self.fields = dict(default if fields is None else fields)
         unknown = sorted(set(self.fields) - set(default))
         if unknown or "question" not in self.fields:
+            wrong = "lack 'question'"
+            if unknown:
+                wrong = f"have {unknown[0]!r}{nearest(unknown[0], default)}"
             raise MMJaxError(
-                f"TfdsSource fields {self.fields}: want 'question', 'answer' and, if there are "
-                f"pictures, 'image'; unknown: {unknown}"
+                f"TFDS {str(name)!r}: fields {self.fields} {wrong}; want 'question', 'answer' and, "
+                "if there are pictures, 'image'"
             )
         # As files: TFDS would decode them with OpenCV where that is installed and with Pillow where
         # not, which differ, and without what lies beside the pixels, as EXIF's orientation.

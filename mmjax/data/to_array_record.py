@@ -86,6 +86,9 @@ def _packed(
             # A source names its record itself; an image is read here.
             name = "" if record is None else f"record {record.meta.get('id', index)}: "
             first.setdefault(error.reason, f"{name}{error}")
+    if bad and len(source) == bad.total():
+        told = "; ".join(f"{count:,} {reason}: {first[reason]}" for reason, count in bad.items())
+        raise MMJaxError(f"none of {len(source):,} records can be copied; {told}")
 
 
 if __name__ == "__main__":

@@ -209,6 +209,16 @@ def test_the_command_copies_a_source_and_counts_what_it_leaves_out(tmp_path, cap
     assert main([*arguments, "--max_bad_share=0.2"]) == 0
 
 
+def test_the_command_says_why_nothing_can_be_copied(tmp_path):
+    rows = [{"image": f"{i}.png", "question": "q", "answer": "a"} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        MMJaxError, match="none of 3 records can be copied; 3 missing_image: .*0.png"
+    ):
+        main([str(tmp_path / "out"), "kind=json", f"path={tmp_path}/a.json"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_arguments_of_a_source_are_literals_or_text():
     assert parse_source(["kind=json", "n=3", "lines=['a']", "path=a=b"]) == dict(
         kind="json", n=3, lines=["a"], path="a=b"

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mmjax.data import check as command
 from mmjax.data.catalog import make_source
+from mmjax.data.check import in_steps
 from mmjax.data.limits import spread
 from mmjax.data.packing import BatchShape
 from mmjax.data.survey import SourceReport, fingerprint, require_some_good
@@ -171,6 +172,14 @@ def test_mistakes_of_the_mixture_are_said_before_anything_is_read(tmp_path, data
     run = settings(**({"sources": {"a": write_rows(tmp_path)}} | data))
     with pytest.raises(MMJaxError, match=says):
         command.check(run)
+
+
+@pytest.mark.parametrize(
+    "steps, told",
+    [(0.4, "less than a step"), (1.2, "about one step"), (1499.6, "1,500 steps")],
+)
+def test_an_epoch_is_told_in_steps(steps, told):
+    assert in_steps(steps) == told
 
 
 def test_an_empty_report_divides_by_nothing():

@@ -30,6 +30,8 @@ def test_bad_arguments_say_what_is_allowed():
         make_source({"kind": "sums", "split": "dev"})
     with pytest.raises(MMJaxError, match="raise limit to 3"):
         make_source({"kind": "sums", "split": "train", "limit": 1})
-    for wrong in ({"kind": {}}, {"kind": ["sums"]}, {}):  # what no table has as a key, too
+    with pytest.raises(MMJaxError, match="data.sources.a: a data source needs a kind, one of json"):
+        make_sources({"a": {"path": "a.json"}})
+    for wrong in ({"kind": {}}, {"kind": ["sums"]}):  # what no table has as a key, too
         with pytest.raises(MMJaxError, match="data.sources.a: data source kind .* is unknown"):
             make_sources({"a": wrong})

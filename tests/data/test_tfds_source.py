@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -95,6 +96,18 @@ def test_pictures_are_read_as_those_of_other_sources(tmp_path):
     for i in range(3):
         record = source[i]
         assert record.images == (files[int(record.messages[0].text)],)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"image": "i"}, "fields {'image': 'i'} lack 'question'"),
+        ({"question": "q", "anser": "a"}, "have 'anser'; did you mean 'answer'?"),
+    ],
+)
+def test_fields_that_say_too_little_or_nothing_known_are_refused(fields, says):
+    with pytest.raises(MMJaxError, match="TFDS 'vqa': .*" + re.escape(says)):
+        TfdsSource("vqa", "train", fields)
 
 
 def test_float_images_are_decoded_by_tfds():
