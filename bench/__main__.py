@@ -25,13 +25,11 @@ from pathlib import Path
 
 from bench import environment, report, suites
 from bench.environment import ROOT
-from mmjax.cli import arguments
+from mmjax.cli import Parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("python -m bench", __doc__)
     parser.add_argument(
         "--suite",
         default=",".join(suites.DEFAULT),
@@ -61,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "or .venv-flamingo/bin/python, which `make .venv-flamingo/installed` makes",
     )
     parser.add_argument("--report", type=Path, nargs="+", help="only write the document from these")
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     args.suites = args.suite.split(",")
     if unknown := [s for s in args.suites if s not in suites.SUITES]:
         parser.error(f"unknown suite {unknown[0]!r}; choose from {', '.join(suites.SUITES)}")

@@ -11,7 +11,6 @@ the one that went in. It needs room for three checkpoints in --dir.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -28,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from bench import environment, ours, report
-from mmjax.cli import arguments
+from mmjax.cli import Parser
 from mmjax.models import pretrained, registry
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules, writer
@@ -126,18 +125,14 @@ def different(a: Path, b: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert there and back; returns 1 when a tensor changed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m bench.convert", __doc__)
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
     parser.add_argument(
         "--dir", type=Path, help="where the checkpoints go, default a temporary one"
     )
     parser.add_argument("--out", type=Path, help="append the row to this file")
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     sizes = {"num_layers": args.layers, **(TINY if args.quick else {})}
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         theirs, converted, back = (Path(folder) / name for name in ("hub", "mmjax", "back"))

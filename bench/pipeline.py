@@ -28,7 +28,7 @@ from PIL import Image
 
 from bench import environment, ours, records, report
 from bench.runner import BenchError, parity
-from mmjax.cli import arguments
+from mmjax.cli import Parser
 
 TARGET = 5.0
 SEED = 0
@@ -121,11 +121,7 @@ def decode_ms(folder: Path, count: int = 200) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m bench.pipeline", __doc__)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--pictures", type=int, default=2000, help="different JPEG files")
     parser.add_argument("--workers", type=int, default=environment.cores(), help="of each side")
@@ -134,7 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few small records: does it run?")
     parser.add_argument("--dir", type=Path, help="where records go, default a temporary folder")
     parser.add_argument("--out", type=Path, help="append the row to this file")
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     args.shape, args.sizes, args.compared = SHAPE | {"batch_size": args.rows}, records.Sizes(), 64
     if args.quick:
         args.shape, args.sizes = QUICK_SHAPE, records.QUICK

@@ -9,30 +9,25 @@ memory needed grows neither with the models nor with their number. Tokenizer and
 are those of the first SRC.
 """
 
-import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_parts, open_source
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 from mmjax.models import averages, converted, pretrained
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="convert_weights.average",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("convert_weights.average", __doc__)
     what = "a model and its weight, such as runs/a/model:0.3"
     parser.add_argument("sources", nargs="+", metavar="SRC:WEIGHT", help=what)
     parser.add_argument("--out", required=True, metavar="DST", help="the folder to write")
     add_parts(parser)
     add_dtype(parser, "keep", "bfloat16", "float32")
     add_overwrite(parser)
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
 
     given = [_split(text) for text in args.sources]
     averages.check_weights([weight for _, weight in given])

@@ -9,19 +9,14 @@ ends; the run may still go on. A checkpoint holds what is trained: the rest is r
 run began, which the options name if it has moved. convert_weights.to_hf writes DST for PyTorch.
 """
 
-import argparse
 import sys
 
 from convert_weights.sources import PARTS, add_overwrite
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="convert_weights.from_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("convert_weights.from_run", __doc__)
     parser.add_argument("run", help="a workdir of train.py, or one of its checkpoints")
     parser.add_argument("destination", help="the folder to write; it appears whole or not at all")
     add_overwrite(parser)
@@ -29,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, (value, _) in PARTS.items():
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, metavar=value, help=f"where its model.parts {name} is now")
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
 
     from mmjax.train.saved import export_step  # by now the arguments are good
 

@@ -3,7 +3,6 @@
 python -m convert_weights.inspect SRC [--base DIR] [--lm DIR] [--vision FILE_OR_DIR] ...
 """
 
-import argparse
 import collections
 import dataclasses
 import math
@@ -17,20 +16,16 @@ from rich.text import Text
 
 from convert_weights.progress import gigabytes
 from convert_weights.sources import add_source, open_source
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 from mmjax.models import pretrained
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules as R
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="convert_weights.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("convert_weights.inspect", __doc__)
     add_source(parser)
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     opened = open_source(args)
     with use():
         abstract = pretrained.abstract_params(opened.family, opened.config, lora=opened.lora)

@@ -7,26 +7,21 @@ model it belongs to). The sum is taken in float32, piece by piece, and kept in t
 To merge for PyTorch, use convert_weights.to_hf, which merges by itself.
 """
 
-import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_overwrite, add_source, open_source
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 from mmjax.models import converted, pretrained
 from mmjax.parallel.mesh import use
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="convert_weights.merge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("convert_weights.merge", __doc__)
     add_source(parser)
     parser.add_argument("destination", help="the folder to write; it appears whole or not at all")
     add_overwrite(parser)
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
 
     opened = open_source(args)
     with use():

@@ -9,22 +9,17 @@ trains, and the kernels that an adapter was merged into. A Bunny is written as i
 are, or with --layout projector as mm_projector.bin, which its first stage trains.
 """
 
-import argparse
 import sys
 
 from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 from mmjax.models import exports, pretrained
 from mmjax.parallel.mesh import use
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="convert_weights.to_hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("convert_weights.to_hf", __doc__)
     add_source(parser)
     parser.add_argument("destination", help="the folder to write; it appears whole or not at all")
     parser.add_argument(
@@ -40,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         "--whole", action="store_true", help="of a layout of trained parts: all the rest as well"
     )
     add_overwrite(parser)
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
 
     opened = open_source(args)
     with use():

@@ -136,7 +136,7 @@ class CheckpointManager:
                 held = json.loads(file.read_bytes()) if file.is_file() else {}
                 file.parent.mkdir(exist_ok=True)
                 part = file.with_name("metrics.part")
-                part.write_text(json.dumps({**held, **metrics}))
+                part.write_text(json.dumps({**held, **metrics}), "utf-8")
                 part.replace(file)  # a kill leaves the old file or the new one
             except OSError as error:
                 self.warn(f"{file}: what was measured of step {step} is not kept: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import glob
 import os
@@ -16,7 +17,7 @@ from absl import flags
 from mmjax import runtime
 from mmjax.config import resolve_recipe, split_recipe
 from mmjax.home import in_home
-from mmjax.types import MMJaxError, system_fault
+from mmjax.types import MMJaxError, nearest, system_fault
 
 FLAGS = flags.FLAGS
 USER_ERROR = 2
@@ -150,9 +151,28 @@ def with_home(argument: str) -> str:
     return f"{name}={in_home(value)}" if mark else in_home(argument)
 
 
-def arguments(argv: Sequence[str] | None = None) -> list[str]:
-    """Return the arguments of a command, by default the program's, with the home folder in them."""
-    return list(map(with_home, sys.argv[1:] if argv is None else argv))
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command that has no recipe; a flag misspelt is told with the nearest one.
+
+    prog: as ``python -m`` takes it. doc: of its module, the head of its help.
+    """
+
+    def __init__(self, prog: str, doc: str | None):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=doc, formatter_class=form)
+
+    def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse arguments, by default the program's, with the home folder in them.
+
+        Ends the program with exit code 2 where they cannot be.
+        """
+        parsed, unknown = self.parse_known_args(
+            list(map(with_home, sys.argv[1:] if argv is None else argv))
+        )
+        if unknown:
+            near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return parsed
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -172,7 +172,10 @@ def test_the_home_folder_is_written_out_wherever_a_path_is_given(recipe, monkeyp
     assert cli.with_home("--config.data.sources.train.path=~/a.json") == (
         "--config.data.sources.train.path=/home/me/a.json"
     )
-    assert cli.arguments(["path=~/a", "a.pt,~/b.pt"]) == ["path=/home/me/a", "a.pt,/home/me/b.pt"]
+    parser = cli.Parser("it", "Does it.")
+    parser.add_argument("given", nargs="+")
+    read = parser.read(["path=~/a", "a.pt,~/b.pt"])
+    assert read.given == ["path=/home/me/a", "a.pt,/home/me/b.pt"]
     overrides = ["name=~/a,~/b", "data={'path': '~/c', 'names': ('~/d', 'a ~/b', '~')}"]
     made = config.resolve_recipe(recipe, overrides)
     assert made.name == "/home/me/a,/home/me/b"
@@ -479,3 +482,20 @@ def test_commands_of_the_pages_name_settings_that_are_there(recipe, overrides):
             found = found[int(part)] if part.isdigit() else found[part]
         found = found.to_dict() if isinstance(found, ConfigDict) else found
         assert found == text or found == ast.literal_eval(text)
+
+
+def test_a_flag_of_a_command_that_is_misspelt_is_told_with_the_nearest(capsys):
+    parser = cli.Parser("it", "Does it.")
+    parser.add_argument("given", nargs="*")
+    parser.add_argument("--vision-config")
+    parser.add_argument("--overwrite", action="store_true")
+    for flag, near in (
+        ("--overwite", "; did you mean '--overwrite'?"),
+        ("--vision_config=x", "; did you mean '--vision-config'?"),
+        ("--zzz", "\n"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            parser.read(["a", flag])
+        assert ended.value.code == 2
+        assert f"it: error: unrecognized arguments: {flag}{near}" in capsys.readouterr().err
+    assert parser.read(["a", "--overwrite"]).overwrite

@@ -8,7 +8,6 @@ From the npm package emoji-datasource 16.0.0 (MIT; Google's drawings Apache-2.0,
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
 import hashlib
@@ -179,16 +178,12 @@ def _drawing(folder: str, style: str, column: int, row: int) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from mmjax.cli import arguments
+    from mmjax.cli import Parser
 
-    parser = argparse.ArgumentParser(
-        prog="mmjax.data.emoji",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("mmjax.data.emoji", __doc__)
     where = "where they are kept (default %(default)s)"
     parser.add_argument("--folder", type=Path, default=default_folder(), help=where)
-    folder = parser.parse_args(arguments(argv)).folder
+    folder = parser.read(argv).folder
     if not (folder / "emoji.json").is_file():
         fetch(folder)
     print(f"{folder}: {len(_names(os.fspath(folder)))} emoji in {len(STYLES)} styles")

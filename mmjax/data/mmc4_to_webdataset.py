@@ -8,7 +8,6 @@ picture that was not downloaded is left out of its document, and counted; the ex
 none was found.
 """
 
-import argparse
 import base64
 import collections
 import io
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmjax.cli import arguments, print_error, run_guarded
+from mmjax.cli import Parser, print_error, run_guarded
 from mmjax.data.webdataset import expand_shards
 from mmjax.monitor.terminal import track
 from mmjax.partial import new_folder, refuse_existing
@@ -31,16 +30,12 @@ from mmjax.types import MMJaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mmjax.data.mmc4_to_webdataset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("mmjax.data.mmc4_to_webdataset", __doc__)
     parser.add_argument("out", help="the folder to write; it must not exist")
     parser.add_argument("documents", nargs="+", help=".jsonl.zip or .jsonl files, braces allowed")
     parser.add_argument("--images", required=True, help="the folder of the pictures")
     parser.add_argument("--shard_samples", type=int, default=1000, help="documents in a shard")
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     out, images = Path(args.out), Path(args.images)
     refuse_existing(out)
     if not images.is_dir() or args.shard_samples < 1:

@@ -3,7 +3,6 @@
 python -m mmjax.data.regroup_parquet BIG.parquet SMALL.parquet [--rows 32]
 """
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -11,22 +10,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 from mmjax.data.parquet_files import pyarrow_parquet
 from mmjax.partial import begin, partial_of, refuse_existing
 from mmjax.types import MMJaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mmjax.data.regroup_parquet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("mmjax.data.regroup_parquet", __doc__)
     parser.add_argument("source", help="the parquet file to read")
     parser.add_argument("target", help="the file to write; it must not exist")
     parser.add_argument("--rows", type=int, default=32, help="rows in each group (default 32)")
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     count = regroup(args.source, args.target, args.rows)
     print(f"{args.target}: {count:,} rows, {args.rows} in each group")
     return 0

@@ -8,7 +8,6 @@ and counted; the exit code is 1 if they are more than --max_bad_share, not count
 settings of the source leave out.
 """
 
-import argparse
 import ast
 import collections
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 from mmjax.data.array_record import pack_record, write_array_records
 from mmjax.data.catalog import make_source
 from mmjax.data.skips import BY_CHOICE
@@ -29,11 +28,7 @@ from mmjax.types import BadSample, MMJaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mmjax.data.to_array_record",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("mmjax.data.to_array_record", __doc__)
     parser.add_argument("out", help="the folder to write; it must not exist")
     parser.add_argument("source", nargs="+", help="key=value arguments of the source, kind first")
     parser.add_argument(
@@ -41,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     share = "the share of records left out from which on the exit code is 1 (default 0.05)"
     parser.add_argument("--max_bad_share", type=float, default=0.05, help=share)
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     refuse_existing(Path(args.out))  # before a source of many gigabytes is opened
     source = make_source(parse_source(args.source))
     console = Console(stderr=True)

@@ -9,7 +9,6 @@ beside it as an SVG of the same name. Nothing is evaluated here: `python eval.py
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.cli import arguments, run_guarded
+from mmjax.cli import Parser, run_guarded
 from mmjax.evals.charts import Point, Series, line_chart, standalone
 from mmjax.evals.page import STYLE
 from mmjax.evals.results import read_results, write_atomic
@@ -33,15 +32,11 @@ Entries = Mapping[str, Mapping[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the plot, and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="mmjax.evals.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("mmjax.evals.compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir, or name=workdir")
     parser.add_argument("--task", help="which task of the results; needed where there are several")
     parser.add_argument("--out", required=True, help="the Markdown file, such as docs/compare.md")
-    args = parser.parse_args(arguments(argv))
+    args = parser.read(argv)
     runs = read_runs(args.runs, args.task)
     typed = " \\\n    ".join(["python -m mmjax.evals.compare", *args.runs])
     task = f" --task {args.task}" if args.task else ""
