@@ -103,6 +103,34 @@ def without_nulls(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in hf.items() if value is not None or key not in sizes}
 
 
+_INSIDE = ("text_config", "rope_parameters", "rope_scaling")  # may state a value once more
+_OWN = ("model_type", "architectures")  # of an object inside, another thing
+
+
+def with_values(hf: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the values of ``model.config`` in place of its own.
+
+    Of an object, as ``vision_config``, those that are given take the place of its own; an empty one
+    takes that of all. What the file states a second time inside, as a Fuyu's sizes or a rotation's
+    base, and would be read there, is replaced there, too.
+    """
+    out = dict(hf)
+    for key, value in given.items():
+        some = isinstance(value, Mapping) and value and isinstance(hf.get(key), Mapping)
+        out[key] = {**hf[key], **value} if some else value
+    for name in _INSIDE:
+        if isinstance(inner := out.get(name), Mapping):
+            said = given.get(name) or {}
+            more = {k: v for k, v in given.items() if k not in (*said, *_OWN) and _states(inner, k)}
+            out[name] = with_values(inner, more) if more else inner
+    return out
+
+
+def _states(hf: Mapping[str, Any], key: str) -> bool:
+    inside = (hf[name] for name in _INSIDE if isinstance(hf.get(name), Mapping))
+    return key in hf or any(_states(one, key) for one in inside)
+
+
 def head_width(width: int, heads: int) -> int:
     """Return the width of a head; raises MMJaxError where heads do not divide the model's."""
     if width % heads:

@@ -26,6 +26,7 @@ from mmjax.models.api import Config, Processor
 from mmjax.models.companions import stated_ends, stated_generation
 from mmjax.models.parts import split_chain
 from mmjax.models.processor import follow
+from mmjax.models.stated_sizes import with_values
 from mmjax.models.views import is_lora
 from mmjax.nn import paths, quantized
 from mmjax.nn.linear import DTypes, LoRA
@@ -83,7 +84,7 @@ def blueprint(
     family = registry.family(settings.family)
     source = open_init(settings)
     if source is not None:
-        hf = {**source.hf_config, **settings.config}
+        hf = with_values(source.hf_config, settings.config)
         processor = first_processor(family, source)
     else:
         if not settings.words:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.models import registry
+from mmjax.models.stated_sizes import with_values
 from mmjax.nn import paths
 from mmjax.nn.linear import axes_apart
 from mmjax.parallel.mesh import check_batch, make_mesh, use
@@ -207,7 +208,7 @@ def _model(settings: RunSettings):
     model = settings.model
     if absent := absent_files(model):
         family = registry.family(model.family)
-        config = family.Config.from_hf(model.plan_config | model.config)
+        config = family.Config.from_hf(with_values(model.plan_config, model.config))
         processor = family.Processor.for_words(("word",), config).with_options(**model.processor)
         sizes = "the recipe's" if model.plan_config else f"{model.family}'s"
         choose = partial(train_state.chosen_by, settings)

@@ -27,7 +27,8 @@ class ModelSettings:
     see ``mmjax.models.parts.Parts``. With parts and no ``init``, what stands between them starts
     from random weights; with neither, everything does. fresh: glob patterns of parameters that
     start so though ``init`` or a part has them, such as ``("projector.*",)`` for another projector.
-    config: values that replace those of the family's config.json, or make one where there is none.
+    config: values that replace those of the family's config.json (of an object in it, such as
+    ``vision_config``, those that are named), or make one where there is none.
     plan_config: such values to plan with (``--plan``) while ``init`` or a part is not there; a run
     never looks at them. words: texts whose words make a small tokenizer, for random starts.
     param_dtype: of trained parameters, but adapters are float32 whatever it says; frozen_dtype: of

@@ -15,6 +15,7 @@ from typing import Any
 from flax import nnx
 
 from mmjax.models import opening, registry
+from mmjax.models.stated_sizes import with_values
 from mmjax.nn import paths
 from mmjax.schema import to_dataclass
 from mmjax.train.build import absent_files, maker, open_init
@@ -101,9 +102,9 @@ def _config(model: ModelSettings) -> Any:
     """Return the config of the model, as far as the names of its parameters depend on it."""
     Config = registry.family(model.family).Config
     if absent_files(model):
-        return Config.from_hf({**model.plan_config, **model.config})
+        return Config.from_hf(with_values(model.plan_config, model.config))
     opened = open_init(model)
-    return Config.from_hf({**(opened.hf_config if opened else {}), **model.config})
+    return Config.from_hf(with_values(opened.hf_config if opened else {}, model.config))
 
 
 def _targets(

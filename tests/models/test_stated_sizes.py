@@ -1,11 +1,14 @@
 """Sizes that no model has, in a config.json or ``model.config``, are named as they are read."""
 
+import dataclasses
+
 import pytest
 
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.models.flamingo.config import FlamingoConfig
 from mmjax.models.fuyu.model import FuyuConfig
 from mmjax.models.language.model import LanguageConfig
+from mmjax.models.stated_sizes import with_values
 from mmjax.models.towers import tower_in
 from mmjax.models.vision_config import EVA02, read_vision_config
 from mmjax.recipes import BUNNY_TOY, FLAMINGO_TOY
@@ -188,3 +191,18 @@ def test_a_model_type_of_another_kind_is_told():
     with pytest.raises(MMJaxError, match=r"model_type \['mpt'\] .*, no language model"):
         text = FLAMINGO_TOY["text_config"] | {"model_type": ["mpt"]}
         FlamingoConfig.from_hf(FLAMINGO_TOY | {"text_config": text})
+
+
+def test_of_an_object_the_values_that_are_given_count():
+    hf = FlamingoConfig.from_hf(FLAMINGO_TOY | {"vocab_size": 32_100}).to_hf()
+    hf["vision_config"]["hidden_act"] = "gelu"
+    found = FlamingoConfig.from_hf(with_values(hf, {"vision_config": {"feature_layer": -2}}))
+    was = FlamingoConfig.from_hf(hf)
+    assert found.vision == dataclasses.replace(was.vision, feature_layer=-2)
+    assert with_values(hf, {"vision_config": {}})["vision_config"] == {}
+    assert with_values(hf, {"model_type": "otter"})["text_config"] == hf["text_config"]
+    llama = LanguageConfig.from_hf(LLAMA).to_hf()
+    longer = LanguageConfig.from_hf(with_values(llama, {"rope_theta": 5e5}))
+    assert longer.decoder.rope_theta == 5e5
+    both = {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 2e5}}
+    assert with_values(llama, both)["rope_parameters"]["rope_theta"] == 2e5

@@ -81,6 +81,16 @@ def test_a_slip_in_the_models_config_is_named(folder, slip, meant):
     assert build.blueprint(unread, NO_LORA, 0).config == build.blueprint(MODEL, NO_LORA, 0).config
 
 
+def test_values_of_the_models_config_are_laid_over(folder):
+    """Our own folders state the decoder's sizes twice, as transformers 5 does, and rotations."""
+    given = {"hidden_dropout": 0.25, "layer_norm_eps": 1e-3, "partial_rotary_factor": 1.0}
+    given |= {"rope_theta": 5e5, "max_position_embeddings": 99}
+    plan = build.blueprint(ModelSettings(init=str(folder[0]), config=given), NO_LORA, 0)
+    c = plan.config.decoder
+    found = c.residual_dropout, c.norm_eps, c.rope_fraction, c.rope_theta, c.max_positions
+    assert found == tuple(given.values())
+
+
 def test_settings_of_the_processor_are_laid_over():
     model = dataclasses.replace(MODEL, processor={"max_height": 16, "max_width": 24})
     processor = build.blueprint(model, NO_LORA, 0).processor
