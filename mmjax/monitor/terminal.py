@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 _PLAIN_EVERY = 10.0  # seconds between plain lines, so that a log file stays readable
+_BAR = 16  # columns of the bar before the live line, where the terminal has room for both
 
 
 def human(value: float | None, unit: str = "") -> str:
@@ -167,9 +168,12 @@ class LiveLine:
             pass
 
     def _bar(self, step: int, line: str) -> RenderableType:
+        text = Text(line, no_wrap=True, overflow="ellipsis")
+        if len(line) + _BAR + 1 > self.console.width:
+            return text
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(self.total_steps, 1), completed=step, width=16)
-        grid.add_row(bar, Text(line, no_wrap=True, overflow="ellipsis"))
+        bar = ProgressBar(total=max(self.total_steps, 1), completed=step, width=_BAR)
+        grid.add_row(bar, text)
         return grid
 
 

@@ -7,6 +7,7 @@ generated.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mmjax.models.api import Processor
 from mmjax.monitor.writers import MultiWriter
 from mmjax.types import Batch
 
+_MARKS = re.compile(r"(\|\w+\||<\|?\w+\|?>)\1{3,}")  # |SPEAKER||SPEAKER|..., <image><image>...
+_ROWS = re.compile(r"(\|\w+\| x \d+\|\w+\|)\1+")  # and rows of them with an end each
 LIMIT = 64
 """Targets of a sample that are looked at."""
 
@@ -73,7 +76,7 @@ class Samples:
             except OSError as error:  # a full disk ends no run
                 self._writer.warn(f"the sample of step {step} could not be written: {error}")
         self._writer.sample(step, "samples", found)
-        return "\n".join(f"  {name}: {value}" for name, value in row.items())
+        return "\n".join(f"  {name}: {short(str(value))}" for name, value in row.items())
 
     def _first(self, local: Mapping[str, np.ndarray], likeliest: np.ndarray) -> dict[str, str]:
         """Decode the first sample of the first row: its tokens, targets and predictions."""
@@ -90,6 +93,12 @@ class Samples:
         size = len(self._processor.tokenizer)  # a table may have more rows than there are tokens
         ids = [int(token) if token < size else 0 for token in tokens]
         return self._processor.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def short(text: str) -> str:
+    """Write marks that stand many times in a row, as of an image, once with their number."""
+    text = _MARKS.sub(lambda m: f"{m[1]} x {len(m[0]) // len(m[1])}", text)
+    return _ROWS.sub(lambda m: f"({m[1]}) x {len(m[0]) // len(m[1])}", text)
 
 
 def _name(record: tuple[str, str]) -> str:

@@ -87,6 +87,16 @@ def test_live_line_on_a_terminal():
     assert "step 4/10" in out.file.getvalue() and "eta 5s" in out.file.getvalue()
 
 
+@pytest.mark.parametrize("width, bar", [(110, True), (100, False)])
+def test_the_bar_makes_room_where_the_line_needs_it(width, bar):
+    out = io.StringIO()
+    live = terminal.LiveLine(4, console=Console(file=out, force_terminal=True, width=width))
+    values = {"train/loss": 0.5, "train/lr": 1e-3, "train/grad_norm": 1.0, "perf/tok_s": 1e4}
+    live.update(2, values | {"perf/mfu": 0.4, "perf/data_wait_s": 0.0, "perf/step_s": 1.0}, 60.0)
+    live.close()
+    assert "data wait 0%" in out.getvalue() and ("━" in out.getvalue()) is bar
+
+
 def test_a_terminal_that_processes_share_gets_plain_lines():
     out = console(force_terminal=True)  # as Open MPI gives one, also where a file is behind it
     line = terminal.LiveLine(10, alone=False, console=out)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import put_batch
-from mmjax.train.samples import Samples
+from mmjax.train.samples import Samples, short
 from tests import tiny
 
 
@@ -22,6 +22,15 @@ class Words:
     def decode(self, ids, skip_special_tokens):
         assert not skip_special_tokens and all(0 <= i < 60 for i in ids)
         return " ".join(map(str, ids))
+
+
+def test_a_picture_is_no_wall_of_marks_in_the_terminal():
+    row, image = "|SPEAKER|" * 12 + "|NEWLINE|", "<image>"
+    assert short(row * 3 + "<s> User: 1111111111 ......?") == (
+        "(|SPEAKER| x 12|NEWLINE|) x 3<s> User: 1111111111 ......?"
+    )
+    assert short(row + "a") == "|SPEAKER| x 12|NEWLINE|a"
+    assert short(image * 2 + "a") == image * 2 + "a" and short(image * 729) == "<image> x 729"
 
 
 def test_a_sample_shows_what_the_model_finds_likeliest_at_each_target(tmp_path):
