@@ -109,7 +109,8 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     """Divide a whole number by shares: at least 1 each, largest remainders first."""
     exact = [share / sum(shares) * total for share in shares]
     counts = [max(1, math.floor(x)) for x in exact]
-    order = sorted(range(len(exact)), key=lambda i: math.floor(exact[i]) - exact[i])
+    # What a share lacks is counted from what it was given: a 1 given to less than 1 lacks nothing.
+    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in order[: max(0, total - sum(counts))]:
         counts[i] += 1
     return counts

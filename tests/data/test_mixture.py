@@ -157,3 +157,10 @@ def test_a_source_without_records_is_named_with_its_path(tmp_path, kind, name, t
     assert str(error.value) == (
         f"data.sources.train: {tmp_path / name} holds no records; check it, or remove the source"
     )
+
+
+def test_a_source_of_one_record_is_not_drawn_twice_for_a_rounded_share():
+    """Of 50 records 1 / 50 * 50 is a hair below 1: it got its 1 and the remainder's, too."""
+    for sizes in ([10, 8, 1, 30], [1, 4, 915_562, 24]):
+        assert apportion([float(n) for n in sizes], sum(sizes)) == sizes
+    assert apportion([0.9, 1.6, 3.5], 6) == [1, 2, 3]
