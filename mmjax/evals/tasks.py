@@ -25,6 +25,7 @@ class Task:
     name: under which results are kept; one name a task. source: a sequence of records, or the
         description of one for ``data.catalog.make_source``; ``meta["answers"]`` holds the right
         answers, or else the last assistant turn is the answer.
+    split: the name of a task's only result, and of its file for a server.
     scorer: a name in ``scorers.SCORERS``, of what judges one answer. summary: a name in
         ``summaries.SUMMARIES``, of what is worked out from all of them, or None.
     submission: a name in ``submissions.SUBMISSIONS``, of the file for a benchmark's server that is
@@ -42,7 +43,7 @@ class Task:
         enlarge: scale smaller pictures up to the resolution; without it they stay as they are, and
         a resolution above their size is their size.
     limit: questions, spread evenly over the source; None for all. Questions that are judged
-        together stay together.
+        together stay together. max_new_tokens: of an answer, at most.
     shots: solved examples before each question, drawn from ``demos``, a source or its description;
         text_shots: so many without their pictures. They are asked by the same ``prompt``. See
         ``evals.few_shot``. rices: the file or folder of a CLIP, by which the examples are those
@@ -50,7 +51,8 @@ class Task:
         file, where nothing there tells its sizes. orders: in so many orders of the examples
         options are ranked, by the mean; None in one.
     train: training records (or their description), from which blind baselines are made: the most
-        frequent answer, and the most frequent answer to the same question.
+        frequent answer, and the most frequent answer to the same question; train_limit: so many of
+        them at most, evenly spread.
     chance: accuracy of guessing; None works it out for multiple choice. group: the key of
         ``meta`` by which accuracy is broken down. pictures: how many the report shows.
     """

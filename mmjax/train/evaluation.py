@@ -142,7 +142,10 @@ def run_eval(
     A run's model is as it was trained, see ``as_trained``, whatever the recipe says of it.
     """
     if not settings.eval.tasks:
-        raise MMJaxError("config.eval.tasks is empty: this recipe names nothing to evaluate")
+        raise MMJaxError(
+            "config.eval.tasks is empty: this recipe names nothing to evaluate; give "
+            "--tasks=FILE.json"
+        )
     if _is_run(Path(path)):
         settings = as_trained(settings, checkpoint.find_step(path)[0])
     check_tasks(settings)

@@ -48,7 +48,8 @@ class OptimSettings:
     (cosine and linear); the last step still has a little more, as in transformers.
     b1, b2: decays of the moments. Adafactor has a schedule of its own for the second; lion is
     usually given b2=0.99; muon's momentum is ``b1`` too. mu_dtype: of the momentum or first
-    moment; auto is bfloat16 for adafactor and float32 for the others.
+    moment; auto is bfloat16 for adafactor and float32 for the others. eps: added to the root of
+    the second moment by adamw, and by muon for what AdamW updates.
     weight_decay: times the learning rate, on the parameters that ``decay`` names: kernels and
     adapters alone (not biases, norms or embeddings) unless other glob patterns are given, such as
     ``("cross.*",)`` for everything in a part. clip_norm: bound on the global gradient norm; 0 does

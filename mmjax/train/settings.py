@@ -153,7 +153,7 @@ class EvalSettings:
     training. template: how tasks are asked, a name in ``mmjax.data.templates.TEMPLATES``; None asks
     as ``data.template`` trains, ``otter_prompt`` for ``otter_chat``. batch_size: prompts at a time.
     num_beams, length_penalty: of a beam search; 1 beam is none. cache_dtype: of keys and values
-    while answering, None for that of the computation.
+    while answering, None for that of the computation. final: ask everything when training ends.
     """
 
     tasks: tuple[dict[str, Any], ...] = ()
