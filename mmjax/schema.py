@@ -144,6 +144,12 @@ def _convert_union(hint: Any, args: tuple, value: Any, path: str, problems: list
         if not mine:
             return made
         tries.append((arg, mine))
+    if len(args) == 2 and type(None) in args and typing.get_origin(args[0]) is Literal:
+        names = typing.get_args(args[0])
+        hint_text = nearest(value, names) if isinstance(value, str) else ""
+        told = f"one of {', '.join(map(repr, names))} or None"
+        problems.append(_wrong(path, value, told) + hint_text)
+        return None
     inner = [mine for arg, mine in tries if dataclasses.is_dataclass(arg) and is_mapping(value)]
     problems.extend(inner[0] if len(inner) == 1 else [_wrong(path, value, _name(hint))])
     return None

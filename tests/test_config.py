@@ -111,6 +111,12 @@ def test_to_dataclass_names_every_problem_at_once():
     assert any(line.startswith("config.steps is missing") for line in lines)
 
 
+def test_one_of_some_names_or_none_is_told_as_such():
+    told = "config.data.group: expected one of 'modality' or None, got str 'modalty'; did you mean"
+    with pytest.raises(MMJaxError, match=f"{told} 'modality'"):
+        schema.to_dataclass(RunSettings, {"data": {"group": "modalty"}})
+
+
 def test_names_are_text():
     with pytest.raises(MMJaxError, match="a key of config.names: expected a name in quotes, got i"):
         schema.to_dataclass(Run, {"steps": 1, "names": {1: 2.0}})
