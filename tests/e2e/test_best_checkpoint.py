@@ -21,20 +21,24 @@ BEST = "eval/vqa/accuracy"
 SCORES = {2: 0.9, 4: 0.5, 6: 0.95}
 
 
+def asked_every_two_steps(data, *, steps, **checkpoint):
+    """The settings of a run that is evaluated at every second step, and not at its end."""
+    plain = settings(write_data(data))
+    task = {"name": "vqa", "source": plain.data.sources["train"]}
+    return dataclasses.replace(
+        plain, steps=steps, checkpoint=CheckpointSettings(export=False, **checkpoint),
+        eval=EvalSettings(tasks=(task,), every=2, limit=2, final=False),
+    )  # fmt: skip
+
+
 @pytest.mark.heavy
 def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
     asked = iter(SCORES.values())
     monkeypatch.setattr(loop.evaluation, "sample", lambda *_: {BEST: next(asked)})
-    file = write_data(tmp_path / "data")
-    plain = settings(file)
-    task = {"name": "vqa", "source": plain.data.sources["train"]}
-    plain = dataclasses.replace(
-        plain, checkpoint=CheckpointSettings(every=1, keep=1, best=BEST, export=False),
-        eval=EvalSettings(tasks=(task,), every=2, limit=2, final=False),
-    )  # fmt: skip
+    plain = asked_every_two_steps(tmp_path / "data", steps=5, every=1, keep=1, best=BEST)
     workdir = tmp_path / "run"
-    metrics = loop.run(dataclasses.replace(plain, steps=5), workdir)
+    metrics = loop.run(plain, workdir)
     assert metrics[BEST] == SCORES[4] and metrics["eval/vqa/loss"] > 0
     assert saved_steps(workdir) == [2, 5] and find_step(workdir, BEST) == (workdir, 2)
     # The last step is scored too: it may be the best.
@@ -48,12 +52,7 @@ def test_a_checkpoint_has_the_scores_of_its_own_step_alone(tmp_path, monkeypatch
 @pytest.mark.heavy
 def test_an_evaluation_that_a_signal_ends_is_made_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
-    file = write_data(tmp_path / "data")
-    task = {"name": "vqa", "source": settings(file).data.sources["train"]}
-    plain = dataclasses.replace(
-        settings(file), steps=3, checkpoint=CheckpointSettings(every=9, export=False),
-        eval=EvalSettings(tasks=(task,), every=2, limit=2, final=False),
-    )  # fmt: skip
+    plain = asked_every_two_steps(tmp_path / "data", steps=3, every=9)
 
     def scores(name):
         rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
@@ -77,13 +76,7 @@ def test_an_evaluation_that_a_signal_ends_is_made_at_the_next_start(tmp_path, mo
 @pytest.mark.heavy
 def test_a_step_whose_evaluation_a_signal_ends_may_be_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
-    file = write_data(tmp_path / "data")
-    task = {"name": "vqa", "source": settings(file).data.sources["train"]}
-    plain = dataclasses.replace(
-        settings(file), steps=4,
-        checkpoint=CheckpointSettings(every=1, keep=1, best=BEST, export=False),
-        eval=EvalSettings(tasks=(task,), every=2, limit=2, final=False),
-    )  # fmt: skip
+    plain = asked_every_two_steps(tmp_path / "data", steps=4, every=1, keep=1, best=BEST)
     scores, signals = iter([0.0, 0.9, 0.5]), [signal.SIGTERM]
 
     def disturbed(*_):
