@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import re
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -83,8 +84,8 @@ def resolve_recipe(recipe: str | os.PathLike, overrides: Iterable[str] = ()) -> 
 
     overrides: ``optim.lr=3e-5``, also with the ``--config.`` of the command line in front. The home
     folder is written out in every text, ``path="~/data.jsonl"``.
-    Raises MMJaxError for a missing file, an argument the recipe does not take, an unknown key or
-    a value of the wrong type, with the nearest name.
+    Raises MMJaxError for a missing file, an argument the recipe does not take, an unknown key (in
+    the file too, with its line) or a value of the wrong type, with the nearest name.
     """
     file, arg = split_recipe(recipe)
     module = _load_module(file)
@@ -99,6 +100,15 @@ def resolve_recipe(recipe: str | os.PathLike, overrides: Iterable[str] = ()) -> 
         if arg is None:
             raise
         raise MMJaxError(f"{file} does not take the argument {arg!r}: {e}") from e
+    except AttributeError as e:
+        if not isinstance(e.obj, ConfigDict):
+            raise
+        frames = traceback.extract_tb(e.__traceback__)
+        line = [f for f in frames if "ml_collections" not in f.filename][-1]
+        raise MMJaxError(
+            f"{line.filename}:{line.lineno}: {line.line}: there is no setting "
+            f"{e.name!r}{nearest(e.name, e.obj)} (there are {', '.join(map(str, e.obj))})"
+        ) from e
     if not isinstance(config, ConfigDict):
         raise MMJaxError(
             f"{file}: get_config returns {type(config).__name__}, no ConfigDict: it ends with "

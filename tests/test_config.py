@@ -435,6 +435,11 @@ def test_what_a_recipe_sets_wrongly_is_told_by_its_name(tmp_path):
         ("config.lora.targets = 'attn.*'", "config.lora.targets: expected tuple[str, ...], got"),
         ("config.optim.lrr = 1", "unknown config key config.optim.lrr; did you mean 'lr'?"),
         (
+            "config.optm.lr = 1e-4",
+            "mine.py:6: config.optm.lr = 1e-4: there is no setting 'optm'; did you mean 'optim'? "
+            "(there are accumulate, bad_steps,",
+        ),
+        (
             "config = None",
             "mine.py: get_config returns NoneType, no ConfigDict: it ends with return config",
         ),
