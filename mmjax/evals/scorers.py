@@ -199,9 +199,13 @@ def get_scorer(name: str | Scorer) -> Scorer:
 def _parse_strict(text: str, letters: str) -> str | None:
     one = f"[{letters}{letters.lower()}]"
     end = r"(?:\s*$|\s*[.):,;\n])"
-    if re.match(rf"\(?{one}\)?\s*(?:,|/|and\b|or\b)\s*\(?{one}\b", text):
-        return None  # several letters
-    named = re.findall(rf"\banswer\s*(?:is|:)\s*:?\s*\(?({one}){end}", text, re.IGNORECASE)
+    answer_is = r"\banswer\s*(?:is|:)\s*:?\s*"
+    # Several letters are no choice; the a of "B, a cat" is an article, and that of "B, a or c" not.
+    article = r"a\s+(?!(?:and|or)\b)[^\W\d_]"
+    several = rf"\(?{one}\)?\s*(?:,|/|and\b|or\b)\s*(?!{article})\(?{one}\b"
+    if re.match(several, text) or re.search(answer_is + several, text, re.IGNORECASE):
+        return None
+    named = re.findall(rf"{answer_is}\(?({one}){end}", text, re.IGNORECASE)
     if named:
         chosen = {letter.upper() for letter in named}
         return chosen.pop() if len(chosen) == 1 else None

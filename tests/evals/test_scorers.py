@@ -135,6 +135,10 @@ OPTIONS = ["a man", "cat", "dog.", "7"]
         ("The answer is A man", None, None, "A"),
         ("A or B", None, None, "A"),
         ("A, B", None, None, "A"),
+        ("B, a furry cat", "B", "B", "B"),  # an article is no second option
+        ("b, a or c", None, None, "A"),
+        ("The answer is C, a dog.", "C", "C", "C"),
+        ("The answer is C, D.", None, None, "C"),
         ("cat", None, "B", "B"),
         ("the dog", None, "C", "C"),
         ("E", None, None, None),
