@@ -21,7 +21,7 @@ def _near(said: str, right: str) -> bool:
     one, other = _number(said), _number(right)
     if one is None or not other:
         return said.lower() == right.lower()
-    return abs(one - other) <= TOLERANCE * abs(other)
+    return abs(one - other) / abs(other) <= TOLERANCE  # as they round it: 13.395 is not near 14.1
 
 
 def _number(text: str) -> float | None:
