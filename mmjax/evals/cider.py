@@ -44,6 +44,8 @@ def cider(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     known = [row for row in rows if "answer" in row]
+    if not known:  # of no captions the package cannot tell how rare a word is
+        return {"CIDEr": {"value": 0.0}}
     right = {
         i: [{"caption": _line(text)} for text in row.get("answers", [row["answer"]])]
         for i, row in enumerate(known)

@@ -74,6 +74,7 @@ def test_cider_is_asked_of_the_package(coco, tmp_path, monkeypatch):
     lost = {"prediction": "", "score": 0.0}  # its record could not be read
     right = {"prediction": "a cat", "answer": "a cat"}
     assert cider.cider([right, lost]) == {"CIDEr": {"value": 50.0}}
+    assert cider.cider([lost]) == {"CIDEr": {"value": 0.0}}
     assert whole["accuracy"] == 0.833333  # 1, and 2 * 1 of the words "man" and "man rides"
 
 
