@@ -28,7 +28,8 @@ class Meter:
     """Measure training speed between reports.
 
     The first step, which compiles, is left out, and so is whatever happens inside ``pause()``.
-    Steps are dispatched ahead of the device: call ``report`` after something was fetched from it.
+    Steps are dispatched ahead of the device: call ``report`` after something was fetched from it,
+    and the first ``step`` when the device is done with that step.
 
     total_steps: of the whole run. start_step: steps done before, by the run that is continued.
     peak: FLOP/s of all devices together, None where it is not known: no ``perf/mfu`` then. One that

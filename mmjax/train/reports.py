@@ -47,7 +47,7 @@ class Reports:
     ):
         settings, plan, outline = design.settings, design.plan, design.outline
         self._settings, self._processor = settings, plan.processor
-        self._workdir, self._batches = workdir, batches
+        self._workdir, self._batches, self._first = workdir, batches, first
         self._lead = jax.process_index() == 0
         self.writer = make_writer(
             workdir, tensorboard=settings.log.tensorboard, wandb=settings.log.wandb,
@@ -98,6 +98,8 @@ class Reports:
         images = self._batches.images * parts
         samples = sum(map(len, self._batches.records)) * parts
         flops = self._flops(local)
+        if step == self._first + 1:  # the meter leaves it out: its work too, not compiling alone
+            jax.block_until_ready(metrics)
         self.meter.step(tokens=tokens, images=images, samples=samples, flops=flops)
         return logged
 

@@ -1,4 +1,4 @@
-"""The list of bad steps: records with odd names, and a disk that cannot be written."""
+"""Watching the steps: the list of bad ones, and where the clock begins."""
 
 import json
 from types import SimpleNamespace
@@ -7,6 +7,8 @@ import numpy as np
 
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.writers import MultiWriter
+from mmjax.train.reports import Reports
+from mmjax.train.settings import RunSettings
 from mmjax.train.step import BadStepSettings
 from mmjax.train.watch import StepWatch
 
@@ -41,3 +43,36 @@ def test_a_bad_step_is_told_and_counted_though_its_list_cannot_be_written(tmp_pa
     unwritten, skipped = warned
     assert "bad_steps.jsonl could not be written" in unwritten and "('vqa', '7')" in unwritten
     assert "skipped a bad step (1 of 10): at step 3 the loss is nan" in skipped
+
+
+def test_the_first_step_is_left_out_whole_though_it_is_only_dispatched():
+    """The second one is measured from where the device is done with the first."""
+    now, ready = [0.0], [0.0]
+
+    class OnDevice:  # each step takes two seconds, one behind the other
+        def __init__(self):
+            ready[0] = max(now[0], ready[0]) + 2.0
+            self.done = ready[0]
+
+        def block_until_ready(self):
+            now[0] = max(now[0], self.done)
+
+    under_way = []
+
+    def settle():
+        while under_way:
+            under_way.pop().block_until_ready()
+        return {}
+
+    reports = object.__new__(Reports)
+    reports._first, reports._flops, reports._settings = 5, lambda _: 0.0, RunSettings()
+    reports._batches = SimpleNamespace(records=[], images=0)
+    reports.meter = Meter(9, start_step=5, clock=lambda: now[0])
+    reports.watch = SimpleNamespace(
+        settle=settle, expect=lambda step, metrics, _: under_way.append(metrics["loss"])
+    )
+    for step in (6, 7):
+        local = {"tokens": np.ones((1, 3)), "segment_ids": np.ones((1, 3))}
+        reports.started(step, {"loss": OnDevice()}, local)
+    settle()
+    assert reports.meter.report()["perf/step_s"] == 2.0
