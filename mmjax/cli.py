@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from mmjax import runtime
-from mmjax.config import resolve_recipe, split_recipe
+from mmjax.config import of_a_peer, resolve_recipe, split_recipe
 from mmjax.home import in_home
 from mmjax.types import MMJaxError, nearest, system_fault
 
@@ -131,8 +131,9 @@ def parse_args(argv: Sequence[str]) -> tuple[Any, list[str]]:
         positional = FLAGS([argv[0], *rest])
     except flags.UnrecognizedFlagError as e:
         raise MMJaxError(
-            f"{e}; a setting of the recipe is written --config.{e.flagname}=VALUE, and --help "
-            "behind a --config lists all of them"
+            f"{e}; a setting of the recipe is written "
+            f"--config.{of_a_peer(e.flagname) or e.flagname}=VALUE, and --help behind a "
+            "--config lists all of them"
         ) from e
     except flags.Error as e:
         raise MMJaxError(str(e)) from e

@@ -25,6 +25,44 @@ from mmjax.home import in_home
 from mmjax.schema import is_mapping, to_dataclass
 from mmjax.types import MMJaxError, nearest
 
+_PEERS = {
+    "model_name_or_path": "model.init",
+    "pretrained_model_name_or_path": "model.init",
+    "vision_tower": "model.parts",
+    "data_path": "data.sources",
+    "per_device_train_batch_size": "data.batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup",
+    "max_grad_norm": "optim.clip_norm",
+    "num_train_epochs": "steps",
+    "num_epochs": "steps",
+    "max_steps": "steps",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "precision": "model.dtype",
+    "gradient_checkpointing": "model.remat",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "model_max_length": "data.seq_len",
+    "dataloader_num_workers": "data.workers",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "logging_steps": "log.every",
+    "eval_steps": "eval.every",
+    "report_to": "log.wandb",
+}
+"""Arguments of transformers' Trainer and of the peers' scripts, and the setting to look at here."""
+
+
+def of_a_peer(name: str) -> str | None:
+    """Return the setting for what the PyTorch peers call ``learning_rate``; None for no such."""
+    return _PEERS.get(name.replace("-", "_"))
+
 
 class OpenDict(ConfigDict):
     """A group whose names are the user's, such as ``mesh``: an override may bring new ones."""
@@ -229,7 +267,7 @@ def _override(config: Any, item: str) -> tuple[str, str]:
         else:
             known = list(at.keys()) if is_mapping(at) else []
             what = f"{done} has: {', '.join(map(str, known))}" if known else f"{done} has no fields"
-            raise MMJaxError(f"unknown config key {name!r}{nearest(part, known)} ({what})")
+            raise MMJaxError(f"unknown config key {name!r}{_meant(config, part, known)} ({what})")
         done += f".{part}"
     whole = text.strip().startswith("{") and not isinstance(at, Group)
     if is_mapping(at) and not _grows(at) and not whole:
@@ -240,6 +278,24 @@ def _override(config: Any, item: str) -> tuple[str, str]:
     if not mark and not isinstance(at, bool):
         raise MMJaxError(f"{done} is given no value (now {at!r}); write --{done}=VALUE")
     return name, text
+
+
+def _meant(config: Any, name: str, known: list[Any]) -> str:
+    """Return the hint for an unknown name: a peer's, one of another group, or the nearest."""
+    elsewhere = [s for s in _settings(config) if s.rpartition(".")[2] == name]
+    if peer := of_a_peer(name):
+        elsewhere = [peer]
+    if not elsewhere:
+        return nearest(name, known)
+    return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
+
+
+def _settings(group: Any, prefix: str = "") -> Iterable[str]:
+    """Give the whole name of every setting, down to groups whose names are the user's."""
+    for name, value in group.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict) and not _grows(value):
+            yield from _settings(value, f"{prefix}{name}.")
 
 
 def _parent(config: Any, name: str) -> tuple[Any, str]:

@@ -145,6 +145,9 @@ def test_recipe_with_argument_and_overrides(recipe):
         (":quik", [], "unknown recipe argument 'quik'; did you mean 'quick'?"),
         (":size=big", [], "expected size=int, got 'big'"),
         ("", ["optim.lrr=1"], "unknown config key 'optim.lrr'; did you mean 'lr'?"),
+        ("", ["lr=1"], "unknown config key 'lr'; did you mean 'optim.lr'?"),
+        ("", ["data.schedule=1"], "unknown config key 'data.schedule'; did you mean 'optim.sch"),
+        ("", ["learning_rate=1"], "key 'learning_rate'; did you mean 'optim.lr'?"),
         ("", ["optim=1"], "config.optim is a group of settings"),
         ("", ["steps.more=1"], "config.steps has no fields"),
         ("", ["steps=many"], "config.steps=many: expected int (now 10), got 'many'"),
@@ -156,6 +159,12 @@ def test_recipe_errors_name_the_fix(recipe, suffix, overrides, message):
     with pytest.raises(MMJaxError) as error:
         config.resolve_recipe(recipe + suffix, overrides)
     assert message in str(error.value)
+
+
+def test_what_the_peers_call_a_setting_is_there():
+    made = config.resolve_recipe("configs/fuyu_8b_lora.py")
+    assert {config.of_a_peer(name) for name in config._PEERS} <= set(config._settings(made))
+    assert config.of_a_peer("lr") is None
 
 
 def test_missing_recipe_names_the_nearest(recipe):
@@ -216,6 +225,8 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
     code, _, err = run(f"--config={recipe}", "--workdirr=1")
     assert code == 2 and "Traceback" not in err and "workdir" in err
     assert "is written --config.workdirr=VALUE" in err  # what people mean by --steps=5
+    _, _, err = run(f"--config={recipe}", "--per_device_train_batch_size=4")
+    assert "is written --config.data.batch_size=VALUE" in err
     assert run()[0] == 2
     assert "give one with --config=x.py:quick (and" in run("x.py:quick")[2]
     for given in ([f"--config={recipe}"], ["--config", recipe]):

@@ -43,6 +43,8 @@ _NEXT = {
     "user": ("assistant",),
     "assistant": ("user",),
 }
+_ELSEWHERE = ("image_path", "image_paths", "image_file", "image_url", "img", "img_path", "video")
+"""Names that people give to pictures and videos, and that are not read."""
 _IMAGE_PATH = "<img_path>"
 _KEPT = ("answers", "choices", "answer", "group", "split")  # fields a task may score with
 
@@ -261,6 +263,13 @@ def _images(value: Mapping[str, Any], where: str, root: Path) -> tuple[str, ...]
         raise _bad(where, "both 'image' and 'images' are given; keep one")
     field = "images" if "images" in value else "image"
     names = value.get(field)
+    if field not in value and (other := next(filter(value.get, _ELSEWHERE), None)):
+        raise _bad(  # or it would be trained on blindly
+            where,
+            f"field {other!r} is {_show(value[other])}, and pictures are read from 'image' or "
+            "'images' alone: call it so (of a video, a list of the files of its frames), or, for "
+            "text alone, write 'image': null",
+        )
     if names is None:
         return ()
     names = names if isinstance(names, list) else [names]

@@ -216,6 +216,12 @@ def test_an_answer_that_nothing_asked_for_is_left_out(tmp_path):
         (turns(("human", "<image>")), "image_mismatch", r"1 <image> mark\(s\) .* for 0 image"),
         (GOOD | {"image": ["a", "b"]}, "image_mismatch", r"1 <image> mark\(s\) .* for 2 image"),
         (GOOD | {"image": 5}, "bad_record", "'image' holds 5"),
+        (
+            {"image_path": "a.jpg", "question": "q", "answer": "a"},
+            "bad_record",
+            "'image_path' is 'a.jpg', and pictures are read from 'image' or 'images' alone",
+        ),
+        (turns(("human", "x"), ("gpt", "y")) | {"video": "v.mp4"}, "bad_record", "'video' is 'v"),
         ({"question": 1}, "bad_record", "'question' is 1"),
         ([1], "bad_json", "expected one JSON object, got list"),
     ],
