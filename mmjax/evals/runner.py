@@ -229,7 +229,8 @@ def _facts(
         train = open_source(task.train)
         known = _readable(train, spread(len(train), task.train_limit))
         facts["blind"] = blind_baselines(task, _readable(source, indices), known)
-    chance = chance_level(task, _readable(source, indices[:1000]))
+    some = [indices[i] for i in spread(len(indices), 1000)]
+    chance = chance_level(task, _readable(source, some))
     if chance is not None:
         facts["chance"] = chance
     if task.demos is not None:

@@ -173,6 +173,11 @@ def test_multiple_choice_chance_prompt_and_limit():
     found = runner.evaluate([task], say, limit=4, progress=False)["mc"]["test"]
     assert (found["n"], found["correct"], found["chance"]) == (4, 1, 0.5)
     assert asked == ["Which? A. x B. y Letter only."] * 4
+    # Of many it is that of questions from all over the source, which may be sorted.
+    more = [record(1, "Which?", "A", choices=["x", "y", "z", "v"])] * 1000
+    task = multiple_choice("mc", options * 100 + more)
+    found = runner.evaluate([task], lambda r, *_: ["A"] * len(r), progress=False)["mc"]["test"]
+    assert (found["n"], found["chance"]) == (2000, 0.375)
 
 
 def test_a_right_answer_that_is_no_option_is_counted_and_told(tmp_path):
