@@ -165,6 +165,7 @@ def test_answers_from_the_publishers_file(hub, tmp_path):
         ("B'.", "B"),
         ("B: the dog", None),
         ("it is the red one of them", "C"),
+        ("IT IS THE RED ONE OF THEM", "C"),
         ("the red one", None),  # too short to be looked through
         ("it is the red one", None),  # five words still are
         ("first I saw red and then a cat", "A"),  # the option that stands last
@@ -186,6 +187,7 @@ def test_how_options_are_read(text, letter):
         ("x = 3\nIt is 5", [5.0]),  # an equation counts in the last line alone
         ("It is an a. So b is cd", ["cd"]),
         ("Tampa", ["tampa"]),
+        (" It IS TAMPA.\n", ["tampa"]),
         ("k", [" k", "k "]),
         ("-0.286", [-0.29]),
     ],
@@ -193,6 +195,15 @@ def test_how_options_are_read(text, letter):
 def test_what_open_answers_say(text, says):
     """By hand after parse_open_response of MMMU's eval_utils.py."""
     assert sorted(map(str, mmmu.read_open(text))) == sorted(map(str, says))
+
+
+def test_options_by_hand():
+    for scorer in (mmmu.mmmu, mmmu.mmmu_guess):
+        assert scorer("It is (B).", ["B"], ["x", "y"]) == scorer("B", ["(B)"], ["A", "B"]) == 1
+        assert scorer("It is (B).", ["A"], ["x", "y"]) == 0
+    assert mmmu.mmmu("neither", ["A"], ["x", "y"]) == mmmu.mmmu("neither", ["B"], ["x", "y"]) == 0
+    guess = mmmu.guess_option("neither", ["x", "y"])
+    assert [mmmu.mmmu_guess("neither", [x], ["x", "y"]) for x in "AB"] == [guess == x for x in "AB"]
 
 
 def test_open_answers_by_hand():
