@@ -172,6 +172,10 @@ def test_an_answer_that_is_a_letter_and_the_text_of_another_option_is_refused():
     with pytest.raises(BadSample, match="'A' is the letter of one option and the text of another"):
         scorers.multiple_choice("A", ["A"], ["B", "A", "C"])
     assert scorers.multiple_choice("A", ["A"], ["A", "B", "C"]) == 1
+    in_brackets = [scorers.multiple_choice(x, ["(A)"], ["B", "A", "C"]) for x in "AB"]
+    assert in_brackets == [1, 0]
+    with pytest.raises(BadSample, match=r"none of the right answers \['AB'\]"):
+        scorers.multiple_choice("A", ["AB"], ["x", "y"])
 
 
 def test_options_of_the_same_text_are_all_right():
