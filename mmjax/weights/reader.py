@@ -148,8 +148,13 @@ def open_reader(path: str | Path) -> FileReader:
 
 
 def absent_hint(path: Path) -> str:
-    """Say what a path that is not there may be: half-written, a name on the hub, or nothing."""
+    """Say what a path that is not there may be: half-written, not yet, on the hub, or nothing."""
     hint = partial_hint(path)
+    if not hint and path.name == "model" and (path.parent / "checkpoints").is_dir():
+        return (
+            "; a run writes it when it ends, and python -m convert_weights.from_run "
+            f"{path.parent} DST makes a model of its checkpoint before"
+        )
     if hint or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         return hint
     return (

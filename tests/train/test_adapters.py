@@ -177,6 +177,9 @@ def test_a_workdir_in_place_of_a_model_is_told(earlier, tmp_path):
     says = f"{tmp_path}: a workdir of train.py, not a model; its model is {tmp_path}/model"
     with pytest.raises(MMJaxError, match=f"{says}, which it writes when it ends"):
         opening.open_pretrained(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(MMJaxError, match=f"it ends, and .*from_run {tmp_path} DST makes a model"):
+        opening.open_pretrained(tmp_path / "model")
     (tmp_path / "model").mkdir()
     with pytest.raises(MMJaxError, match=f"{says}$"):
         opening.open_pretrained(tmp_path)
