@@ -131,7 +131,7 @@ def _directions(
     """Return the directions float32[n, e] of named pictures, NaN of what cannot be read."""
     key = hashlib.sha256("\n".join((encoder.fingerprint, *pictures)).encode())
     file = folder / f"{key.hexdigest()}.npy"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, EOFError):  # absent, cut short, or empty
         kept = np.load(file)
         if kept.ndim == 2 and len(kept) == len(pictures):
             return kept
