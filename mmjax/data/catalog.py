@@ -29,6 +29,7 @@ KINDS = {
     "chartqa": "mmjax.data.benchmarks.chartqa:ChartQaSource",
     "gqa": "mmjax.data.benchmarks.gqa:GqaSource",
     "hateful_memes": "mmjax.data.benchmarks.hateful_memes:HatefulMemesSource",
+    "imagenet": "mmjax.data.benchmarks.imagenet:ImageNetSource",
     "karpathy": "mmjax.data.benchmarks.captions:KarpathySource",
     "magnifierbench": "mmjax.data.benchmarks.magnifierbench:MagnifierBenchSource",
     "mmbench": "mmjax.data.benchmarks.mmbench:MmbenchSource",

@@ -9,7 +9,7 @@ from typing import Any
 from mmjax.data.resizing import at_resolution
 from mmjax.evals.cuts import get_cut
 from mmjax.evals.few_shot import Demonstrations
-from mmjax.evals.ranking import Ranked, rank
+from mmjax.evals.ranking import Ranked, rank, ranked
 from mmjax.evals.results import facts_of, judge
 from mmjax.evals.tasks import Task, ask, options_of
 from mmjax.types import BadSample, MMJaxError, Record
@@ -64,7 +64,7 @@ def ask_batch(
             rows[index]["error"] = str(text)
             continue
         if isinstance(text, Ranked):
-            rows[index]["likelihoods"] = [round(x, 6) for x in text.likelihoods]
+            rows[index] |= ranked(task, record, text)
             text = text.text
         rows[index]["prediction"] = kept = text if task.cut is None else get_cut(task.cut)(text)
         if kept != text:

@@ -75,6 +75,10 @@ BENCHMARKS: dict[str, Preset] = {
             summary="roc_auc",
         ),
     ),
+    "imagenet": Preset(
+        "imagenet",
+        dict(rank="mean_likelihood", scorer="exact_match_strict", summary="top_5"),
+    ),
     "vqav2": Preset("vqa", _VQA),
     "okvqa": Preset("vqa", _VQA),
     "textvqa": Preset("vqa", _TEXT),

@@ -13,6 +13,9 @@ from mmjax.evals.scorers import LETTERS
 from mmjax.evals.tasks import Task, options_of
 from mmjax.types import BadSample, MMJaxError, Record
 
+LIKELIEST = 5
+"""So many are kept of a thousand options."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
@@ -51,6 +54,20 @@ def rank(
     found = iter(score(each, texts, resolution, mean=task.rank == "mean_likelihood"))
     of_each = [list(itertools.islice(found, len(some))) for some in asked]
     return [_mean_best(task, *pair) for pair in zip(options, of_each, strict=True)]
+
+
+def ranked(task: Task, record: Record, found: Ranked) -> dict[str, Any]:
+    """Return what a row of the predictions says of the options: ``likelihoods``, in their order.
+
+    Of a record's own options that are more than the letters, ``options`` are the likeliest alone,
+    the first one first, and ``likelihoods`` theirs.
+    """
+    values = [round(x, 6) for x in found.likelihoods]
+    if task.options or len(values) <= len(LETTERS):
+        return {"likelihoods": values}
+    options = options_of(task, record)
+    best = np.argsort(-np.asarray(found.likelihoods), kind="stable")[:LIKELIEST]
+    return {"options": [options[i] for i in best], "likelihoods": [values[i] for i in best]}
 
 
 def _mean_best(task: Task, options: Sequence[str], found: Sequence[Any]) -> Ranked | BadSample:

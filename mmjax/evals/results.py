@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mmjax.evals.scorers import READERS, get_scorer
+from mmjax.evals.scorers import LETTERS, READERS, get_scorer
 from mmjax.evals.summaries import Summary
 from mmjax.evals.tasks import Task, answers_of, choices_of, question_of
 from mmjax.types import MMJaxError, Record
@@ -48,7 +48,8 @@ def facts_of(task: Task, record: Record) -> dict[str, Any]:
         answers = answers_of(record)
         row |= {"answer": answers[0]} | ({"answers": answers} if len(set(answers)) > 1 else {})
     choices = choices_of(record)
-    row |= {"choices": choices} if choices else {}
+    # Of a class for each picture there may be thousands; ``ranked`` names the likeliest of them.
+    row |= {"choices": choices} if 0 < len(choices) <= len(LETTERS) else {}
     row |= {"options": list(task.options)} if task.options else {}
     row |= {"group": record.meta[task.group]} if task.group in record.meta else {}
     return row | ({"unit": record.meta["unit"]} if "unit" in record.meta else {})
@@ -129,12 +130,13 @@ def chance_level(task: Task, records: Iterable[Record]) -> float | None:
 
     Of a task that has open questions too, nothing is guessed of those.
     """
-    if task.chance is not None or not (task.is_multiple_choice or task.has_open_questions):
+    chosen = task.is_multiple_choice or task.has_open_questions or task.rank is not None
+    if task.chance is not None or not chosen:
         return task.chance
     counts = []
     for record in records:
         with contextlib.suppress(MMJaxError):  # it is told where it is asked
-            counts.append(len(choices_of(record)))
+            counts.append(len(task.options or choices_of(record)))
     shares = [1 / n if n else 0.0 for n in counts if n or task.has_open_questions]
     return sum(shares) / len(shares) if any(shares) else None
 

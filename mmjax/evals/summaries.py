@@ -4,7 +4,7 @@ A scorer judges one answer; a summary is a pure function of all rows of a result
 each of its groups: F1, accuracy over pairs of questions, sums of scores. A row has ``prediction``
 (after cutting), ``answer``, ``answers``, ``score``, ``group``, ``unit`` (questions of one unit are
 judged together) and ``read``: what the scorer made of the prediction, None where nothing. Of a task
-with ``rank`` and ``options`` also those, and ``likelihoods``.
+with ``rank`` and ``options`` also those, and ``likelihoods`` (of many options the likeliest).
 """
 
 from __future__ import annotations
@@ -210,6 +210,20 @@ def roc_auc(rows: Sequence[Row]) -> Metrics:
     return {"ROC AUC": share(float(above.sum()) / 2, len(right) * len(others))}
 
 
+def top_5(rows: Sequence[Row]) -> Metrics:
+    """Return the share of questions whose answer is among the five likeliest options.
+
+    Of equally likely ones the first count. One that could not be asked is wrong.
+    """
+    right = 0
+    for row in rows:
+        options, found = row.get("options") or row.get("choices"), row.get("likelihoods")
+        if found:
+            best = np.argsort(-np.array(found), kind="stable")[:5]
+            right += any(options[i] in row.get("answers", [row["answer"]]) for i in best)
+    return {"top-5": share(right, len(rows))}
+
+
 SUMMARIES: dict[str, Summary] = {
     "cider": Summary(("CIDEr",), cider.cider, check=cider.check),
     "circular": Summary(("circular", "plain"), circular),
@@ -220,6 +234,7 @@ SUMMARIES: dict[str, Summary] = {
     "mmmu": Summary((*DISCIPLINES, "options", "open", "unread"), whole=mmmu),
     "roc_auc": Summary(("ROC AUC",), roc_auc),
     "seedbench": Summary(("image", "video"), whole=seedbench),
+    "top_5": Summary(("top-5",), top_5),
     "yes_no": Summary(("precision", "recall", "F1", "yes", "neither", "mean F1"), yes_no, _mean_f1),
 }
 """``yes_no``: the mean F1 is that of the groups, which Bunny's tables have for POPE."""

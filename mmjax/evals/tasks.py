@@ -53,7 +53,7 @@ class Task:
     train: training records (or their description), from which blind baselines are made: the most
         frequent answer, and the most frequent answer to the same question; train_limit: so many of
         them at most, evenly spread.
-    chance: accuracy of guessing; None works it out for multiple choice. group: the key of
+    chance: accuracy of guessing; None works it out for options. group: the key of
         ``meta`` by which accuracy is broken down. pictures: how many the report shows.
     """
 
@@ -115,6 +115,11 @@ class Task:
             raise MMJaxError(
                 f"task {self.name}: summary 'roc_auc' is of the last of a task's options; give "
                 "rank and options, such as ('no', 'yes')"
+            )
+        if self.summary == "top_5" and (self.rank is None or self.is_multiple_choice):
+            raise MMJaxError(
+                f"task {self.name}: summary 'top_5' is of the texts of ranked options; give "
+                "rank='mean_likelihood' and scorer='exact_match_strict'"
             )
         if self.rank is not None and self.cut is not None:
             raise MMJaxError(
