@@ -190,6 +190,18 @@ class CheckpointManager:
             )
         self._drop(step, size, reason)
 
+    def end(self) -> None:
+        """Let a save under way reach the disk where an error ends the run; says that it waits.
+
+        Of several processes one that fails alone must not wait for the others: there it is cut off.
+        """
+        if self._saving is None or jax.process_count() > 1:
+            return
+        if self._manager.is_saving_in_progress():
+            self.warn(f"an error ends the run; step {self._saving[0]} is saved first")
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+            self.wait()
+
     def require(self, step: int) -> None:
         """Wait for the last save; raises MMJaxError if ``step`` is not on disk afterwards."""
         if step and self.newest() != step:

@@ -98,7 +98,8 @@ def toy_flamingo(recipe: dict[str, Any]) -> dict[str, Any]:
         "data": {
             **toy["data"],
             "sources": {name: picture for name in recipe["data"]["sources"]},
-            **dict(seq_len=128, max_patches=4),
+            # In a document the question is learnt, too.
+            **dict(seq_len=128, max_patches=4, max_targets=32),
         },
         "optim": {**recipe["optim"], "warmup": 0.1},
         "eval": {**toy["eval"], "template": asked},

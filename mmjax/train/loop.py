@@ -67,6 +67,9 @@ def run(settings: RunSettings, workdir: str | Path) -> dict[str, float]:
                     profile.before(step, training.state)
                     if not training.step(step):
                         break
+        except Exception:
+            training.checkpoints.end()
+            raise
         finally:
             training.reports.line.close()  # gives the terminal back, whatever happened
         profile.close(training.state)

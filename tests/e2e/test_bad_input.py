@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import mmjax
 from convert_weights import inspect, to_hf, to_jax
+from mmjax.checkpoint import CheckpointManager, find_step
 from mmjax.cli import run_guarded
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import loop
@@ -147,6 +148,28 @@ def test_the_run_fails_above_the_configured_share(tmp_path):
     text = str(error.value)
     assert "training samples were unusable" in text and "allowed 30.0%" in text
     assert "max_bad_share" in text and "skipped.jsonl" in text and "corrupt_image" in text
+
+
+def test_an_error_behind_a_save_loses_nothing_of_it(tmp_path, monkeypatch):
+    """A save goes on in the background, and the end of the process would cut it off."""
+    waited, wait, take = [], CheckpointManager.wait, loop.Training._next_batch
+
+    def noted(self):
+        waited.append(self._saving and self._saving[0])
+        wait(self)
+
+    def once(self, step):
+        if step:
+            raise MMJaxError("no further batch")
+        return take(self, step)
+
+    monkeypatch.setattr(CheckpointManager, "wait", noted)
+    monkeypatch.setattr(loop.Training, "_next_batch", once)
+    run = settings(write_data(tmp_path / "data"))
+    every = dataclasses.replace(run, checkpoint=CheckpointSettings(every=1, export=False))
+    with pytest.raises(MMJaxError, match="no further batch"):
+        loop.run(every, tmp_path / "run")
+    assert waited == [None, 1] and find_step(tmp_path / "run")[1] == 1
 
 
 def test_data_without_one_good_sample_ends_at_once(tmp_path):

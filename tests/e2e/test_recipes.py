@@ -14,6 +14,7 @@ import mmjax
 from convert_weights import to_hf
 from mmjax.config import resolve_recipe
 from mmjax.data.catalog import make_source, make_sources
+from mmjax.data.check import check
 from mmjax.data.resizing import list_resolutions
 from mmjax.models.bunny.config import BunnyConfig
 from mmjax.parallel.mesh import make_mesh
@@ -244,6 +245,13 @@ def test_a_toy_is_the_one_that_goes_all_the_way(name):
     assert {k for k in one.data if one.data[k] != other.data[k]} <= {"resolutions"}
     assert {k for k in one.model if one.model[k] != other.model[k]} <= {"plan_config"}
     assert {k for k in one.lora if one.lora[k] != other.lora[k]} <= {"rank", "alpha", "targets"}
+
+
+@pytest.mark.parametrize("name", [p.stem for p in RECIPES if p.stem not in SAME_TOY])
+def test_a_toy_fits_all_of_its_data(name):
+    """Two steps do not meet what is seldom: a toy has to go all of its own steps."""
+    settings = to_dataclass(RunSettings, resolve_recipe(f"{ROOT}/configs/{name}.py:quick"))
+    assert {r.name: dict(r.counts) for r in check(settings, limit=30) if r.counts} == {}
 
 
 @pytest.mark.parametrize(
