@@ -214,7 +214,9 @@ def _adafactor(settings: OptimSettings) -> optax.GradientTransformation:
     """Adafactor (Shazeer & Stern 2018) with an absolute learning rate and decoupled decay.
 
     ``optax.adafactor`` would decay by ``weight_decay`` a step whatever the learning rate, and
-    would not factor [l, d, n, h]: its heads are shorter than 128. Here kernels are matrices.
+    would not factor [l, d, n, h]: its heads are shorter than 128. Here kernels are matrices. The
+    momentum is corrected for its start at zero, as AdamW's; optax's and transformers' are not,
+    and take smaller first steps.
     """
     second = matrices.on_matrices(optax.chain(optax.scale_by_factored_rms(), _clip_rms(1.0)))
     if not settings.b1:
