@@ -20,10 +20,16 @@ from mmjax.generate.loop import Generator, check_cache_dtype, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.models.api import Config, Processor
 from mmjax.parallel.mesh import use
+from mmjax.prompts import (
+    Images,
+    Prompt,
+    as_record,
+    asking_template,
+    image_list,
+    is_conversation,
+    pair,
+)
 from mmjax.types import Example, ImageSource, MMJaxError, is_count
-
-Prompt = str | Sequence[int]
-Images = ImageSource | Sequence[ImageSource] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +42,7 @@ class LoadedModel:
     bytes that stay on each device beside the model, as an optimizer's state while a run trains
     or a second model.
     generation: generation_config.json, which an export takes along; of it ``ends`` alone count
-    here.
+    here. template: the name of the template that its run asked its tasks in, as far as it is known.
     """
 
     family: str
@@ -47,18 +53,22 @@ class LoadedModel:
     ends: tuple[int, ...] = ()
     beside: int = 0
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template: str | None = None
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(self.model)
 
-    def encode(self, prompt: Prompt, images: Images = None) -> Example:
+    def encode(
+        self, prompt: Prompt, images: Images = None, *, template: str | None = None
+    ) -> Example:
         """Encode one prompt: a string, or token ids that are used as they are.
 
         images: one image or a list: paths, bytes, PIL images, uint8 arrays, or processed float
-            arrays. Raises MMJaxError for token ids outside the vocabulary.
+            arrays. template: see ``generate``. Raises MMJaxError for token ids outside the
+            vocabulary.
         """
-        example = self.processor.encode_prompt(prompt, image_list(images))
+        example = self._encoded(prompt, image_list(images), template)
         size = self.config.vocab_size
         if not len(example["tokens"]):
             raise MMJaxError("the prompt is empty: give it at least one token")
@@ -70,6 +80,20 @@ class LoadedModel:
                 "its tokenizer belongs to another model"
             )
         return example
+
+    def _encoded(self, prompt: Prompt, images: list[ImageSource], template: str | None) -> Example:
+        if template is None:
+            if is_conversation(prompt):
+                raise MMJaxError(
+                    "the prompt is a conversation: give the template that lays it out, the one "
+                    f"this model was trained in{f', {self.template}' if self.template else ''}"
+                )
+            return self.processor.encode_prompt(prompt, images)
+        lay_out = asking_template(template)
+        if (check := getattr(self.processor, "check_template", None)) is not None:
+            check(lay_out)
+        record = as_record(prompt, images)
+        return self.processor.encode(lay_out(record), record.images)
 
     def generate(
         self,
@@ -91,6 +115,7 @@ class LoadedModel:
         min_new_tokens: int = 0,
         stop: int | str | Sequence[int | str] = (),
         cache_dtype: str | None = None,
+        template: str | None = None,
     ) -> list[str] | list[list[str]]:
         """Answer prompts, greedily at temperature 0; returns one text a prompt.
 
@@ -106,10 +131,14 @@ class LoadedModel:
         cache_dtype: "int8" keeps the keys and values of earlier tokens in about half of bfloat16's
             memory, and may choose otherwise between tokens that are nearly as likely; "float32",
             "bfloat16", "float16", or None for the dtype of the computation. See docs/memory.md.
+        template: a name in ``mmjax.data.templates.TEMPLATES``: a prompt is then a question, or a
+            list of ``mmjax.Message`` that ends with one, and is asked in the template's words;
+            ``<image>`` marks say where images stand. A template that trains, ``*_chat``, asks as
+            its ``*_prompt``. None: prompts stand as they are.
         """
         prompts, images = pair(prompts, images)
         tokens = self.generate_tokens(
-            [self.encode(p, i) for p, i in zip(prompts, images, strict=True)],
+            [self.encode(p, i, template=template) for p, i in zip(prompts, images, strict=True)],
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
@@ -232,9 +261,11 @@ class LoadedModel:
             ids.append(int(number))
         return tuple(dict.fromkeys(ids))
 
-    def logits(self, prompt: Prompt, images: Images = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return (tokens int32[t], logits float32[t, v]) of one prompt."""
-        example = self.encode(prompt, images)
+    def logits(
+        self, prompt: Prompt, images: Images = None, *, template: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens int32[t], logits float32[t, v]) of one prompt; see ``generate``."""
+        example = self.encode(prompt, images, template=template)
         self._check_positions([example], 1)
         graphdef, params = self._split
         batch, lengths = pad_batch([example])
@@ -287,41 +318,3 @@ def batches(examples: Sequence[Example], size: int) -> list[list[int]]:
         some.sort(key=lambda i: len(examples[i]["tokens"]))
         out += [some[start : start + size] for start in range(0, len(some), size)]
     return out
-
-
-def image_list(images: Images) -> list[ImageSource]:
-    """Return the images of one prompt as a list."""
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def pair(prompts: Any, images: Any) -> tuple[list[Prompt], list[Any]]:
-    """Return prompts and their images as two lists of equal length.
-
-    One prompt is a string or a sequence of ints; several prompts are a sequence of those.
-    """
-    if hasattr(prompts, "__array__"):  # of numpy, jax or torch, whose numbers are arrays themselves
-        prompts = np.asarray(prompts)
-    listed = prompts.ndim if isinstance(prompts, np.ndarray) else isinstance(prompts, Sequence)
-    if not listed:
-        raise MMJaxError(
-            f"prompts are {prompts!r:.60}; give a string, a list of token ids, or a list of these"
-        )
-    single = isinstance(prompts, str) or (
-        len(prompts) > 0 and all(isinstance(x, int | np.integer) for x in prompts)
-    )
-    if single:
-        return [prompts], [images]
-    prompts = list(prompts)
-    if images is None:
-        return prompts, [None] * len(prompts)
-    # One image is not a list of them, though a path can be taken apart.
-    several = isinstance(images, Sequence | np.ndarray) and not isinstance(images, str | bytes)
-    images = list(images) if several else [images]
-    if len(images) != len(prompts):
-        raise MMJaxError(
-            f"there are {len(prompts)} prompts and images for {len(images)}; give one entry a "
-            "prompt: an image, a list of images, or None"
-        )
-    return prompts, images

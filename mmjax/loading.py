@@ -86,8 +86,8 @@ def load(
         values = pretrained.read_params(opened, wanted, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
     ends = stated_ends(opened.folders, config.vocab_size)
-    generation = stated_generation(opened.folders)
-    return LoadedModel(family.name, config, model, own, mesh, ends, generation=generation)
+    noted = dict(generation=stated_generation(opened.folders), template=opened.template)
+    return LoadedModel(family.name, config, model, own, mesh, ends, **noted)
 
 
 def _mesh(given: jax.sharding.Mesh | Mapping[str, int] | None) -> jax.sharding.Mesh:

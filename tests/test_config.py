@@ -242,7 +242,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(recipe, tmp_path):
             for x in ["average", "from_run", "inspect", "merge", "to_hf", "to_jax"]
         ),
         *("mmjax.data.emoji", "mmjax.data.mmc4_to_webdataset", "mmjax.data.regroup_parquet"),
-        *("mmjax.data.to_array_record", "mmjax.evals.compare"),
+        *("mmjax.ask", "mmjax.data.to_array_record", "mmjax.evals.compare"),
     ],
 )
 def test_help_shows_a_command_as_it_is_typed(name, capsys):

@@ -16,10 +16,11 @@ from transformers import FuyuForCausalLM
 
 import mmjax
 from convert_weights import to_hf, to_jax
-from mmjax.loaded import LoadedModel, image_list
+from mmjax.loaded import LoadedModel
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.models.fuyu.processor_config import ProcessorConfig
 from mmjax.parallel.mesh import make_mesh
+from mmjax.prompts import image_list
 from mmjax.types import BadSample, MMJaxError
 from tests.parity import peer
 from tests.tiny_tokenizer import build_tiny_tokenizer

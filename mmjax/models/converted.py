@@ -60,7 +60,9 @@ def open_converted(path: Path, hf: dict[str, Any]) -> Pretrained:
     config = family.Config.from_hf(hf)
     noted = tuple(about.get("trained", ()))
     return Pretrained(
-        path, "mmjax", family, hf, config, reader, same, (), lora, (path,), trained=noted
+        *(path, "mmjax", family, hf, config, reader, same, (), lora, (path,)),
+        trained=noted,
+        template=about.get("template"),
     )
 
 
@@ -114,7 +116,7 @@ def write_converted(
         store.close()
         copy_companions(opened.folders, folder)
         hf = with_all_ends(opened.config.to_hf(), opened.hf_config)
-        _write_config(folder, opened.family, hf, opened.lora, opened.trained)
+        _write_config(folder, opened.family, hf, opened.lora, opened.trained, opened.template)
 
 
 def save_model(
@@ -125,14 +127,15 @@ def save_model(
     config: Any,
     lora: LoRA | None = None,
     trained: Sequence[str] = (),
+    template: str | None = None,
     folders: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> None:
     """Write parameters in memory, by dotted name, as a folder that ``mmjax.load`` reads.
 
     params: the arrays, or what reads them slice by slice, as ``views.MultipliedOut``.
-    trained: see ``Pretrained``. folders: where to copy tokenizer and processor files from; the
-    first that has one wins.
+    trained, template: see ``Pretrained``. folders: where to copy tokenizer and processor files
+    from; the first that has one wins.
     Of several processes all must call it: they bring the slices together, and the first writes.
     """
     source = params if isinstance(params, Arrays) else Arrays(params)
@@ -153,7 +156,7 @@ def save_model(
             store.write(name, index, source.read(name, index))
         store.close()
         copy_companions(folders, folder)
-        _write_config(folder, family, config.to_hf(), lora, trained)
+        _write_config(folder, family, config.to_hf(), lora, trained, template)
 
 
 def _write_config(
@@ -162,10 +165,13 @@ def _write_config(
     hf: Mapping[str, Any],
     lora: LoRA | None,
     trained: Sequence[str],
+    template: str | None,
 ) -> None:
     about = {"version": mmjax.__version__, "format": FORMAT, "family": family.name}
     if lora is not None:
         about["lora"] = dataclasses.asdict(lora)
         about["trained"] = list(trained)
+    if template is not None:
+        about["template"] = template
     text = json.dumps({**hf, "mmjax": about}, indent=2)
     (folder / "config.json").write_text(text + "\n", "utf-8")

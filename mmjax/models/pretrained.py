@@ -38,7 +38,7 @@ class Pretrained:
     tokens that are new; else None.
     folders: where its companion files lie, the nearest first. options: of the processor, where its
     files do not tell them. trained: glob patterns of what was trained whole beside ``lora``, as far
-    as the folder notes it.
+    as the folder notes it. template: the name of the one that its run asked in, noted likewise.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class Pretrained:
     rows: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     trained: tuple[str, ...] = ()
+    template: str | None = None
 
 
 def check(opened: Pretrained, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, R.Shape]:

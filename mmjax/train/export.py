@@ -48,6 +48,7 @@ def export_model(
             config=model.config if after is None else after(trained),
             lora=lora,
             trained=tuple(noted),
+            template=model.template,
             folders=(Path(folder),),
             overwrite=overwrite,
         )

@@ -260,4 +260,4 @@ class Training:
         plan = self._design.plan
         model = nnx.merge(self._graphdef, self.state.params, self.frozen)
         beside = sum(x.nbytes for x in jax.tree.leaves(self.state.opt)) // self._mesh.size
-        return answering(plan, model, self._mesh, beside)
+        return answering(plan, model, self._mesh, self.settings, beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,20 +19,30 @@ from mmjax.train.design import Design, make_design
 from mmjax.train.export import export_model
 from mmjax.train.initial import init_frozen
 from mmjax.train.settings import ModelSettings, RunSettings
+from mmjax.train.tasks import template_of
 from mmjax.train.workdir import read_config
 from mmjax.types import MMJaxError
 from mmjax.weights.writer import check_destination
 
 
 def answering(
-    plan: Blueprint, model: nnx.Module, mesh: jax.sharding.Mesh, beside: int = 0
+    plan: Blueprint,
+    model: nnx.Module,
+    mesh: jax.sharding.Mesh,
+    settings: RunSettings,
+    beside: int = 0,
 ) -> LoadedModel:
     """Return a run's model as ``mmjax.load`` would return its export: with the same end tokens.
 
     beside: see ``LoadedModel``.
     """
+    template = None
+    with contextlib.suppress(MMJaxError):  # trained in words that do not tell how to ask
+        template = template_of(settings)
     return LoadedModel(
-        plan.family, plan.config, model, plan.processor, mesh, plan.ends, beside, plan.generation
+        *(plan.family, plan.config, model, plan.processor, mesh, plan.ends, beside),
+        generation=plan.generation,
+        template=template,
     )
 
 
@@ -46,7 +57,7 @@ def open_step(
         values = checkpoint.load_params(workdir, step, paths.flatten(trained))
         frozen = init_frozen(design.plan, design.settings, outline, mesh)
         model = nnx.merge(outline.graphdef, paths.replace(trained, values), frozen)
-    return design, answering(design.plan, model, mesh)
+    return design, answering(design.plan, model, mesh, settings)
 
 
 def export_step(

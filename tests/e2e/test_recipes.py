@@ -292,6 +292,7 @@ def test_a_recipe_goes_all_the_way(file, tmp_path):
     if file.stem not in EXPORTED:
         return
     loaded = mmjax.load(workdir / "model")
+    assert loaded.template == tasks.template_of(settings)
     record = make_source(next(iter(settings.data.sources.values())))[0]
     question, images = record.messages[0].text, list(record.images)
     answers = loaded.generate([question], [images], max_new_tokens=3)

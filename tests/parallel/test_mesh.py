@@ -158,6 +158,7 @@ class Device:
     id: int
     process_index: int
     client = None
+    platform = device_kind = "cpu"
 
 
 @pytest.mark.parametrize(
