@@ -153,7 +153,19 @@ def run_eval(
     runtime.enable_compilation_cache()
     model, step = open_model(path, settings, weights=weights)
     check_processor(settings, model.processor)
+    _tell_other_words(model, settings)
     return full(model, settings, folder, step=step, checkpoint_name=str(path))
+
+
+def _tell_other_words(model: LoadedModel, settings: RunSettings) -> None:
+    """Warn where a model is asked in another template than its run asked it in."""
+    asked = template_of(settings)
+    if model.template not in (None, asked) and jax.process_index() == 0:
+        print(
+            f"warning: this model's run asked it in {model.template}, and this recipe asks in "
+            f"{asked}; --config.eval.template={model.template} asks as it was trained",
+            file=sys.stderr,
+        )
 
 
 def _is_run(path: Path) -> bool:

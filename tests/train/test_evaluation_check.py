@@ -224,6 +224,20 @@ def test_a_resolution_that_the_processor_never_shows_is_told_at_the_start(tmp_pa
     tasks.check(given, model.processor.with_options(max_height=None))
 
 
+def test_a_model_asked_in_other_words_than_its_runs_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "full", lambda *_, **__: {})
+    (tmp_path / "model").mkdir()
+    for noted in (None, "fuyu_prompt", "fuyu_spaced_prompt"):
+        model = LoadedModel("", None, nnx.Dict({}), FuyuProcessor(), None, template=noted)
+        monkeypatch.setattr(evaluation, "open_model", lambda *_, model=model, **__: (model, None))
+        evaluation.run_eval(settings(), str(tmp_path / "model"), str(tmp_path / "out"))
+        told = capsys.readouterr().err
+        assert ("asked it in fuyu_spaced_prompt, and this recipe asks in fuyu_prompt" in told) == (
+            noted == "fuyu_spaced_prompt"
+        )
+        assert bool(told) == (noted == "fuyu_spaced_prompt")
+
+
 def trained(by, **changes):
     return RunSettings(data=DataSettings(template=by), eval=EvalSettings(**changes))
 
