@@ -11,10 +11,10 @@ are those of the first SRC.
 
 import sys
 
-from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_parts, open_source
 from mmjax.cli import Parser, run_guarded
 from mmjax.models import averages, converted, pretrained
+from mmjax.monitor.transfer import bar, gigabytes
 from mmjax.parallel.mesh import use
 from mmjax.types import MMJaxError
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convert_weights.progress import gigabytes
 from convert_weights.sources import add_source, open_source
 from mmjax.cli import Parser, run_guarded
 from mmjax.models import pretrained
+from mmjax.monitor.transfer import gigabytes
 from mmjax.parallel.mesh import use
 from mmjax.weights import rules as R
 

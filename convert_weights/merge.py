@@ -9,10 +9,10 @@ To merge for PyTorch, use convert_weights.to_hf, which merges by itself.
 
 import sys
 
-from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_overwrite, add_source, open_source
 from mmjax.cli import Parser, run_guarded
 from mmjax.models import converted, pretrained
+from mmjax.monitor.transfer import bar, gigabytes
 from mmjax.parallel.mesh import use
 
 

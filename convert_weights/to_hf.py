@@ -11,10 +11,10 @@ are, or with --layout projector as mm_projector.bin, which its first stage train
 
 import sys
 
-from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
 from mmjax.cli import Parser, run_guarded
 from mmjax.models import exports, pretrained
+from mmjax.monitor.transfer import bar, gigabytes
 from mmjax.parallel.mesh import use
 
 

@@ -12,10 +12,10 @@ memory needed does not grow with the model.
 
 import sys
 
-from convert_weights.progress import bar, gigabytes
 from convert_weights.sources import add_dtype, add_overwrite, add_source, open_source
 from mmjax.cli import Parser, run_guarded
 from mmjax.models import converted, pretrained
+from mmjax.monitor.transfer import bar, gigabytes
 from mmjax.parallel.mesh import use
 
 

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.model} does not tell in which words it was trained, and a conversation needs "
             f"them: give --template, one of {known}; or one question, which is asked as it stands"
         )
-    model = load(args.model, args.dtype, weights=args.weights, **where)
+    model = load(args.model, args.dtype, weights=args.weights, progress=True, **where)
     options = {
         name: getattr(args, name)
         for name in ("max_new_tokens", "temperature", "top_p", "num_beams", "seed")

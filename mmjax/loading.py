@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from mmjax.nn.linear import DTypes
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.parallel.sharding import MESH_AXES, check_divides, parameter_shardings
 from mmjax.types import MMJaxError
+from mmjax.weights.load import Reading
 
 _WHOLE = ("vision.", "projector.")  # what a model sees with is small, and stays unrounded
 
@@ -32,6 +34,7 @@ def load(
     base: str | os.PathLike | None = None,
     weights: str | None = None,
     processor: Mapping[str, Any] | None = None,
+    progress: bool = False,
     **parts: str | os.PathLike | None,
 ) -> LoadedModel:
     """Load a converted folder or a PyTorch checkpoint, ready to answer.
@@ -50,6 +53,7 @@ def load(
         tower and a projector stay in ``dtype``, as Bunny's 4-bit training leaves them.
     processor: settings that replace those of the folder, as ``model.processor`` of a run does, such
         as ``{"frames": 16}`` for a video model.
+    progress: show on stderr how far the weights are read, those of 256 MiB and more.
     parts: ``lm=``, ``vision=`` and so on, where a file of the trained parts leaves out the
         others; see ``mmjax.models.parts.Parts``.
     Raises MMJaxError for a folder that is missing, half-written, damaged or of no known family, and
@@ -83,7 +87,8 @@ def load(
         each = None
         if weights is not None:
             wanted, each = quantized.while_loading(abstract, wanted, dtype)
-        values = pretrained.read_params(opened, wanted, each=each)
+        with _showing(progress) as reading:
+            values = pretrained.read_params(opened, wanted, progress=reading, each=each)
         model = nnx.merge(graphdef, paths.replace(abstract, values))
     ends = stated_ends(opened.folders, config.vocab_size)
     noted = dict(generation=stated_generation(opened.folders), template=opened.template)
@@ -102,6 +107,14 @@ def _mesh(given: jax.sharding.Mesh | Mapping[str, int] | None) -> jax.sharding.M
             "of mmjax.parallel.mesh.make_mesh"
         )
     return given
+
+
+def _showing(progress: bool) -> contextlib.AbstractContextManager[Reading | None]:
+    if not progress:
+        return contextlib.nullcontext()
+    from mmjax.monitor.transfer import reading_bar  # not on a bare machine
+
+    return reading_bar("reading the weights", shown=jax.process_index() == 0)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -19,7 +19,7 @@ from mmjax.nn import paths
 from mmjax.nn.linear import DTypes, LoRA
 from mmjax.types import MMJaxError
 from mmjax.weights import rules as R
-from mmjax.weights.load import Each, Progress, load_params
+from mmjax.weights.load import Each, Reading, load_params
 from mmjax.weights.reader import Reader
 
 _LAYER = re.escape("{l}")
@@ -118,12 +118,12 @@ def read_params(
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
     only: Collection[str] | None = None,
-    progress: Progress | None = None,
+    progress: Reading | None = None,
     each: Each | None = None,
 ) -> dict[str, jax.Array]:
     """Load a model's parameters in the dtypes and onto the shardings of ``abstract``.
 
-    only, each: as for ``load_params``. LoRA leaves that it does not have, and what
+    only, progress, each: as for ``load_params``. LoRA leaves that it does not have, and what
     ``fresh`` names, are left out of the result: they start from their own initial values. Raises
     WeightsMismatch when keys or shapes differ otherwise.
     """

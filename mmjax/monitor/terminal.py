@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-_PLAIN_EVERY = 10.0  # seconds between plain lines, so that a log file stays readable
+PLAIN_EVERY = 10.0  # seconds between plain lines, so that a log file stays readable
 _BAR = 16  # columns of the bar before the live line, where the terminal has room for both
 
 
@@ -102,7 +102,7 @@ class LiveLine:
         enabled: bool = True,
         alone: bool = True,
         console: Console | None = None,
-        plain_every: float = _PLAIN_EVERY,
+        plain_every: float = PLAIN_EVERY,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total_steps, self.enabled = total_steps, enabled
@@ -230,7 +230,7 @@ def track(
         yield item
         done += size(item)
         now = clock()
-        if now - printed >= _PLAIN_EVERY:
+        if now - printed >= PLAIN_EVERY:
             left = (now - start) / done * (total - done) if done else None
             message = f"{label}  {done}/{total}  eta {human_time(left)}"
             print(message, file=console.file, flush=True)

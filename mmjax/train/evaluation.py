@@ -124,7 +124,8 @@ def open_model(
         holds = opening.open_pretrained(path).family.name
         check_family(f"--checkpoint {path}", holds, settings.model.family)
         mesh, processor = make_mesh(settings.mesh), settings.model.processor
-        return load(path, mesh=mesh, weights=weights, processor=processor), None
+        options = dict(weights=weights, processor=processor, progress=True)
+        return load(path, mesh=mesh, **options), None
     if weights is not None:
         raise MMJaxError(
             f"--weights={weights} is for model folders and {path} is a run's; give the folder that "

@@ -9,6 +9,7 @@ from flax import nnx
 
 from mmjax.models import pretrained
 from mmjax.models.views import is_lora
+from mmjax.monitor.transfer import reading_bar
 from mmjax.nn import paths, quantized
 from mmjax.train import adapters, vocabulary
 from mmjax.train import state as train_state
@@ -66,7 +67,10 @@ def _values(
             axes = vocabulary.vocabulary_axes((outline.state.params, outline.frozen))
             read = vocabulary.shortened(wanted, axes, plan.source_rows, mesh)
             each = vocabulary.while_loading(axes, wanted, each)
-        values = pretrained.read_params(plan.source, read, only=names, each=each)
+        with reading_bar("reading the weights", shown=jax.process_index() == 0) as progress:
+            values = pretrained.read_params(
+                plan.source, read, only=names, progress=progress, each=each
+            )
     values |= {name: x for name, x in earlier.items() if name in names}
     # What neither the model nor the earlier run has, such as adapters and untrained parts.
     return values | train_state.drawn(plan.make, {n: every[n] for n in names if n not in values})

@@ -16,6 +16,9 @@ from mmjax.weights.reader import Reader
 Progress = Callable[[int], None]
 """Told the bytes of each piece that has gone through."""
 
+Reading = Callable[[int, int], None]
+"""Told the bytes of each piece that was read, and how many this process reads in all."""
+
 Each = Callable[[str, jax.Array], dict[str, jax.Array]]
 """Turns (path, parameter) into the parameters to keep, by path."""
 
@@ -27,7 +30,7 @@ def load_params(
     *,
     only: Collection[str] | None = None,
     ignore: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Reading | None = None,
     each: Each | None = None,
 ) -> dict[str, jax.Array]:
     """Read every parameter of ``abstract`` in its dtype and onto its sharding.
@@ -41,21 +44,37 @@ def load_params(
     """
     R.check(rules, {path: tuple(a.shape) for path, a in abstract.items()}, reader, ignore)
     table = R.by_ours(rules, abstract)
-    params = {}
-    for path, leaf in abstract.items():
-        if only is not None and path not in only:
-            continue
-        value = _load_leaf(table[path], reader, leaf, progress or (lambda n: None))
+    params, wanted = {}, {p: x for p, x in abstract.items() if only is None or p in only}
+    total = 0 if progress is None else sum(map(_bytes_here, wanted.values()))
+
+    def tell(n: int) -> None:
+        if progress is not None:
+            progress(n, total)
+
+    for path, leaf in wanted.items():
+        value = _load_leaf(table[path], reader, leaf, tell)
         params |= {path: value} if each is None else each(path, value)
     return params
 
 
-def _load_leaf(rule: R.Rule, reader: Reader, leaf: jax.ShapeDtypeStruct, progress) -> jax.Array:
+def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    if (given := getattr(leaf, "sharding", None)) is not None:
+        return given
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
+    """Count the bytes that this process reads of a parameter: what is replicated, once."""
     shape = tuple(leaf.shape)
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        device = jax.config.jax_default_device or jax.local_devices()[0]
-        sharding = jax.sharding.SingleDeviceSharding(device)
+    cut = _sharding(leaf).addressable_devices_indices_map(shape).values()
+    parts = {tuple((p.start, p.stop) for p in R.whole(index, shape)) for index in cut}
+    size = sum(math.prod(stop - start for start, stop in part) for part in parts)
+    return size * np.dtype(leaf.dtype).itemsize
+
+
+def _load_leaf(rule: R.Rule, reader: Reader, leaf: jax.ShapeDtypeStruct, progress) -> jax.Array:
+    shape, sharding = tuple(leaf.shape), _sharding(leaf)
     made: dict[tuple, jax.Array] = {}
     shards = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():

@@ -14,9 +14,9 @@ from transformers import FuyuConfig, FuyuForCausalLM
 
 import mmjax
 from convert_weights import inspect, to_hf, to_jax
-from convert_weights.progress import gigabytes
 from mmjax.generate.loop import pad_batch
 from mmjax.models import converted, opening, pretrained
+from mmjax.monitor.transfer import gigabytes
 from mmjax.nn.linear import LoRA
 from mmjax.parallel.mesh import make_mesh, use
 from mmjax.types import MMJaxError

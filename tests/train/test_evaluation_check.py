@@ -125,7 +125,7 @@ def test_a_model_folder_is_asked_on_the_mesh_and_with_the_processors_settings(
     ((path, options), step) = evaluation.open_model(tmp_path, given, weights="int8")
     mesh = options.pop("mesh")
     assert (mesh.shape["tensor"], mesh.size) == (2, jax.device_count())
-    assert options == {"weights": "int8", "processor": {"frames": 16}}
+    assert options == {"weights": "int8", "processor": {"frames": 16}, "progress": True}
     assert path == tmp_path and step is None
     held.family.name = "flamingo"
     with pytest.raises(
