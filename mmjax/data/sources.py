@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from mmjax.data.conversations import bad_record, read_turns, shown
 from mmjax.data.jsonl import IndexedJson
 from mmjax.data.templates import IMAGE_MARK
 from mmjax.types import BadSample, ImageSource, Message, MMJaxError, Record
@@ -32,17 +33,6 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-_ROLES = {
-    "conversations": {"system": "system", "human": "user", "gpt": "assistant"},
-    "messages": {"system": "system", "user": "user", "assistant": "assistant"},
-}
-_FIELDS = {"conversations": ("from", "value"), "messages": ("role", "content")}
-_NEXT = {
-    None: ("system", "user", "assistant"),
-    "system": ("user", "assistant"),
-    "user": ("assistant",),
-    "assistant": ("user",),
-}
 _ELSEWHERE = ("image_path", "image_paths", "image_file", "image_url", "img", "img_path", "video")
 """Names that people give to pictures and videos, and that are not read."""
 _IMAGE_PATH = "<img_path>"
@@ -127,7 +117,7 @@ def parse_record(
         reason = f"has both {' and '.join(forms)}" if forms else "misses 'conversations'"
         near = difflib.get_close_matches("conversations", value, n=1)
         hint = f"; is {near[0]!r} a slip of the pen?" if near and not forms else ""
-        raise _bad(
+        raise bad_record(
             where,
             f"the record {reason} (found {found}){hint}; give exactly one of 'conversations', "
             "'messages', 'question', or 'input' with 'output'",
@@ -139,7 +129,12 @@ def parse_record(
     elif forms[0] == "question":
         messages = _question(value, where)
     else:
-        messages = _turns(value[forms[0]], forms[0], where)
+        messages, named = read_turns(value[forms[0]], forms[0], where)
+        if named and images:
+            raise bad_record(
+                where, f"pictures stand in {forms[0]!r} and in a field of their own; keep one"
+            )
+        images = tuple(str(image_root / name) for name in named) or images
     marks = sum(m.text.count(IMAGE_MARK) for m in messages)
     texts = "input" if forms[0] == "output" else forms[0]
     if marks not in (0, len(images)):
@@ -156,74 +151,18 @@ def parse_record(
     return Record(messages, images, meta)
 
 
-def _turns(turns: Any, form: str, where: str) -> tuple[Message, ...]:
-    """Read a list of turns: a system message at most first, then user and assistant in turn.
-
-    An answer before the first question is left out, as LLaVA's loaders do: pieces of long
-    conversations begin with one.
-    """
-    if not isinstance(turns, list) or not turns:
-        raise _bad(where, f"{form!r} is {_show(turns)}; expected a list of at least one turn")
-    who, what = _FIELDS[form]
-    messages: list[Message] = []
-    for i, turn in enumerate(turns):
-        field = f"{form}[{i}]"
-        if not isinstance(turn, dict):
-            raise _bad(where, f"{field!r} is {_show(turn)}; expected an object")
-        if form == "messages" and isinstance(turn.get(what), list):
-            turn = {**turn, what: _joined_parts(turn[what], f"{where}: field '{field}.{what}'")}
-        for key in (who, what):
-            if not isinstance(turn.get(key), str):
-                seen = f"is {_show(turn[key])}, not a string" if key in turn else "is missing"
-                raise _bad(where, f"field '{field}.{key}' {seen}")
-        roles = _ROLES[form]
-        if turn[who] not in roles:
-            raise _bad(
-                where, f"field '{field}.{who}' is {turn[who]!r}; expected one of {list(roles)}"
-            )
-        messages.append(Message(roles[turn[who]], turn[what]))
-        wanted = _NEXT[messages[-2].role if i else None]
-        if messages[-1].role not in wanted:
-            names = [k for k, v in roles.items() if v in wanted]
-            raise _bad(
-                where,
-                f"field '{field}.{who}' is {turn[who]!r} where {' or '.join(map(repr, names))} "
-                "must stand: turns alternate",
-            )
-    at = int(messages[0].role == "system")
-    if len(messages) > at and messages[at].role == "assistant":
-        del messages[at]
-        if len(messages) == at:
-            raise _bad(where, f"{form!r} holds an answer and no question")
-    return tuple(messages)
-
-
-def _joined_parts(parts: list[Any], where: str) -> str:
-    """Join content given as parts, {type: text, text: ...} and {type: image}, into marked text."""
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image":
-            texts.append(IMAGE_MARK)
-        else:
-            raise _bad(where, f"a part is {_show(part)}; expected type 'text' or 'image'")
-    return "".join(texts)
-
-
 def _question(value: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """Read the short form: 'question', and 'answer' or the first of 'answers' where known."""
     if not isinstance(value["question"], str):
-        raise _bad(where, f"field 'question' is {_show(value['question'])}, not a string")
+        raise bad_record(where, f"field 'question' is {shown(value['question'])}, not a string")
     messages = [Message("user", value["question"])]
     answer, answers = value.get("answer"), value.get("answers")
     if answers is None:
         if not isinstance(answer, str | None):
-            raise _bad(where, f"field 'answer' is {_show(answer)}, not a string")
+            raise bad_record(where, f"field 'answer' is {shown(answer)}, not a string")
         answers = [] if answer is None else [answer]
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise _bad(where, f"field 'answers' is {_show(answers)}; expected a list of strings")
+        raise bad_record(where, f"field 'answers' is {shown(answers)}; expected a list of strings")
     if answers:
         messages.append(Message("assistant", answers[0]))
     return tuple(messages)
@@ -239,18 +178,18 @@ def _instruct(
     texts = {name: value.get(name, "") for name in ("instruction", "input", "output")}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise _bad(where, f"field {name!r} is {_show(text)}, not a string")
+            raise bad_record(where, f"field {name!r} is {shown(text)}, not a string")
     prompt = texts["instruction"] + texts["input"]
     pieces = prompt.split(_IMAGE_PATH)
     if len(pieces) % 2 == 0:
-        raise _bad(
+        raise bad_record(
             where,
             f"field 'input' holds {len(pieces) - 1} {_IMAGE_PATH} marks; a file name stands "
             "between two of them",
         )
     names = [name.strip() for name in pieces[1::2]]
     if "" in names or (IMAGE_MARK in prompt and (names or not marks)):
-        raise _bad(where, f"field 'input' holds an empty file name or a bare {IMAGE_MARK}")
+        raise bad_record(where, f"field 'input' holds an empty file name or a bare {IMAGE_MARK}")
     # Every second piece is a file name; the mark stands where it was.
     text = "".join(piece if i % 2 == 0 else IMAGE_MARK for i, piece in enumerate(pieces))
     messages = (Message("user", text), Message("assistant", texts["output"]))
@@ -260,13 +199,13 @@ def _instruct(
 def _images(value: Mapping[str, Any], where: str, root: Path) -> tuple[str, ...]:
     """Read 'image' or 'images': absent, null, one name, or a list of names."""
     if "image" in value and "images" in value:
-        raise _bad(where, "both 'image' and 'images' are given; keep one")
+        raise bad_record(where, "both 'image' and 'images' are given; keep one")
     field = "images" if "images" in value else "image"
     names = value.get(field)
     if field not in value and (other := next(filter(value.get, _ELSEWHERE), None)):
-        raise _bad(  # or it would be trained on blindly
+        raise bad_record(  # or it would be trained on blindly
             where,
-            f"field {other!r} is {_show(value[other])}, and pictures are read from 'image' or "
+            f"field {other!r} is {shown(value[other])}, and pictures are read from 'image' or "
             "'images' alone: call it so (of a video, a list of the files of its frames), or, for "
             "text alone, write 'image': null",
         )
@@ -275,14 +214,5 @@ def _images(value: Mapping[str, Any], where: str, root: Path) -> tuple[str, ...]
     names = names if isinstance(names, list) else [names]
     for name in names:
         if not isinstance(name, str) or not name:
-            raise _bad(where, f"field {field!r} holds {_show(name)}; expected file names")
+            raise bad_record(where, f"field {field!r} holds {shown(name)}; expected file names")
     return tuple(str(root / name) for name in names)
-
-
-def _bad(where: str, message: str) -> BadSample:
-    return BadSample("bad_record", f"{where}: {message}")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -97,6 +97,54 @@ def test_content_may_be_a_list_of_parts(tmp_path):
         s[1]
 
 
+def test_parts_may_name_their_pictures(tmp_path):
+    """As datasets for Qwen2-VL, transformers' chats and OpenAI's interface have them."""
+    answer = {"role": "assistant", "content": "this"}
+
+    def asked(*parts, **more):
+        text = {"type": "text", "text": "what?"}
+        return {"messages": [{"role": "user", "content": [*parts, text]}, answer], **more}
+
+    items = [
+        asked({"type": "image", "image": "a.png"}, {"type": "image", "path": "/b.png"}),
+        asked({"type": "image_url", "image_url": {"url": "file:///c.png"}, "image": None}),
+        asked({"type": "image", "image": "a.png"}, {"type": "image"}),
+        asked({"type": "image", "image": "a.png"}, image="b.png"),
+        asked({"type": "image", "url": "https://example.org/a.png"}),
+        asked({"type": "image", "image": "a.png", "path": "b.png"}),
+        asked({"type": "image_url"}),
+    ]
+    s = JsonSource(write(tmp_path / "a.json", items))
+    assert s[0].images == (str(tmp_path / "a.png"), "/b.png")
+    assert s[0].messages[0].text == "<image><image>what?"
+    assert s[1].images == ("/c.png",) and s[1].messages[0].text == "<image>what?"
+    for i, says in enumerate(
+        [
+            "names the files of 1 pictures and leaves out those of 1; name all of them, or none",
+            "pictures stand in 'messages' and in a field of their own; keep one",
+            "a picture is 'https://example.org/a.png'; expected the name of one file",
+            r"a picture is \['a.png', 'b.png'\]; expected the name of one file",
+            r"a picture is \[\]; expected the name of one file",
+        ],
+        2,
+    ):
+        with pytest.raises(BadSample, match=says):
+            s[i]
+
+
+@pytest.mark.parametrize("form", ["conversations", "messages"])
+def test_turns_are_told_by_their_fields_not_by_the_name_of_their_list(tmp_path, form):
+    """MiniCPM-V's conversations have roles and contents; some call LLaVA's turns messages."""
+    wanted = (Message("user", "<image>q"), Message("assistant", "a"))
+    chat = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+    llava = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    items = [{form: turns, "image": "a.png"} for turns in (chat, llava, [chat[0], llava[1]])]
+    s = JsonSource(write(tmp_path / "a.json", items))
+    assert s[0].messages == s[1].messages == wanted
+    with pytest.raises(BadSample, match=rf"{form}\[1\].role' is missing"):
+        s[2]
+
+
 def test_images_named_inside_the_text(tmp_path):
     named = "<img_path>a b.png<img_path>Which is older, this or <img_path>/abs/c.png<img_path>?"
     items = [
