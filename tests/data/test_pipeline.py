@@ -9,7 +9,7 @@ from stub_processor import StubProcessor, text_of
 from mmjax.data.magnifier import MagnifierSource
 from mmjax.data.mixture import Mixture
 from mmjax.data.pipeline import make_train_iterator
-from mmjax.data.skips import Skip, SkipLog
+from mmjax.data.skips import Skip, SkipLog, listed_as
 from mmjax.data.tokenizers_small import build_word_tokenizer
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.models.fuyu.processor_config import ProcessorConfig
@@ -278,6 +278,22 @@ def test_bad_samples_of_one_id_are_all_listed(tmp_path):
     again.restore(log.state())
     again.add(2, tuple(skips))
     assert [json.loads(x)["line"] for x in path.read_text().splitlines()] == [3, 9]
+
+
+def test_what_the_list_had_no_room_for_is_listed_when_it_comes_again(tmp_path):
+    (tmp_path / "full").touch()  # no folder: as good as a full disk
+    log = SkipLog(tmp_path / "full" / "skipped.jsonl", max_bad_share=1.0)
+    log.add(2, (Skip("7", "a.json", 3, "too_long", "long"),))
+    (tmp_path / "full").unlink()
+    log.add(2, (Skip("7", "a.json", 3, "too_long", "long"),))
+    assert log.bad == 2 and log.path.read_text().count("\n") == 1
+
+
+def test_a_bad_sample_that_says_what_it_is_keeps_that():
+    for own, name in (({"id": "own"}, "own"), ({}, "record")):
+        with pytest.raises(BadSample) as found, listed_as({"id": "record"}):
+            raise BadSample("corrupt_image", "broken", own)
+        assert found.value.meta == {"id": name}
 
 
 def test_skip_log_checks_its_share():

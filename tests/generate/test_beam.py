@@ -70,6 +70,12 @@ def defined(table, prompt, penalty, stopping, limits):
     return [row[:-1] if row[-1] in ENDS else row for row in rows]
 
 
+def test_never_ranks_by_the_greatest_length_only_where_that_is_the_best():
+    """With a penalty below 0 a longer answer of the same sum has the lower score."""
+    found = [Beams(3, penalty, "never").ranking(NEW).longest for penalty in (-1.0, 0.0, 1.0)]
+    assert found == [False, False, True]
+
+
 @pytest.mark.parametrize("limits", [Constraints(), Constraints(1.0, 1, min_new_tokens=2)])
 def test_answers_are_the_best_that_end_whatever_the_rule(limits):
     answers = set()

@@ -22,7 +22,7 @@ def asked():
     """Three prompts with 3, 1 and 4 answers; one begins as another, one has uncounted tokens."""
     rng = np.random.default_rng(0)
     out = []
-    for t, patches, sizes in ((9, 3, (1, 4, 2)), (30, 0, (3,)), (17, 5, (2, 2, 5, 1))):
+    for t, patches, sizes in ((9, 3, (1, 4, 2)), (30, 0, (3,)), (17, 5, (2, 2, 19, 1))):
         tokens = [rng.integers(8, 64, n).astype(np.int32) for n in sizes]
         tokens[-1][:1] = tokens[0][:1]
         counted = [np.ones(n, bool) for n in sizes]
@@ -106,6 +106,9 @@ def test_an_answer_without_a_token_of_its_own_is_refused(mask):
 
 def test_an_answer_that_shows_an_image_is_refused():
     shows = example([1, 2, 3, 4], [0, 0, 1, 1])
+    begins = example([1, 2, 3, 4], [0, 0, 1, 1])
     shows["visual_index"][3] = 0
-    with pytest.raises(BadSample, match="an answer shows an image"):
-        continuations([example([1, 2, 5], [0, 0, 1]), shows])
+    begins["visual_index"][2:] = 0
+    for one in (shows, begins):
+        with pytest.raises(BadSample, match="an answer shows an image"):
+            continuations([example([1, 2, 5], [0, 0, 1]), one])

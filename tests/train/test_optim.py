@@ -43,6 +43,8 @@ def test_each_schedule_ends_where_it_says():
 
 def test_warm_up_may_be_a_share_or_nothing():
     assert values(warmup=0.05, at=(0, 4)) == pytest.approx([2e-3, 1e-2])
+    # Of 100 steps; as floats 0.29 * 100 is below 29.
+    assert values(warmup=0.29, at=(27, 28)) == pytest.approx([1e-2 * 28 / 29, 1e-2])
     assert values(warmup=1, at=(0,)) == pytest.approx([1e-2])  # one step, not all of them
     assert values(warmup=0, schedule="linear", at=(0, 50)) == pytest.approx([1e-2, 5e-3])
     assert values(steps=10, warmup=10, at=(9,)) == pytest.approx([1e-2])
@@ -141,6 +143,13 @@ def test_decay_is_decoupled_and_scaled_by_the_learning_rate():
     updates, _ = tx.update(zero, tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_decay_of_bfloat16_parameters_is_not_rounded_to_their_digits():
+    tx = make_optimizer(settings(weight_decay=0.1), 10)
+    params = {"kernel": jnp.full(2, 3.0, jnp.bfloat16)}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.1 * 3.0, rtol=1e-6)
 
 
 NAMES = ("adamw", "adafactor", "lion", "muon")
