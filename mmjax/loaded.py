@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.data.tokenize import token_id
+from mmjax.data.turns import Template
 from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.likelihood import Continuations, log_likelihoods
@@ -60,7 +61,7 @@ class LoadedModel:
         return nnx.split(self.model)
 
     def encode(
-        self, prompt: Prompt, images: Images = None, *, template: str | None = None
+        self, prompt: Prompt, images: Images = None, *, template: str | Template | None = None
     ) -> Example:
         """Encode one prompt: a string, or token ids that are used as they are.
 
@@ -81,7 +82,9 @@ class LoadedModel:
             )
         return example
 
-    def _encoded(self, prompt: Prompt, images: list[ImageSource], template: str | None) -> Example:
+    def _encoded(
+        self, prompt: Prompt, images: list[ImageSource], template: str | Template | None
+    ) -> Example:
         if template is None:
             if is_conversation(prompt):
                 raise MMJaxError(
@@ -115,7 +118,7 @@ class LoadedModel:
         min_new_tokens: int = 0,
         stop: int | str | Sequence[int | str] = (),
         cache_dtype: str | None = None,
-        template: str | None = None,
+        template: str | Template | None = None,
     ) -> list[str] | list[list[str]]:
         """Answer prompts, greedily at temperature 0; returns one text a prompt.
 
@@ -131,10 +134,10 @@ class LoadedModel:
         cache_dtype: "int8" keeps the keys and values of earlier tokens in about half of bfloat16's
             memory, and may choose otherwise between tokens that are nearly as likely; "float32",
             "bfloat16", "float16", or None for the dtype of the computation. See docs/memory.md.
-        template: a name in ``mmjax.data.templates.TEMPLATES``: a prompt is then a question, or a
-            list of ``mmjax.Message`` that ends with one, and is asked in the template's words;
-            ``<image>`` marks say where images stand. A template that trains, ``*_chat``, asks as
-            its ``*_prompt``. None: prompts stand as they are.
+        template: a name in ``mmjax.data.templates.TEMPLATES``, or a function like them. A prompt is
+            then a question, or a list of ``mmjax.Message`` that ends with one, and is asked in the
+            template's words; ``<image>`` marks say where images stand. A template that trains,
+            ``*_chat``, asks as its ``*_prompt``. None: prompts stand as they are.
         """
         prompts, images = pair(prompts, images)
         tokens = self.generate_tokens(
@@ -262,7 +265,7 @@ class LoadedModel:
         return tuple(dict.fromkeys(ids))
 
     def logits(
-        self, prompt: Prompt, images: Images = None, *, template: str | None = None
+        self, prompt: Prompt, images: Images = None, *, template: str | Template | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens int32[t], logits float32[t, v]) of one prompt; see ``generate``."""
         example = self.encode(prompt, images, template=template)

@@ -59,12 +59,15 @@ def pair(prompts: Any, images: Any) -> tuple[list[Prompt], list[Any]]:
     return prompts, images
 
 
-def asking_template(name: str) -> Template:
+def asking_template(name: str | Template) -> Template:
     """Return the template that asks: itself, or of one that trains, the one that asks like it.
 
-    Raises MMJaxError for an unknown name, and for one that does not tell how questions are asked.
+    A function is taken as it is. Raises MMJaxError for an unknown name, and for one that does not
+    tell how questions are asked.
     """
-    get_template(name)
+    if callable(name):
+        return name
+    get_template(str(name))
     return TEMPLATES[name if name.endswith("_prompt") else asking([name])]
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import mmjax
 from mmjax import ask
+from mmjax.data import templates
 from mmjax.loaded import LoadedModel
 from mmjax.models.fuyu.processor import FuyuProcessor
 from mmjax.models.fuyu.processor_config import ProcessorConfig
@@ -44,7 +45,7 @@ def model(folder):
     return mmjax.load(folder)
 
 
-@pytest.mark.parametrize("template", ["fuyu_prompt", "fuyu_chat"])
+@pytest.mark.parametrize("template", ["fuyu_prompt", "fuyu_chat", templates.fuyu_prompt])
 def test_a_template_asks_in_its_words(model, picture, template):
     by_hand = model.encode(f"User:{QUESTION} Assistant:", picture)["tokens"]
     for prompt in (QUESTION, f"<image>\n{QUESTION}", [Message("user", QUESTION)]):
@@ -76,6 +77,7 @@ def test_a_conversation_is_one_prompt(model, picture):
         ([1, 20], "fuyu_prompt", "token ids are used as they are: leave the template away"),
         (TURNS, None, "conversation: give the template that lays it out"),
         (QUESTION, "fuyu_promt", "did you mean 'fuyu_prompt'"),
+        (QUESTION, 3, "unknown template '3'"),
         (QUESTION, "plain", "does not tell how tasks are asked"),
         ("<image><image>", "fuyu_prompt", r"2 <image> mark\(s\) for 1 image\(s\)"),
         (TURNS[:2], "fuyu_prompt", None),  # the last answer is what is asked for
