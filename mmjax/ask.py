@@ -11,6 +11,7 @@ tells them. Without either, one question is asked as it stands, and there is no 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.question is not None:
         if template is None and sys.stderr.isatty():
             print("asked as it stands; --template lays a question out", file=sys.stderr)
-        answer = model.generate([args.question], [args.image], template=template, **options)
+        with _busy():
+            answer = model.generate([args.question], [args.image], template=template, **options)
         print(*answer)
         return
     _converse(model, Conversation(model, template, options), args.image, template)
@@ -110,10 +112,21 @@ def _converse(
             elif command.startswith("/") and not rest and len(command) > 1:
                 print_error(f"there is no {command}: {_COMMANDS}")
             elif line.strip():
-                print(conversation.ask(line.strip(), images), flush=True)
+                with _busy():
+                    answer = conversation.ask(line.strip(), images)
+                print(answer, flush=True)
                 images = []
         except MMJaxError as error:
             print_error(str(error))
+
+
+def _busy() -> contextlib.AbstractContextManager:
+    """Show a person that an answer is being made: the first one is compiled before."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status("answering")
 
 
 def _lines(person: bool) -> Iterator[str]:
