@@ -111,23 +111,23 @@ def test_a_conversation_in_the_terminal(folder, picture, capsys, monkeypatch):
         asked.append((prompts[0], images[0], options["template"]))
         if "long" in prompts[0][-1].text:
             raise MMJaxError("too long")
-        return ["" if "nothing" in prompts[0][-1].text else f"answer {len(asked)}"]
+        return [" " if "nothing" in prompts[0][-1].text else f"answer {len(asked)}"]
 
     monkeypatch.setattr(LoadedModel, "generate", generate)
     lines = ["one", "/image nowhere.png", "/imagine", f"/image {picture}", "long", "two", "",
-             "nothing", "three", "/new", "four"]  # fmt: skip
+             "nothing", "three", "/new", f"/image {picture}", "four <image>"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     ask.main([str(folder), "--template", "fuyu_prompt"])
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["answer 1", "answer 3", "", "answer 5", "answer 6"]
+    assert out.splitlines() == ["answer 1", "answer 3", " ", "answer 5", "answer 6"]
     told = [line.split(":", 1)[1].strip() for line in err.splitlines() if "error:" in line]
     assert told[0].startswith("nowhere.png: ")
     assert told[1].startswith("there is no /imagine:") and told[2:] == ["too long"]
     texts = [[m.text for m in messages] for messages, _, _ in asked]
-    assert texts[0] == ["one"] and texts[5] == ["four"]
+    assert texts[0] == ["one"] and texts[5] == ["four <image>"]
     assert texts[2] == ["one", "answer 1", "<image>two"]  # the picture waited for it
     assert texts[4] == [*texts[2], "answer 3", "three"]
-    assert [images for _, images, _ in asked] == [[], *[[picture]] * 4, []]
+    assert [images for _, images, _ in asked] == [[], *[[picture]] * 5]
     assert {template for *_, template in asked} == {"fuyu_prompt"}
 
 

@@ -66,6 +66,9 @@ def test_the_layout_is_the_documented_one():
         "meta": {"id": 5},
     }
     assert raw[8 + length :] == b"abcde"
+    for other in (raw[:-1], raw + b"f"):
+        with pytest.raises(BadSample, match=f"holds {len(other)} bytes, and its header says"):
+            unpack_record(other, "x")
 
 
 def test_turns_with_several_images_and_videos_come_back_in_order(tmp_path):

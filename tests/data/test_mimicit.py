@@ -190,6 +190,7 @@ def test_a_medium_holds_the_frames_of_an_entry(folder):
 
 def test_examples_in_context_have_a_medium_each(folder):
     entries = {"A": entry(0), "B": entry(1, ["LA_IMG_1", "LA_IMG_2"], ["A"])}
+    entries["T"] = entry(3, [], ["A"])
     path = instructions(folder / "pairs.json", entries)
     options = dict(group="IMAGE_TEXT_IN_CONTEXT", populate_rel_ins=True)
     args = path, folder / "images.parquet"
@@ -197,6 +198,8 @@ def test_examples_in_context_have_a_medium_each(folder):
     assert [m.text for m in medium.messages[::2]] == ["<image>What is 0?", "<image>What is 1?"]
     assert red(medium.images[0]) == 0 and [red(f) for f in medium.images[1]] == [1, 2]
     assert medium.meta["image_ids"] == ["LA_IMG_0", "LA_IMG_1", "LA_IMG_2"]
+    text = MimicitSource(*args, **options, frames_as="medium")[2]
+    assert text.messages[2].text == "What is 3?" and len(text.images) == 1
     images = MimicitSource(*args, **options)[1]
     assert images.messages[2].text == "<image><image>What is 1?" and len(images.images) == 3
     pairs = MimicitSource(*args, **options, frames_as="medium", frames=2)[1]

@@ -172,6 +172,10 @@ def test_other_forms_and_names_of_columns(tmp_path):
     assert source[0].images == (f"{tmp_path}/x.png",) and source[0].messages[1].text == "a"
     with pytest.raises(BadSample, match="'conversations' is not JSON"):
         source[1]
+    said = [{"role": role, "content": role[0]} for role in ("user", "assistant")]
+    both = {"id": [None, "x"], "question": ["q", None], "answer": ["a", None]}
+    source = ParquetSource(write(tmp_path / "both.parquet", both | {"messages": [None, said]}))
+    assert [(r.meta["id"], len(r.messages)) for r in source] == [("0", 2), ("x", 2)]
     named = {"img": [png(5)], "query": ["q"], "label": ["a"]}
     fields = {"image": "img", "question": "query", "answer": "label"}
     record = ParquetSource(write(tmp_path / "named.parquet", named), fields)[0]

@@ -277,6 +277,25 @@ def test_a_huge_size_in_base_256_is_read(tmp_path):
         Shards(tmp_path / "a.tar")
 
 
+def test_a_size_in_a_pax_header_counts_before_the_members_own(tmp_path):
+    info = tarfile.TarInfo("0.jpg")
+    info.size, info.pax_headers = 3, {"size": "700"}
+    body = bytes(range(100)) * 7
+    end = tarfile.TarInfo("1.jpg").tobuf() + bytes(1024)
+    whole = info.tobuf(tarfile.PAX_FORMAT) + body + bytes(-len(body) % 512) + end
+    (tmp_path / "a.tar").write_bytes(whole)
+    assert [sample.files for sample in Shards(tmp_path / "a.tar")] == [{"jpg": body}, {"jpg": b""}]
+
+
+def test_times_in_gnus_own_header_are_no_front_of_a_name(tmp_path):
+    head = bytearray(tarfile.TarInfo("0.jpg").tobuf(tarfile.GNU_FORMAT))
+    head[345:357] = head[357:369] = b"14000000000\0"
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    (tmp_path / "a.tar").write_bytes(head + bytes(1024))
+    assert [sample.id for sample in Shards(tmp_path / "a.tar")] == ["a.tar/0"]
+
+
 def test_arguments_are_checked(shards):
     with pytest.raises(MMJaxError, match="damaged 'keep'"):
         Shards(shards, damaged="keep")

@@ -13,11 +13,11 @@ from mmjax.train.step import BadStepSettings
 from mmjax.train.watch import StepWatch
 
 
-def watched(folder, warned):
+def watched(folder, warned, *sources, every=1):
     line = SimpleNamespace(warn=warned.append, update=lambda *_: None)
     return StepWatch(
-        BadStepSettings("skip"), folder, every=1, writer=MultiWriter(), meter=Meter(9), line=line,
-        source_names=("vqa",), last_checkpoint=lambda: None,
+        BadStepSettings("skip"), folder, every=every, writer=MultiWriter(), meter=Meter(9),
+        line=line, source_names=sources or ("vqa",), last_checkpoint=lambda: None,
     )  # fmt: skip
 
 
@@ -43,6 +43,17 @@ def test_a_bad_step_is_told_and_counted_though_its_list_cannot_be_written(tmp_pa
     unwritten, skipped = warned
     assert "bad_steps.jsonl could not be written" in unwritten and "('vqa', '7')" in unwritten
     assert "skipped a bad step (1 of 10): at step 3 the loss is nan" in skipped
+
+
+def test_the_last_step_is_logged_and_of_sources_those_it_held(tmp_path):
+    watch = watched(tmp_path, [], "vqa", "text", every=4)
+    sources = {"source_loss": np.array([2.0, 0.0]), "source_targets": np.array([3, 0])}
+    values = {"loss": np.float32(2.0), "bad": False} | sources
+    watch.expect(5, dict(values), [])
+    assert watch.settle() == {}
+    watch.expect(6, dict(values), [])
+    logged = watch.settle(last=True)
+    assert logged["train/loss/vqa"] == 2.0 and "train/loss/text" not in logged
 
 
 def test_the_first_step_is_left_out_whole_though_it_is_only_dispatched():
