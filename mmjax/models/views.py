@@ -148,7 +148,8 @@ class Resized(Subset):
         index = R.whole((*index, *[slice(None)] * (len(shape) - len(index))), shape)
         rows, rest = index[0], index[1:]
         there = self.reader.shape(key)[0]
-        own = self.reader.read(key, (slice(rows.start, min(rows.stop, there)), *rest))
+        kept = slice(min(rows.start, there), min(rows.stop, there))  # none of a piece behind it
+        own = self.reader.read(key, (kept, *rest))
         more = rows.stop - max(rows.start, there)
         if more <= 0:
             return own

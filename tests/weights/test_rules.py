@@ -285,7 +285,7 @@ def test_layers_of_several_dtypes_keep_every_number():
 def test_a_resized_table_is_cut_or_ends_in_zeros(rows):
     class Bounded(Arrays):  # as a stored array, which has nothing beyond its end
         def piece(self, key, index):
-            assert index is ... or index[0].stop <= len(self.arrays[key])
+            assert index is ... or index[0].start <= index[0].stop <= len(self.arrays[key])
             return super().piece(key, index)
 
     table, other = np.arange(10.0).reshape(5, 2) + 1, np.ones(4)
