@@ -1,6 +1,7 @@
 """Checkpoint folders and safetensors files: what is there, and what is wrong."""
 
 import json
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from mmjax.types import MMJaxError
+from mmjax.weights import writer
 from mmjax.weights.reader import Overlay, Renamed, open_reader
 from mmjax.weights.rules import Tensor
 from mmjax.weights.torch_file import write_torch
-from mmjax.weights.writer import Arrays, write_shards
+from mmjax.weights.writer import Arrays, atomic_folder, write_shards
 
 
 def tensors(dtype=np.float32):
@@ -226,3 +228,28 @@ def test_renamed_and_overlaid_readers():
     assert set(both.keys()) == {"x", "y"}
     assert both.shape("x") == (4, 3) and both.shape("y") == (2,)
     assert np.array_equal(both.read("x"), tensors()["a"])
+
+
+def test_a_shard_is_filled_up_to_its_size_and_a_larger_tensor_has_one_alone(tmp_path):
+    sizes = {"a": 3, "b": 1, "c": 1, "d": 1}
+    arrays = {key: np.full(n, n, np.float32) for key, n in sizes.items()}
+    names = write_shards(tmp_path, as_tensors(arrays), shard_bytes=8)
+    held = [sorted(open_reader(tmp_path / name).keys()) for name in names]
+    assert held == [["a"], ["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize("total, free, fits", [(100, 10, False), (100, 50, True), (0, 0, True)])
+def test_a_folder_is_begun_only_where_it_has_room(tmp_path, monkeypatch, total, free, fits):
+    """A file system that tells no size may have room."""
+    disk = SimpleNamespace(total=total, free=free)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: disk)
+    if fits:
+        with atomic_folder(tmp_path / "m", nbytes=50):
+            pass
+    else:
+        with (
+            pytest.raises(MMJaxError, match="it takes 5e-08 GB, and 1e-08 GB are free"),
+            atomic_folder(tmp_path / "m", nbytes=50),
+        ):
+            raise AssertionError("begun")
+    assert [x.name for x in tmp_path.iterdir()] == ["m"] * fits
