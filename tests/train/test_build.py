@@ -213,10 +213,12 @@ def test_a_run_asks_its_model_as_its_export_is_asked(folder, tmp_path):
     path = shutil.copytree(folder[0], tmp_path / "model")
     (path / "generation_config.json").write_text('{"eos_token_id": [5, 7, 4000]}')
     plan = build.blueprint(ModelSettings(init=str(path)), NO_LORA, 0)
-    asked = answering(plan, None, None)
+    asked = answering(plan, None, None, RunSettings())
     assert asked.end_tokens() == (plan.config.eos_token_id, 5, 7)
-    random = answering(build.blueprint(MODEL, NO_LORA, 0), None, None)
-    assert random.ends == ()
+    assert asked.template == "fuyu_prompt"
+    otherwise = RunSettings(data=DataSettings(template={"a": "fuyu_chat", "b": "simple_chat"}))
+    random = answering(build.blueprint(MODEL, NO_LORA, 0), None, None, otherwise)
+    assert random.ends == () and random.template is None
 
 
 def test_an_export_ends_its_answers_as_the_run_did(folder, tmp_path):
@@ -235,7 +237,7 @@ def test_an_export_ends_its_answers_as_the_run_did(folder, tmp_path):
         "eos_token_id": list(loaded.end_tokens()),
     }  # fmt: skip
     plan = build.blueprint(ModelSettings(init=str(path)), NO_LORA, 0)
-    assert answering(plan, None, None).generation == said | ids
+    assert answering(plan, None, None, RunSettings()).generation == said | ids
     export_model(load(folder[0]), tmp_path / "plain", None, set())
     assert not (tmp_path / "plain/generation_config.json").exists()
 
