@@ -13,7 +13,7 @@ from mmjax.data.index_cache import Arrays, IdIndex, as_bytes, cached_index
 from mmjax.data.parquet_files import ParquetFiles
 from mmjax.data.parquet_outlines import read_outlines
 from mmjax.data.skips import listed_as
-from mmjax.data.sources import image_folder, parse_record
+from mmjax.data.sources import NOT_READ, image_folder, parse_record
 from mmjax.data.splits import check_one_split
 from mmjax.types import BadSample, MMJaxError, Record
 
@@ -63,7 +63,7 @@ class ParquetSource:
     """Records of parquet files as datasets on the Hugging Face hub have them.
 
     path: a file, a folder of one split, or a pattern (``data/train-*.parquet``).
-    fields: our name -> theirs, for columns called otherwise. Images are ``image`` or ``images``:
+    fields: our name -> theirs, for columns called otherwise, None for one to pass over. Images are ``image`` or ``images``:
     bytes, structs {bytes, path}, or lists of these; a path is relative to image_root (default: the
     folder of the files). Texts are ``question`` with ``answer`` or ``answers``, or ``messages`` or
     ``conversations``: lists of structs, or JSON text.
@@ -72,7 +72,7 @@ class ParquetSource:
     def __init__(
         self,
         path: str | os.PathLike,
-        fields: Mapping[str, str] | None = None,
+        fields: Mapping[str, str | None] | None = None,
         image_root: str | os.PathLike | None = None,
     ):
         self._files = ParquetFiles(path)
@@ -90,7 +90,7 @@ class ParquetSource:
             )
         fields = dict(fields or {})
         unknown = sorted(set(fields) - set(_COLUMNS))
-        absent = sorted(set(fields.values()) - set(there))
+        absent = sorted(set(fields.values()) - {None, *there})
         if unknown or absent:
             raise MMJaxError(
                 f"{self.path}: fields {fields}: "
@@ -103,6 +103,13 @@ class ParquetSource:
             raise MMJaxError(
                 f"{self.path}: none of the columns {', '.join(there)} is 'question', 'messages' or "
                 "'conversations'; say which is with fields={'question': ...}"
+            )
+        unread = [c for c in NOT_READ if c in there and c not in self.fields.values()]
+        if unread and not {"image", "images"} & {*self.fields, *fields}:
+            raise MMJaxError(  # or it would be trained on blindly
+                f"{self.path}: pictures are read from 'image' or 'images', and there is only the "
+                f"column {unread[0]!r}; if it holds them, say fields={{'image': {unread[0]!r}}}, "
+                "and to train without them fields={'image': None}"
             )
         self._files.check_groups(list(self.fields.values()))
 

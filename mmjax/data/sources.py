@@ -33,7 +33,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-_ELSEWHERE = ("image_path", "image_paths", "image_file", "image_url", "img", "img_path", "video")
+_VIDEOS = ("video", "videos")
+NOT_READ = ("image_path", "image_paths", "image_file", "image_url", "img", "img_path", *_VIDEOS)
 """Names that people give to pictures and videos, and that are not read."""
 _IMAGE_PATH = "<img_path>"
 _KEPT = ("answers", "choices", "answer", "group", "split")  # fields a task may score with
@@ -202,12 +203,14 @@ def _images(value: Mapping[str, Any], where: str, root: Path) -> tuple[str, ...]
         raise bad_record(where, "both 'image' and 'images' are given; keep one")
     field = "images" if "images" in value else "image"
     names = value.get(field)
-    if field not in value and (other := next(filter(value.get, _ELSEWHERE), None)):
+    unread = _VIDEOS if field in value else NOT_READ  # beside an image a link may be the same one
+    if other := next(filter(value.get, unread), None):
+        without = f"take {other!r} out" if field in value else "write 'image': null"
         raise bad_record(  # or it would be trained on blindly
             where,
             f"field {other!r} is {shown(value[other])}, and pictures are read from 'image' or "
-            "'images' alone: call it so (of a video, a list of the files of its frames), or, for "
-            "text alone, write 'image': null",
+            "'images' alone: call it so (of a video, a list of the files of its frames), or, to "
+            f"train without it, {without}",
         )
     if names is None:
         return ()

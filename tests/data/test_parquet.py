@@ -260,11 +260,20 @@ def test_text_that_is_not_utf8_is_a_bad_sample_and_ids_an_error(tmp_path):
             "fields is 'question'; give columns by what",
         ),
         ({"question": ["a"]}, dict(fields={"answer": "b"}), r"no columns \['b'\]; the columns are"),
+        ({"question": ["a"], "img": [b""]}, {}, r"only the column 'img'; .*={'image': 'img'}, and"),
     ],
 )
 def test_columns_that_do_not_fit(tmp_path, columns, options, says):
     with pytest.raises(MMJaxError, match=says):
         ParquetSource(write(tmp_path / "a.parquet", columns), **options)
+
+
+def test_pictures_in_a_column_of_another_name_are_named_or_passed_over(tmp_path):
+    path = write(tmp_path / "a.parquet", {"question": ["a"], "img": [png(3)], "video": ["v.mp4"]})
+    assert ParquetSource(path, {"image": "img"})[0].images == (png(3),)
+    assert ParquetSource(path, {"image": None})[0].images == ()
+    path = write(tmp_path / "b.parquet", vqa(1))
+    assert ParquetSource(path, {"image": None})[0].images == ()
 
 
 def test_files_that_are_none(tmp_path):

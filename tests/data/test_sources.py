@@ -270,6 +270,8 @@ def test_an_answer_that_nothing_asked_for_is_left_out(tmp_path):
             "'image_path' is 'a.jpg', and pictures are read from 'image' or 'images' alone",
         ),
         (turns(("human", "x"), ("gpt", "y")) | {"video": "v.mp4"}, "bad_record", "'video' is 'v"),
+        (GOOD | {"video": "v.mp4"}, "bad_record", "'video' is 'v.mp4', .* take 'video' out"),
+        ({"question": "q", "image": None, "videos": ["v"]}, "bad_record", "take 'videos' out"),
         ({"question": 1}, "bad_record", "'question' is 1"),
         ([1], "bad_json", "expected one JSON object, got list"),
     ],
