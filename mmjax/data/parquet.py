@@ -63,10 +63,10 @@ class ParquetSource:
     """Records of parquet files as datasets on the Hugging Face hub have them.
 
     path: a file, a folder of one split, or a pattern (``data/train-*.parquet``).
-    fields: our name -> theirs, for columns called otherwise, None for one to pass over. Images are ``image`` or ``images``:
-    bytes, structs {bytes, path}, or lists of these; a path is relative to image_root (default: the
-    folder of the files). Texts are ``question`` with ``answer`` or ``answers``, or ``messages`` or
-    ``conversations``: lists of structs, or JSON text.
+    fields: our name -> theirs, for columns called otherwise; None for one to pass over. Images are
+    ``image`` or ``images``: bytes, structs {bytes, path}, or lists of these; a path is relative to
+    image_root (default: the folder of the files). Texts are ``question`` with ``answer`` or
+    ``answers``, or ``messages`` or ``conversations``: lists of structs, or JSON text.
     """
 
     def __init__(
