@@ -69,9 +69,17 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     runtime.enable_compilation_cache()
 
+    from mmjax.generate.beam import Beams
+    from mmjax.generate.loop import check_settings
+    from mmjax.generate.sampling import Sampling
     from mmjax.loading import load
     from mmjax.models.opening import open_pretrained
 
+    check_settings(
+        Sampling(args.temperature, top_p=args.top_p),
+        Beams(args.num_beams),
+        max_new_tokens=args.max_new_tokens,
+    )
     where = {name: getattr(args, name) for name in ("base", *_PARTS)}
     template = args.template or open_pretrained(args.model, **where).template
     if args.question is None and template is None:

@@ -17,7 +17,7 @@ from mmjax.data.turns import Template
 from mmjax.generate.beam import Beams
 from mmjax.generate.constraints import Constraints
 from mmjax.generate.likelihood import Continuations, log_likelihoods
-from mmjax.generate.loop import Generator, check_cache_dtype, pad_batch
+from mmjax.generate.loop import Generator, check_cache_dtype, check_settings, pad_batch
 from mmjax.generate.sampling import Sampling
 from mmjax.models.api import Config, Processor
 from mmjax.parallel.mesh import use
@@ -30,7 +30,7 @@ from mmjax.prompts import (
     is_conversation,
     pair,
 )
-from mmjax.types import Example, ImageSource, MMJaxError, is_count
+from mmjax.types import Example, ImageSource, MMJaxError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +139,22 @@ class LoadedModel:
             template's words; ``<image>`` marks say where images stand. A template that trains,
             ``*_chat``, asks as its ``*_prompt``. None: prompts stand as they are.
         """
+        how = dict(
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            sampling=Sampling(temperature, top_k, top_p),
+            beams=Beams(num_beams, length_penalty, early_stopping, num_return_sequences),
+            cache_dtype=cache_dtype,
+        )
+        check_settings(**how)  # before pictures are read
+        constraints = Constraints(repetition_penalty, no_repeat_ngram_size, min_new_tokens)
         prompts, images = pair(prompts, images)
         tokens = self.generate_tokens(
             [self.encode(p, i, template=template) for p, i in zip(prompts, images, strict=True)],
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
-            batch_size=batch_size,
-            beams=Beams(num_beams, length_penalty, early_stopping, num_return_sequences),
-            constraints=Constraints(repetition_penalty, no_repeat_ngram_size, min_new_tokens),
+            constraints=constraints,
             stop=stop,
-            cache_dtype=cache_dtype,
+            **how,
         )
 
         def text(row: np.ndarray, images: Images) -> str:
@@ -180,9 +185,8 @@ class LoadedModel:
         (seed, its place in ``examples``), whatever batch it falls into. With num_return_sequences
         above 1, each prompt has a list of so many.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if not is_count(value):
-                raise MMJaxError(f"{name} is {value!r}; give a whole number from 1 up")
+        counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        check_settings(sampling, beams, cache_dtype=cache_dtype, **counts)
         self._check_positions(examples, max_new_tokens)
         beams.check_vocabulary(self.config.vocab_size)
         graphdef, params = self._split

@@ -103,6 +103,23 @@ def test_one_question_from_the_terminal(model, folder, picture, capsys):
     assert capsys.readouterr().out == f"{raw[0]}\n{laid_out[0]}\n"
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"top_p": 2.0}, "0 < top_p <= 1, got .*top_p=2.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; give a whole number from 1 up"),
+        ({"num_beams": 0}, "num_beams is 0; give a whole number from 1 up"),
+        ({"num_beams": 2, "temperature": 1.0}, "num_beams is 2 with temperature 1.0"),
+    ],
+)
+def test_settings_of_answers_are_looked_at_before_anything_is_read(model, options, told):
+    with pytest.raises(MMJaxError, match=told):
+        model.generate(QUESTION, "nowhere.png", **options)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    with pytest.raises(MMJaxError, match=told):
+        ask.main(["no/such/model", QUESTION, *flags])
+
+
 def test_a_conversation_in_the_terminal(folder, picture, capsys, monkeypatch):
     """What a folder notes is the template; a mistake ends nothing and is no part of it."""
     asked = []

@@ -18,7 +18,7 @@ from mmjax.generate.constraints import Constraints
 from mmjax.generate.sampling import Sampling
 from mmjax.nn.cache import DTYPES
 from mmjax.parallel.sharding import constrain, shards
-from mmjax.types import Batch, Example, MMJaxError
+from mmjax.types import Batch, Example, MMJaxError, is_count
 
 
 def bucket(n: int, smallest: int = 32) -> int:
@@ -83,6 +83,28 @@ def pad_batch(examples: Sequence[Example], rows: int | None = None) -> tuple[Bat
     return batch, lengths
 
 
+def check_settings(
+    sampling: Sampling = Sampling(),  # noqa: B008
+    beams: Beams = Beams(),  # noqa: B008
+    *,
+    cache_dtype: str | None = None,
+    **counts: int,
+) -> None:
+    """Raise MMJaxError for settings that no model can answer with, before one is read.
+
+    counts: whole numbers from 1 up by name, such as max_new_tokens and batch_size.
+    """
+    for name, value in counts.items():
+        if not is_count(value):
+            raise MMJaxError(f"{name} is {value!r}; give a whole number from 1 up")
+    check_cache_dtype(cache_dtype)
+    if beams.num_beams > 1 and sampling.temperature > 0:
+        raise MMJaxError(
+            f"num_beams is {beams.num_beams} with temperature {sampling.temperature}; beams take "
+            "the likeliest tokens and draw none: give temperature=0, or num_beams=1"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """Generates from prompts with one model. The parameters are an argument: they may change.
@@ -103,13 +125,7 @@ class Generator:
     beside: int = 0
 
     def __post_init__(self):
-        check_cache_dtype(self.cache_dtype)
-        if self.beams.num_beams > 1 and self.sampling.temperature > 0:
-            raise MMJaxError(
-                f"num_beams is {self.beams.num_beams} with temperature "
-                f"{self.sampling.temperature}; beams take the likeliest tokens and draw none: give "
-                "temperature=0, or num_beams=1"
-            )
+        check_settings(self.sampling, self.beams, cache_dtype=self.cache_dtype)
 
     def __call__(
         self,
