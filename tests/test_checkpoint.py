@@ -405,3 +405,4 @@ def test_a_workdir_without_a_checkpoint_says_so(tmp_path):
         find_step(tmp_path)
     with pytest.raises(MMJaxError, match="give a workdir"):
         find_step(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()  # looking for a checkpoint makes no folder

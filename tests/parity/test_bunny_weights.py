@@ -350,6 +350,8 @@ def test_an_adapter_tells_what_it_leaves_out(phi, lora, tmp_path, caplog):
         about["mmjax"]["trained"] = ["projector.*", *more]
         (tmp_path / "jax" / "config.json").write_text(json.dumps(about))
         to_hf.main([str(tmp_path / "jax"), str(tmp_path / f"peft{i}"), "--adapter"])
+        beside = torch.load(tmp_path / f"peft{i}" / "non_lora_trainables.bin", weights_only=True)
+        assert beside and all("mm_projector" in key for key in beside)
         assert ("leaves out decoder.embed.embedding, which" in caplog.text) is bool(more)
     assert "projector" not in caplog.text
     to_hf.main([str(tmp_path / "jax"), str(tmp_path / "1"), "--layout", "projector"])
