@@ -4,11 +4,12 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from mmjax.monitor.meter import Meter
 from mmjax.monitor.writers import MultiWriter
 from mmjax.train.reports import Reports
-from mmjax.train.settings import RunSettings
+from mmjax.train.settings import DataSettings, LogSettings, RunSettings
 from mmjax.train.step import BadStepSettings
 from mmjax.train.watch import StepWatch
 
@@ -87,3 +88,32 @@ def test_the_first_step_is_left_out_whole_though_it_is_only_dispatched():
         reports.started(step, {"loss": OnDevice()}, local)
     settle()
     assert reports.meter.report()["perf/step_s"] == 2.0
+
+
+@pytest.mark.parametrize("every, lead, drawn", [(2, True, [2, 4]), (0, True, []), (2, False, [])])
+def test_batches_are_drawn_when_they_are_due(every, lead, drawn):
+    reports, steps, told = object.__new__(Reports), [], []
+    reports._settings = RunSettings(log=LogSettings(pictures=every, samples=3))
+    reports._lead, reports.meter = lead, Meter(9)
+    reports._draw = lambda step, local: steps.append(step)
+    reports._samples = lambda step, *_: told.append(step) or ""
+    reports._batches = SimpleNamespace(records=[])
+    reports.line = SimpleNamespace(print=lambda text: None)
+    state = SimpleNamespace(params=None)
+    for step in range(1, 6):
+        reports.picture(step, {})
+        reports.sample(step, {}, {}, state, None)
+    assert steps == drawn and told == [3]
+
+
+def test_a_process_counts_for_all_of_them():
+    """A batch of 8 of which this process has 2: everything is counted four times."""
+    reports, counted = object.__new__(Reports), []
+    reports._first, reports._flops = 0, lambda local: 5.0
+    reports._settings = RunSettings(data=DataSettings(batch_size=8))
+    reports._batches = SimpleNamespace(records=[["a"], ["b", "c"]], images=4)
+    reports.watch = SimpleNamespace(settle=lambda: {}, expect=lambda *_: None)
+    reports.meter = SimpleNamespace(step=lambda **numbers: counted.append(numbers))
+    local = {"tokens": np.ones((2, 3)), "segment_ids": np.array([[1, 1, 0], [1, 2, 2]])}
+    reports.started(2, {}, local)
+    assert counted == [{"tokens": 20, "images": 16, "samples": 12, "flops": 5.0}]
