@@ -24,14 +24,13 @@ from mmjax.checkpoint_failures import (
     one_error,
     own_refusal,
 )
+from mmjax.checkpoint_steps import FOLDER, misfit
 from mmjax.monitor.terminal import human_bytes
 from mmjax.nn import paths
 from mmjax.parallel import distributed
 from mmjax.train.state import TrainState
 from mmjax.types import MMJaxError
 
-FOLDER = "checkpoints"
-_NAMED = 3  # differences that a message names
 _PATIENCE = 24 * 3600
 """Seconds that a save may take. Orbax gives up after 20 minutes of the wall clock, and a big state
 on a slow disk, or a clock that is set meanwhile, would end the run; a process that is gone is found
@@ -223,7 +222,7 @@ class CheckpointManager:
         try:
             with one_error():
                 saved = self._manager.checkpointables_metadata(step)
-                problem = _misfit(saved.metadata, want)
+                problem = misfit(saved.metadata, want)
                 if not problem:
                     got = self._manager.load_checkpointables(step, want)
         except (ValueError, KeyError, OSError) as error:
@@ -318,28 +317,6 @@ class CheckpointManager:
         return "none yet" if step is None else f"step {step}"
 
 
-def _misfit(held: Mapping[str, Any], want: Mapping[str, Any]) -> str:
-    """Say how what a checkpoint holds differs from what is wanted; empty where it does not.
-
-    Both by item, ``params`` and ``opt``, and by name: anything that has a shape.
-    """
-    for item, what in (("params", "trained"), ("opt", "of the optimizer")):
-        if not held.get(item) or item not in want:
-            continue
-        there, here = ({n: tuple(x.shape) for n, x in d[item].items()} for d in (held, want))
-        found = [f"{n} is {what} there and not here" for n in there if n not in here]
-        found += [f"{n} is {what} here and not there" for n in here if n not in there]
-        found += [
-            f"{n} is {there[n]} there and {shape} here"
-            for n, shape in here.items()
-            if there.get(n, shape) != shape
-        ]
-        if found:
-            more = len(found) - _NAMED
-            return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
-    return ""
-
-
 def _flat(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -348,56 +325,3 @@ def _unflat(like, values: Mapping[str, Any]):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: values[jax.tree_util.keystr(path)], like
     )
-
-
-def is_step(path: Path) -> bool:
-    """Tell whether a path is one checkpoint's, WORKDIR/checkpoints/STEP, be it there or not."""
-    return path.name.isdigit() and path.parent.name == FOLDER
-
-
-def find_step(path: str | Path, best: str | None = None) -> tuple[Path, int]:
-    """Return (workdir, step) of a workdir's checkpoint: the best by a metric, else the newest.
-
-    path: a workdir, or one step's folder in it. Raises MMJaxError when there is none.
-    """
-    path = Path(path).absolute()
-    if is_step(path):
-        return path.parent.parent, int(path.name)
-    folder = path / FOLDER
-    found = []
-    if folder.is_dir():
-        with metrics_told(folder), ocp.training.Checkpointer(folder) as manager:
-            found = manager.checkpoints
-    if not found:
-        raise MMJaxError(
-            f"{path} holds no finished checkpoint (looked for {folder}/<step>); give a workdir "
-            "of train.py, one of its checkpoints, or a model folder"
-        )
-    if best:
-        scored = [c for c in found if c.metrics and best in c.metrics]
-        if scored:
-            return path, max(scored, key=lambda c: c.metrics[best]).step
-    return path, max(c.step for c in found)
-
-
-def load_params(workdir: Path, step: int, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Load a step's parameters alone, by dotted name, onto the shardings of ``abstract``.
-
-    Raises MMJaxError for those of another model, and for a step that cannot be read or is gone: the
-    run it belongs to may go on meanwhile.
-    """
-    logging.getLogger("absl").addFilter(ORBAX_LOG)
-    want, folder = {"params": dict(abstract)}, Path(workdir).absolute() / FOLDER
-    try:
-        with ocp.training.Checkpointer(folder) as manager, one_error():
-            problem = _misfit(manager.checkpointables_metadata(step).metadata, want)
-            if not problem:
-                return manager.load_checkpointables(step, want)["params"]
-    except (ValueError, KeyError, OSError) as error:
-        why = "is gone: its run keeps the newest alone (checkpoint.keep) and has removed it"
-        if (folder / str(step)).is_dir():
-            why = "cannot be read: files of it are missing, damaged, or being removed "
-            why += f"({first_cause(error)})"
-        fix = "give another, or the workdir, once more, for its newest"
-        raise MMJaxError(f"checkpoint {step} of {workdir} {why}; {fix}") from error
-    raise MMJaxError(f"checkpoint {step} of {workdir} does not fit the model: {problem}")

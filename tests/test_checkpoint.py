@@ -18,7 +18,8 @@ from flax import nnx
 from orbax.checkpoint._src.path import storage_backend
 
 from mmjax import checkpoint_failures
-from mmjax.checkpoint import FOLDER, CheckpointManager, CheckpointSettings, find_step, load_params
+from mmjax.checkpoint import CheckpointManager, CheckpointSettings
+from mmjax.checkpoint_steps import FOLDER, find_step, load_params
 from mmjax.nn import paths
 from mmjax.parallel import distributed
 from mmjax.parallel.mesh import make_mesh, use

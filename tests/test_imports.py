@@ -33,7 +33,7 @@ COMMANDS = (
 FAMILY_FREE = (
     "train", "data/pipeline.py", "data/examples.py", "generate", "parallel", "weights", "nn", "ops",
     "monitor", "loading.py", "loaded.py", "prompts.py", "ask.py", "checkpoint.py",
-    "checkpoint_failures.py", "config.py", "schema.py", "cli.py",
+    "checkpoint_steps.py", "checkpoint_failures.py", "config.py", "schema.py", "cli.py",
     "models/decoder.py", "models/causal.py", "models/api.py", "models/processor.py",
     "models/pretrained.py", "models/opening.py", "models/converted.py", "models/averages.py",
 )  # fmt: skip

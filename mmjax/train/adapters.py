@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from mmjax import checkpoint
+from mmjax import checkpoint_steps
 from mmjax.models import opening, pretrained, registry
 from mmjax.models.adapter_files import partial_adapter
 from mmjax.nn.linear import LoRA
@@ -113,8 +113,8 @@ def read(
         checkpoint). wanted: our adapters; those of maps the earlier run did not adapt are left out.
     """
     folder = Path(path)
-    if (folder / checkpoint.FOLDER).is_dir() or folder.parent.name == checkpoint.FOLDER:
-        workdir, step = checkpoint.find_step(folder)
+    if (folder / checkpoint_steps.FOLDER).is_dir() or folder.parent.name == checkpoint_steps.FOLDER:
+        workdir, step = checkpoint_steps.find_step(folder)
         run_of = last_started(workdir)
         if not run_of:
             raise MMJaxError(
@@ -128,7 +128,7 @@ def read(
         if earlier is None:
             raise MMJaxError(f"lora.init {path}: its run trained without adapters")
         check_continues(earlier, run, f"lora.init {path}")
-        return checkpoint.load_params(workdir, step, _only(earlier, wanted))
+        return checkpoint_steps.load_params(workdir, step, _only(earlier, wanted))
     opened = opening.open_adapters(folder, registry.family(family), config)
     beside = partial_adapter(opened.family)
     if beside is not None and (opened.folders[0] / beside.file).is_file():

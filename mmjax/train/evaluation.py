@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from mmjax import __version__, checkpoint, runtime
+from mmjax import __version__, checkpoint_steps, runtime
 from mmjax.evals import report, runner
 from mmjax.evals.answer import Answerer
 from mmjax.evals.table import metric_tables, results_table
@@ -131,7 +131,7 @@ def open_model(
             f"--weights={weights} is for model folders and {path} is a run's; give the folder that "
             "the run exported, WORKDIR/model"
         )
-    workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
+    workdir, step = checkpoint_steps.find_step(path, settings.checkpoint.best)
     return open_step(workdir, step, settings, make_mesh(settings.mesh))[1], step
 
 
@@ -148,7 +148,7 @@ def run_eval(
             "--tasks=FILE.json"
         )
     if _is_run(Path(path)):
-        settings = as_trained(settings, checkpoint.find_step(path)[0])
+        settings = as_trained(settings, checkpoint_steps.find_step(path)[0])
     check_tasks(settings)
     folder = _results_folder(Path(path), workdir)
     runtime.enable_compilation_cache()
@@ -176,12 +176,12 @@ def _is_run(path: Path) -> bool:
             f"--checkpoint {path} does not exist; give a workdir, one of its checkpoints, or a "
             "model folder"
         )
-    if path.name == checkpoint.FOLDER and (path.parent / "config.json").is_file():
+    if path.name == checkpoint_steps.FOLDER and (path.parent / "config.json").is_file():
         raise MMJaxError(
             f"--checkpoint {path} is where a run keeps its checkpoints; give the run, "
             f"{path.parent}, or one of them, {path}/STEP"
         )
-    return checkpoint.is_step(path) or (path / checkpoint.FOLDER).is_dir()
+    return checkpoint_steps.is_step(path) or (path / checkpoint_steps.FOLDER).is_dir()
 
 
 def _results_folder(path: Path, workdir: str | None) -> Path:
@@ -189,7 +189,7 @@ def _results_folder(path: Path, workdir: str | None) -> Path:
     is_run = _is_run(path)
     if workdir is None and not is_run:
         raise MMJaxError(f"--checkpoint {path} is a model folder; give --workdir for results")
-    folder = checkpoint.find_step(path)[0] if workdir is None else Path(workdir)
+    folder = checkpoint_steps.find_step(path)[0] if workdir is None else Path(workdir)
     with disk_asked(folder, "give another --workdir, or mend its path, rights or disk"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

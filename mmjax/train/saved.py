@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from mmjax import checkpoint
+from mmjax import checkpoint_steps
 from mmjax.loaded import LoadedModel
 from mmjax.nn import paths
 from mmjax.parallel.mesh import make_mesh, use
@@ -54,7 +54,7 @@ def open_step(
         design = make_design(settings, mesh)
         outline = design.outline
         trained = outline.state.params
-        values = checkpoint.load_params(workdir, step, paths.flatten(trained))
+        values = checkpoint_steps.load_params(workdir, step, paths.flatten(trained))
         frozen = init_frozen(design.plan, design.settings, outline, mesh)
         model = nnx.merge(outline.graphdef, paths.replace(trained, values), frozen)
     return design, answering(design.plan, model, mesh, settings)
@@ -78,8 +78,8 @@ def export_step(
     """
     check_destination(Path(destination), overwrite)
     found, settings = _run_of(Path(path))
-    workdir, step = checkpoint.find_step(path, settings.checkpoint.best)
-    if not (saved := workdir / checkpoint.FOLDER / str(step)).is_dir():
+    workdir, step = checkpoint_steps.find_step(path, settings.checkpoint.best)
+    if not (saved := workdir / checkpoint_steps.FOLDER / str(step)).is_dir():
         have = sorted(int(p.name) for p in saved.parent.glob("*") if p.name.isdigit())
         raise MMJaxError(f"{saved} is not there; {found} has steps {', '.join(map(str, have))}")
     own = settings.model
@@ -125,12 +125,13 @@ def _check_moved(
 def _run_of(path: Path) -> tuple[Path, RunSettings]:
     """Return the workdir that a path is, or is a checkpoint of, and its run's settings."""
     path = path.absolute()
-    workdir = path.parent.parent if checkpoint.is_step(path) else path
-    if (workdir / checkpoint.FOLDER).is_dir() and (settings := read_config(workdir)) is not None:
+    workdir = path.parent.parent if checkpoint_steps.is_step(path) else path
+    there = (workdir / checkpoint_steps.FOLDER).is_dir()
+    if there and (settings := read_config(workdir)) is not None:
         return workdir, settings
     raise MMJaxError(
         f"{path} is no run of train.py: give its workdir, which has config.json and "
-        f"{checkpoint.FOLDER}/, or one of its checkpoints, {checkpoint.FOLDER}/STEP"
+        f"{checkpoint_steps.FOLDER}/, or one of its checkpoints, {checkpoint_steps.FOLDER}/STEP"
     )
 
 

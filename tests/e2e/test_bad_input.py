@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import mmjax
 from convert_weights import inspect, to_hf, to_jax
-from mmjax.checkpoint import CheckpointManager, find_step
+from mmjax.checkpoint import CheckpointManager
+from mmjax.checkpoint_steps import find_step
 from mmjax.cli import run_guarded
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import loop

@@ -9,7 +9,8 @@ import jax
 import pytest
 from test_bad_input import settings, write_data
 
-from mmjax.checkpoint import CheckpointSettings, find_step
+from mmjax.checkpoint import CheckpointSettings
+from mmjax.checkpoint_steps import find_step
 from mmjax.parallel.mesh import make_mesh
 from mmjax.train import loop
 from mmjax.train.settings import EvalSettings

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmjax import checkpoint
+from mmjax import checkpoint_steps
 from mmjax.checkpoint import CheckpointManager, CheckpointSettings
 from mmjax.models import converted, registry
 from mmjax.nn import paths
@@ -96,7 +96,7 @@ def test_going_on_and_answering_hold_what_is_trained_once(tmp_path, monkeypatch)
         monkeypatch.setattr(of, name, call)
 
     counted(CheckpointManager, "restore")
-    counted(checkpoint, "load_params")
+    counted(checkpoint_steps, "load_params")
     before = live_bytes()
     with use() as mesh:
         plan = build.blueprint(RANDOM, run.lora, 0)
