@@ -101,6 +101,15 @@ def test_an_instruction_stands_before_the_input_and_an_empty_output_is_bad(tmp_p
         source[4]
 
 
+def test_every_record_once_needs_no_ratios(config):
+    rows = json.loads(config.read_text())
+    rows = [{k: v for k, v in row.items() if k != "ratio"} for row in rows]
+    assert list(expand_config(write(config, rows))) == ["small", "large"]
+    with pytest.raises(MMJaxError, match="ratio is None"):
+        expand_config(config, num_samples=10)
+    assert len(expand_config(config, num_samples=10, sampling="sqrt")) == 2
+
+
 def test_everything_wrong_is_said_at_once(config):
     rows = json.loads(config.read_text())
     rows[0] |= {"json_path": "sets/smal.json", "img_dri": "x"}
@@ -153,5 +162,6 @@ def test_configs_that_are_none(tmp_path, value, options, says):
 def test_draws_and_kinds_are_checked(config):
     with pytest.raises(MMJaxError, match="draws 0 is a number"):
         JsonSource(config.parent / "sets/small.json", draws=0)
+    assert JsonSource(config.parent / "sets/small.json", draws=1).draws == 1
     with pytest.raises(MMJaxError, match="stands for several sources"):
         make_source(dict(kind="instruct_flamingo", path=str(config)))

@@ -326,9 +326,11 @@ def test_images_given_twice_or_without_columns(folder):
     path = write_images(folder / "twice.parquet", ["I_1", "I_2", "I_1"])
     with pytest.raises(MMJaxError, match="1 image ids are given more than once, first 'I_1'"):
         MimicitSource(folder / "ins.json", path)
-    pq.write_table(pa.table({"picture": ["x"]}), folder / "other.parquet")
-    with pytest.raises(MMJaxError, match=r"columns \['picture'\]; image files need 'base64'"):
-        MimicitSource(folder / "ins.json", folder / "other.parquet")
+    for columns in (["picture"], ["id", "picture"], ["base64"]):
+        pq.write_table(pa.table({name: ["x"] for name in columns}), folder / "other.parquet")
+        with pytest.raises(MMJaxError, match="image files need 'base64' and the ids") as error:
+            MimicitSource(folder / "ins.json", folder / "other.parquet")
+        assert f"has the columns {columns}" in str(error.value)
 
 
 def test_one_bad_entry_is_a_bad_sample(folder):

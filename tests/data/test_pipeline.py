@@ -280,6 +280,15 @@ def test_bad_samples_of_one_id_are_all_listed(tmp_path):
     assert [json.loads(x)["line"] for x in path.read_text().splitlines()] == [3, 9]
 
 
+def test_the_share_counts_from_the_least_samples_on_and_the_error_says_where_all_stand(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    log = SkipLog(path, max_bad_share=0.5, min_samples=4)
+    log.add(3, [Skip(str(i), "a.json", i, "too_long", "long") for i in range(3)])
+    with pytest.raises(MMJaxError, match="3 of 4 training samples") as error:
+        log.add(1, ())
+    assert str(error.value).endswith(f"all of them: {path}")
+
+
 def test_what_the_list_had_no_room_for_is_listed_when_it_comes_again(tmp_path):
     (tmp_path / "full").touch()  # no folder: as good as a full disk
     log = SkipLog(tmp_path / "full" / "skipped.jsonl", max_bad_share=1.0)
