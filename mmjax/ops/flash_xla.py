@@ -4,7 +4,7 @@ Queries are cut into static chunks, each against the keys that causality leaves 
 pass recomputes the probabilities from the saved log-sum-exp, so memory is O(t) in both directions.
 Long sequences also cut the keys, with the online softmax (Milakov & Gimelshein 2018; Dao 2022),
 inside ``lax`` loops whose bounds come from the ranges: compile time stays flat, and blocks outside
-every range are skipped.
+every range are skipped. So do shorter rows of packed samples that leave most keys unseen.
 """
 
 import functools
@@ -21,6 +21,9 @@ LOOP_BLOCK_Q = LOOP_BLOCK_K = 512  # in loops, where smaller blocks cost a fifth
 CPU_BLOCK_BYTES = 2**20
 # Above this many queries the loops stay loops: unrolling would cost compile time quadratically.
 UNROLL_LIMIT = 2048
+# Rows this long may hold so many short samples that loops over small blocks meet few of the pairs.
+SHORT_SAMPLES_FROM = 1024
+SHORT_BLOCK = 128
 
 
 def problem(call) -> None:
@@ -52,7 +55,7 @@ def _flash(q, k, v, ranges, slopes, causal):
 
 
 def _flash_fwd(q, k, v, ranges, slopes, causal):
-    out, lse = _few_rows(functools.partial(_forward, causal=causal), (q, k, v, ranges, slopes))
+    out, lse = _either(_forward, (q, k, v, ranges, slopes), causal)
     # Named here, inside the rule: a name on the caller's output would not save the residuals, and
     # rematerialisation would run the forward pass a second time.
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
@@ -61,12 +64,23 @@ def _flash_fwd(q, k, v, ranges, slopes, causal):
 
 def _flash_bwd(causal, residuals, grad):
     ranges, slopes = residuals[3:5]
-    backward = functools.partial(_backward, causal=causal)
-    dq, dk, dv = _few_rows(backward, (*residuals, grad))
+    dq, dk, dv = _either(_backward, (*residuals, grad), causal)
     return dq, dk, dv, jax.tree.map(lambda x: None, ranges), jax.tree.map(jnp.zeros_like, slopes)
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)
+
+
+def _either(fn, args, causal):
+    """Call ``fn`` on a few rows at a time, its blocks in loops where samples are short."""
+    t, s, ranges = args[0].shape[2], args[1].shape[1], args[3]
+    unrolled, loop = (
+        functools.partial(_few_rows, functools.partial(fn, causal=causal, short=short))
+        for short in (False, True)
+    )
+    if ranges is None or max(t, s) > UNROLL_LIMIT or t < SHORT_SAMPLES_FROM:
+        return unrolled(args)
+    return lax.cond(_short_samples(ranges, s, causal), loop, unrolled, args)
 
 
 def _few_rows(fn, args):
@@ -181,10 +195,29 @@ def _rows(ranges, i0, bq):
     return tuple(lax.dynamic_slice_in_dim(r, i0, bq, axis=1) for r in ranges)
 
 
-def _forward(q, k, v, ranges, slopes, causal):
+def _forward(q, k, v, ranges, slopes, causal, short):
     t, s = q.shape[2], k.shape[1]
+    if short:
+        return _forward_loop(q, k, v, ranges, slopes, causal, (SHORT_BLOCK, SHORT_BLOCK))
     if max(t, s) > UNROLL_LIMIT and t > 1:
-        return _forward_loop(q, k, v, ranges, slopes, causal)
+        return _forward_loop(q, k, v, ranges, slopes, causal, (LOOP_BLOCK_Q, LOOP_BLOCK_K))
+    return _forward_unrolled(q, k, v, ranges, slopes, causal)
+
+
+def _short_samples(ranges, s, causal):
+    """Tell whether loops over small blocks meet less than half of the pairs that chunks do.
+
+    A pair takes them up to 1.8 times as long.
+    """
+    t = ranges[0].shape[1]
+    *_, lo, hi = _block_ranges(ranges, s, SHORT_BLOCK, SHORT_BLOCK)
+    met = jnp.maximum(hi - lo, 0).astype(jnp.float32).mean(0).sum() * SHORT_BLOCK * SHORT_BLOCK
+    ends = (min(i0 + BLOCK_Q, t) for i0 in range(0, t, BLOCK_Q))
+    return 2 * met < BLOCK_Q * sum(min(s, end) if causal else s for end in ends)
+
+
+def _forward_unrolled(q, k, v, ranges, slopes, causal):
+    t, s = q.shape[2], k.shape[1]
     outs, lses = [], []
     for i0 in range(0, t, BLOCK_Q):
         i1 = min(i0 + BLOCK_Q, t)
@@ -196,11 +229,19 @@ def _forward(q, k, v, ranges, slopes, causal):
     return jnp.concatenate(outs, 2), jnp.concatenate(lses, 2)
 
 
-def _backward(q, k, v, ranges, slopes, out, lse, grad, causal):
+def _backward(q, k, v, ranges, slopes, out, lse, grad, causal, short):
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), -1)
     t, s = q.shape[2], k.shape[1]
+    args = (q, k, v, ranges, slopes, lse, delta, grad, causal)
+    if short:
+        return _backward_loop(*args, (SHORT_BLOCK, SHORT_BLOCK))
     if max(t, s) > UNROLL_LIMIT:
-        return _backward_loop(q, k, v, ranges, slopes, lse, delta, grad, causal)
+        return _backward_loop(*args, (LOOP_BLOCK_Q, LOOP_BLOCK_K))
+    return _backward_unrolled(*args)
+
+
+def _backward_unrolled(q, k, v, ranges, slopes, lse, delta, grad, causal):
+    t, s = q.shape[2], k.shape[1]
     dqs, dk, dv = [], None, None
     # From the last chunk of queries to the first: the first one touched sees every key, so the
     # later, shorter ones are added into a prefix of what is there.
@@ -230,26 +271,34 @@ def _pad_to(x, size, axis, value=0):
     return jnp.pad(x, pad, constant_values=value)
 
 
-def _loop_setup(q, k, v, ranges, causal):
-    """Pad to whole blocks and return them with each query block's first and last key block."""
+def _loop_setup(q, k, v, ranges, causal, blocks):
+    """Pad to whole blocks and return them with each query block's key blocks, of any row."""
     t, s = q.shape[2], k.shape[1]
-    bq, bk = min(LOOP_BLOCK_Q, t), min(LOOP_BLOCK_K, s)
-    tp, sp = -(-t // bq) * bq, -(-s // bk) * bk
+    bq, bk = min(blocks[0], t), min(blocks[1], s)
+    sp = -(-s // bk) * bk
     b = q.shape[0]
     if ranges is None:
         end = jnp.arange(1, t + 1) if causal else jnp.full(t, s)
         ranges = (jnp.zeros((b, t), jnp.int32), jnp.broadcast_to(end, (b, t)).astype(jnp.int32))
+    start, end, lo, hi = _block_ranges(ranges, s, bq, bk)
+    q, k, v = _pad_to(q, start.shape[1], 2), _pad_to(k, sp, 1), _pad_to(v, sp, 1)
+    return q, k, v, (start, end), lo.min(0), hi.max(0), bq, bk
+
+
+def _block_ranges(ranges, s, bq, bk):
+    """Return ranges of whole query blocks, and each block's first and last key block, by row."""
+    b, t = ranges[0].shape
+    tp, sp = -(-t // bq) * bq, -(-s // bk) * bk
     start, end = (_pad_to(r, tp, 1) for r in ranges)  # padded queries: empty range [0, 0)
     seen = start < end
-    lo = jnp.where(seen, start, sp).reshape(b, tp // bq, bq).min((0, 2)) // bk
-    hi = -(-jnp.where(seen, end, 0).reshape(b, tp // bq, bq).max((0, 2)) // bk)
-    q, k, v = _pad_to(q, tp, 2), _pad_to(k, sp, 1), _pad_to(v, sp, 1)
-    return q, k, v, (start, end), lo, hi, bq, bk
+    lo = jnp.where(seen, start, sp).reshape(b, tp // bq, bq).min(2) // bk
+    hi = -(-jnp.where(seen, end, 0).reshape(b, tp // bq, bq).max(2) // bk)
+    return start, end, lo, hi
 
 
-def _forward_loop(q, k, v, ranges, slopes, causal):
+def _forward_loop(q, k, v, ranges, slopes, causal, blocks):
     t, dtype = q.shape[2], q.dtype
-    q, k, v, ranges, lo, hi, bq, bk = _loop_setup(q, k, v, ranges, causal)
+    q, k, v, ranges, lo, hi, bq, bk = _loop_setup(q, k, v, ranges, causal, blocks)
 
     def query_block(i):
         qi = lax.dynamic_slice_in_dim(q, i * bq, bq, 2)
@@ -268,10 +317,10 @@ def _forward_loop(q, k, v, ranges, slopes, causal):
     return join(out)[:, :, :t], join(lse)[:, :, :t]
 
 
-def _backward_loop(q, k, v, ranges, slopes, lse, delta, grad, causal):
+def _backward_loop(q, k, v, ranges, slopes, lse, delta, grad, causal, blocks):
     t, s = q.shape[2], k.shape[1]
     dtypes = (q.dtype, k.dtype, v.dtype)
-    q, k, v, ranges, lo, hi, bq, bk = _loop_setup(q, k, v, ranges, causal)
+    q, k, v, ranges, lo, hi, bq, bk = _loop_setup(q, k, v, ranges, causal, blocks)
     tp = q.shape[2]
     lse, delta, grad = _pad_to(lse, tp, 2, jnp.inf), _pad_to(delta, tp, 2), _pad_to(grad, tp, 2)
 

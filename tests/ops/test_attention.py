@@ -9,7 +9,7 @@ from mmjax.ops import flash_xla, ranges
 from mmjax.ops.attention import attention
 from mmjax.ops.decode import decode_attention
 from tests.compiler_options import LIBRARY
-from tests.ops.reference import masks, reference
+from tests.ops.reference import masks, reference, reference_gradients
 
 
 @pytest.mark.parametrize("kind", ["causal", "full", "packed", "window", "media"])
@@ -45,6 +45,44 @@ def test_forward_and_gradients_equal_dense_float64(kind, loop, monkeypatch):
         np.testing.assert_allclose(
             np.sum(np.asarray(grad) * step), (up - down) / (2 * eps), rtol=2e-5, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("length", [90, 1024], ids=["short", "long"])
+def test_a_long_row_of_packed_samples_meets_the_blocks_that_it_needs(length, monkeypatch):
+    """Short samples by loops over small blocks, one long sample by chunks; both give the same."""
+    b, t, n, kv, h = 2, 1024, 2, 1, 4
+    q, grad, k, v = (
+        jax.random.normal(key, (b, t, heads, h))
+        for key, heads in zip(jax.random.split(jax.random.key(0), 4), (n, n, kv, kv), strict=True)
+    )
+    segments = jnp.broadcast_to(jnp.arange(t) // length + 1, (b, t)).at[1, 1000:].set(0)
+    start, end = ranges.from_segments(segments)
+    taken = []
+    for name in ("_forward_loop", "_forward_unrolled", "_backward_loop", "_backward_unrolled"):
+        _told(monkeypatch, name, taken)
+
+    def ours(q, k, v):
+        return attention(q, k, v, k_start=start, k_end=end)
+
+    out, pull = jax.vjp(jax.jit(ours), q, k, v)
+    np.testing.assert_allclose(out, reference(q, k, v, start, end, True), atol=1e-5)
+    exact = reference_gradients(q, k, v, grad, start, end, True)
+    for got, want in zip(pull(grad), exact, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    jax.effects_barrier()
+    way = "loop" if length < 1024 else "unrolled"
+    assert set(taken) == {f"_forward_{way}", f"_backward_{way}"}
+
+
+def _told(monkeypatch, name, taken):
+    """Have a function of ``flash_xla`` tell when it runs, not when it is traced."""
+    inner = getattr(flash_xla, name)
+
+    def telling(*args, **options):
+        jax.debug.callback(lambda: taken.append(name))
+        return inner(*args, **options)
+
+    monkeypatch.setattr(flash_xla, name, telling)
 
 
 def test_gradients_in_bfloat16_are_those_of_float32_to_its_rounding():
